@@ -1,0 +1,70 @@
+// The codebook as the screening pass reads it: centred, scaled, in panels, with the error bound's constants.
+//
+// One head, in sections of whole cache lines (D + 1 rows a panel: the last holds the codes' radii):
+//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [K to 32 / 16][D + 1][16]
+// vqops/ops/search.py computes the same size for fake tensors. csrc/cpu/exactness.md has the proof of the bound.
+#pragma once
+
+#include <cstdint>
+
+#include "instructions.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace vqops {
+
+constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+struct Header {
+    int32_t layout;    // kLayout; anything else is no codebook of ours
+    int32_t cosine;
+    int64_t K, D;
+    int64_t screened;  // codes in panels: finite, no duplicates of a lower index, not far
+    int64_t far;       // finite codes too long for float32 next to the others; in `code` behind the screened ones
+    int64_t repeats;   // codes equal to one of lower index, behind those; only a search for several codes needs them
+    float scale;       // power of two that brings the codes to about norm 1; 1 for cosine
+    float decision;    // what the float64 decision itself may err by, in units of |x|^2 (cosine: |x|), scaled
+    int64_t first;     // the lowest index of a finite code; -1 where none is
+};
+static_assert(sizeof(Header) == 64);
+constexpr int32_t kLayout = 0x76710001;
+
+// A code further than this from the centre, in units of the typical norm, is decided in float64 for every row.
+constexpr float kFar = 0x1p40f;
+
+// The sections of one packed head.
+struct Packed {
+    Header* header;
+    float* centre;
+    float* start;     // |c|^2 / 2 less its own error, the accumulator's first value; infinite where there is no code
+    float* slack;     // what the upper bound adds to the lower one for the code alone
+    int32_t* code;    // its index in the codebook
+    float* panels;
+
+    static int64_t bytes(int64_t K, int64_t D) {
+        return 64 + 4 * round_up(D, 16) + 4 * round_up(K, 32) * (D + 4);
+    }
+
+    Packed(const void* memory, int64_t K, int64_t D) {
+        char* p = static_cast<char*>(const_cast<void*>(memory));
+        const int64_t codes = round_up(K, 32);
+        header = reinterpret_cast<Header*>(p);
+        centre = reinterpret_cast<float*>(p + 64);
+        start = centre + round_up(D, 16);
+        slack = start + codes;
+        code = reinterpret_cast<int32_t*>(slack + codes);
+        panels = reinterpret_cast<float*>(code + codes);
+    }
+
+    int64_t depth() const { return header->D + 1; }
+    int64_t panel_count() const { return (header->screened + kPanel - 1) / kPanel; }
+    float radius(int64_t k) const {
+        return panels[(k / kPanel * depth() + header->D) * kPanel + k % kPanel];
+    }
+};
+
+// Prepare head h of a codebook [H, K, D] into `memory` of Packed::bytes(K, D).
+void pack_codebook(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
+                   const Parallel& parallel);
+
+}  // namespace vqops

@@ -1,0 +1,133 @@
+// Gradient: one pass over the rows, each of which needs only itself and its code. Read: the gradient and x once, codes
+// from cache. Written: grad_x once. Nothing of size N x K, and no rotation matrix is built.
+
+#include "gradient.h"
+
+#include <cmath>
+
+#include "quantize.h"
+
+namespace vqops {
+namespace {
+
+template <class T>
+T dot(const T* a, const T* b, int64_t D) {
+    T sum[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= D; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] += a[i + j] * b[i + j];
+    for (; i < D; i++) sum[i % 8] += a[i] * b[i];
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// One row with its code, and the gradients that meet there. T is the type that everything is computed in.
+template <class T>
+class RowGradient {
+public:
+    RowGradient(const SearchShape& shape, const GradientInputs& in, int64_t h)
+        : in_(in), shape_(shape), D(shape.D), h(h), x(D), q(D), g(D), from_error(D), u(D), v(D), w(D) {}
+
+    // Reads row n. x becomes what the quantizer worked on: x itself or, for cosine, its unit.
+    void read(int64_t n) {
+        const int64_t k = in_.indices.at(h, n);
+        read_row(in_.x, h, n, D, x.data());
+        norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), T(kTiny));
+        if (shape_.cosine)
+            for (int64_t i = 0; i < D; i++) x[i] /= norm;
+        if (k >= 0) read_row(in_.codebook, h, k, D, q.data());
+        else std::fill(q.begin(), q.end(), T(NAN));
+        if (in_.error) {
+            const T factor = read_value<T>(*in_.error, h, n);
+            for (int64_t i = 0; i < D; i++) from_error[i] = 2 * (x[i] - q[i]) * factor;
+        }
+    }
+
+    // The gradient of the input, in g.
+    void to_x(int64_t n) {
+        if (in_.quantized && in_.passing != Passing::none) {
+            read_row(*in_.quantized, h, n, D, g.data());
+            if (in_.passing == Passing::rotation) rotate_back();
+        } else {
+            std::fill(g.begin(), g.end(), T(0));
+        }
+        if (in_.error)
+            for (int64_t i = 0; i < D; i++) g[i] += from_error[i];
+        if (!shape_.cosine) return;
+        const T along = norm > T(kTiny) ? dot(x.data(), g.data(), D) : T(0);
+        for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along * x[i]) / norm;
+    }
+
+    // What the row adds to the gradient of its code.
+    const T* operator()(int64_t n) {
+        read(n);
+        for (int64_t i = 0; i < D; i++) from_error[i] *= T(-in_.codebook_error_scale);
+        return from_error.data();
+    }
+
+    const GradientInputs& in_;
+    const SearchShape& shape_;
+    const int64_t D, h;
+    T norm = 0;
+    std::vector<T> x, q, g, from_error, u, v, w;
+
+private:
+    // g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of the
+    // rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
+    void rotate_back() {
+        const T x_norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), T(kTiny));
+        const T q_norm = std::sqrt(dot(q.data(), q.data(), D)), divisor = std::max(q_norm, T(kTiny));
+        for (int64_t i = 0; i < D; i++) {
+            u[i] = x[i] / x_norm;
+            v[i] = q[i] / divisor;
+            w[i] = u[i] + v[i];
+        }
+        const T w_norm = std::max(std::sqrt(dot(w.data(), w.data(), D)), T(kTiny));
+        const T along_w = 2 * dot(w.data(), g.data(), D) / (w_norm * w_norm), along_v = 2 * dot(v.data(), g.data(), D);
+        const T factor = q_norm / x_norm;
+        for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along_w * w[i] + along_v * u[i]) * factor;
+    }
+};
+
+template <class T>
+int64_t run(const SearchShape& shape, const GradientInputs& in, void* grad_x, void* grad_codebook,
+            const Parallel& parallel) {
+    const int64_t H = shape.H, N = shape.N, K = shape.K, D = shape.D;
+    std::vector<CodeCounts> codes(H);
+    for (int64_t h = 0; h < H; h++) {
+        const int64_t wrong = codes[h].count(in.indices, h, N, K);
+        if (wrong >= 0) return h * N + wrong;
+    }
+    for (int64_t h = 0; h < H && grad_x; h++) {
+        parallel.over(N, [&](int64_t begin, int64_t end) {
+            RowGradient<T> row(shape, in, h);
+            for (int64_t n = begin; n < end; n++) {
+                if (in.mask.keeps(h, n)) {
+                    row.read(n);
+                    row.to_x(n);
+                } else {
+                    std::fill(row.g.begin(), row.g.end(), T(0));
+                }
+                write_row(grad_x, in.x.dtype, h * N + n, D, row.g.data());
+            }
+        });
+    }
+    if (!grad_codebook) return -1;
+    std::vector<T> sums(K * D, T(0));
+    for (int64_t h = 0; h < H; h++) {
+        if (in.error) codes[h].sum(D, sums.data(), [&] { return RowGradient<T>(shape, in, h); }, parallel);
+        for (int64_t k = 0; k < K; k++)
+            write_row(grad_codebook, in.codebook.dtype, h * K + k, D, sums.data() + k * D);
+    }
+    return -1;
+}
+
+}  // namespace
+
+int64_t gradient(const SearchShape& shape, const GradientInputs& in, void* grad_x, void* grad_codebook,
+                 const Parallel& parallel) {
+    const bool wide = in.x.dtype == DType::float64 || in.codebook.dtype == DType::float64;
+    return wide ? run<double>(shape, in, grad_x, grad_codebook, parallel)
+                : run<float>(shape, in, grad_x, grad_codebook, parallel);
+}
+
+}  // namespace vqops

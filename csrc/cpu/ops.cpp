@@ -1,0 +1,237 @@
+// The CPU kernels as ops: tensors in, tensors out.
+
+#include "../common.h"
+#include "codebook.h"
+#include "ema.h"
+#include "gradient.h"
+#include "quantize.h"
+#include "search.h"
+
+namespace vqops {
+namespace {
+
+Parallel threads() {
+    const int count = int(torch::stable::get_num_threads());
+    return {count, [](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
+                torch::stable::parallel_for(0, size, 1, body);
+            }};
+}
+
+DType dtype_of(const char* op, const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return DType::float32;
+        case ScalarType::Double: return DType::float64;
+        case ScalarType::Half: return DType::float16;
+        case ScalarType::BFloat16: return DType::bfloat16;
+        default: STD_TORCH_CHECK(false, op, ": values must be float32, float64, float16 or bfloat16");
+    }
+}
+
+Rows rows_of(const char* op, const Tensor& t) {
+    return {t.const_data_ptr(), dtype_of(op, t), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 1};
+}
+
+RowMask mask_of(const OptionalTensor& mask) {
+    if (!mask) return {};
+    return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
+}
+
+Indices indices_of(const char* op, const Tensor& indices, const Tensor& x) {
+    STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == x.size(0) && indices.size(1) == x.size(1) &&
+                        indices.scalar_type() == ScalarType::Long,
+                    op, ": indices must be int64 [H, N]");
+    return {static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0), indices.stride(1)};
+}
+
+ScalarType real_type(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_index(const char* op, int64_t wrong, int64_t K) {
+    STD_TORCH_CHECK(wrong < 0, op, ": indices must be -1 or a code in [0, ", K, "); row ", wrong, " is not");
+}
+
+Tensor unused(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
+
+Tensor prepare(const Tensor& codebook, std::string metric) {
+    const bool cosine = is_cosine("prepare", metric);
+    check_search_arguments("prepare", codebook, codebook, std::nullopt);
+    const int64_t H = codebook.size(0), K = codebook.size(1), D = codebook.size(2);
+    Tensor packed = torch::stable::new_empty(codebook, {H * Packed::bytes(K, D)}, ScalarType::Byte);
+    char* memory = static_cast<char*>(packed.mutable_data_ptr());
+    for (int64_t h = 0; h < H; h++)
+        pack_codebook(rows_of("prepare", codebook), h, K, D, cosine, memory + h * Packed::bytes(K, D), threads());
+    return packed;
+}
+
+Tensor prepared_or_new(const char* op, const Tensor& codebook, const OptionalTensor& prepared,
+                       const std::string& metric) {
+    if (!prepared) return prepare(codebook, metric);
+    const int64_t H = codebook.size(0), K = codebook.size(1), D = codebook.size(2);
+    bool fits = prepared->scalar_type() == ScalarType::Byte && prepared->is_contiguous() &&
+                prepared->numel() == H * Packed::bytes(K, D);
+    if (fits) {
+        const Header* header = static_cast<const Header*>(prepared->const_data_ptr());
+        fits = header->layout == kLayout && header->K == K && header->D == D && header->cosine == (metric == "cosine");
+    }
+    STD_TORCH_CHECK(fits, op, ": prepared was made by another implementation or for another codebook or metric");
+    return *prepared;
+}
+
+SearchShape shape_of(const Tensor& x, const Tensor& codebook, bool cosine) {
+    return {x.size(0), x.size(1), codebook.size(1), x.size(2), cosine};
+}
+
+void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
+                const std::string& metric, const OptionalTensor& prepared, const SearchResult& result) {
+    const bool cosine = is_cosine(op, metric);
+    check_search_arguments(op, x, codebook, mask);
+    const Tensor packed = prepared_or_new(op, codebook, prepared, metric);
+    search(shape_of(x, codebook, cosine), rows_of(op, x), rows_of(op, codebook), mask_of(mask), packed.const_data_ptr(),
+           result, threads());
+}
+
+Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,
+               OptionalTensor prepared) {
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    run_search("nearest", x, codebook, mask, metric, prepared,
+               {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr, nullptr});
+    return indices;
+}
+
+std::tuple<Tensor, Tensor> nearest_topk(const Tensor& x, const Tensor& codebook, int64_t k, OptionalTensor mask,
+                                        std::string metric, OptionalTensor prepared) {
+    STD_TORCH_CHECK(k >= 1 && k <= kLargestK && k <= codebook.size(1), "nearest_topk: k must be from 1 to min(K, ",
+                    kLargestK, "), got ", k);
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Long);
+    Tensor distances = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, real_type(x));
+    run_search("nearest_topk", x, codebook, mask, metric, prepared,
+               {static_cast<int64_t*>(indices.mutable_data_ptr()), k, distances.mutable_data_ptr(), nullptr});
+    return {indices, distances};
+}
+
+Tensor search_statistics(const Tensor& x, const Tensor& codebook, std::string metric) {
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    Tensor tiers = torch::stable::new_zeros(x, {kTiers}, ScalarType::Long);
+    run_search("search_statistics", x, codebook, std::nullopt, metric, std::nullopt,
+               {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr,
+                static_cast<int64_t*>(tiers.mutable_data_ptr())});
+    return tiers;
+}
+
+std::tuple<Tensor, Tensor> sums_of(const char* op, const Tensor& x, const Tensor& indices, int64_t K,
+                                   const OptionalTensor& weight, bool cosine) {
+    STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [H, N, D]");
+    const int64_t H = x.size(0), D = x.size(2);
+    Tensor counts = torch::stable::new_empty(x, {H, K}, weight ? ScalarType::Float : ScalarType::Long);
+    Tensor sums = torch::stable::new_empty(x, {H, K, D}, ScalarType::Float);
+    const Rows weights = weight ? rows_of(op, *weight) : Rows{};
+    const int64_t wrong = sum_codes({H, x.size(1), K, D, cosine}, rows_of(op, x), indices_of(op, indices, x),
+                                    weight ? &weights : nullptr,
+                                    {counts.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr())}, threads());
+    check_index(op, wrong, K);
+    return {counts, sums};
+}
+
+std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& indices, int64_t num_codes, OptionalTensor weight) {
+    return sums_of("code_sums", x, indices, num_codes, weight, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
+    const Tensor& x, const Tensor& codebook, OptionalTensor mask, OptionalTensor weight, std::string metric,
+    std::string, bool with_sums, double, bool snapshot, OptionalTensor prepared) {
+    const Tensor indices = nearest(x, codebook, mask, metric, prepared);
+    const bool cosine = metric == "cosine";
+    Tensor quantized = torch::stable::new_empty(x, x.sizes());
+    Tensor error = torch::stable::new_empty(x, {x.size(0), x.size(1)}, real_type(x));
+    gather_codes(shape_of(x, codebook, cosine), rows_of("quantize", x), rows_of("quantize", codebook), mask_of(mask),
+                 static_cast<const int64_t*>(indices.const_data_ptr()), quantized.mutable_data_ptr(),
+                 error.mutable_data_ptr(), threads());
+    Tensor counts = unused(x, ScalarType::Long), sums = unused(x, ScalarType::Float);
+    if (with_sums) std::tie(counts, sums) = sums_of("quantize", x, indices, codebook.size(1), weight, cosine);
+    Tensor old = torch::stable::new_empty(codebook, snapshot ? codebook.sizes() : torch::headeronly::IntHeaderOnlyArrayRef({0}));
+    if (snapshot) torch::stable::copy_(old, codebook);
+    return {quantized, indices, error, counts, sums, old};
+}
+
+std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, OptionalTensor grad_error, const Tensor& x,
+                                             const Tensor& codebook, const Tensor& indices, OptionalTensor mask,
+                                             std::string metric, std::string passing, double codebook_error_scale,
+                                             bool x_needed, bool codebook_needed) {
+    const char* op = "quantize_backward";
+    const bool cosine = is_cosine(op, metric);
+    check_search_arguments(op, x, codebook, mask);
+    const Rows quantized = grad_quantized ? rows_of(op, *grad_quantized) : Rows{};
+    const Rows error = grad_error ? rows_of(op, *grad_error) : Rows{};
+    Tensor grad_x = x_needed ? torch::stable::new_empty(x, x.sizes()) : unused(x, x.scalar_type());
+    Tensor grad_codebook =
+        codebook_needed ? torch::stable::new_empty(codebook, codebook.sizes()) : unused(codebook, codebook.scalar_type());
+    GradientInputs in = {grad_quantized ? &quantized : nullptr,
+                         grad_error ? &error : nullptr,
+                         rows_of(op, x),
+                         rows_of(op, codebook),
+                         indices_of(op, indices, x),
+                         mask_of(mask),
+                         passing == "rotation"           ? Passing::rotation
+                         : passing == "straight_through" ? Passing::straight_through
+                                                         : Passing::none,
+                         codebook_error_scale};
+    const int64_t wrong = gradient(shape_of(x, codebook, cosine), in, x_needed ? grad_x.mutable_data_ptr() : nullptr,
+                                   codebook_needed ? grad_codebook.mutable_data_ptr() : nullptr, threads());
+    check_index(op, wrong, codebook.size(1));
+    return {grad_x, grad_codebook};
+}
+
+float* float_data(const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), "ema_update_: ", name,
+                    " must be contiguous float32");
+    return static_cast<float*>(t.mutable_data_ptr());
+}
+
+void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, const Tensor& counts, const Tensor& sums,
+                 const Tensor& decay, double eps, OptionalTensor weight, std::string metric) {
+    const bool cosine = is_cosine("ema_update_", metric);
+    STD_TORCH_CHECK(embed_avg.dim() == 3 && decay.numel() == 1 && decay.scalar_type() == ScalarType::Float,
+                    "ema_update_: embed_avg must be [H, K, D] and decay one float32");
+    const int64_t H = embed_avg.size(0), K = embed_avg.size(1), D = embed_avg.size(2);
+    STD_TORCH_CHECK(cluster_size.numel() == H * K && counts.numel() == H * K && sums.numel() == H * K * D &&
+                        (!embed || embed->numel() == H * K * D) && (!weight || weight->numel() == H * K),
+                    "ema_update_: shapes disagree with embed_avg [H, K, D]");
+    const bool counted = counts.scalar_type() == ScalarType::Long;
+    const Tensor summed = torch::stable::contiguous(torch::stable::to(sums, ScalarType::Float));
+    const Tensor number = torch::stable::contiguous(counted ? counts : torch::stable::to(counts, ScalarType::Float));
+    const OptionalTensor weights =
+        weight ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*weight, ScalarType::Float))) : std::nullopt;
+    const float kept = *static_cast<const float*>(decay.const_data_ptr());
+    for (int64_t h = 0; h < H; h++) {
+        const EmaHead head = {
+            float_data(cluster_size, "cluster_size") + h * K,
+            float_data(embed_avg, "embed_avg") + h * K * D,
+            embed ? float_data(*embed, "embed") + h * K * D : nullptr,
+            counted ? static_cast<const int64_t*>(number.const_data_ptr()) + h * K : nullptr,
+            counted ? nullptr : static_cast<const float*>(number.const_data_ptr()) + h * K,
+            static_cast<const float*>(summed.const_data_ptr()) + h * K * D,
+            weights ? static_cast<const float*>(weights->const_data_ptr()) + h * K : nullptr,
+        };
+        ema_update(head, K, D, kept, float(eps), cosine, threads());
+    }
+}
+
+}  // namespace
+}  // namespace vqops
+
+// Each kernel stands for its device in the op that selects, and is an op of its own.
+#define VQOPS_KERNEL(name)                         \
+    m.impl(#name, TORCH_BOX(&vqops::name));        \
+    m.impl(#name "_compiled", TORCH_BOX(&vqops::name))
+
+STABLE_TORCH_LIBRARY_IMPL(vqops, CPU, m) {
+    VQOPS_KERNEL(nearest);
+    VQOPS_KERNEL(nearest_topk);
+    VQOPS_KERNEL(prepare);
+    VQOPS_KERNEL(search_statistics);
+    VQOPS_KERNEL(code_sums);
+    VQOPS_KERNEL(quantize);
+    VQOPS_KERNEL(quantize_backward);
+    VQOPS_KERNEL(ema_update_);
+}

@@ -1,0 +1,109 @@
+#include "quantize.h"
+
+#include <cmath>
+
+#include "row_buffer.h"
+
+namespace vqops {
+
+double to_unit(double* row, int64_t padded, int64_t D) {
+    const double norm = std::max(std::sqrt(instructions().dot(row, row, padded)), kTiny);
+    for (int64_t i = 0; i < D; i++) row[i] /= norm;
+    return norm;
+}
+
+void gather_codes(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
+                  const int64_t* indices, void* quantized, void* error, const Parallel& parallel) {
+    const int64_t D = shape.D;
+    parallel.over(shape.H * shape.N, [&](int64_t begin, int64_t end) {
+        const DefaultFloatMode mode;
+        const AlignedRow given(D), code(D);
+        for (int64_t row = begin; row < end; row++) {
+            const int64_t h = row / shape.N, n = row % shape.N, k = indices[row];
+            double distance;
+            if (k >= 0) {
+                read_row(codebook, h, k, D, code.data);
+                read_row(x, h, n, D, given.data);
+                if (shape.cosine) to_unit(given.data, given.padded, D);
+                distance = instructions().exact_cost(given.data, code.data, given.padded, false);
+            } else {
+                distance = mask.keeps(h, n) ? std::nan("") : 0.0;
+                std::fill(code.data, code.data + D, distance);
+            }
+            write_row(quantized, x.dtype, row, D, code.data);
+            if (x.dtype == DType::float64) static_cast<double*>(error)[row] = distance;
+            else static_cast<float*>(error)[row] = float(distance);
+        }
+    });
+}
+
+namespace {
+
+// Reads rows of one head as the sums take them: float32, of unit length for cosine, times their weight.
+class SummedRow {
+public:
+    SummedRow(const SearchShape& shape, const Rows& x, int64_t h, const Rows* weight)
+        : shape_(shape), x_(x), h_(h), weight_(weight), buffer_(shape.D), unit_(shape.D) {}
+
+    const float* operator()(int64_t n) {
+        const int64_t D = shape_.D;
+        const float* values = buffer_.data();
+        if (shape_.cosine) {
+            read_row(x_, h_, n, D, unit_.data);
+            to_unit(unit_.data, unit_.padded, D);
+            for (int64_t i = 0; i < D; i++) buffer_[i] = float(unit_.data[i]);
+        } else if (x_.dtype == DType::float64) {
+            read_row(x_, h_, n, D, buffer_.data());
+        } else {
+            values = float_row(x_, h_, n, D, buffer_.data());
+        }
+        if (!weight_) return values;
+        const float factor = read_value<float>(*weight_, h_, n);
+        for (int64_t i = 0; i < D; i++) buffer_[i] = values[i] * factor;
+        return buffer_.data();
+    }
+
+private:
+    const SearchShape& shape_;
+    const Rows& x_;
+    const int64_t h_;
+    const Rows* weight_;
+    std::vector<float> buffer_;
+    AlignedRow unit_;
+};
+
+// Reads weights of one head as rows of one dimension.
+class WeightRow {
+public:
+    WeightRow(const Rows& weight, int64_t h) : weight_(weight), h_(h) {}
+
+    const float* operator()(int64_t n) {
+        value_ = read_value<float>(weight_, h_, n);
+        return &value_;
+    }
+
+private:
+    const Rows& weight_;
+    const int64_t h_;
+    float value_ = 0;
+};
+
+}  // namespace
+
+int64_t sum_codes(const SearchShape& shape, const Rows& x, const Indices& indices, const Rows* weight,
+                  const Sums& result, const Parallel& parallel) {
+    const int64_t K = shape.K, D = shape.D;
+    for (int64_t h = 0; h < shape.H; h++) {
+        CodeCounts codes;
+        const int64_t wrong = codes.count(indices, h, shape.N, K);
+        if (wrong >= 0) return h * shape.N + wrong;
+        codes.sum(D, result.sums + h * K * D, [&] { return SummedRow(shape, x, h, weight); }, parallel);
+        if (weight)
+            codes.sum(1, static_cast<float*>(result.counts) + h * K, [&] { return WeightRow(*weight, h); }, parallel);
+        else
+            std::copy(codes.counts().begin(), codes.counts().end(), static_cast<int64_t*>(result.counts) + h * K);
+    }
+    return -1;
+}
+
+}  // namespace vqops

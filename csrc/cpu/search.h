@@ -1,0 +1,39 @@
+// Nearest-codebook search on the CPU, without torch.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "rows.h"
+
+namespace vqops {
+
+struct SearchShape {
+    int64_t H, N, K, D;
+    bool cosine;
+};
+
+struct RowMask {
+    const bool* data = nullptr;  // null: every row
+    int64_t head_stride = 0, row_stride = 0;
+
+    bool keeps(int64_t h, int64_t n) const { return !data || data[h * head_stride + n * row_stride]; }
+};
+
+// How rows were decided, as vqops.search_statistics counts them.
+enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };
+
+constexpr int kLargestK = 32;
+
+struct SearchResult {
+    int64_t* indices;         // [H, N, k], -1 where there is no code
+    int64_t k;                // codes a row, at most kLargestK
+    void* distances;          // [H, N, k], float64 for float64 x, else float32; null for the index alone, with k = 1
+    int64_t* tiers;           // [kTiers], added to; may be null
+};
+
+// The k nearest codes of each row, nearest first. `packed` holds H heads of Packed::bytes(K, D) each.
+void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const void* packed,
+            const SearchResult& result, const Parallel& parallel);
+
+}  // namespace vqops

@@ -1,0 +1,41 @@
+// The arithmetic that decides between codes, to the last bit; vqops/ops/reference.py is its specification.
+//
+// Eight partial sums over i = j mod 8, ascending, multiply and add rounded separately, then a fixed tree. Built with
+// -ffp-contract=off, since a fused multiply-add would round differently. Vectors are padded with zeros to a multiple of
+// eight, which adds exact zeros. The eight lanes are one vector, so any width of the hardware gives the same bits.
+//
+// Included once for each instruction set, inside its namespace: the compiler splits vectors to the width of the target
+// that a function is defined for, so a shared definition would be as slow as the narrowest.
+
+typedef double Lanes __attribute__((vector_size(64)));
+
+VQOPS_INLINE double add_lanes(const Lanes& p) {
+    return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+}
+
+// sum_i (x_i - c_i)^2; x and c hold `padded` values, aligned to 64 bytes.
+VQOPS_INLINE double squared_distance(const double* x, const double* c, int64_t padded) {
+    Lanes sum = {};
+    for (int64_t i = 0; i < padded; i += 8) {
+        const Lanes e = *reinterpret_cast<const Lanes*>(x + i) - *reinterpret_cast<const Lanes*>(c + i);
+        sum += e * e;
+    }
+    return add_lanes(sum);
+}
+
+VQOPS_INLINE double dot(const double* x, const double* c, int64_t padded) {
+    Lanes sum = {};
+    for (int64_t i = 0; i < padded; i += 8) {
+        sum += *reinterpret_cast<const Lanes*>(x + i) * *reinterpret_cast<const Lanes*>(c + i);
+    }
+    return add_lanes(sum);
+}
+
+// What the nearest code minimises: |x - c|^2, or -x.c / |c| with 0 for a zero code and +inf for an overflowed quotient.
+VQOPS_INLINE double cost_of(const double* x, const double* c, int64_t padded, bool cosine) {
+    if (!cosine) return squared_distance(x, c, padded);
+    const double norm = __builtin_sqrt(dot(c, c, padded));
+    if (!(norm > 0)) return 0;
+    const double score = -dot(x, c, padded) / norm;
+    return score == score ? score : __builtin_inf();
+}

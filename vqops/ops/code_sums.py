@@ -1,0 +1,67 @@
+"""Count and add up the vectors of each code: the statistics of the EMA codebook update."""
+
+import torch
+from torch import Tensor
+
+from vqops.ops import reference
+from vqops.ops.checks import check_device, check_floating, check_indices, check_shape, check_weight
+from vqops.ops.library import define, select
+from vqops.ops.search import no_backward, no_gradient
+
+
+def code_sums(
+    x: Tensor,  # [..., D], or [H, N, D] with heads
+    indices: Tensor,  # int64, shape of x without D; -1 leaves the row out
+    num_codes: int,
+    weight: Tensor | None = None,  # shape of x without D
+    *,
+    heads: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # counts [K] int64, or float32 if weighted; sums [K, D] float32; with heads [H, ...]
+    """Number and sum of the vectors that have each code.
+
+    counts[k] = sum_n w[n] [indices[n] = k],  sums[k] = sum_n w[n] [indices[n] = k] x[n]
+
+    The order of addition is fixed: the rows of a code, ascending, in runs of 256 summed in order, then the runs in
+    order, all in float32. On the CPU the result does not depend on threads. Rows with index -1 are not read.
+    Detached: no gradient flows through the results. Source: van den Oord et al. 2017, appendix A.1.
+
+    With `heads=True`, x is [H, N, D] and each head has codes of its own; otherwise all leading axes are rows.
+
+    Raises ValueError where shapes or devices disagree, TypeError for dtypes, IndexError for an index that is no code.
+
+    Equivalent to:
+        one_hot = (indices[..., None] == torch.arange(num_codes)) * weight[..., None]
+        counts, sums = one_hot.sum(0), one_hot.mT @ x
+    """
+    check_floating("code_sums", x=x)
+    check_device("code_sums", x, indices=indices, weight=weight)
+    check_shape("code_sums", "indices", indices, x.shape[:-1], "of x without D")
+    check_weight("code_sums", weight, x.shape[:-1])
+    if heads and x.dim() != 3:
+        raise ValueError(f"code_sums: x must be [H, N, D] with heads=True, got {list(x.shape)}")
+    if num_codes < 1:
+        raise ValueError(f"code_sums: num_codes must be at least 1, got {num_codes}")
+    check_indices("code_sums", indices, num_codes)
+    op = select("code_sums", implementation)
+    if heads:
+        return op(x, indices, num_codes, weight)
+    flat = None if weight is None else weight.reshape(1, -1)
+    counts, sums = op(x.reshape(1, -1, x.shape[-1]), indices.reshape(1, -1), num_codes, flat)
+    return counts.squeeze(0), sums.squeeze(0)
+
+
+def fake_code_sums(x, indices, num_codes, weight=None):
+    H, _, D = x.shape
+    counted = torch.int64 if weight is None else torch.float32
+    return x.new_empty((H, num_codes), dtype=counted), x.new_empty((H, num_codes, D), dtype=torch.float32)
+
+
+define(
+    "code_sums",
+    "(Tensor x, Tensor indices, int num_codes, Tensor? weight=None) -> (Tensor, Tensor)",
+    reference.code_sums,
+    fake_code_sums,
+    setup_context=no_gradient,
+    backward=no_backward,
+)

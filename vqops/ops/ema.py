@@ -1,0 +1,70 @@
+"""The exponential moving average of a codebook: one pass over its buffers."""
+
+import torch
+from torch import Tensor
+
+from vqops.ops import reference
+from vqops.ops.checks import METRICS, check_choice, check_device, check_shape
+from vqops.ops.library import define, select
+
+
+def ema_update_(
+    cluster_size: Tensor,  # [H, K] float32, changed in place
+    embed_avg: Tensor,  # [H, K, D] float32, changed in place
+    embed: Tensor | None,  # [H, K, D] float32, changed in place; None leaves the codebook for later
+    counts: Tensor,  # [H, K], from code_sums or quantize
+    sums: Tensor,  # [H, K, D]
+    decay: Tensor | float,  # a 0-d float32 tensor where it changes from step to step
+    eps: float = 1e-5,
+    weight: Tensor | None = None,  # [H, K], scales the step of each code
+    metric: str = "euclidean",
+    *,
+    implementation: str | None = None,
+) -> None:
+    """Move the averages towards a step's statistics and the codebook to their ratio, with Laplace smoothing.
+
+        cluster_size += s (counts - cluster_size),  embed_avg += s (sums - embed_avg),  s = (1 - decay) weight
+        embed = embed_avg / n,  n_k = (cluster_size_k + eps) / (total + K eps) total,  total = sum_k cluster_size_k
+
+    For "cosine", embed is then divided by max(|embed|, 1e-6). A code whose averages would not be finite keeps them, and
+    one whose ratio is not finite keeps its vector: no input can poison the codebook.
+    decay=1 leaves the averages and only recomputes embed. Source: van den Oord et al. 2017, appendix A.1.
+
+    Raises ValueError where shapes or devices disagree, TypeError for dtypes, before anything is changed.
+
+    Equivalent to:
+        cluster_size.lerp_(counts, 1 - decay)
+        embed_avg.lerp_(sums, 1 - decay)
+        embed.copy_(embed_avg / smoothed(cluster_size))
+    """
+    op = "ema_update_"
+    for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise TypeError(f"{op}: {name} must be float32, got {tensor.dtype}")
+    if embed_avg.dim() != 3:
+        raise ValueError(f"{op}: embed_avg must be [H, K, D], got {list(embed_avg.shape)}")
+    shape = tuple(embed_avg.shape)
+    for name, tensor in (("embed", embed), ("sums", sums)):
+        check_shape(op, name, tensor, shape, "[H, K, D] of embed_avg")
+    for name, tensor in (("cluster_size", cluster_size), ("counts", counts), ("weight", weight)):
+        check_shape(op, name, tensor, shape[:2], "[H, K] of embed_avg")
+    check_choice(op, "metric", metric, METRICS)
+    check_device(op, cluster_size, embed_avg=embed_avg, embed=embed, counts=counts, sums=sums, weight=weight)
+    if not isinstance(decay, Tensor):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"{op}: decay must be in [0, 1], got {decay}")
+        decay = torch.full((), decay, dtype=torch.float32, device=cluster_size.device)
+    select(op, implementation)(cluster_size, embed_avg, embed, counts, sums, decay, eps, weight, metric)
+
+
+def fake_ema_update_(cluster_size, embed_avg, embed, counts, sums, decay, eps=1e-5, weight=None, metric="euclidean"):
+    return None
+
+
+define(
+    "ema_update_",
+    "(Tensor(a!) cluster_size, Tensor(b!) embed_avg, Tensor(c!)? embed, Tensor counts, Tensor sums, Tensor decay, "
+    "float eps=1e-5, Tensor? weight=None, str metric='euclidean') -> ()",
+    reference.ema_update_,
+    fake_ema_update_,
+)

@@ -1,0 +1,33 @@
+"""Between the callers' shapes and the ops' [H, N, D]: a codebook [K, D] is one head, and x may then be [..., D]."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Heads(NamedTuple):
+    """Arguments in the ops' shapes, and the way back for results."""
+
+    x: Tensor  # [H, N, D]
+    codebook: Tensor  # [H, K, D]
+    rows: tuple[int, ...]  # shape of x without D, as the caller gave it
+    single: bool  # the caller's codebook was [K, D]
+
+    def row(self, t: Tensor | None) -> Tensor | None:
+        """A value a row of the caller's, as [H, N]."""
+        return t.reshape(1, -1) if self.single and t is not None else t
+
+    def rows_back(self, t: Tensor) -> Tensor:
+        """[H, N, ...] in the caller's shape."""
+        return t.reshape(*self.rows, *t.shape[2:]) if self.single else t
+
+    def codes_back(self, t: Tensor) -> Tensor:
+        """[H, K, ...] in the caller's shape; an unused output [0] stays."""
+        return t.squeeze(0) if self.single and t.dim() > 1 else t
+
+
+def with_heads(x: Tensor, codebook: Tensor) -> Heads:
+    single = codebook.dim() == 2
+    if not single:
+        return Heads(x, codebook, tuple(x.shape[:-1]), single)
+    return Heads(x.reshape(1, -1, x.shape[-1]), codebook.unsqueeze(0), tuple(x.shape[:-1]), single)

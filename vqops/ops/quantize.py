@@ -1,0 +1,174 @@
+"""Quantization in one op: search, gather, error and the sums for the EMA update, with the gradients of a bottleneck."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqops.ops import reference
+from vqops.ops.checks import GRADIENTS, check_choice, check_search, check_weight
+from vqops.ops.heads import with_heads
+from vqops.ops.library import define, no_second_derivative, select
+from vqops.ops.search import PreparedCodebook, unpack
+
+
+class Quantized(NamedTuple):
+    quantized: Tensor  # x's shape and dtype
+    indices: Tensor  # int64, shape of x without D
+    error: Tensor  # float32 (float64 for float64 x), shape of x without D
+    counts: Tensor  # [H, K] as code_sums gives them, or [0]
+    sums: Tensor  # [H, K, D] float32, or [0]
+
+
+def quantize(
+    x: Tensor,  # [..., D], or [H, N, D] with one codebook per head
+    codebook: Tensor | PreparedCodebook,  # [K, D] or [H, K, D]
+    mask: Tensor | None = None,  # bool, shape of x without D; False leaves the row out
+    weight: Tensor | None = None,  # shape of x without D, for the sums
+    metric: str = "euclidean",
+    gradient: str = "straight_through",
+    code_sums: bool = False,
+    codebook_error_scale: float = 0.0,
+    *,
+    implementation: str | None = None,
+) -> Quantized:
+    """Replace each vector by its nearest code, with a gradient that passes through.
+
+    quantized = c[indices],  error = |x - quantized|^2,  counts and sums as `code_sums` (only with code_sums=True).
+
+    Gradients. quantized sends to x, by `gradient`: "straight_through" g itself; "rotation" g turned and scaled as x is
+    onto its code (arXiv 2410.06424); "none" nothing. error sends 2 (x - q) to x, and codebook_error_scale 2 (q - x) to
+    the codebook: 0 for an EMA codebook, 1/beta for the loss of van den Oord et al. 2017 when error is weighted by beta.
+    quantized sends nothing to the codebook. The backward uses the codebook as it was in the forward, also when an EMA
+    update changes it in between. Second derivatives raise NotImplementedError.
+
+    "cosine" works on x / max(|x|, 1e-6) in everything but the search, and its gradients go through that division.
+
+    Masked rows: quantized, error and gradients 0, index -1. Rows with a NaN or Inf: quantized and error NaN, index -1,
+    left out of counts and sums; quantized's gradient passes, error's is NaN.
+
+    Raises ValueError or TypeError where shapes, dtypes or devices disagree, RuntimeError for a stale preparation.
+
+    Equivalent to:
+        indices = nearest(x, codebook)
+        quantized = x + (codebook[indices] - x).detach()
+        error = (x - codebook[indices].detach()).square().sum(-1)
+    """
+    op = "quantize"
+    codebook, packed = unpack(op, codebook, metric, implementation)
+    check_search(op, x, codebook, mask, metric)
+    check_weight(op, weight, x.shape[:-1])
+    check_choice(op, "gradient", gradient, GRADIENTS)
+    heads = with_heads(x, codebook)
+    snapshot = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
+    quantized, indices, error, counts, sums, _ = select(op, implementation)(
+        heads.x,
+        heads.codebook,
+        heads.row(mask),
+        heads.row(weight),
+        metric,
+        gradient,
+        code_sums,
+        codebook_error_scale,
+        snapshot,
+        packed,
+    )
+    rows, codes = heads.rows_back, heads.codes_back
+    return Quantized(rows(quantized), rows(indices), rows(error), codes(counts), codes(sums))
+
+
+def fake_quantize(
+    x,
+    codebook,
+    mask=None,
+    weight=None,
+    metric="euclidean",
+    gradient="straight_through",
+    code_sums=False,
+    codebook_error_scale=0.0,
+    snapshot=True,
+    prepared=None,
+):
+    (H, N, _), (_, K, D) = x.shape, codebook.shape
+    counted = torch.int64 if weight is None or not code_sums else torch.float32
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((H, N), dtype=torch.int64),
+        x.new_empty((H, N), dtype=torch.promote_types(x.dtype, torch.float32)),
+        x.new_empty((H, K) if code_sums else 0, dtype=counted),
+        x.new_empty((H, K, D) if code_sums else 0, dtype=torch.float32),
+        codebook.new_empty((H, K, D) if snapshot else 0),
+    )
+
+
+def save_for_backward(ctx, inputs, output):
+    x, _, mask, _, ctx.metric, ctx.gradient, _, ctx.codebook_error_scale, snapshot, _ = inputs
+    _, indices, _, counts, sums, old = output
+    if not snapshot:
+        raise RuntimeError("quantize: a gradient is needed, so call it with snapshot=True")
+    ctx.mark_non_differentiable(indices, counts, sums, old)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, old, indices, mask)
+
+
+def backward(ctx, grad_quantized, _indices, grad_error, *_unused):
+    x, old, indices, mask = ctx.saved_tensors
+    x_needed, codebook_needed = ctx.needs_input_grad[:2]
+    codebook_needed = codebook_needed and ctx.codebook_error_scale != 0
+    grad_x, grad_codebook = torch.ops.vqops.quantize_backward(
+        grad_quantized,
+        grad_error,
+        x,
+        old,
+        indices,
+        mask,
+        ctx.metric,
+        ctx.gradient,
+        ctx.codebook_error_scale,
+        x_needed,
+        codebook_needed,
+    )
+    return grad_x if x_needed else None, grad_codebook if codebook_needed else None, *[None] * 8
+
+
+def fake_backward(
+    grad_quantized,
+    grad_error,
+    x,
+    codebook,
+    indices,
+    mask=None,
+    metric="euclidean",
+    gradient="straight_through",
+    codebook_error_scale=0.0,
+    x_needed=True,
+    codebook_needed=False,
+):
+    grad_x = x.new_empty(x.shape if x_needed else 0)
+    return grad_x, codebook.new_empty(codebook.shape if codebook_needed else 0)
+
+
+define(
+    "quantize",
+    "(Tensor x, Tensor codebook, Tensor? mask=None, Tensor? weight=None, str metric='euclidean', "
+    "str gradient='straight_through', bool code_sums=False, float codebook_error_scale=0.0, bool snapshot=True, "
+    "Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.quantize,
+    fake_quantize,
+    fallback=partial(
+        reference.quantize, nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums
+    ),
+    setup_context=save_for_backward,
+    backward=backward,
+)
+define(
+    "quantize_backward",
+    "(Tensor? grad_quantized, Tensor? grad_error, Tensor x, Tensor codebook, Tensor indices, Tensor? mask=None, "
+    "str metric='euclidean', str gradient='straight_through', float codebook_error_scale=0.0, bool x_needed=True, "
+    "bool codebook_needed=False) -> (Tensor, Tensor)",
+    reference.quantize_backward,
+    fake_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=no_second_derivative("quantize_backward"),
+)

@@ -117,23 +117,29 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
     for (int64_t i = D; i < round_up(D, 16); i++) packed.centre[i] = 0;
 
     // Weights that make the sum of a code a key that permutations don't share, and small enough never to overflow.
-    const AlignedRow weights(D);
-    for (int64_t i = 0; i < D; i++) weights.data[i] = 0x1p-20 * (1 + std::fmod(double(i + 1) * 0.6180339887498949, 1.0));
+    const AlignedRow weights(D), centre(D);
+    for (int64_t i = 0; i < D; i++) {
+        weights.data[i] = 0x1p-20 * (1 + std::fmod(double(i + 1) * 0.6180339887498949, 1.0));
+        centre.data[i] = packed.centre[i];
+    }
     std::vector<Facts> facts(K);
     parallel.over(K, [&](int64_t begin, int64_t end) {
         const DefaultFloatMode mode;
         const AlignedRow row(D);
+        const auto measure = [&] {
+            return instructions().measure(row.data, weights.data, centre.data, scale, row.padded);
+        };
         for (int64_t k = begin; k < end; k++) {
             codes.read(k, row.data);
-            if (!row.finite()) {
-                facts[k] = {0, std::nan("")};
-                continue;
+            CodeFacts measured = measure();
+            facts[k] = {measured.key + 0.0, std::nan("")};  // -0 and 0 are equal
+            if (!std::isfinite(measured.key)) continue;
+            if (cosine) {
+                codes.direct(row.data);
+                measured = measure();
             }
-            const double key = row.dot(weights) + 0.0;  // -0 and 0 are equal
-            codes.direct(row.data);
-            for (int64_t i = 0; i < D; i++) row.data[i] = (row.data[i] - packed.centre[i]) * scale;
-            const double radius = std::sqrt(row.dot(row));
-            facts[k] = {key, std::isnan(radius) ? INFINITY : radius};  // NaN: a cosine code's norm overflowed
+            const double radius = std::sqrt(measured.square);
+            facts[k].radius = std::isnan(radius) ? INFINITY : radius;  // NaN: a cosine code's norm overflowed
         }
     });
 

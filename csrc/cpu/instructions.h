@@ -14,6 +14,11 @@ struct Offer {
     void (*candidate)(void* lists, int64_t row, int64_t code, float lower);
 };
 
+struct CodeFacts {
+    double key;     // weighted sum: equal for equal codes, finite where the code is
+    double square;  // |scale (code - centre)|^2
+};
+
 struct Instructions {
     const char* name;
     int tile;  // rows a register tile
@@ -22,6 +27,7 @@ struct Instructions {
     float (*centre_row)(const float* x, const float* centre, float scale, int64_t D, float* out);
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*dot)(const double* x, const double* c, int64_t padded);
+    CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
 };
 
 // The widest set that this processor has; VQOPS_CPU names another one that was compiled and that it has, for tests.

@@ -65,7 +65,12 @@ static void screen_tile(const float* x, int64_t stride, const float* panel, int6
         VQOPS_UNROLL
         for (int v = 0; v < kVectors; v++)
             *reinterpret_cast<UnalignedVector*>(bounds + v * VQOPS_WIDTH) = sum[r][v];
-        for (; lanes; lanes &= lanes - 1) {
+        // The least bound first: it lowers the threshold, which the others then rarely pass.
+        int least = __builtin_ctz(lanes);
+        for (unsigned rest = lanes & (lanes - 1); rest; rest &= rest - 1)
+            if (bounds[__builtin_ctz(rest)] < bounds[least]) least = __builtin_ctz(rest);
+        offer.candidate(offer.lists, row + r, code + least, bounds[least]);
+        for (lanes &= ~(1u << least); lanes; lanes &= lanes - 1) {
             const int j = __builtin_ctz(lanes);
             if (bounds[j] <= threshold[r]) offer.candidate(offer.lists, row + r, code + j, bounds[j]);
         }
@@ -106,4 +111,15 @@ static double exact_cost(const double* x, const double* c, int64_t padded, bool 
 
 static double exact_dot(const double* x, const double* c, int64_t padded) { return dot(x, c, padded); }
 
-constexpr Instructions instructions = {VQOPS_NAME, VQOPS_TILE, screen, centre_row, exact_cost, exact_dot};
+static CodeFacts measure(const double* code, const double* weights, const double* centre, double scale, int64_t padded) {
+    Lanes key = {}, square = {};
+    for (int64_t i = 0; i < padded; i += 8) {
+        const Lanes c = *reinterpret_cast<const Lanes*>(code + i);
+        const Lanes e = (c - *reinterpret_cast<const Lanes*>(centre + i)) * scale;
+        key += *reinterpret_cast<const Lanes*>(weights + i) * c;
+        square += e * e;
+    }
+    return {add_lanes(key), add_lanes(square)};
+}
+
+constexpr Instructions instructions = {VQOPS_NAME, VQOPS_TILE, screen, centre_row, exact_cost, exact_dot, measure};

@@ -1,0 +1,31 @@
+"""The CPU kernels under the address and undefined-behaviour sanitizers, as a program without torch."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.name != "ops.cpp")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    target = tmp_path_factory.mktemp("native") / "kernels"
+    flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [ROOT / "tests" / "native" / "kernels.cpp", *KERNELS]
+    subprocess.run([compiler, *flags, "-Wno-psabi", *sources, "-o", target, "-pthread"], check=True)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_kernels_under_sanitizers(program, instructions):
+    result = subprocess.run([program], env={**os.environ, "VQOPS_CPU": instructions}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 failures" in result.stdout

@@ -8,6 +8,11 @@
 #endif
 
 #define VQOPS_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define VQOPS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VQOPS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
 
 namespace vqops {
 

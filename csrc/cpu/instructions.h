@@ -21,9 +21,12 @@ struct CodeFacts {
 
 struct Instructions {
     const char* name;
-    int tile;  // rows a register tile
+    int tile;   // rows a register tile of the screening pass
+    int group;  // rows that the direct search takes together, and the multiple that it reads vectors in
     void (*screen)(const float* x, int64_t rows, int64_t stride, const float* panels, int64_t panel_count, int64_t depth,
                    const float* start, const float* threshold, const Offer& offer);
+    void (*direct)(const float* x, int64_t rows, int64_t stride, const float* code, bool cosine, float factor,
+                   const float* threshold, int64_t number, const Offer& offer);
     float (*centre_row)(const float* x, const float* centre, float scale, int64_t D, float* out);
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*dot)(const double* x, const double* c, int64_t padded);

@@ -86,6 +86,69 @@ static void screen(const float* x, int64_t rows, int64_t stride, const float* pa
                         p * kPanel, r, offer);
 }
 
+// Lane i of the result is the sum of the lanes of v[i].
+VQOPS_INLINE Vector sum_each(const Vector* v) {
+#if VQOPS_WIDTH == 8
+    Vector half[2];
+    VQOPS_UNROLL
+    for (int i = 0; i < 2; i++) {
+        const Vector *a = v + 4 * i, *b = a + 2;
+        const Vector ab = VQOPS_SHUFFLE(a[0], a[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+                          VQOPS_SHUFFLE(a[0], a[1], 1, 9, 3, 11, 5, 13, 7, 15);
+        const Vector cd = VQOPS_SHUFFLE(b[0], b[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+                          VQOPS_SHUFFLE(b[0], b[1], 1, 9, 3, 11, 5, 13, 7, 15);
+        half[i] = VQOPS_SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + VQOPS_SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    return VQOPS_SHUFFLE(half[0], half[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           VQOPS_SHUFFLE(half[0], half[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    const Vector ab = VQOPS_SHUFFLE(v[0], v[1], 0, 4, 2, 6) + VQOPS_SHUFFLE(v[0], v[1], 1, 5, 3, 7);
+    const Vector cd = VQOPS_SHUFFLE(v[2], v[3], 0, 4, 2, 6) + VQOPS_SHUFFLE(v[2], v[3], 1, 5, 3, 7);
+    return VQOPS_SHUFFLE(ab, cd, 0, 1, 4, 5) + VQOPS_SHUFFLE(ab, cd, 2, 3, 6, 7);
+#endif
+}
+
+// One code against rows in groups of VQOPS_WIDTH: |x - c|^2, for cosine -x.c / |c|. Values whose `factor`-fold does not
+// exceed their row's threshold are offered. A code whose norm float32 can't hold is offered to all rows as NaN.
+template <bool cosine>
+static void direct_to(const float* x, int64_t rows, int64_t stride, const float* code, float factor,
+                      const float* threshold, int64_t number, const Offer& offer) {
+    float scale = -1;
+    if (cosine) {
+        Vector squares = {};
+        for (int64_t d = 0; d < stride; d += VQOPS_WIDTH) squares += load(code + d) * load(code + d);
+        float square = 0;
+        for (int i = 0; i < VQOPS_WIDTH; i++) square += squares[i];
+        if (!(square > 0x1p-100f && square < 0x1p100f)) {
+            for (int64_t r = 0; r < rows; r++) offer.candidate(offer.lists, r, number, __builtin_nanf(""));
+            return;
+        }
+        scale = 1 / __builtin_sqrtf(square);
+    }
+    for (int64_t r = 0; r < rows; r += VQOPS_WIDTH) {
+        Vector sum[VQOPS_WIDTH] = {};
+        for (int64_t d = 0; d < stride; d += VQOPS_WIDTH) {
+            const Vector c = load(code + d);
+            VQOPS_UNROLL
+            for (int i = 0; i < VQOPS_WIDTH; i++) {
+                const Vector value = load(x + (r + i) * stride + d), e = cosine ? value : value - c;
+                sum[i] = VQOPS_SUBTRACT_PRODUCT(sum[i], e, (cosine ? c : e));
+            }
+        }
+        const Vector value = sum_each(sum) * VQOPS_BROADCAST(scale);
+        unsigned lanes = unsigned(VQOPS_BITS(value * VQOPS_BROADCAST(factor) <= load(threshold + r)));
+        for (; lanes; lanes &= lanes - 1) {
+            const int i = __builtin_ctz(lanes);
+            offer.candidate(offer.lists, r + i, number, value[i]);
+        }
+    }
+}
+
+static void direct(const float* x, int64_t rows, int64_t stride, const float* code, bool cosine, float factor,
+                   const float* threshold, int64_t number, const Offer& offer) {
+    (cosine ? direct_to<true> : direct_to<false>)(x, rows, stride, code, factor, threshold, number, offer);
+}
+
 // (x - centre) * scale as float, and the sum of its squares.
 static float centre_row(const float* x, const float* centre, float scale, int64_t D, float* out) {
     Vector sum = {};
@@ -122,4 +185,5 @@ static CodeFacts measure(const double* code, const double* weights, const double
     return {add_lanes(key), add_lanes(square)};
 }
 
-constexpr Instructions instructions = {VQOPS_NAME, VQOPS_TILE, screen, centre_row, exact_cost, exact_dot, measure};
+constexpr Instructions instructions = {VQOPS_NAME, VQOPS_TILE, VQOPS_WIDTH, screen,  direct,
+                                       centre_row, exact_cost, exact_dot,   measure};

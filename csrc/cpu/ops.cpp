@@ -2,6 +2,7 @@
 
 #include "../common.h"
 #include "codebook.h"
+#include "direct.h"
 #include "ema.h"
 #include "gradient.h"
 #include "quantize.h"
@@ -86,9 +87,11 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
                 const std::string& metric, const OptionalTensor& prepared, const SearchResult& result) {
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
-    const Tensor packed = prepared_or_new(op, codebook, prepared, metric);
-    search(shape_of(x, codebook, cosine), rows_of(op, x), rows_of(op, codebook), mask_of(mask), packed.const_data_ptr(),
-           result, threads());
+    const Rows rows = rows_of(op, x), codes = rows_of(op, codebook);
+    OptionalTensor packed;
+    if (prepared || !is_direct(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
+    search(shape_of(x, codebook, cosine), rows, codes, mask_of(mask), packed ? packed->const_data_ptr() : nullptr, result,
+           threads());
 }
 
 Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,

@@ -32,7 +32,8 @@ struct SearchResult {
     int64_t* tiers;           // [kTiers], added to; may be null
 };
 
-// The k nearest codes of each row, nearest first. `packed` holds H heads of Packed::bytes(K, D) each.
+// The k nearest codes of each row, nearest first. `packed` holds H heads of Packed::bytes(K, D) each; null searches
+// without preparation (direct.h).
 void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const void* packed,
             const SearchResult& result, const Parallel& parallel);
 

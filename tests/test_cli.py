@@ -1,0 +1,113 @@
+"""The command line: what answers without torch, exit codes, and one line for what the user got wrong."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import vqops_cli
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, **options)
+
+
+def check_refusal(capsys, exit_code: int, *parts: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that holds the parts."""
+    assert exit_code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["reconstruct", "--help"], ["nonsense"]], ids=str)
+def test_help_and_refusals_do_not_load_torch(arguments):
+    if len(arguments) > 1:
+        pytest.importorskip("tyro")
+    script = (
+        "import sys, vqops_cli\n"
+        "try:\n"
+        f"    vqops_cli.main({arguments})\n"
+        "finally:\n"
+        "    print('torch' in sys.modules, 'vqops' in sys.modules)\n"
+    )
+    assert run("-c", script).stdout.endswith("False False\n")
+
+
+def test_help_lists_the_commands(capsys):
+    assert vqops_cli.main(["--help"]) == vqops_cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("train", "reconstruct", "info"))
+
+
+def test_train_help_lists_every_flag(capsys):
+    pytest.importorskip("tyro")
+    with pytest.raises(SystemExit) as stop:
+        vqops_cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    flags = (
+        "data data-key val-data val-key image-size levels codebook steps batch-size lr seed codebook-size code-dim "
+        "channels decay commitment eval-every num-workers device out overwrite"
+    )
+    text = capsys.readouterr().out
+    assert [flag for flag in flags.split() if f"--{flag} " not in text] == []
+
+
+def test_unknown_command(capsys):
+    check_refusal(capsys, vqops_cli.main(["trane"]), "'trane'", "train, reconstruct, info")
+
+
+@pytest.mark.parametrize("package", ["tyro", "safetensors", "matplotlib"])
+def test_missing_extra_is_named(monkeypatch, capsys, package):
+    pytest.importorskip("tyro")
+    for module in [name for name in sys.modules if name.startswith("vqops.vqvae2")]:
+        monkeypatch.delitem(sys.modules, module)
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    check_refusal(capsys, vqops_cli.main(["train"]), package, "pip install 'vqops[train]'")
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["train", "--steps", "0"], ["--steps must be at least 1, got 0"]),
+        (["train", "--data", "no/such/file.npz"], ["no/such/file.npz: no such file or folder"]),
+        (["train", "--device", "cuda:99"], ["--device cuda:99", "cpu"]),
+        (["reconstruct", "no-run", "a.png", "--out", "x"], ["no-run: no such file"]),
+        (["reconstruct", "no-run", "--out", "x"], ["at least one image"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_refusals(capsys, arguments, parts, tmp_path, monkeypatch):
+    pytest.importorskip("tyro")
+    monkeypatch.chdir(tmp_path)
+    check_refusal(capsys, vqops_cli.main(arguments), f"vqops {arguments[0]}: ", *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_that_do_not_parse(capsys):
+    pytest.importorskip("tyro")
+    for flags, part in [(["--steps", "many"], "many"), (["--levels", "4"], "1"), (["--colour", "red"], "--colour")]:
+        with pytest.raises(SystemExit) as stop:
+            vqops_cli.main(["train", *flags])
+        assert stop.value.code == 2
+        assert part in capsys.readouterr().err
+
+
+def test_train_and_reconstruct_as_processes(tmp_path):
+    for package in ("tyro", "rich", "safetensors", "matplotlib", "skimage"):
+        pytest.importorskip(package)
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), dtype=np.uint8))
+    flags = "--data images.npy --steps 2 --batch-size 4 --channels 8 --codebook-size 16 --code-dim 4 --out run"
+    trained = run("-m", "vqops", "train", *flags.split(), cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    following = trained.stdout.splitlines()[-1]
+    assert following == "next: vqops reconstruct run IMAGES... --out FOLDER"
+    reconstructed = run("-m", "vqops", "reconstruct", "run", "run/curves.png", "--out", "out", cwd=tmp_path)
+    assert reconstructed.returncode == 0, reconstructed.stderr
+    assert (tmp_path / "out" / "curves.png").is_file()
+    again = run("-m", "vqops", "train", *flags.split(), cwd=tmp_path)
+    assert (again.returncode, again.stderr) == (2, "vqops train: run is not empty: name an empty or new folder\n")

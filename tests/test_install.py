@@ -1,0 +1,336 @@
+"""The build: what it asks for, what it finds, what it says, and (slow) every way to install.
+
+The slow tests leave the kernels out, so as to build in seconds, and install into new environments that see the packages
+of this one.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import vqops
+
+ROOT = Path(__file__).parents[1]
+NOT_SOURCE = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "runs")
+
+STUB = """
+extern "C" const char* vqops_cpu_compiled() { return "stub"; }
+extern "C" const char* vqops_cpu_instruction_set() { return "stub"; }
+"""
+CUDA_KERNEL = """
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+__global__ void twice_kernel(float* x) { x[threadIdx.x] *= 2; }
+
+torch::stable::Tensor twice_cuda(const torch::stable::Tensor& x) {
+    auto y = torch::stable::clone(x);
+    twice_kernel<<<1, y.numel()>>>(static_cast<float*>(y.data_ptr()));
+    return y;
+}
+
+STABLE_TORCH_LIBRARY(vqops_stub, m) { m.def("twice(Tensor x) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(vqops_stub, CUDA, m) { m.impl("twice", TORCH_BOX(&twice_cuda)); }
+"""
+IS_REGISTERED = """
+import torch
+from vqops import _C
+assert "sm_90a" in _C.cuda, _C.cuda
+print(torch._C._dispatch_has_kernel_for_dispatch_key("vqops_stub::twice", "CUDA"))
+"""
+
+
+def run(*command, cwd, **environment):
+    environment = {**os.environ, "PYTHONPATH": "", **environment}
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run_well(*command, cwd, **environment):
+    done = run(*command, cwd=cwd, **environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def setup():
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The source folder as a release has it, without anything built."""
+    return shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE)
+
+
+def pretend(folder, **packages):
+    """Packages by name and version, to be found and not to be used."""
+    for name, version in packages.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+class TestRequirements:
+    @pytest.mark.parametrize(
+        "packages, for_wheel",
+        [
+            ({}, ["setuptools>=77", "torch>=2.10"]),
+            ({"setuptools": "84.2.1", "torch": "2.13.0+cpu"}, []),
+            ({"setuptools": "77.0.3", "torch": "2.10.0"}, []),
+            ({"torch": "2.10.0+cu128"}, ["setuptools>=77"]),
+            ({"setuptools": "65.5.0", "torch": "2.10.0+cu128"}, ["setuptools>=77"]),
+            ({"setuptools": "77.0.3", "torch": "2.9.1"}, ["torch>=2.10"]),
+            ({"setuptools": "77.0.3"}, ["torch>=2.10"]),
+        ],
+    )
+    def test_hooks_return_what_is_missing_and_nothing_else(self, setup, tmp_path, monkeypatch, packages, for_wheel):
+        pretend(tmp_path, **packages)
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        assert setup.get_requires_for_build_wheel() == for_wheel
+        assert setup.get_requires_for_build_editable() == for_wheel
+        assert setup.get_requires_for_build_sdist() == [need for need in for_wheel if "torch" not in need]
+
+
+class TestEnvironment:
+    """The torch of the target is found where the front end of the build hides it."""
+
+    ASK = "import json, setup; print(json.dumps([setup.missing('torch'), hasattr(setup, 'build_editable')]))"
+
+    def make(self, python, folder, **packages):
+        run_well(python, "-m", "venv", "--without-pip", folder, cwd=ROOT)
+        site = run_well(folder / "bin/python", "-c", "import site; print(site.getsitepackages()[0])", cwd=ROOT)
+        pretend(Path(site.strip()), **packages)
+        return folder / "bin/python"
+
+    def ask(self, python, **environment):
+        return json.loads(run_well(python, "-c", self.ASK, cwd=ROOT, PYTHONDONTWRITEBYTECODE="1", **environment))
+
+    def hide_as_pip_does(self, folder):
+        """pip's default: the target's interpreter, and a sitecustomize that takes its packages from sys.path."""
+        folder.mkdir()
+        hide = "import site, sys; sys.path = [p for p in sys.path if p not in site.getsitepackages()]"
+        (folder / "sitecustomize.py").write_text(hide)
+        return {"PYTHONPATH": str(folder), "PYTHONNOUSERSITE": "1", "TMPDIR": str(folder)}
+
+    @pytest.mark.parametrize("packages, missing", [({"torch": "2.10.0"}, []), ({}, ["torch>=2.10"])])
+    def test_pip(self, tmp_path, packages, missing):
+        python = self.make(sys.executable, tmp_path / "target", **packages)
+        assert self.ask(python, **self.hide_as_pip_does(tmp_path / "overlay")) == [missing, True]
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="pyvenv.cfg names no command before Python 3.11")
+    def test_venv_isolation_and_build(self, tmp_path):
+        target = self.make(sys.executable, tmp_path / "target", torch="2.10.0")
+        python = self.make(target, tmp_path / "temporary" / "build-env")
+        assert self.ask(python, TMPDIR=str(tmp_path / "temporary")) == [[], True]
+
+    def test_the_maker_of_a_lasting_environment_is_not_its_target(self, tmp_path):
+        maker = self.make(sys.executable, tmp_path / "maker", torch="2.10.0")
+        python = self.make(maker, tmp_path / "target")
+        (tmp_path / "temporary").mkdir()
+        assert self.ask(python, TMPDIR=str(tmp_path / "temporary")) == [["torch>=2.10"], True]
+
+
+class TestCuda:
+    @pytest.mark.parametrize(
+        "request_, sources, torch_cuda, toolkit, reason",
+        [
+            ("0", ["a.cu"], (13, 0), (13, 0), "VQOPS_CUDA=0"),
+            ("", [], (13, 0), (13, 0), "no CUDA kernels"),
+            ("1", [], (13, 0), (13, 0), "no CUDA kernels"),
+            ("", ["a.cu"], (), (13, 0), "torch is built without CUDA"),
+            ("1", ["a.cu"], (), (13, 0), None),
+            ("", ["a.cu"], (13, 0), None, "no CUDA toolkit"),
+            ("1", ["a.cu"], (), None, "no CUDA toolkit"),
+            ("", ["a.cu"], (13, 0), (13, 2), None),
+            ("", ["a.cu"], (13, 2), (13, 0), None),
+            ("", ["a.cu"], (13, 0), (12, 8), None),
+            ("", ["a.cu"], (12, 8), (13, 0), "toolkit 13.0"),
+            ("1", ["a.cu"], (12, 8), (13, 0), "toolkit 13.0"),
+            ("", ["a.cu"], (12, 8), (11, 8), "toolkit 11.8"),
+            ("1", ["a.cu"], (), (11, 8), "toolkit 11.8"),
+        ],
+    )
+    def test_decision(self, setup, request_, sources, torch_cuda, toolkit, reason):
+        why = setup.why_no_cuda(request_, sources, torch_cuda, toolkit)
+        assert why is None if reason is None else reason in why
+
+    @pytest.mark.parametrize("value, message", [("1", "VQOPS_CUDA=1, but there are no CUDA"), ("yes", "0, 1 or empty")])
+    def test_what_cannot_be_done_is_an_error(self, setup, tmp_path, monkeypatch, value, message):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("VQOPS_CUDA", value)
+        monkeypatch.setenv("CXX", sys.executable)
+        with pytest.raises(SystemExit, match=message):
+            setup.extension()
+
+    @pytest.mark.parametrize(
+        "known, built",
+        [
+            ("75 80 90 100 110 120", "sm_80 sm_90a sm_100 sm_120 compute_120"),
+            ("75 80 90", "sm_80 sm_90a compute_90"),
+        ],
+    )
+    def test_architectures(self, setup, tmp_path, known, built):
+        nvcc = self.fake_nvcc(tmp_path, "\n".join(f"compute_{a}" for a in known.split()))
+        flags = setup.architecture_flags(str(nvcc))
+        assert [flag.rpartition("=")[2] for flag in flags] == built.split()
+        assert all(flag.startswith("-gencode=arch=compute_") for flag in flags)
+
+    def fake_nvcc(self, folder, prints):
+        nvcc = folder / "bin/nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho '{prints}'\n")
+        nvcc.chmod(0o755)
+        return nvcc
+
+    def fake_toolkit(self, folder):
+        self.fake_nvcc(folder, "Cuda compilation tools, release 12.9, V12.9.86")
+        (folder / "include").mkdir()
+        (folder / "include/cuda_runtime.h").touch()
+        return folder
+
+    @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+    def test_named_toolkit(self, setup, tmp_path, monkeypatch, variable):
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+        monkeypatch.setenv(variable, str(self.fake_toolkit(tmp_path)))
+        assert setup.find_toolkit() == (str(tmp_path), (12, 9))
+
+    def test_toolkit_on_path(self, setup, tmp_path, monkeypatch):
+        toolkit = self.fake_toolkit(tmp_path / "toolkit")
+        link = tmp_path / "bin/nvcc"
+        link.parent.mkdir()
+        link.symlink_to(toolkit / "bin/nvcc")
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+        monkeypatch.delenv("CUDA_PATH", raising=False)
+        monkeypatch.setenv("PATH", str(link.parent))
+        assert setup.find_toolkit() == (str(toolkit), (12, 9))
+
+    def test_nvcc_without_a_toolkit_around_it_is_none(self, setup, tmp_path, monkeypatch):
+        self.fake_nvcc(tmp_path, "release 12.9")
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        assert setup.find_toolkit() == (None, None)
+
+
+def test_no_compiler_says_what_to_install(source):
+    done = run(sys.executable, "setup.py", "build_ext", cwd=source, PATH=str(source), CXX="")
+    assert done.returncode != 0
+    assert "there is no C++ compiler" in done.stderr and "apt install g++" in done.stderr
+
+
+def test_import_from_the_source_folder_says_what_to_do(source):
+    done = run(sys.executable, "-c", "import vqops", cwd=source)
+    assert done.returncode != 0
+    assert "vqops._C is not built" in done.stderr and "pip install ." in done.stderr
+
+
+def test_sdist_has_every_source_and_nothing_built(setup, source):
+    if setup.missing("setuptools"):
+        pytest.skip("needs setuptools >= 77")
+    (source / "vqops/_C.so").touch()
+    run_well(sys.executable, "-c", "import setup; setup.build_sdist('dist')", cwd=source, PATH="", CXX="none")
+    (archive,) = (source / "dist").iterdir()
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    for folder in ("csrc", "tests", "vqops", "vqops_cli"):
+        packed = {name for name in names if name.startswith(f"{folder}/") and Path(name).suffix}
+        assert packed == {
+            str(path.relative_to(source))
+            for path in (source / folder).rglob("*")
+            if path.suffix not in ("", ".so", ".pyc")
+        }
+    assert names > {"setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"}
+
+
+def test_one_version():
+    assert metadata.version("vqops") == vqops.__version__
+    assert f"## {vqops.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_command():
+    (command,) = metadata.entry_points(group="console_scripts", name="vqops")
+    assert command.value == "vqops_cli:main"
+
+
+@pytest.fixture
+def small_source(source):
+    """Builds in seconds: every op runs as its reference."""
+    shutil.rmtree(source / "csrc")
+    (source / "csrc").mkdir()
+    shutil.copy(ROOT / "csrc/module.cpp", source / "csrc")
+    (source / "csrc/stub.cpp").write_text(STUB)
+    return source
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A new environment that sees the packages of this one, torch among them, and has no pip."""
+    run_well(sys.executable, "-m", "venv", "--without-pip", tmp_path / "target", cwd=tmp_path)
+    python = tmp_path / "target/bin/python"
+    site = run_well(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).strip()
+    Path(site, "this.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+USE = """
+import torch, vqops
+from vqops import _C
+x, codebook = torch.randn(50, 8), torch.randn(20, 8)
+assert vqops.nearest(x, codebook).equal(torch.cdist(x.double(), codebook.double()).argmin(1))
+assert _C.instruction_sets == "stub", _C.instruction_sets
+print(vqops.__file__)
+"""
+
+
+def pip(python, *arguments, cwd):
+    return run_well(sys.executable, "-m", "pip", "--python", python, *arguments, cwd=cwd, PIP_REQUIRE_VIRTUALENV="0")
+
+
+@pytest.mark.slow
+class TestInstall:
+    @pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
+    def test_pip_offline(self, small_source, target, editable, tmp_path):
+        pip(target, "install", "--no-index", *["-e"] * editable, ".", cwd=small_source)
+        used = Path(run_well(target, "-c", USE, cwd=tmp_path).strip())
+        assert used.is_relative_to(small_source if editable else tmp_path / "target")
+        assert "stub; in use: stub" in run_well(tmp_path / "target/bin/vqops", "info", cwd=tmp_path)
+
+    def test_newest_pip_with_venv_isolation(self, small_source, target, tmp_path):
+        pip(target, "install", "--upgrade", "--ignore-installed", "--no-deps", "pip", cwd=tmp_path)
+        command = [target, "-m", "pip", "install", "--no-index", "--use-feature=venv-isolation", "."]
+        run_well(*command, cwd=small_source)
+        run_well(target, "-c", USE, cwd=tmp_path)
+
+    def test_wheel_from_sdist(self, small_source, target, tmp_path):
+        pytest.importorskip("build")
+        run_well(target, "-m", "build", cwd=small_source)
+        (wheel,) = (small_source / "dist").glob("*.whl")
+        pip(target, "install", "--no-index", wheel, cwd=tmp_path)
+        run_well(target, "-c", USE, cwd=tmp_path)
+
+    def test_uv_offline(self, small_source, target, tmp_path):
+        if not shutil.which("uv"):
+            pytest.skip("uv is not installed")
+        run_well("uv", "pip", "install", "--offline", "--no-deps", "--python", target, ".", cwd=small_source)
+        run_well(target, "-c", USE, cwd=tmp_path)
+
+    def test_cuda_kernels_build_and_register_without_a_gpu(self, setup, small_source, target, tmp_path):
+        if setup.find_toolkit() == (None, None):
+            pytest.skip("no CUDA toolkit")
+        (small_source / "csrc/stub.cu").write_text(CUDA_KERNEL)
+        command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path]
+        said = run_well(*command, cwd=small_source, VQOPS_CUDA="1", TORCH_CUDA_ARCH_LIST="")
+        assert "sm_80 sm_90a" in next(line for line in said.splitlines() if line.startswith("vqops: "))
+        shutil.copytree(small_source / "vqops", tmp_path / "vqops", dirs_exist_ok=True)
+        assert run_well(sys.executable, "-c", IS_REGISTERED, cwd=tmp_path).strip() == "True"

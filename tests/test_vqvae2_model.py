@@ -1,0 +1,136 @@
+"""The VQ-VAE-2 network: shapes at any size, what each level sees and changes, its file."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+
+from safetensors.torch import save_file
+
+from vqops.vqvae2 import VQVAE2, VQVAE2Config, load_model, save_model
+from vqops.vqvae2.model import pad_to_multiple
+from vqops_cli.options import InputError, TrainOptions
+
+SMALL = VQVAE2Config(channels=8, codebook_size=16, code_dim=4)
+
+
+def small_model(**changes) -> VQVAE2:
+    torch.manual_seed(0)
+    return VQVAE2(replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("size", [(32, 32), (28, 28), (5, 5), (1, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize("image_channels", [1, 3])
+def test_any_size_goes_in_and_comes_out(levels, size, image_channels):
+    model = small_model(levels=levels, image_channels=image_channels)
+    output = model(torch.rand(2, image_channels, *size))
+    assert output.reconstruction.shape == (2, image_channels, *size)
+    assert output.codebook_loss.shape == ()
+    assert [index.shape[1:] for index in output.indices] == list(model.config.code_sizes(*size))
+
+
+@pytest.mark.parametrize(
+    "size, levels, expected",
+    [((32, 32), 2, ((8, 8), (4, 4))), ((28, 28), 3, ((8, 8), (4, 4), (2, 2))), ((1, 9), 2, ((2, 4), (1, 2)))],
+)
+def test_code_sizes(size, levels, expected):
+    assert VQVAE2Config(levels=levels).code_sizes(*size) == expected
+
+
+@pytest.mark.parametrize("width, expected", [(4, [0, 1, 2, 3]), (3, [0, 1, 2, 1]), (2, [0, 1, 0, 1]), (1, [0, 0, 0, 0])])
+def test_padding_reflects_at_the_right_and_bottom(width, expected):
+    images = torch.arange(float(width)).reshape(1, 1, 1, width)
+    assert pad_to_multiple(images, 4)[0, 0].tolist() == [expected] * 4
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_every_weight_receives_a_gradient(levels, codebook):
+    model = small_model(levels=levels, codebook=codebook)
+    images = torch.rand(2, 3, 32, 32)
+    output = model(images)
+    ((output.reconstruction - images).square().mean() + output.codebook_loss).backward()
+    without = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert without == []
+
+
+def test_reconstruction_error_reaches_every_level():
+    """Without the commitment loss too: each level's encoder is trained by the picture it helps to make."""
+    model = small_model(levels=3)
+    model(torch.rand(2, 3, 32, 32)).reconstruction.square().mean().backward()
+    assert all(encoder[0].weight.grad.abs().sum() > 0 for encoder in model.encoders)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_every_level_changes_the_output(level):
+    model = small_model(levels=3)
+    model(torch.rand(4, 3, 32, 32))  # starts the codebooks
+    model.eval()
+    indices = model.encode(torch.rand(2, 3, 32, 32))
+    changed = [(index + 1) % 16 if i == level else index for i, index in enumerate(indices)]
+    assert not torch.allclose(model.decode(changed), model.decode(indices))
+
+
+def test_top_level_conditions_the_bottom_codes():
+    model = small_model(levels=2)
+    images = torch.rand(4, 3, 32, 32)
+    model(images)
+    model.eval()
+    _, before, _ = model.quantize(images)
+    with torch.no_grad():
+        model.decoders[1][-1].bias += 10 * torch.randn(4)
+    _, after, _ = model.quantize(images)
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_decoding_the_codes_is_reconstructing(levels):
+    model = small_model(levels=levels)
+    images = torch.rand(2, 3, 28, 28)
+    model(images)
+    model.eval()
+    assert torch.equal(model.decode(model.encode(images))[..., :28, :28], model(images).reconstruction)
+
+
+def test_evaluation_updates_nothing_and_training_moves_the_codebook():
+    model = small_model()
+    model(torch.rand(2, 3, 32, 32))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval()(torch.rand(2, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    codebook = model.quantizers[0].codebook.clone()
+    model.train()(torch.rand(2, 3, 32, 32))
+    assert not torch.equal(model.quantizers[0].codebook, codebook)
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_file_keeps_weights_and_configuration(tmp_path, codebook):
+    model = small_model(levels=3, codebook=codebook, restart_below=(0.5, 0.25, 0.125))
+    images = torch.rand(2, 3, 32, 32)
+    model(images)
+    save_model(tmp_path / "model.safetensors", model, TrainOptions(), step=7)
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert torch.equal(loaded(images).reconstruction, model.eval()(images).reconstruction)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(InputError, match="no such file"):
+        load_model(path)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        load_model(path)
+    save_file({"weight": torch.zeros(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="another model than vqops.vqvae2.*'format': 'pt'"):
+        load_model(path)
+    description = {"kind": "vqops.vqvae2", "vqops": "9.9", "model": {"unheard_of": 1}}
+    save_file({"weight": torch.zeros(1)}, path, metadata={"vqops": json.dumps(description)})
+    with pytest.raises(InputError, match="written by vqops 9.9"):
+        load_model(path)

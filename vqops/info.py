@@ -1,0 +1,54 @@
+"""What was built, what is used on this machine, and which implementation each op takes: `vqops info`."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import vqops
+from vqops import _C
+
+
+def report() -> str:
+    facts = {
+        "vqops": f"{vqops.__version__} in {Path(vqops.__file__).parent}",
+        "torch": f"{torch.__version__} (built with {_C.torch}, runs with {_C.oldest_torch} and newer)",
+        "numpy": installed("numpy"),
+        "Triton": installed("triton"),
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "compiler": _C.compiler,
+        "CPU kernels": f"{', '.join(_C.instruction_sets.split())}; in use: {_C.instruction_set()}",
+        "CPU threads": str(torch.get_num_threads()),
+        "CUDA kernels": _C.cuda,
+        "CUDA devices": ", ".join(cuda_devices()) or "none found",
+    }
+    implementations = vqops.implementations()
+    devices = list(next(iter(implementations.values())))
+    ops = [["op", *(f"on {device}" for device in devices)]]
+    ops += [[op, *(", ".join(by_device[device]) for device in devices)] for op, by_device in implementations.items()]
+    parts = [table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), "Each op takes the first."]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    print(report())
+
+
+def installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not found"
+
+
+def cuda_devices() -> list[str]:
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{device.name} (sm_{device.major}{device.minor})" for device in devices]
+
+
+def table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,63 @@
+"""A trained model in one file: weights and codebooks as safetensors, the whole configuration in its metadata."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from vqops import __version__
+from vqops.vqvae2.model import VQVAE2, VQVAE2Config
+from vqops.vqvae2.run_folder import MODEL, atomically
+from vqops_cli.options import InputError, TrainOptions
+
+KIND = "vqops.vqvae2"
+
+
+def save_model(path: Path, model: VQVAE2, options: TrainOptions, step: int) -> None:
+    """Write weights, network configuration, training options and step."""
+    description = {
+        "kind": KIND,
+        "vqops": __version__,
+        "torch": str(torch.__version__),
+        "model": asdict(model.config),
+        "training": asdict(options),
+        "step": step,
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with atomically(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"vqops": json.dumps(description, default=str)}))
+
+
+def load_model(run: Path, device: torch.device | str = "cpu") -> VQVAE2:
+    """The model of a run folder, or of a model.safetensors, in eval mode.
+
+    Raises InputError if there is none, if the file is damaged, or if it holds another model.
+    """
+    path = run / MODEL if run.is_dir() else run
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the folder of a vqops train run, or its {MODEL}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    try:
+        description = json.loads(metadata.get("vqops", "{}"))
+    except ValueError:
+        description = {}
+    if description.get("kind") != KIND:
+        raise InputError(f"{path} holds another model than {KIND}: its metadata is {metadata}")
+    try:
+        settings = description["model"]
+        config = VQVAE2Config(**settings | {"restart_below": tuple(settings["restart_below"])})
+        model = VQVAE2(config).to(device)
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        written = description.get("vqops")
+        raise InputError(f"{path} was written by vqops {written}, this is {__version__}: {reason}") from error
+    return model.eval()

@@ -1,0 +1,88 @@
+"""The figures of a run: means over the steps since the last row, and how well the codes of each level are used."""
+
+import math
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqops.vqvae2.model import VQVAE2, VQVAE2Config, as_float
+
+
+def count_codes(indices: Tensor, codebook_size: int) -> Tensor:  # int64 of any shape, -1 is left out; [K] int64
+    slots = indices.flatten() + 1
+    counts = slots.new_zeros(codebook_size + 1)
+    return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]  # unlike bincount, without waiting for the GPU
+
+
+def perplexity(counts: Tensor) -> Tensor:  # [K]; []
+    """exp(entropy) of how often each code is used: 1 if one code is used, K if all are used alike."""
+    share = counts / counts.sum()
+    return torch.exp(-torch.xlogy(share, share).sum())
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
+    return -10 * math.log10(max(mse, 1e-10))
+
+
+class TrainingMeter:
+    """Adds up the steps since the last row on the device, so that no step waits for it."""
+
+    def __init__(self, config: VQVAE2Config, device: torch.device):
+        self.config, self.device = config, device
+        self.restart()
+
+    def restart(self) -> None:
+        levels, K = self.config.levels, self.config.codebook_size
+        self.steps = self.images = 0
+        self.loss = torch.zeros((), device=self.device)
+        self.mse = torch.zeros((), device=self.device)
+        self.perplexity = torch.zeros(levels, device=self.device)
+        self.counts = torch.zeros(levels, K, dtype=torch.int64, device=self.device)
+        self.started = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, mse: Tensor, indices: tuple[Tensor, ...]) -> None:
+        counts = torch.stack([count_codes(level, self.config.codebook_size) for level in indices])
+        self.steps += 1
+        self.images += len(indices[0])
+        self.loss += loss
+        self.mse += mse
+        self.perplexity += torch.stack([perplexity(level) for level in counts])
+        self.counts += counts
+
+    def row(self) -> dict[str, float]:
+        """Mean loss, MSE and batch perplexity; share of the codes used at least once; images per second. Restarts."""
+        row = {"loss": self.loss.item() / self.steps, "mse": self.mse.item() / self.steps}
+        row |= per_level("perplexity", self.config, (self.perplexity / self.steps).tolist())
+        row |= per_level("used", self.config, (self.counts > 0).float().mean(1).tolist())
+        row["images_per_second"] = self.images / (time.perf_counter() - self.started)
+        self.restart()
+        return row
+
+
+def per_level(name: str, config: VQVAE2Config, values: list[float]) -> dict[str, float]:
+    return {f"{name}_{level}": value for level, value in zip(config.level_names, values, strict=True)}
+
+
+@torch.no_grad()
+def validate(model: VQVAE2, batches: Iterable[Tensor]) -> dict[str, float]:  # uint8 [B, C, H, W] each
+    """MSE of the clamped reconstructions on [0, 1], and the use of the codes over all batches together."""
+    was_training = model.training
+    model.eval()
+    config, device = model.config, next(model.parameters()).device
+    error, values = 0.0, 0
+    counts = torch.zeros(config.levels, config.codebook_size, dtype=torch.int64, device=device)
+    for pixels in batches:
+        images = as_float(pixels.to(device))
+        output = model(images)
+        error += F.mse_loss(output.reconstruction.clamp(0, 1), images, reduction="sum").item()
+        values += images.numel()
+        counts += torch.stack([count_codes(level, config.codebook_size) for level in output.indices])
+    model.train(was_training)
+    row = {"val_mse": error / values}
+    row |= per_level("val_perplexity", config, [perplexity(level).item() for level in counts])
+    return row | per_level("val_used", config, (counts > 0).float().mean(1).tolist())

@@ -1,0 +1,62 @@
+"""The `vqops` command.
+
+A package of its own, beside vqops, because importing vqops loads torch: `--help` and wrong flags are answered without.
+"""
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a VQ-VAE-2 on your images, or on photographs that come along",
+    "reconstruct": "pass images through the codes of a trained model",
+    "info": "what was built, and which implementation each op takes on this machine",
+}
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage")  # what vqops[train] brings
+USAGE = "usage: vqops COMMAND ...\n\n" + "".join(f"  {name:<13}{about}\n" for name, about in COMMANDS.items())
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; what the user got wrong is one line on stderr and code 2."""
+    command, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE + "\n`vqops COMMAND --help` lists its flags.")
+        return 0
+    if command not in COMMANDS:
+        return refuse(f"vqops: there is no command {command!r}, only {', '.join(COMMANDS)}")
+    try:
+        return run_info() if command == "info" else run(command, flags)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+            raise
+        return refuse(f"vqops {command} needs {error.name}: pip install 'vqops[train]'")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run_info() -> int:
+    from vqops.info import main as info
+
+    info()
+    return 0
+
+
+def run(command: str, flags: list[str]) -> int:
+    import tyro
+
+    from vqops_cli.options import InputError, ReconstructOptions, TrainOptions
+
+    kind = {"train": TrainOptions, "reconstruct": ReconstructOptions}[command]
+    try:
+        options = tyro.cli(kind, prog=f"vqops {command}", args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+        from vqops import vqvae2
+
+        getattr(vqvae2, command)(options)
+    except InputError as error:
+        return refuse(f"vqops {command}: {error}")
+    return 0
+
+
+def refuse(line: str) -> int:
+    print(line, file=sys.stderr)
+    return BAD_INPUT

@@ -1,0 +1,110 @@
+"""The options of each command: one frozen dataclass a command, one field a flag, its docstring the flag's help.
+
+Nothing here loads torch: the command line answers `--help` and refuses bad values from this file alone.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+DEVICE_PATTERN = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+DataSource = Annotated[str | None, arg(metavar="PATH|NAME", help_behavior_hint="")]
+Key = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+Folder = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")]
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names what was given and what is allowed."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a VQ-VAE-2 on images and write its weights, metrics and pictures to a run folder.
+
+    Raises InputError where a value is out of its range.
+    """
+
+    data: DataSource = None
+    """Training images: a folder (searched recursively), a .npz or .npy file of uint8 images [N, H, W, C] or [N, H, W],
+    a .parquet file, or the name of a Hugging Face dataset. Without it: photographs that come with scikit-image."""
+    data_key: Key = None
+    """Array of the .npz, or column of the table, with the training images. Default: the only one that holds images."""
+    val_data: DataSource = None
+    """Validation images, as --data; of a Hugging Face dataset its validation or test split. Without it: --val-key in
+    --data, else 5 % of the training images are held out."""
+    val_key: Key = None
+    """Array or column with the validation images, in --val-data if that is given, else in --data."""
+    image_size: int = 64
+    """Train on random crops of this size; images that are no larger are used whole."""
+    levels: Literal[1, 2, 3] = 2
+    """2 is VQ-VAE-2, 1 is VQ-VAE. The bottom level has a code per 4 x 4 pixels, each further one a code per 2 x 2 codes
+    of the level below."""
+    codebook: Literal["ema", "gradient"] = "ema"
+    """How the codes learn: moving averages of the vectors assigned to them, or the gradient of the codebook loss."""
+    steps: int = 1000
+    """Training steps."""
+    batch_size: int = 32
+    """Images per step."""
+    lr: float = 3e-4
+    """Learning rate of Adam, constant."""
+    seed: int = 0
+    """Seed of the weights, the order of the images, their crops and the held-out part."""
+    codebook_size: int = 512
+    """Codes per level (K)."""
+    code_dim: int = 64
+    """Dimensions of a code (D)."""
+    channels: int = 128
+    """Channels of the convolutions, a multiple of 4."""
+    decay: float = 0.99
+    """Decay of the moving averages of --codebook ema."""
+    commitment: float = 0.25
+    """Weight of the loss that keeps the encoder near its codes (beta)."""
+    eval_every: int = 100
+    """Steps between two validations."""
+    num_workers: int = 0
+    """Processes that load images; 0 loads them in the training process."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu, cuda, cuda:N or mps."""
+    out: Folder = None
+    """Run folder (default: runs/<date>-<n>). It must be empty or new."""
+    overwrite: bool = False
+    """Write into --out even if it holds files; those of an earlier run are replaced."""
+
+    def __post_init__(self):
+        for name in ("image_size", "steps", "batch_size", "codebook_size", "code_dim", "eval_every"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "channels", self.channels >= 4 and self.channels % 4 == 0, "a positive multiple of 4")
+        require(self, "num_workers", self.num_workers >= 0, "at least 0")
+        require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63")
+        require(self, "lr", 0 < self.lr < float("inf"), "positive")
+        require(self, "decay", 0 <= self.decay < 1, "at least 0 and below 1")
+        require(self, "commitment", 0 <= self.commitment < float("inf"), "at least 0")
+        require(self, "levels", self.levels in (1, 2, 3), "1, 2 or 3")
+        require(self, "codebook", self.codebook in ("ema", "gradient"), "ema or gradient")
+        require(self, "device", DEVICE_PATTERN.fullmatch(self.device), "auto, cpu, cuda, cuda:N or mps")
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    """Pass images through the codes of a trained model and write what comes back as PNG files."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """The run folder of `vqops train`, or its model.safetensors."""
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGES...", help_behavior_hint="")]]
+    """Image files of any size."""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """Folder for the reconstructions. It must be empty or new."""
+
+    def __post_init__(self):
+        if not self.images:
+            raise InputError("name at least one image file after the run")
+
+
+def require(options: object, name: str, holds: object, allowed: str) -> None:
+    if not holds:
+        flag = "--" + name.replace("_", "-")
+        raise InputError(f"{flag} must be {allowed}, got {getattr(options, name)}")

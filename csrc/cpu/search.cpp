@@ -99,6 +99,7 @@ private:
 
     static void offer(void* block, int64_t row, int64_t code, float lower) {
         Block& b = *static_cast<Block*>(block);
+        if (lower == INFINITY) return;  // a place without a code, before the row has a threshold
         b.candidates_.add(row, code, lower,
                           lower + b.product_[row] * b.packed_->radius(code) + b.packed_->slack[code] + b.always_[row]);
     }

@@ -48,7 +48,9 @@ def check_search(op: str, x: Tensor, codebook: Tensor, mask: Tensor | None, metr
     if codebook.dim() == 3 and x.dim() != 3:
         raise ValueError(f"{op}: x must be [H, N, D] for a codebook [H, K, D], got {list(x.shape)}")
     if x.dim() == 0 or x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(f"{op}: codebook has D={codebook.shape[-1]}, x has {'no' if x.dim() == 0 else f'D={x.shape[-1]}'}")
+        raise ValueError(
+            f"{op}: codebook has D={codebook.shape[-1]}, x has {'no' if x.dim() == 0 else f'D={x.shape[-1]}'}"
+        )
     if codebook.dim() == 3 and x.shape[0] != codebook.shape[0]:
         raise ValueError(f"{op}: codebook has H={codebook.shape[0]}, x has H={x.shape[0]}")
     if mask is not None and mask.dtype != torch.bool:
@@ -63,7 +65,7 @@ def check_weight(op: str, weight: Tensor | None, rows: tuple[int, ...]) -> None:
 
 
 def check_indices(op: str, indices: Tensor, num_codes: int) -> None:
-    """Indices are -1 or a code. On the CPU an error; elsewhere a device-side assertion, which costs no synchronisation."""
+    """Indices are -1 or a code. On the CPU an error; elsewhere a device-side assertion, without a synchronisation."""
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices must be int64, got {indices.dtype}")
     if torch.compiler.is_compiling() or indices.numel() == 0:

@@ -19,7 +19,7 @@ class Heads(NamedTuple):
 
     def rows_back(self, t: Tensor) -> Tensor:
         """[H, N, ...] in the caller's shape."""
-        return t.reshape(*self.rows, *t.shape[2:]) if self.single else t
+        return t.reshape((*self.rows, *t.shape[2:])) if self.single else t
 
     def codes_back(self, t: Tensor) -> Tensor:
         """[H, K, ...] in the caller's shape; an unused output [0] stays."""

@@ -156,9 +156,7 @@ define(
     "Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.quantize,
     fake_quantize,
-    fallback=partial(
-        reference.quantize, nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums
-    ),
+    fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
     setup_context=save_for_backward,
     backward=backward,
 )

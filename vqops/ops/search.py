@@ -28,7 +28,8 @@ def prepare(codebook: Tensor, metric: str = "euclidean", *, implementation: str 
     """Prepare a codebook [K, D] or [H, K, D] once, for many searches in evaluation or with a frozen codebook.
 
     The result takes the codebook's place in `nearest`, `nearest_topk` and `quantize`. It is invalid as soon as the
-    codebook changes in place; using it then raises RuntimeError. It holds a packed float32 copy of the codebook.
+    codebook changes in place; using it then raises RuntimeError (a compiled graph can't see that). It holds a packed
+    float32 copy of the codebook.
 
     Raises TypeError or ValueError for a codebook or metric that no search takes.
     """
@@ -43,7 +44,7 @@ def unpack(op: str, codebook: Tensor | PreparedCodebook, metric: str, implementa
     """The codebook, and its preparation if there is one that fits the call."""
     if not isinstance(codebook, PreparedCodebook):
         return codebook, None
-    if codebook.codebook._version != codebook.version:
+    if not torch.compiler.is_compiling() and codebook.codebook._version != codebook.version:
         raise RuntimeError(
             f"{op}: the codebook was changed in place after it was prepared "
             f"(version {codebook.version}, now {codebook.codebook._version}); prepare it again"
@@ -180,7 +181,9 @@ define(
     setup_context=no_gradient,
     backward=no_backward,
 )
-define("prepare", "(Tensor codebook, str metric='euclidean') -> Tensor", reference.prepare, fake_prepare, reference.prepare)
+define(
+    "prepare", "(Tensor codebook, str metric='euclidean') -> Tensor", reference.prepare, fake_prepare, reference.prepare
+)
 define(
     "search_statistics",
     "(Tensor x, Tensor codebook, str metric='euclidean') -> Tensor",

@@ -1,0 +1,75 @@
+"""Every implementation of the ops, and fresh memory that shows when it is read before it is written."""
+
+import os
+
+import pytest
+import torch
+
+import vqops
+
+REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
+IMPLEMENTATIONS = [
+    pytest.param((name, device), id=f"{name}-{device}")
+    for device in ("cpu", "cuda")
+    for name in ("reference", "compiled", "triton")
+]
+
+
+class Implementation:
+    """The ops as one implementation runs them, on its device."""
+
+    def __init__(self, name: str, device: str):
+        self.name, self.device = name, torch.device(device)
+
+    def __getattr__(self, op):
+        def call(*args, **options):
+            moved = [self.put(a) for a in args]
+            options = {key: self.put(value) for key, value in options.items()}
+            return getattr(vqops, op)(*moved, **options, implementation=self.name)
+
+        return call
+
+    def put(self, value):
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+
+def missing(name: str, device: str, op: str = "nearest") -> str | None:
+    """Why this process can't run the implementation, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if name not in vqops.implementations()[op][device]:
+        interpreted = name == "triton" and device == "cpu"
+        return (
+            "TRITON_INTERPRET=1 is not set, or there is no Triton" if interpreted else f"{op} has no {name} on {device}"
+        )
+    return None
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request) -> Implementation:
+    return available(*request.param)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS[1:])
+def kernel(request) -> Implementation:
+    """All but the reference on the CPU, which the others are compared with."""
+    return available(*request.param)
+
+
+def available(name: str, device: str) -> Implementation:
+    reason = missing(name, device)
+    if reason and REQUIRED & {name, device} and not (device == "cpu" and "cuda" in REQUIRED):
+        pytest.fail(f"{name} on {device} is required: {reason}")
+    if reason:
+        pytest.skip(reason)
+    return Implementation(name, device)
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    """Deterministic mode fills every uninitialised tensor with NaN or the largest integer."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,199 @@
+"""quantize and its backward: every implementation, by hand, against the definition in float64 and against autograd."""
+
+import pytest
+import torch
+from cases import INF, NAN, SEARCHES
+from torch.testing import assert_close
+
+import vqops
+from vqops.ops import reference
+
+METRICS = ("euclidean", "cosine")
+TINY = 1e-6
+
+
+def test_by_hand(implementation):
+    x, c = torch.tensor([[1.0, 0], [0, 1], [3, 0], [NAN, 0]]), torch.tensor([[0.0, 0], [4, 0]])
+    mask = torch.tensor([True, False, True, True])
+    found = implementation.quantize(x, c, mask, code_sums=True)
+    assert found.indices.tolist() == [0, -1, 1, -1]
+    assert found.quantized[:3].tolist() == [[0, 0], [0, 0], [4, 0]] and found.quantized[3].isnan().all()
+    assert found.error[:3].tolist() == [1, 0, 1] and found.error[3].isnan()
+    assert found.counts.tolist() == [1, 1] and found.sums.tolist() == [[1, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", SEARCHES)
+def test_forward(kernel, case, metric):
+    x, c = SEARCHES[case]()
+    weight = torch.rand(x.shape[:2])
+    found = kernel.quantize(x, c, None, weight, metric, code_sums=True)
+    expected = reference.quantize(x, c, None, weight, metric, code_sums=True, snapshot=False)
+    for name, a, b in zip(found._fields, found, expected, strict=False):
+        assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codebook_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_result_types(kernel, dtype, codebook_dtype):
+    x, c = torch.randn(2, 50, 6).to(dtype), torch.randn(2, 9, 6).to(codebook_dtype)
+    found = kernel.quantize(x, c, code_sums=True)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [t.dtype for t in found] == [dtype, torch.int64, real, torch.int64, torch.float32]
+    expected = reference.quantize(x, c, code_sums=True, snapshot=False)
+    for a, b in zip(found, expected, strict=False):
+        assert torch.equal(a.cpu(), b)
+    assert torch.equal(found.quantized.cpu(), c.gather(1, found.indices.cpu()[..., None].expand(-1, -1, 6)).to(dtype))
+
+
+def test_sums_only_if_asked(implementation):
+    found = implementation.quantize(torch.randn(4, 3), torch.randn(5, 3))
+    assert found.counts.shape == found.sums.shape == (0,)
+
+
+# Gradients
+
+
+def defined(x, c, indices, mask, metric, gradient, scale):
+    """quantized and error with the gradients that quantize promises, out of differentiable torch functions."""
+    start = x
+    if metric == "cosine":
+        norm = x.norm(dim=-1, keepdim=True)
+        start = x / norm.clamp_min(TINY)
+    q = c.gather(1, indices.clamp_min(0).unsqueeze(-1).expand(*indices.shape, x.shape[-1]))
+    code = q.detach()
+    if gradient == "straight_through":
+        quantized = start + (code - start).detach()
+    elif gradient == "none":
+        quantized = code + 0 * start
+    else:  # R x |q| / |x|, R the rotation that takes x to q: equations of arXiv 2410.06424, section 4.2
+        a = start.detach()
+        u = a / a.norm(dim=-1, keepdim=True)
+        v = code / code.norm(dim=-1, keepdim=True)
+        w = torch.nn.functional.normalize(u + v, dim=-1)
+        turned = start - 2 * (start * w).sum(-1, keepdim=True) * w + 2 * (start * u).sum(-1, keepdim=True) * v
+        quantized = turned * (code.norm(dim=-1, keepdim=True) / a.norm(dim=-1, keepdim=True))
+    to_x = (start - code).square().sum(-1)
+    to_codes = (start.detach() - q).square().sum(-1)
+    error = to_x + scale * (to_codes - to_codes.detach())
+    off = ~mask
+    return quantized.masked_fill(off.unsqueeze(-1), 0), error.masked_fill(off, 0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradients_are_as_defined(implementation, metric, gradient, scale):
+    x, c = torch.randn(2, 300, 5, dtype=torch.float64), torch.randn(2, 9, 5, dtype=torch.float64)
+    c = torch.nn.functional.normalize(c, dim=-1) if metric == "cosine" else c
+    mask = torch.rand(2, 300) > 0.2
+    ours = [x.clone().requires_grad_(), c.clone().requires_grad_()]
+    found = implementation.quantize(*ours, mask, metric=metric, gradient=gradient, codebook_error_scale=scale)
+    theirs = [x.clone().requires_grad_(), c.clone().requires_grad_()]
+    expected = defined(*theirs, found.indices.cpu(), mask, metric, gradient, scale)
+    assert_close(found.quantized.cpu(), expected[0].detach(), atol=1e-9, rtol=1e-9)
+    assert_close(found.error.cpu(), expected[1].detach(), atol=1e-9, rtol=1e-9)
+    g, e = torch.randn_like(x), torch.randn(2, 300, dtype=torch.float64)
+    torch.autograd.backward([found.quantized, found.error], [g.to(implementation.device), e.to(implementation.device)])
+    torch.autograd.backward(expected, [g, e])
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a.grad if a.grad is not None else torch.zeros_like(a), b.grad, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", SEARCHES)
+def test_backward(kernel, case, metric, gradient):
+    """No further from float64 than twice the reference, which computes in float32 as well."""
+    x, c = SEARCHES[case]()
+    mask = torch.rand(x.shape[:2]) > 0.1
+    indices = reference.nearest(x, c, mask, metric)
+    g, e = torch.randn(x.shape), torch.randn(indices.shape)
+    options = (metric, gradient, 0.5, True, True)
+    op = getattr(torch.ops.vqops, f"quantize_backward_{kernel.name}")
+    found = [t.cpu() for t in op(*map(kernel.put, (g, e, x, c, indices, mask)), *options)]
+    same = reference.quantize_backward(g, e, x, c, indices, mask, *options)
+    truth = reference.quantize_backward(g.double(), e.double(), x.double(), c.double(), indices, mask, *options)
+    for name, a, b, t in zip(("x", "codebook"), found, same, truth, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), name
+        usable = b.isfinite() & t.isfinite() & (t.abs() < 1e38)
+        largest = t.where(usable, 0).abs().flatten(1 if name == "codebook" else 2).amax(-1) if t.numel() else t
+        allowed = 2 * (b.double() - t).abs() + 2e-6 * largest.reshape(*largest.shape, *[1] * (3 - largest.dim())) + 1e-6
+        assert ((a.double() - t).abs() <= allowed)[usable].all(), name
+
+
+def test_gradients_of_rows_without_a_code(implementation):
+    x = torch.tensor([[1.0, 2], [NAN, 0], [INF, 1], [5, 5]], requires_grad=True)
+    c = torch.tensor([[1.0, 1], [4, 4]], requires_grad=True)
+    mask = torch.tensor([True, True, True, False])
+    found = implementation.quantize(x, c, mask, codebook_error_scale=1.0)
+    g = torch.arange(8.0).view(4, 2).to(implementation.device)
+    torch.autograd.backward([found.quantized, found.error], [g, torch.ones(4, device=implementation.device)])
+    assert x.grad[0].tolist() == [0 + 0, 1 + 2] and x.grad[1:3].isnan().all() and x.grad[3].tolist() == [0, 0]
+    assert c.grad.tolist() == [[0, -2], [0, 0]]
+
+
+def test_rotation_of_degenerate_pairs(implementation):
+    """x = 0, q = 0 and x = -q have no rotation between them; the gradient stays finite."""
+    x = torch.tensor([[0.0, 0], [1, 0], [-3, 0], [2, 0]])
+    c = torch.tensor([[0.0, 0], [3, 0]])
+    op = getattr(torch.ops.vqops, f"quantize_backward_{implementation.name}")
+    indices = torch.tensor([[1, 0, 1, 1]])
+    arguments = map(implementation.put, (torch.ones(1, 4, 2), torch.ones(1, 4), x[None], c[None], indices))
+    grad, _ = op(*arguments, None, "euclidean", "rotation")
+    assert grad.isfinite().all()
+    assert_close(grad[0, 3].cpu(), torch.tensor([1.5 + 2 * (2 - 3), 1.5]))  # parallel: only scaled
+
+
+def test_unused_gradients_are_not_computed(implementation):
+    x, c = torch.randn(20, 4, requires_grad=True), torch.randn(5, 4)
+    implementation.quantize(x, c).quantized.sum().backward()
+    assert torch.equal(x.grad, torch.ones(20, 4))
+    x.grad = None
+    found = implementation.quantize(x, c)
+    found.error.sum().backward()
+    assert_close(x.grad, 2 * (x - found.quantized.to("cpu")).detach())
+    frozen = implementation.quantize(x.detach(), c.requires_grad_(), codebook_error_scale=0.0)
+    frozen.error.sum().backward()
+    assert c.grad is None or not c.grad.any()
+
+
+def test_the_codebook_gradient_adds_in_the_order_of_code_sums(kernel):
+    x, c = torch.randn(1, 3000, 6), torch.randn(1, 3, 6)
+    indices, e = reference.nearest(x, c), torch.randn(1, 3000)
+    options = ("euclidean", "none", 0.5, False, True)
+    op = getattr(torch.ops.vqops, f"quantize_backward_{kernel.name}")
+    found = op(*map(kernel.put, (None, e, x, c, indices, None)), *options)[1]
+    assert torch.equal(found.cpu(), reference.quantize_backward(None, e, x, c, indices, None, *options)[1])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_an_update_between_forward_and_backward(backend, gradient):
+    """The backward is that of the codebook which quantized, whatever has become of it."""
+    x = torch.randn(1, 60, 4)
+    old = torch.randn(1, 7, 4)
+
+    def loss_of(x, codebook, size, average):
+        found = vqops.quantize(x, codebook, gradient=gradient, code_sums=True)
+        with torch.no_grad():
+            vqops.ema_update_(size, average, codebook, found.counts, found.sums, 0.0)
+        return (found.quantized * torch.arange(4.0)).sum() + found.error.sum()
+
+    given = x.clone().requires_grad_()
+    codebook = old.clone()
+    compiled = loss_of if backend == "eager" else torch.compile(loss_of, backend=backend, fullgraph=True)
+    compiled(given, codebook, torch.ones(1, 7), old.clone()).backward()
+    assert not torch.equal(codebook, old)
+    indices = reference.nearest(x, old)
+    g = torch.arange(4.0).expand(1, 60, 4)
+    expected, _ = reference.quantize_backward(g, torch.ones(1, 60), x, old, indices, None, "euclidean", gradient)
+    assert_close(given.grad, expected)
+
+
+def test_second_derivatives_are_an_error(implementation):
+    x = torch.randn(5, 3, requires_grad=True)
+    found = implementation.quantize(x, torch.randn(4, 3))
+    (g,) = torch.autograd.grad(found.error.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="quantize_backward: the gradient of a gradient"):
+        g.sum().backward()

@@ -1,0 +1,169 @@
+"""The ops as torch sees them: opcheck, one graph under compile and export, meta tensors, autocast, and selection."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import vqops
+from vqops.ops import library, reference
+
+ops = torch.ops.vqops
+
+
+def samples():
+    """Arguments of each op that reach all of its outputs, by the op's name."""
+    torch.manual_seed(0)
+    x, c = torch.randn(2, 20, 5), torch.randn(2, 7, 5)
+    mask, weight = torch.rand(2, 20) > 0.3, torch.rand(2, 20)
+    indices = reference.nearest(x, c, mask)
+    sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
+    learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
+    return {
+        "nearest": [(x, c), (x, c, mask, "cosine")],
+        "nearest_topk": [(x, c, 3, mask)],
+        "prepare": [(c,), (c, "cosine")],
+        "search_statistics": [(x, c)],
+        "code_sums": [(x, indices, 7), (x, indices, 7, weight)],
+        "ema_update_": [(*sums, torch.tensor(0.9)), (*sums, torch.tensor(0.9), 1e-5, torch.rand(2, 7), "cosine")],
+        "quantize": [
+            (x, c, mask, weight, "euclidean", "straight_through", True),
+            (*learnable, None, None, "cosine", "rotation", True, 0.5),
+            (x, c, None, None, "euclidean", "none", False, 0.0, False),
+        ],
+        "quantize_backward": [
+            (torch.randn(x.shape), torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, True, True),
+            (None, torch.randn(2, 20), x, c, indices, None, "euclidean", "none", 0.5, False, True),
+        ],
+    }
+
+
+SAMPLES = samples()
+
+
+def test_every_op_has_samples():
+    assert set(SAMPLES) == set(vqops.implementations()) == set(library.OPS)
+
+
+@pytest.mark.parametrize("suffix", ["", "_compiled", "_reference"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name, suffix):
+    if suffix == "_compiled" and not library.is_compiled(name, "cpu"):
+        pytest.skip("no compiled kernels here")
+    for arguments in SAMPLES[name]:
+        # The graph that autograd makes of a step uses fixed shapes here; dynamic ones have tests of their own.
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(getattr(ops, name + suffix).default, copied(arguments), test_utils=utils)
+
+
+def copied(arguments):
+    return tuple(
+        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments
+    )
+
+
+CALLS = {
+    "nearest": lambda x, c: vqops.nearest(x, c),
+    "nearest_topk": lambda x, c: vqops.nearest_topk(x, c, 2, metric="cosine"),
+    "prepared": lambda x, c: vqops.nearest(x, vqops.prepare(c)),
+    "search_statistics": lambda x, c: vqops.search_statistics(x, c),
+    "quantize": lambda x, c: tuple(vqops.quantize(x, c, gradient="rotation", code_sums=True)),
+    "code_sums": lambda x, c: vqops.code_sums(x, vqops.nearest(x, c), 9),
+    "reference": lambda x, c: vqops.nearest(x, c, implementation="reference"),
+}
+
+
+def test_a_codebook_prepared_outside_the_graph():
+    c = torch.randn(9, 4)
+    prepared = vqops.prepare(c)
+    compiled = torch.compile(lambda x: vqops.nearest(x, prepared), fullgraph=True, backend="aot_eager")
+    x = torch.randn(30, 4)
+    assert torch.equal(compiled(x), vqops.nearest(x, c))
+
+
+def flat(result):
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_to_one_graph(name, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend=backend)
+    for rows in (30, 40, 41):
+        x, c = torch.randn(rows, 4), torch.randn(9, 4)
+        for a, b in zip(flat(compiled(x, c)), flat(CALLS[name](x, c)), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gradients_compile(backend):
+    def loss(x, c):
+        found = vqops.quantize(x, c, gradient="rotation", codebook_error_scale=0.5)
+        return found.quantized.square().sum() + found.error.sum()
+
+    inputs = [torch.randn(30, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=backend)(*inputs), inputs)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_exports(name):
+    class Module(torch.nn.Module):
+        def forward(self, x, c):
+            return CALLS[name](x, c)
+
+    x, c = torch.randn(30, 4), torch.randn(9, 4)
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    program = torch.export.export(Module(), (x, c), dynamic_shapes=({0: rows}, None))
+    x = torch.randn(44, 4)
+    for a, b in zip(flat(program.module()(x, c)), flat(CALLS[name](x, c)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "ema_update_"])
+def test_meta_tensors_have_the_right_shapes(name):
+    for arguments in SAMPLES[name]:
+        real = flat(getattr(ops, name)(*arguments))
+        meta = flat(getattr(ops, name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)))
+        for a, b in zip(meta, real, strict=True):
+            assert b.dtype == a.dtype and (a.shape == b.shape or name == "prepare")
+
+
+def test_ema_on_meta_tensors():
+    vqops.ema_update_(*(t.to("meta") for t in SAMPLES["ema_update_"][0][:5]), torch.empty((), device="meta"))
+
+
+def test_autocast_changes_nothing():
+    x, c = torch.randn(200, 8), torch.randn(50, 8)
+    expected = vqops.quantize(x, c)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = vqops.quantize(x, c)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_indices_carry_no_gradient():
+    x, c = torch.randn(20, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    found = vqops.quantize(x, c, code_sums=True)
+    assert [t.requires_grad for t in found] == [True, False, True, False, False]
+    assert not vqops.nearest(x, c).requires_grad
+    assert not any(t.requires_grad for t in vqops.nearest_topk(x, c, 2))
+    assert not any(t.requires_grad for t in vqops.code_sums(x, vqops.nearest(x, c), 5))
+
+
+def test_the_default_comes_first_and_is_what_runs():
+    for name, devices in vqops.implementations().items():
+        assert devices["cpu"][-1] == devices["cuda"][-1] == "reference", name
+    assert vqops.implementations()["nearest"]["cpu"][0] == "compiled"
+
+
+@pytest.mark.parametrize("name", ["fastest", "Compiled", ""])
+def test_an_unknown_implementation_is_named(name):
+    with pytest.raises(ValueError, match=f"nearest: implementation must be .*got {name!r}"):
+        vqops.nearest(torch.randn(3, 2), torch.randn(2, 2), implementation=name)
+
+
+def test_the_command_that_says_so_too():
+    from vqops.info import report
+
+    assert all(name in report() for name in vqops.implementations())

@@ -1,0 +1,172 @@
+"""code_sums and ema_update_: every implementation, by hand and against float64."""
+
+import pytest
+import torch
+from cases import INF, NAN
+from torch.testing import assert_close
+
+import vqops
+from vqops.ops import reference
+
+TABLE = [
+    {
+        "x": [[1, 2], [3, 4], [5, 6]],
+        "indices": [1, 0, 1],
+        "K": 3,
+        "counts": [1, 2, 0],
+        "sums": [[3, 4], [6, 8], [0, 0]],
+    },
+    {"x": [[1, 2], [NAN, 4]], "indices": [0, -1], "K": 2, "counts": [1, 0], "sums": [[1, 2], [0, 0]]},
+    {"x": [[1, 2], [3, 4]], "indices": [0, 0], "K": 1, "weight": [2, 0.5], "counts": [2.5], "sums": [[3.5, 6]]},
+    {"x": [[1], [INF]], "indices": [1, 0], "K": 2, "counts": [1, 1], "sums": [[INF], [1]]},
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: str(row["counts"]))
+def test_sums_by_hand(implementation, row):
+    weight = torch.tensor(row["weight"]) if "weight" in row else None
+    x = torch.tensor(row["x"], dtype=torch.float32)
+    counts, sums = implementation.code_sums(x, torch.tensor(row["indices"]), row["K"], weight)
+    assert counts.tolist() == row["counts"] and sums.tolist() == row["sums"]
+    assert counts.dtype == (torch.int64 if weight is None else torch.float32) and sums.dtype == torch.float32
+
+
+def float64_sums(x, indices, K, weight):
+    one_hot = (indices[..., None] == torch.arange(K)).double()
+    one_hot = one_hot if weight is None else one_hot * weight[..., None].double()
+    return one_hot.sum(1), one_hot.mT @ x.double().masked_fill((indices < 0)[..., None], 0)
+
+
+SIZES = {
+    "plain": (1, 200, 7, 5),
+    "heads": (3, 90, 11, 8),
+    "no_rows": (2, 0, 4, 3),
+    "one_code": (1, 1000, 1, 3),  # four runs of 256
+    "one_dimension": (1, 300, 5, 1),
+    "more_codes_than_rows": (1, 10, 500, 6),
+    "long_runs": (1, 2100, 3, 17),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_sums(kernel, size, dtype, weighted):
+    H, N, K, D = SIZES[size]
+    x, indices = torch.randn(H, N, D).to(dtype), torch.randint(-1, K, (H, N))
+    weight = torch.rand(H, N) if weighted else None
+    counts, sums = kernel.code_sums(x, indices, K, weight, heads=True)
+    expected = reference.code_sums(x, indices, K, weight)
+    assert torch.equal(counts.cpu(), expected[0]) and torch.equal(sums.cpu(), expected[1])  # to the last bit
+    exact_counts, exact_sums = float64_sums(x, indices, K, weight)
+    assert_close(counts.cpu().double(), exact_counts, rtol=1e-6, atol=1e-6)
+    magnitude = float64_sums(x.abs(), indices, K, weight)[1]
+    assert ((sums.cpu().double() - exact_sums).abs() <= 300 * 2.0**-24 * magnitude).all()
+
+
+def test_a_hot_code_among_many(kernel):
+    x, indices = torch.randn(5000, 9), torch.zeros(5000, dtype=torch.int64)
+    indices[::7] = torch.randint(300, indices[::7].shape)
+    counts, sums = kernel.code_sums(x, indices, 300)
+    expected_counts, expected_sums = reference.code_sums(x[None], indices[None], 300, None)
+    assert torch.equal(counts.cpu(), expected_counts[0]) and torch.equal(sums.cpu(), expected_sums[0])
+
+
+def test_sums_take_any_strides(kernel):
+    x, indices = torch.randn(6, 400).mT[::2], torch.randint(-1, 20, (400,))[::2]
+    counts, sums = kernel.code_sums(x, indices, 20)
+    same = kernel.code_sums(x.contiguous(), indices.contiguous(), 20)
+    assert torch.equal(counts, same[0]) and torch.equal(sums, same[1])
+
+
+def test_sums_do_not_depend_on_threads():
+    x, indices = torch.randn(3000, 10), torch.randint(100, (3000,))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3, 5):
+            torch.set_num_threads(number)
+            results.append(vqops.code_sums(x, indices, 100)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+# EMA
+
+
+def state(H, K, D):
+    return torch.rand(H, K) * 5, torch.randn(H, K, D), torch.randn(H, K, D)
+
+
+def on(kernel, *tensors):
+    return [t.to(kernel.device, copy=True) for t in tensors]
+
+
+def test_ema_by_hand(implementation):
+    size, average, embed = on(
+        implementation, torch.tensor([[1.0, 1]]), torch.tensor([[[0.0], [4]]]), torch.zeros(1, 2, 1)
+    )
+    implementation.ema_update_(size, average, embed, torch.tensor([[2, 1]]), torch.tensor([[[1.0], [3]]]), 0.5, 0.25)
+    assert size.tolist() == [[1.5, 1.0]] and average.tolist() == [[[0.5], [3.5]]]
+    smoothed = [(1.5 + 0.25) / (2.5 + 0.5) * 2.5, (1 + 0.25) / (2.5 + 0.5) * 2.5]
+    assert_close(embed.cpu(), torch.tensor([[[0.5 / smoothed[0]], [3.5 / smoothed[1]]]]))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("options", [{}, {"weight": True}, {"embed": False}, {"decay": 1.0}, {"decay": 0.0}], ids=str)
+@pytest.mark.parametrize("H, K, D", [(1, 7, 5), (3, 33, 8), (1, 1, 1), (2, 300, 3)])
+def test_ema(implementation, H, K, D, options, metric):
+    size, average, embed = state(H, K, D)
+    counts, sums = torch.randint(0, 9, (H, K)), torch.randn(H, K, D)
+    weight = torch.rand(H, K) if options.get("weight") else None
+    decay = options.get("decay", 0.8)
+    new_size, new_average, new_embed = on(implementation, size, average, embed)
+    given = new_embed if options.get("embed", True) else None
+    implementation.ema_update_(new_size, new_average, given, counts, sums, decay, 1e-5, weight, metric)
+
+    step = (1 - decay) * (torch.ones(H, K) if weight is None else weight).double()
+    exact_size = size.double() + step * (counts - size.double())
+    exact_average = average.double() + step[..., None] * (sums.double() - average.double())
+    assert_close(new_size.cpu(), exact_size.float(), rtol=1e-6, atol=1e-7)
+    assert_close(new_average.cpu(), exact_average.float(), rtol=1e-5, atol=1e-6)
+    if given is None:
+        assert torch.equal(new_embed.cpu(), embed)
+        return
+    total = exact_size.sum(-1, keepdim=True)
+    codes = exact_average / ((exact_size + 1e-5) / (total + K * 1e-5) * total)[..., None]
+    codes = torch.nn.functional.normalize(codes, dim=-1, eps=1e-6) if metric == "cosine" else codes
+    filled = (exact_size > 1e-3)[..., None].expand_as(codes)  # decay=0 and no row: a ratio of roundings
+    assert_close(new_embed.cpu()[filled], codes.float()[filled], rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_counts_and_a_decay_on_the_device(implementation):
+    size, average, embed = on(implementation, *state(1, 6, 4))
+    counts, sums = torch.rand(1, 6), torch.randn(1, 6, 4)
+    same = [t.clone() for t in (size, average, embed)]
+    implementation.ema_update_(size, average, embed, counts, sums, torch.tensor(0.9))
+    implementation.ema_update_(*same, counts, sums, 0.9)
+    assert all(torch.equal(a, b) for a, b in zip((size, average, embed), same, strict=True))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_nothing_poisons_the_codebook(implementation, bad, metric):
+    before = state(1, 6, 4)
+    size, average, embed = on(implementation, *before)
+    counts, sums = torch.ones(1, 6), torch.randn(1, 6, 4)
+    sums[0, 1, 2], counts[0, 3] = bad, bad
+    implementation.ema_update_(size, average, embed, counts, sums, 0.5, metric=metric)
+    for new, old in zip((size, average), before, strict=False):
+        assert new.isfinite().all()
+        assert torch.equal(new[0, [1, 3]].cpu(), old[0, [1, 3]]) and not torch.equal(new[0, 0].cpu(), old[0, 0])
+    assert embed.isfinite().all()
+
+
+def test_an_empty_codebook_keeps_its_codes(implementation):
+    """All sizes 0 and nothing counted: 0 / 0 for every code."""
+    embed = torch.randn(1, 3, 2, device=implementation.device)
+    before = embed.clone()
+    size, average = on(implementation, torch.zeros(1, 3), torch.zeros(1, 3, 2))
+    implementation.ema_update_(size, average, embed, torch.zeros(1, 3), torch.zeros(1, 3, 2), 0.9, 0.0)
+    assert torch.equal(embed, before)

@@ -120,6 +120,7 @@ private:
 
     static void offer(void* block, int64_t row, int64_t code, float lower) {
         Block& b = *static_cast<Block*>(block);
+        if (code >= b.packed_->header->screened) return;  // padding; passes while a row has fewer than k candidates
         const double charge = b.packed_->charge(code, b.radius_[row], b.lost_[row], b.set_.pairs);
         b.candidates_.add(row, code, lower, lower + charge + b.packed_->slack[code] + b.always_[row]);
     }

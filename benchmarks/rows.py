@@ -25,7 +25,7 @@ def environment() -> dict:
             continue
     return {
         "device": processor(),
-        "instructions": _C.cpu_instruction_set(),
+        "instructions": _C.instruction_set(),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": commit(),

@@ -8,6 +8,7 @@
 // that a function is defined for, so a shared definition would be as slow as the narrowest.
 
 typedef double Lanes __attribute__((vector_size(64)));
+typedef float FloatLanes __attribute__((vector_size(32), aligned(4), may_alias));
 
 VQOPS_INLINE double add_lanes(const Lanes& p) {
     return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
@@ -20,6 +21,21 @@ VQOPS_INLINE double squared_distance(const double* x, const double* c, int64_t p
         const Lanes e = *reinterpret_cast<const Lanes*>(x + i) - *reinterpret_cast<const Lanes*>(c + i);
         sum += e * e;
     }
+    return add_lanes(sum);
+}
+
+// The same from D values as float, at any address: what is short of eight at the end is padded here.
+VQOPS_INLINE double squared_distance_of_floats(const float* x, const float* c, int64_t D) {
+    Lanes sum = {};
+    int64_t i = 0;
+    for (; i + 8 <= D; i += 8) {
+        const Lanes e = __builtin_convertvector(*reinterpret_cast<const FloatLanes*>(x + i), Lanes) -
+                        __builtin_convertvector(*reinterpret_cast<const FloatLanes*>(c + i), Lanes);
+        sum += e * e;
+    }
+    Lanes e = {};
+    for (int64_t j = i; j < D; j++) e[j - i] = double(x[j]) - double(c[j]);
+    sum += e * e;
     return add_lanes(sum);
 }
 

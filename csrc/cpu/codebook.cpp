@@ -107,6 +107,26 @@ std::vector<bool> repeated(const Codes& codes, const std::vector<Facts>& facts) 
     return marks;
 }
 
+// A centred and scaled code into its place in a panel, and behind it what the bound needs.
+void place_floats(const AlignedRow& code, int64_t D, double radius, float* place) {
+    for (int64_t i = 0; i < D; i++) place[i * kPanel] = float(code.data[i]);
+    place[D * kPanel] = float(radius * (1 + 0x1p-20));
+}
+
+void place_pairs(const AlignedRow& code, int64_t D, double radius, uint16_t* place) {
+    double lost = 0;
+    for (int64_t i = 0; i < D; i++) {
+        uint16_t half = to_bfloat16(float(code.data[i]));
+        if ((half & 0x7f80) == 0) half = 0;  // vdpbf16ps would take a denormal for 0
+        const double rest = code.data[i] - double(from_bfloat16(half));
+        lost += rest * rest;
+        place[i / 2 * 2 * kPanel + i % 2] = half;
+    }
+    uint16_t* const bound = place + (D + 1) / 2 * 2 * kPanel;
+    bound[0] = up_to_bfloat16(float(radius * (1 + 0x1p-20)));
+    bound[1] = up_to_bfloat16(float(std::sqrt(lost) * (1 + 0x1p-20) + radius * 0x1p-50));
+}
+
 }  // namespace
 
 void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
@@ -158,26 +178,28 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
     std::fill(rest, packed.code + round_up(K, 32), 0);
 
     // exactness.md: the coefficient of |c|^2 / 2 in the bound, and the error of the decision.
-    const double gamma = 1.01 * double(D + 2) * kUnit;
+    const double gamma = 1.01 * double(D + 6) * kUnit;
     const double decided = 1.01 * double(D / 8 + 8) * kDouble;
-    *packed.header = {kLayout, cosine, K, D, screened, int64_t(far.size()), int64_t(repeats.size()),
+    *packed.header = {layout(), cosine, K, D, screened, int64_t(far.size()), int64_t(repeats.size()),
                       scale, float(cosine ? 4 * double(D + 16) * kDouble : 1.01 * decided), first};
 
-    const int64_t depth = packed.depth(), covered = packed.panel_count() * kPanel, codes_held = round_up(K, 32);
+    const int64_t covered = packed.panel_count() * kPanel, codes_held = round_up(K, 32);
     std::fill(packed.start + covered, packed.start + codes_held, INFINITY);
     std::fill(packed.slack + covered, packed.slack + codes_held, 0);
-    std::fill(packed.panels + covered * depth, packed.panels + codes_held * depth, 0);
+    const size_t panel_bytes = size_t(packed.depth) * kPanel * 4;
+    char* const panels = static_cast<char*>(packed.panels);
+    std::memset(panels + size_t(packed.panel_count()) * panel_bytes, 0, size_t(codes_held - covered) / kPanel * panel_bytes);
     parallel.over(packed.panel_count(), [&](int64_t begin, int64_t end) {
         const DefaultFloatMode mode;
         const AlignedRow row(D);
         for (int64_t p = begin; p < end; p++) {
-            float* panel = packed.panels + p * depth * kPanel;
+            void* panel = panels + size_t(p) * panel_bytes;
+            std::memset(panel, 0, panel_bytes);
             for (int64_t j = 0; j < kPanel; j++) {
                 const int64_t k = p * kPanel + j;
                 if (k >= screened) {
                     packed.start[k] = INFINITY;
                     packed.slack[k] = 0;
-                    for (int64_t i = 0; i < depth; i++) panel[i * kPanel + j] = 0;
                     continue;
                 }
                 const double radius = facts[packed.code[k]].radius;
@@ -187,8 +209,9 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
                 packed.slack[k] = float(half * (2 * bound + 0x1p-21));
                 codes.read(packed.code[k], row.data);
                 codes.direct(row.data);
-                for (int64_t i = 0; i < D; i++) panel[i * kPanel + j] = float((row.data[i] - packed.centre[i]) * scale);
-                panel[D * kPanel + j] = float(radius * (1 + 0x1p-20));
+                for (int64_t i = 0; i < D; i++) row.data[i] = (row.data[i] - packed.centre[i]) * scale;
+                if (instructions().pairs) place_pairs(row, D, radius, static_cast<uint16_t*>(panel) + 2 * j);
+                else place_floats(row, D, radius, static_cast<float*>(panel) + j);
             }
         }
     });

@@ -1,7 +1,8 @@
 // The codebook as the screening pass reads it: centred, scaled, in panels, with the error bound's constants.
 //
-// One head, in sections of whole cache lines (D + 1 rows a panel: the last holds the codes' radii):
-//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [K to 32 / 16][D + 1][16]
+// One head, in sections of whole cache lines; a word is a float or, for the sets that screen so, two dimensions as bfloat16:
+//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [K to 32 / 16][depth][16] words
+// The last of a panel's words hold the codes' radii (bfloat16: radius and what rounding took away).
 // vqops/ops/search.py computes the same size for fake tensors. csrc/cpu/exactness.md has the proof of the bound.
 #pragma once
 
@@ -16,7 +17,7 @@ namespace vqops {
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 struct Header {
-    int32_t layout;    // kLayout; anything else is no codebook of ours
+    int32_t layout;    // layout(); anything else is no codebook of ours
     int32_t cosine;
     int64_t K, D;
     int64_t screened;  // codes in panels: finite, no duplicates of a lower index, not far
@@ -27,7 +28,18 @@ struct Header {
     int64_t first;     // the lowest index of a finite code; -1 where none is
 };
 static_assert(sizeof(Header) == 64);
-constexpr int32_t kLayout = 0x76710001;
+inline int32_t layout() { return 0x76710010 + instructions().pairs; }
+
+// Words of a code: its dimensions, and what the bound charges.
+inline int64_t depth_of(int64_t D) { return instructions().pairs ? (D + 1) / 2 + 1 : D + 1; }
+
+// The next bfloat16 that is not smaller than a positive value; at least the smallest that vdpbf16ps doesn't take for 0.
+static inline uint16_t up_to_bfloat16(float value) {
+    uint32_t bits;
+    value = value > 0x1p-126f ? value : 0x1p-126f;
+    std::memcpy(&bits, &value, 4);
+    return uint16_t((bits + 0xffff) >> 16);
+}
 
 // A code further than this from the centre, in units of the typical norm, is decided in float64 for every row.
 constexpr float kFar = 0x1p40f;
@@ -39,10 +51,11 @@ struct Packed {
     float* start;     // |c|^2 / 2 less its own error, the accumulator's first value; infinite where there is no code
     float* slack;     // what the upper bound adds to the lower one for the code alone
     int32_t* code;    // its index in the codebook
-    float* panels;
+    void* panels;
+    int64_t depth;
 
     static int64_t bytes(int64_t K, int64_t D) {
-        return 64 + 4 * round_up(D, 16) + 4 * round_up(K, 32) * (D + 4);
+        return 64 + 4 * round_up(D, 16) + 4 * round_up(K, 32) * (depth_of(D) + 3);
     }
 
     Packed(const void* memory, int64_t K, int64_t D) {
@@ -53,13 +66,18 @@ struct Packed {
         start = centre + round_up(D, 16);
         slack = start + codes;
         code = reinterpret_cast<int32_t*>(slack + codes);
-        panels = reinterpret_cast<float*>(code + codes);
+        panels = code + codes;
+        depth = depth_of(D);
     }
 
-    int64_t depth() const { return header->D + 1; }
     int64_t panel_count() const { return (header->screened + kPanel - 1) / kPanel; }
-    float radius(int64_t k) const {
-        return panels[(k / kPanel * depth() + header->D) * kPanel + k % kPanel];
+
+    // What the bound charges for screened code k: `radius` times |c'|, and `lost` times what rounding took from it.
+    double charge(int64_t k, double radius, double lost, bool pairs) const {
+        const int64_t word = (k / kPanel * depth + depth - 1) * kPanel + k % kPanel;
+        if (!pairs) return radius * double(static_cast<const float*>(panels)[word]);
+        const uint16_t* halves = static_cast<const uint16_t*>(panels) + 2 * word;
+        return radius * double(from_bfloat16(halves[0])) + lost * double(from_bfloat16(halves[1]));
     }
 };
 

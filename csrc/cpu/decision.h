@@ -14,11 +14,10 @@ struct Ranking {
     explicit Ranking(int64_t k) : k(k) {}
 
     void add(double value, int64_t code) {
-        int64_t i = size < k ? size : k - 1;
-        if (size == k && !before(value, code, i)) return;
+        if (size == k && !before(value, code, k - 1)) return;
+        int64_t i = size < k ? size++ : k - 1;
         for (; i > 0 && before(value, code, i - 1); i--) cost[i] = cost[i - 1], index[i] = index[i - 1];
         cost[i] = value, index[i] = code;
-        if (size < k) size++;
     }
 
     bool before(double value, int64_t code, int64_t i) const {
@@ -42,27 +41,42 @@ static inline double unit_scale(const double* row, int64_t D) {
 class Decision {
 public:
     Decision(const SearchShape& shape, const Rows& rows, const Rows& codebook, const SearchResult& result)
-        : x(shape.D), shape_(shape), rows_(rows), codebook_(codebook), result_(result), code_(shape.D) {}
+        : x(shape.D), shape_(shape), rows_(rows), codebook_(codebook), result_(result), code_(shape.D),
+          floats_(!shape.cosine && rows.has_float_rows() && codebook.has_float_rows()) {}
 
-    void take(int64_t h, int64_t n) { read_row(rows_, h, n, shape_.D, x.data); }
+    // Reads row n into x.
+    void read(int64_t h, int64_t n) { read_row(rows_, h, n, shape_.D, x.data); }
 
+    void take(int64_t h, int64_t n) {
+        if (floats_) row_ = rows_.floats(h, n);
+        else read(h, n);
+    }
+
+    // A finite code.
     void consider(int64_t h, int64_t k, Ranking& ranking) {
+        if (floats_) return ranking.add(set_.exact_distance(row_, codebook_.floats(h, k), shape_.D), k);
         read_row(codebook_, h, k, shape_.D, code_.data);
-        if (!code_.finite()) return;
-        ranking.add(instructions().exact_cost(x.data, code_.data, x.padded, shape_.cosine), k);
+        ranking.add(set_.exact_cost(x.data, code_.data, x.padded, shape_.cosine), k);
+    }
+
+    // A code that may not be finite, which a finite distance rules out.
+    void consider_any(int64_t h, int64_t k, Ranking& ranking) {
+        const double distance = floats_ ? set_.exact_distance(row_, codebook_.floats(h, k), shape_.D) : NAN;
+        if (std::isfinite(distance)) return ranking.add(distance, k);
+        read_row(codebook_, h, k, shape_.D, code_.data);
+        if (code_.finite()) consider(h, k, ranking);
     }
 
     // Compares the row that was taken with every code.
     void scan(int64_t h, int64_t n) {
         Ranking ranking(result_.k);
-        for (int64_t k = 0; k < shape_.K; k++) consider(h, k, ranking);
-        tiers[ranking.size ? kScanned : kNoCode]++;
-        write(h, n, ranking, INFINITY);
+        for (int64_t k = 0; k < shape_.K; k++) consider_any(h, k, ranking);
+        write_ranked(h, n, ranking, kScanned);
     }
 
-    // What was found among the codes that bounds left open.
-    void write_decided(int64_t h, int64_t n, const Ranking& ranking, bool certified) {
-        tiers[ranking.size == 0 ? kNoCode : certified ? kCertified : kDecided]++;
+    // What was found among the codes that were considered.
+    void write_ranked(int64_t h, int64_t n, const Ranking& ranking, Tier tier) {
+        tiers[ranking.size == 0 ? kNoCode : tier]++;
         write(h, n, ranking, INFINITY);
     }
 
@@ -85,11 +99,14 @@ private:
     // Places beyond the ranked codes get index -1 and distance `missing`.
     void write(int64_t h, int64_t n, const Ranking& ranking, double missing) {
         const int64_t start = (h * shape_.N + n) * result_.k;
-        const double square = shape_.cosine && result_.distances && ranking.size ? x.dot(x) : 0;
+        if (!result_.distances) {
+            result_.indices[start] = ranking.size ? ranking.index[0] : -1;
+            return;
+        }
+        const double square = shape_.cosine && ranking.size ? x.dot(x) : 0;
         for (int64_t i = 0; i < result_.k; i++) {
             const bool found = i < ranking.size;
             result_.indices[start + i] = found ? ranking.index[i] : -1;
-            if (!result_.distances) continue;
             double distance = found ? ranking.cost[i] : missing;
             if (found && shape_.cosine) distance = 1 + (square > 0 ? distance / std::sqrt(square) : 0);
             if (rows_.dtype == DType::float64) static_cast<double*>(result_.distances)[start + i] = distance;
@@ -101,7 +118,10 @@ private:
     const Rows& rows_;
     const Rows& codebook_;
     const SearchResult& result_;
+    const Instructions& set_ = instructions();
     AlignedRow code_;
+    const bool floats_;  // rows and codes lie in memory as `exact_distance` takes them
+    const float* row_ = nullptr;
 };
 
 }  // namespace vqops

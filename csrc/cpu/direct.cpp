@@ -16,37 +16,36 @@
 namespace vqops {
 namespace {
 
+constexpr int64_t kAgainBytes = 48 * 1024;  // of rows that are compared again, a thread
+
 // The rows of one head, as the kernel reads them, and what bounds them.
 struct DirectRows {
-    DirectRows(const SearchShape& shape, const Rows& x, const RowMask& mask, int64_t h, Decision& decision)
-        : group(instructions().group), stride(round_up(shape.D, group)) {
-        kept.reserve(round_up(shape.N, group) * stride);
-        for (int64_t n = 0; n < shape.N; n++) {
-            if (!mask.keeps(h, n)) {
-                decision.write_none(h, n, true);
-                continue;
-            }
-            decision.take(h, n);
-            if (!decision.x.finite()) {
-                decision.write_none(h, n, false);
-                continue;
-            }
-            const double scale = shape.cosine ? unit_scale(decision.x.data, shape.D) : 1;
-            double square = 0;
-            for (int64_t i = 0; i < shape.D; i++) {
-                kept.push_back(float(decision.x.data[i] * scale));
-                square += double(kept.back()) * kept.back();
-            }
-            kept.resize(round_up(int64_t(kept.size()), stride), 0.0f);
-            numbers.push_back(n);
-            // For cosine, the error of -x.c / |c| in units of |x|; for distances it is relative, and this is underflow.
-            allowance.push_back(float(shape.cosine ? 1.02 * double(shape.D + 8) * 0x1p-23 * std::sqrt(square) + 0x1p-100
-                                                   : double(shape.D) * 0x1p-140));
+    DirectRows(const SearchShape& shape, int64_t most)
+        : shape(shape), group(instructions().group), stride(round_up(shape.D, group)) {
+        kept.reserve(round_up(most, group) * stride);
+    }
+
+    // A finite row.
+    void add(int64_t n, const double* row) {
+        const double scale = shape.cosine ? unit_scale(row, shape.D) : 1;
+        double square = 0;
+        for (int64_t i = 0; i < shape.D; i++) {
+            kept.push_back(float(row[i] * scale));
+            square += double(kept.back()) * kept.back();
         }
+        kept.resize(round_up(int64_t(kept.size()), stride), 0.0f);
+        numbers.push_back(n);
+        // For cosine, the error of -x.c / |c| in units of |x|; for distances it is relative, and this is underflow.
+        allowance.push_back(float(shape.cosine ? 1.02 * double(shape.D + 8) * 0x1p-23 * std::sqrt(square) + 0x1p-100
+                                               : double(shape.D) * 0x1p-140));
+    }
+
+    void pad() {
         padded = round_up(int64_t(numbers.size()), group);
         kept.resize(padded * stride, 0.0f);
     }
 
+    const SearchShape& shape;
     const int64_t group, stride;
     int64_t padded = 0;
     std::vector<int64_t> numbers;         // n of each row that is to be searched
@@ -64,9 +63,18 @@ public:
         for (int64_t r = int64_t(rows.numbers.size()); r < rows.padded; r++) candidates.threshold[r] = -INFINITY;
     }
 
-    void compare(const float* code, int64_t k) {
-        instructions().direct(rows_.kept.data(), rows_.padded, rows_.stride, code, cosine_, factor_,
-                              candidates.threshold.data(), k, {this, offer});
+    void compare(const Rows& codebook, int64_t h, int64_t begin, int64_t end) {
+        const int64_t D = rows_.shape.D;
+        std::vector<float> buffer(rows_.stride, 0.0f);
+        for (int64_t k = begin; k < end; k++) {
+            const float* code = float_row(codebook, h, k, D, buffer.data());
+            if (code != buffer.data() && D != rows_.stride) {  // the kernel reads whole vectors
+                std::copy(code, code + D, buffer.data());
+                code = buffer.data();
+            }
+            set_.direct(rows_.kept.data(), rows_.padded, rows_.stride, code, cosine_, factor_,
+                        candidates.threshold.data(), k, {this, offer});
+        }
     }
 
     Candidates candidates;
@@ -83,51 +91,75 @@ private:
     }
 
     const DirectRows& rows_;
+    const Instructions& set_ = instructions();
     const double relative_;
     const float factor_;
     const bool cosine_;
 };
 
+// Decides row r of those that were compared, among its candidates.
+void settle(Candidates& candidates, int64_t r, int64_t h, int64_t n, int64_t k, Decision& decision, bool again) {
+    decision.take(h, n);
+    if (candidates.overflowed(r)) return decision.scan(h, n);
+    candidates.drop_excluded(r);
+    const int32_t count = candidates.count(r);
+    Ranking ranking(k);
+    for (int32_t i = 0; i < count; i++) decision.consider_any(h, candidates.code(r, i), ranking);
+    decision.write_ranked(h, n, ranking, again ? kScanned : count == 1 ? kCertified : kDecided);
+}
+
 }  // namespace
+
+void search_again(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
+                  int64_t count, Decision& decision, int64_t k) {
+    if (!is_direct(0, x, codebook)) {
+        for (int64_t i = 0; i < count; i++) decision.take(h, rows[i]), decision.scan(h, rows[i]);
+        return;
+    }
+    const int64_t group = instructions().group;
+    const int64_t most = std::max(group, kAgainBytes / (4 * round_up(shape.D, group)) / group * group);
+    for (int64_t begin = 0; begin < count; begin += most) {
+        const int64_t end = std::min(begin + most, count);
+        DirectRows taken(shape, end - begin);
+        for (int64_t i = begin; i < end; i++) {
+            decision.read(h, rows[i]);
+            taken.add(rows[i], decision.x.data);
+        }
+        taken.pad();
+        DirectCandidates found(shape, taken, k);
+        found.compare(codebook, h, 0, shape.K);
+        for (int64_t r = 0; r < end - begin; r++)
+            settle(found.candidates, r, h, taken.numbers[r], k, decision, true);
+    }
+}
 
 void search_direct(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
                    const SearchResult& result, const Parallel& parallel) {
     const DefaultFloatMode mode;
-    const int64_t D = shape.D;
     Decision decision(shape, x, codebook, result);
     for (int64_t h = 0; h < shape.H; h++) {
-        const DirectRows rows(shape, x, mask, h, decision);
+        DirectRows rows(shape, shape.N);
+        for (int64_t n = 0; n < shape.N; n++) {
+            const bool kept = mask.keeps(h, n);
+            if (kept) decision.read(h, n);
+            if (kept && decision.x.finite()) rows.add(n, decision.x.data);
+            else decision.write_none(h, n, !kept);
+        }
+        rows.pad();
         if (rows.numbers.empty()) continue;
         const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, shape.K / 64));
         std::vector<std::unique_ptr<DirectCandidates>> parts(threads);
         parallel.over(threads, [&](int64_t begin, int64_t end) {
             const DefaultFloatMode mode_of_thread;
-            std::vector<float> buffer(rows.stride, 0.0f);
             for (int64_t t = begin; t < end; t++) {
                 parts[t] = std::make_unique<DirectCandidates>(shape, rows, result.k);
-                for (int64_t k = shape.K * t / threads; k < shape.K * (t + 1) / threads; k++) {
-                    const float* code = float_row(codebook, h, k, D, buffer.data());
-                    if (code != buffer.data() && D != rows.stride) {  // the kernel reads whole vectors
-                        std::copy(code, code + D, buffer.data());
-                        code = buffer.data();
-                    }
-                    parts[t]->compare(code, k);
-                }
+                parts[t]->compare(codebook, h, shape.K * t / threads, shape.K * (t + 1) / threads);
             }
         });
         Candidates& all = parts[0]->candidates;
         for (int64_t r = 0; r < int64_t(rows.numbers.size()); r++) {
-            const int64_t n = rows.numbers[r];
             for (int64_t t = 1; t < threads; t++) all.merge(r, parts[t]->candidates);
-            decision.take(h, n);
-            if (all.overflowed(r)) {
-                decision.scan(h, n);
-                continue;
-            }
-            all.drop_excluded(r);
-            Ranking ranking(result.k);
-            for (int32_t i = 0; i < all.count(r); i++) decision.consider(h, all.code(r, i), ranking);
-            decision.write_decided(h, n, ranking, all.count(r) == 1);
+            settle(all, r, h, rows.numbers[r], result.k, decision, false);
         }
     }
     for (int tier = 0; result.tiers && tier < kTiers; tier++) result.tiers[tier] += decision.tiers[tier];

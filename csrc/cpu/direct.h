@@ -1,6 +1,7 @@
 // Search without a prepared codebook, for few rows: preparing costs more than the search.
 #pragma once
 
+#include "decision.h"
 #include "parallel.h"
 #include "rows.h"
 #include "search.h"
@@ -14,6 +15,10 @@ constexpr int64_t kDirectRows = 96;
 inline bool is_direct(int64_t N, const Rows& x, const Rows& codebook) {
     return N <= kDirectRows && x.dtype != DType::float64 && codebook.dtype != DType::float64;
 }
+
+// Settles `count` finite rows of head h in one thread, counting them as kScanned.
+void search_again(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
+                  int64_t count, Decision& decision, int64_t k);
 
 void search_direct(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
                    const SearchResult& result, const Parallel& parallel);

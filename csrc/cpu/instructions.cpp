@@ -1,7 +1,13 @@
 #include "instructions.h"
 
+#include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,18 +27,17 @@ namespace portable {
 #define VQOPS_NAME "portable"
 #define VQOPS_WIDTH 4
 #define VQOPS_TILE 3
+#define VQOPS_CODES 16
+#define VQOPS_PAIRS 0
 #define VQOPS_BROADCAST(value) (Vector{value, value, value, value})
-#define VQOPS_ANY(mask) ((mask)[0] | (mask)[1] | (mask)[2] | (mask)[3])
-#define VQOPS_BITS(mask) (((mask)[0] & 1) | ((mask)[1] & 2) | ((mask)[2] & 4) | ((mask)[3] & 8))
+#define VQOPS_LANES Mask
+#define VQOPS_LESS_EQUAL(a, b) ((a) <= (b))
+#define VQOPS_ANY(lanes) ((lanes)[0] | (lanes)[1] | (lanes)[2] | (lanes)[3])
+#define VQOPS_BITS(lanes) \
+    (((lanes)[0] & 1) | ((lanes)[1] & 2) | ((lanes)[2] & 4) | ((lanes)[3] & 8))
 #define VQOPS_SUBTRACT_PRODUCT(sum, a, b) ((sum) - (a) * (b))
 #include "instructions.inl"
-#undef VQOPS_NAME
-#undef VQOPS_WIDTH
-#undef VQOPS_TILE
-#undef VQOPS_BROADCAST
-#undef VQOPS_ANY
-#undef VQOPS_BITS
-#undef VQOPS_SUBTRACT_PRODUCT
+#include "undefine.inl"
 }  // namespace portable
 
 #if defined(__x86_64__)
@@ -47,19 +52,71 @@ namespace avx2 {
 #define VQOPS_NAME "avx2"
 #define VQOPS_WIDTH 8
 #define VQOPS_TILE 6
+#define VQOPS_CODES 16
+#define VQOPS_PAIRS 0
 #define VQOPS_BROADCAST(value) _mm256_set1_ps(value)
-#define VQOPS_ANY(mask) (!_mm256_testz_si256(__m256i(mask), __m256i(mask)))
-#define VQOPS_BITS(mask) _mm256_movemask_ps(__m256(mask))
+#define VQOPS_LANES Mask
+#define VQOPS_LESS_EQUAL(a, b) ((a) <= (b))
+#define VQOPS_ANY(lanes) (!_mm256_testz_si256(__m256i(lanes), __m256i(lanes)))
+#define VQOPS_BITS(lanes) _mm256_movemask_ps(__m256(lanes))
 #define VQOPS_SUBTRACT_PRODUCT(sum, a, b) _mm256_fnmadd_ps(a, b, sum)
 #include "instructions.inl"
-#undef VQOPS_NAME
-#undef VQOPS_WIDTH
-#undef VQOPS_TILE
-#undef VQOPS_BROADCAST
-#undef VQOPS_ANY
-#undef VQOPS_BITS
-#undef VQOPS_SUBTRACT_PRODUCT
+#include "undefine.inl"
 }  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+// 32 registers of sixteen floats: 14 rows of 32 codes are 28 sums, two are codes, one a value of x.
+namespace avx512 {
+#define VQOPS_NAME "avx512"
+#define VQOPS_WIDTH 16
+#define VQOPS_TILE 14
+#define VQOPS_CODES 32
+#define VQOPS_PAIRS 0
+#define VQOPS_BROADCAST(value) _mm512_set1_ps(value)
+#define VQOPS_LANES __mmask16
+#define VQOPS_LESS_EQUAL(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ)
+#define VQOPS_ANY(lanes) (lanes)
+#define VQOPS_BITS(lanes) (lanes)
+#define VQOPS_SUBTRACT_PRODUCT(sum, a, b) _mm512_fnmadd_ps(a, b, sum)
+#include "instructions.inl"
+#include "undefine.inl"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+// The same with vdpbf16ps, which multiplies and adds two dimensions at once.
+namespace avx512_bf16 {
+#define VQOPS_NAME "avx512_bf16"
+#define VQOPS_WIDTH 16
+#define VQOPS_TILE 14
+#define VQOPS_CODES 32
+#define VQOPS_PAIRS 1
+#define VQOPS_BROADCAST(value) _mm512_set1_ps(value)
+#define VQOPS_LANES __mmask16
+#define VQOPS_LESS_EQUAL(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ)
+#define VQOPS_ANY(lanes) (lanes)
+#define VQOPS_BITS(lanes) (lanes)
+#define VQOPS_SUBTRACT_PRODUCT(sum, a, b) _mm512_fnmadd_ps(a, b, sum)
+#include "instructions.inl"
+#include "undefine.inl"
+}  // namespace avx512_bf16
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -74,18 +131,58 @@ struct Choice {
     bool supported;
 };
 
-const Instructions& choose() {
-    const Choice choices[] = {
+constexpr int64_t kSpinSteps = 256;  // some microseconds: long against the clock, short against a time slice
+constexpr int kSpinRepeats = 40;
+
+// Where bfloat16 is not clearly faster (some processors have one such unit, or a slow one), its wider bounds only cost.
+constexpr double kWorthPairs = 1.6;
+
+double spin_seconds(const Instructions& set, int repeats) {
+    double least = INFINITY;
+    volatile float sink = 0;
+    for (int i = 0; i < repeats; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        sink = sink + set.spin(kSpinSteps, 0);
+        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+        least = std::min(least, passed.count());
+    }
+    return least;
+}
+
 #if defined(__x86_64__)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("fma");
+}
+#endif
+
+std::vector<Choice> compiled() {
+    return {
+#if defined(__x86_64__)
+        {&avx512_bf16::instructions, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+        {&avx512::instructions, has_avx512()},
         {&avx2::instructions, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
         {&portable::instructions, true},
     };
-    const char* wanted = std::getenv("VQOPS_CPU");
-    for (const Choice& choice : choices)
-        if (choice.supported && wanted && std::strcmp(wanted, choice.set->name) == 0) return *choice.set;
-    for (const Choice& choice : choices)
-        if (choice.supported) return *choice.set;
+}
+
+const Instructions& choose() {
+    const std::vector<Choice> choices = compiled();
+    if (const char* wanted = std::getenv("VQOPS_CPU"); wanted && *wanted) {
+        for (const Choice& choice : choices) {
+            if (std::strcmp(wanted, choice.set->name) != 0) continue;
+            if (choice.supported) return *choice.set;
+            throw std::runtime_error(std::string("VQOPS_CPU=") + wanted + ", but this processor has no such instructions");
+        }
+        throw std::runtime_error(std::string("VQOPS_CPU=") + wanted + ", but it must be one of: " + compiled_instructions());
+    }
+    for (size_t i = 0; i < choices.size(); i++) {
+        if (!choices[i].supported) continue;
+        const Instructions& set = *choices[i].set;
+        if (!set.pairs || multiply_add_rate(set) > kWorthPairs * multiply_add_rate(*choices[i + 1].set)) return set;
+    }
     return portable::instructions;
 }
 
@@ -96,9 +193,13 @@ const Instructions& instructions() {
     return chosen;
 }
 
+double multiply_add_rate(const Instructions& set) {
+    return double(set.spin_products * kSpinSteps) / spin_seconds(set, kSpinRepeats);
+}
+
 const char* compiled_instructions() {
 #if defined(__x86_64__)
-    return "avx2 portable";
+    return "avx512_bf16 avx512 avx2 portable";
 #else
     return "portable";
 #endif
@@ -123,4 +224,6 @@ DefaultFloatMode::~DefaultFloatMode() {}
 }  // namespace vqops
 
 extern "C" const char* vqops_cpu_instruction_set() { return vqops::instructions().name; }
+extern "C" double vqops_cpu_multiply_add_rate() { return vqops::multiply_add_rate(vqops::instructions()); }
+extern "C" bool vqops_cpu_pairs() { return vqops::instructions().pairs; }
 extern "C" const char* vqops_cpu_compiled() { return vqops::compiled_instructions(); }

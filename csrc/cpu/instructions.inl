@@ -2,29 +2,46 @@
 // compiler target of its own, with
 //   VQOPS_WIDTH     floats a vector
 //   VQOPS_TILE      rows of x a register tile
+//   VQOPS_CODES     codes a register tile: one panel, or two neighbours
 //   VQOPS_BROADCAST(value)               a vector of one value
-//   VQOPS_ANY(mask)                      whether a lane of a comparison is set
-//   VQOPS_BITS(mask)                     a bit for each lane that is set
+//   VQOPS_LANES, VQOPS_LESS_EQUAL(a, b)  the type and value of: which lanes of a do not exceed those of b
+//   VQOPS_ANY(lanes), VQOPS_BITS(lanes)  whether there is one; a bit for each
 //   VQOPS_SUBTRACT_PRODUCT(sum, a, b)    sum - a * b, fused where the hardware does it
+//   VQOPS_PAIRS     1: the screening pass takes bfloat16, two dimensions a 32-bit word; 0: float
 // Nothing but <cstdint> and intrinsics may be used here: an inline function of another header would be compiled for this
 // target and could be linked into code that runs everywhere.
 
 #include "../exact.h"
 
 typedef float Vector __attribute__((vector_size(4 * VQOPS_WIDTH)));
-typedef float UnalignedVector __attribute__((vector_size(4 * VQOPS_WIDTH), aligned(4)));
+typedef float UnalignedVector __attribute__((vector_size(4 * VQOPS_WIDTH), aligned(4), may_alias));
 typedef int32_t Mask __attribute__((vector_size(4 * VQOPS_WIDTH)));
 
-constexpr int kVectors = kPanel / VQOPS_WIDTH;
+constexpr int kVectors = VQOPS_CODES / VQOPS_WIDTH;
 
 VQOPS_INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
+
+// A word of the screening pass, and what it does with one: x is stored negated where the instruction can only add.
+#if VQOPS_PAIRS
+typedef uint32_t Word;
+typedef __m512i Words;
+VQOPS_INLINE Words broadcast_word(Word value) { return _mm512_set1_epi32(int(value)); }
+VQOPS_INLINE Words load_words(const Word* p) { return _mm512_loadu_si512(p); }
+VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return _mm512_dpbf16_ps(sum, __m512bh(x), __m512bh(c)); }
+#else
+typedef float Word;
+typedef Vector Words;
+VQOPS_INLINE Words broadcast_word(Word value) { return VQOPS_BROADCAST(value); }
+VQOPS_INLINE Words load_words(const Word* p) { return load(p); }
+VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return VQOPS_SUBTRACT_PRODUCT(sum, x, c); }
+#endif
 
 // Loops over a tile must unroll completely, or the sums do not stay in registers.
 #define VQOPS_UNROLL _Pragma("GCC unroll 16")
 
-// Lower bounds of VQOPS_TILE rows against the kPanel codes of a panel: start - x.c, all sums in registers. Where a bound
-// does not exceed its row's threshold the code is offered as a candidate, which is rare after the first panels.
-static void screen_tile(const float* x, int64_t stride, const float* panel, int64_t depth, const float* start,
+// Lower bounds of VQOPS_TILE rows against VQOPS_CODES codes: start - x.c, all sums in registers. Where a bound does not
+// exceed its row's threshold the code is offered as a candidate, which is rare after the first panels.
+static void screen_tile(const Word* x, int64_t stride, const Word* panel, int64_t depth, const float* start,
                         const float* threshold, int64_t code, int64_t row, const Offer& offer) {
     Vector sum[VQOPS_TILE][kVectors];
     VQOPS_UNROLL
@@ -34,24 +51,27 @@ static void screen_tile(const float* x, int64_t stride, const float* panel, int6
         for (int r = 0; r < VQOPS_TILE; r++) sum[r][v] = first;
     }
     for (int64_t d = 0; d < depth; d++) {
-        Vector c[kVectors];
+        Words c[kVectors];
         VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++) c[v] = load(panel + d * kPanel + v * VQOPS_WIDTH);
+        for (int v = 0; v < kVectors; v++) {
+            const int lane = v * VQOPS_WIDTH;
+            c[v] = load_words(panel + (lane / kPanel * depth + d) * kPanel + lane % kPanel);
+        }
         VQOPS_UNROLL
         for (int r = 0; r < VQOPS_TILE; r++) {
-            const Vector value = VQOPS_BROADCAST(x[r * stride + d]);
+            const Words value = broadcast_word(x[r * stride + d]);
             VQOPS_UNROLL
-            for (int v = 0; v < kVectors; v++) sum[r][v] = VQOPS_SUBTRACT_PRODUCT(sum[r][v], value, c[v]);
+            for (int v = 0; v < kVectors; v++) sum[r][v] = step(sum[r][v], value, c[v]);
         }
     }
-    Mask below = {};
+    VQOPS_LANES below = {};
     VQOPS_UNROLL
     for (int r = 0; r < VQOPS_TILE; r++) {
         const Vector limit = VQOPS_BROADCAST(threshold[r]);
         Vector least = sum[r][0];
         VQOPS_UNROLL
         for (int v = 1; v < kVectors; v++) least = sum[r][v] < least ? sum[r][v] : least;
-        below |= least <= limit;
+        below |= VQOPS_LESS_EQUAL(least, limit);
     }
     if (!VQOPS_ANY(below)) return;
     VQOPS_UNROLL
@@ -59,9 +79,10 @@ static void screen_tile(const float* x, int64_t stride, const float* panel, int6
         const Vector limit = VQOPS_BROADCAST(threshold[r]);
         unsigned lanes = 0;
         VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++) lanes |= unsigned(VQOPS_BITS(sum[r][v] <= limit)) << (v * VQOPS_WIDTH);
+        for (int v = 0; v < kVectors; v++)
+            lanes |= unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(sum[r][v], limit))) << (v * VQOPS_WIDTH);
         if (!lanes) continue;
-        float bounds[kPanel];
+        float bounds[VQOPS_CODES];
         VQOPS_UNROLL
         for (int v = 0; v < kVectors; v++)
             *reinterpret_cast<UnalignedVector*>(bounds + v * VQOPS_WIDTH) = sum[r][v];
@@ -77,18 +98,61 @@ static void screen_tile(const float* x, int64_t stride, const float* panel, int6
     }
 }
 
-// All codes against `rows` rows, a multiple of kTile. A panel stays in the first cache while all rows pass over it.
-static void screen(const float* x, int64_t rows, int64_t stride, const float* panels, int64_t panel_count, int64_t depth,
+// All codes against `rows` rows, a multiple of the tile. The panels of a tile stay in the first cache while all rows pass
+// over them. Behind an odd number of panels there is one of codes that are infinitely far.
+static void screen(const void* x, int64_t rows, int64_t stride, const void* panels, int64_t panel_count, int64_t depth,
                    const float* start, const float* threshold, const Offer& offer) {
-    for (int64_t p = 0; p < panel_count; p++)
+    const Word *row = static_cast<const Word*>(x), *panel = static_cast<const Word*>(panels);
+    for (int64_t p = 0; p < panel_count; p += VQOPS_CODES / kPanel)
         for (int64_t r = 0; r < rows; r += VQOPS_TILE)
-            screen_tile(x + r * stride, stride, panels + p * depth * kPanel, depth, start + p * kPanel, threshold + r,
+            screen_tile(row + r * stride, stride, panel + p * depth * kPanel, depth, start + p * kPanel, threshold + r,
                         p * kPanel, r, offer);
+}
+
+// The screening pass without its loads: `steps` times a tile of independent multiply-adds.
+static float spin(int64_t steps, float value) {
+    Vector sum[VQOPS_TILE][kVectors];
+    VQOPS_UNROLL
+    for (int r = 0; r < VQOPS_TILE; r++) {
+        VQOPS_UNROLL
+        for (int v = 0; v < kVectors; v++) sum[r][v] = VQOPS_BROADCAST(value * float(r * kVectors + v));
+    }
+    const Words factor = Words(VQOPS_BROADCAST(value));
+    for (int64_t i = 0; i < steps; i++) {
+        VQOPS_UNROLL
+        for (int r = 0; r < VQOPS_TILE; r++) {
+            VQOPS_UNROLL
+            for (int v = 0; v < kVectors; v++) sum[r][v] = step(sum[r][v], factor, factor);
+        }
+    }
+    float total = 0;
+    for (int r = 0; r < VQOPS_TILE; r++)
+        for (int v = 0; v < kVectors; v++) total += sum[r][v][0];
+    return total;
 }
 
 // Lane i of the result is the sum of the lanes of v[i].
 VQOPS_INLINE Vector sum_each(const Vector* v) {
-#if VQOPS_WIDTH == 8
+#if VQOPS_WIDTH == 16
+    // Each stage adds neighbours of halved distance, so that sums of v[i] and v[i + distance] share a vector.
+    Vector part[16];
+    VQOPS_UNROLL
+    for (int i = 0; i < 16; i++) part[i] = v[i];
+    VQOPS_UNROLL
+    for (int i = 0; i < 8; i++)
+        part[i] = VQOPS_SHUFFLE(part[i], part[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                  VQOPS_SHUFFLE(part[i], part[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    VQOPS_UNROLL
+    for (int i = 0; i < 4; i++)
+        part[i] = VQOPS_SHUFFLE(part[i], part[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+                  VQOPS_SHUFFLE(part[i], part[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    VQOPS_UNROLL
+    for (int i = 0; i < 2; i++)
+        part[i] = VQOPS_SHUFFLE(part[i], part[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                  VQOPS_SHUFFLE(part[i], part[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return VQOPS_SHUFFLE(part[0], part[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           VQOPS_SHUFFLE(part[0], part[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#elif VQOPS_WIDTH == 8
     Vector half[2];
     VQOPS_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -136,7 +200,7 @@ static void direct_to(const float* x, int64_t rows, int64_t stride, const float*
             }
         }
         const Vector value = sum_each(sum) * VQOPS_BROADCAST(scale);
-        unsigned lanes = unsigned(VQOPS_BITS(value * VQOPS_BROADCAST(factor) <= load(threshold + r)));
+        unsigned lanes = unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value * VQOPS_BROADCAST(factor), load(threshold + r))));
         for (; lanes; lanes &= lanes - 1) {
             const int i = __builtin_ctz(lanes);
             offer.candidate(offer.lists, r + i, number, value[i]);
@@ -149,28 +213,47 @@ static void direct(const float* x, int64_t rows, int64_t stride, const float* co
     (cosine ? direct_to<true> : direct_to<false>)(x, rows, stride, code, factor, threshold, number, offer);
 }
 
-// (x - centre) * scale as float, and the sum of its squares.
-static float centre_row(const float* x, const float* centre, float scale, int64_t D, float* out) {
+// (x - centre) * scale in the words of the screening pass, and its norms.
+static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
+#if VQOPS_PAIRS
+    uint16_t* to = static_cast<uint16_t*>(out);
+    Vector sum = {}, lost = {};
+    for (int64_t i = 0; i < D; i += 16) {
+        const __mmask16 some = D - i < 16 ? __mmask16((1u << (D - i)) - 1) : __mmask16(0xffff);
+        const Vector value =
+            (_mm512_maskz_loadu_ps(some, centre + i) - _mm512_maskz_loadu_ps(some, x + i)) * VQOPS_BROADCAST(scale);
+        const __m256i half = __m256i(_mm512_cvtneps_pbh(value));  // to nearest; what is denormal becomes zero
+        _mm256_mask_storeu_epi16(to + i, some, half);
+        const Vector rest = value - Vector(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        sum += value * value;
+        lost += rest * rest;
+    }
+    return {_mm512_reduce_add_ps(sum), _mm512_reduce_add_ps(lost)};
+#else
+    float* to = static_cast<float*>(out);
     Vector sum = {};
     const Vector factor = VQOPS_BROADCAST(scale);
     int64_t i = 0;
     for (; i + VQOPS_WIDTH <= D; i += VQOPS_WIDTH) {
         const Vector value = (load(x + i) - load(centre + i)) * factor;
-        *reinterpret_cast<UnalignedVector*>(out + i) = value;
+        *reinterpret_cast<UnalignedVector*>(to + i) = value;
         sum += value * value;
     }
     float total = 0;
     for (int lane = 0; lane < VQOPS_WIDTH; lane++) total += sum[lane];
     for (; i < D; i++) {
-        out[i] = (x[i] - centre[i]) * scale;
-        total += out[i] * out[i];
+        to[i] = (x[i] - centre[i]) * scale;
+        total += to[i] * to[i];
     }
-    return total;
+    return {total, 0};
+#endif
 }
 
 static double exact_cost(const double* x, const double* c, int64_t padded, bool cosine) {
     return cost_of(x, c, padded, cosine);
 }
+
+static double exact_distance(const float* x, const float* c, int64_t D) { return squared_distance_of_floats(x, c, D); }
 
 static double exact_dot(const double* x, const double* c, int64_t padded) { return dot(x, c, padded); }
 
@@ -185,5 +268,6 @@ static CodeFacts measure(const double* code, const double* weights, const double
     return {add_lanes(key), add_lanes(square)};
 }
 
-constexpr Instructions instructions = {VQOPS_NAME, VQOPS_TILE, VQOPS_WIDTH, screen,  direct,
-                                       centre_row, exact_cost, exact_dot,   measure};
+constexpr Instructions instructions = {
+    VQOPS_NAME, VQOPS_TILE, VQOPS_WIDTH, VQOPS_PAIRS, screen, direct, place_row, exact_cost, exact_distance, exact_dot,
+    measure,    spin,       VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};

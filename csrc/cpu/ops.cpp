@@ -12,6 +12,7 @@ namespace vqops {
 namespace {
 
 Parallel threads() {
+    instructions();  // a wrong VQOPS_CPU is reported here, not from within a thread
     const int count = int(torch::stable::get_num_threads());
     return {count, [](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
                 torch::stable::parallel_for(0, size, 1, body);
@@ -73,7 +74,7 @@ Tensor prepared_or_new(const char* op, const Tensor& codebook, const OptionalTen
                 prepared->numel() == H * Packed::bytes(K, D);
     if (fits) {
         const Header* header = static_cast<const Header*>(prepared->const_data_ptr());
-        fits = header->layout == kLayout && header->K == K && header->D == D && header->cosine == (metric == "cosine");
+        fits = header->layout == layout() && header->K == K && header->D == D && header->cosine == (metric == "cosine");
     }
     STD_TORCH_CHECK(fits, op, ": prepared was made by another implementation or for another codebook or metric");
     return *prepared;

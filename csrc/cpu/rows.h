@@ -15,6 +15,10 @@ struct Rows {
     int64_t head_stride, row_stride, stride;
 
     int64_t at(int64_t h, int64_t n) const { return h * head_stride + n * row_stride; }
+
+    // Whether a row is D floats side by side, and where it begins then.
+    bool has_float_rows() const { return dtype == DType::float32 && stride == 1; }
+    const float* floats(int64_t h, int64_t n) const { return static_cast<const float*>(data) + at(h, n); }
 };
 
 static inline float from_bfloat16(uint16_t bits) {
@@ -66,30 +70,25 @@ static inline uint16_t to_float16(float value) {
     return sign | uint16_t(bits >> 13);
 }
 
+// Rows side by side have a loop of their own, so that it is compiled to vectors.
+template <class T, class Stored, class Convert>
+static inline void read_values(const void* data, int64_t start, int64_t stride, int64_t D, T* out, Convert convert) {
+    const Stored* p = static_cast<const Stored*>(data) + start;
+    if (stride == 1)
+        for (int64_t i = 0; i < D; i++) out[i] = T(convert(p[i]));
+    else
+        for (int64_t i = 0; i < D; i++) out[i] = T(convert(p[i * stride]));
+}
+
 template <class T>
 static inline void read_row(const Rows& rows, int64_t h, int64_t n, int64_t D, T* out) {
-    const int64_t start = rows.at(h, n), stride = rows.stride;
+    const int64_t start = rows.at(h, n);
+    const auto same = [](auto value) { return value; };
     switch (rows.dtype) {
-        case DType::float32: {
-            const float* p = static_cast<const float*>(rows.data) + start;
-            for (int64_t i = 0; i < D; i++) out[i] = T(p[i * stride]);
-            break;
-        }
-        case DType::float64: {
-            const double* p = static_cast<const double*>(rows.data) + start;
-            for (int64_t i = 0; i < D; i++) out[i] = T(p[i * stride]);
-            break;
-        }
-        case DType::float16: {
-            const uint16_t* p = static_cast<const uint16_t*>(rows.data) + start;
-            for (int64_t i = 0; i < D; i++) out[i] = T(from_float16(p[i * stride]));
-            break;
-        }
-        case DType::bfloat16: {
-            const uint16_t* p = static_cast<const uint16_t*>(rows.data) + start;
-            for (int64_t i = 0; i < D; i++) out[i] = T(from_bfloat16(p[i * stride]));
-            break;
-        }
+        case DType::float32: return read_values<T, float>(rows.data, start, rows.stride, D, out, same);
+        case DType::float64: return read_values<T, double>(rows.data, start, rows.stride, D, out, same);
+        case DType::float16: return read_values<T, uint16_t>(rows.data, start, rows.stride, D, out, from_float16);
+        case DType::bfloat16: return read_values<T, uint16_t>(rows.data, start, rows.stride, D, out, from_bfloat16);
     }
 }
 
@@ -130,7 +129,7 @@ static inline void write_row(void* data, DType dtype, int64_t row, int64_t D, co
 
 // A row as float: in place where it lies so in memory, else copied to `buffer`. Not for float64.
 static inline const float* float_row(const Rows& rows, int64_t h, int64_t n, int64_t D, float* buffer) {
-    if (rows.dtype == DType::float32 && rows.stride == 1) return static_cast<const float*>(rows.data) + rows.at(h, n);
+    if (rows.has_float_rows()) return rows.floats(h, n);
     read_row(rows, h, n, D, buffer);
     return buffer;
 }

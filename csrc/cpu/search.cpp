@@ -1,16 +1,20 @@
 // Search: the nearest code of each row, certified exact.
 //
 // One task: a block of rows of x against all K codes, in panels of 16.
-//   registers     6 x 16 sums (AVX2), the whole inner product of a tile
-//   first cache   one panel of codes, D + 1 rows of 16 floats, while all rows of the block pass over it
-//   second cache  the block's rows, centred and scaled as float, at most 96 KB
-// Read: x once, the packed codebook once a block. Written: one index a row. Operations: 2 N K (D + 1), fused.
+//   registers     14 x 32 sums (AVX-512) or 6 x 16 (AVX2), the whole inner product of a tile
+//   first cache   the tile's codes, D + 1 words each, while all rows of the block pass over them
+//   second cache  the block's rows, centred, scaled and rounded to words, at most 96 KB
+// A word is a float or two dimensions as bfloat16. Read: x once, the packed codebook once a block. Written: one index a
+// row. Operations: 2 N K (D + 1), fused.
 // The product gives lower bounds (exactness.md); a code stays a candidate while its lower bound does not exceed the
-// least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h).
+// least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h). A row
+// with more candidates than its list holds is compared with all codes by float32 differences (direct.h), whose error is
+// relative to the distance itself.
 
 #include "search.h"
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 
 #include "candidates.h"
@@ -21,7 +25,7 @@
 namespace vqops {
 namespace {
 
-constexpr int64_t kMostRows = 96;           // 16 tiles of six share a panel; more did not pay
+constexpr int64_t kMostRows = 98;           // seven tiles of 14, 16 of six; more did not pay
 constexpr int64_t kBlockBytes = 96 * 1024;  // a fraction of any second cache
 constexpr float kFarRow = 0x1p60f;          // rows beyond could overflow float32 in a product with a code
 constexpr int64_t kDeepest = 1 << 17;       // the bound's constants hold up to here
@@ -31,9 +35,10 @@ class Block {
 public:
     Block(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
           const SearchResult& result, int64_t rows)
-        : shape_(shape), x_(x), mask_(mask), result_(result), set_(instructions()),
-          stride_(round_up(shape.D + 1, 16)), values_(new float[rows * stride_]), given_(new float[shape.D]),
-          candidates_(rows, result.k), decision_(shape, x, codebook, result) {}
+        : shape_(shape), x_(x), codebook_(codebook), mask_(mask), result_(result), set_(instructions()),
+          depth_(depth_of(shape.D)), stride_(round_up(depth_, 16)), words_(new uint32_t[rows * stride_]()),
+          given_(new float[shape.D]), zeros_(new float[shape.D]()), candidates_(rows, result.k),
+          decision_(shape, x, codebook, result) {}
 
     void search(int64_t h, int64_t begin, int64_t end, const Packed& packed) {
         packed_ = &packed;
@@ -42,100 +47,117 @@ public:
             if (take(h, n, screened)) rows_[screened++] = n;
         const int64_t padded = round_up(screened, set_.tile);
         for (int64_t r = screened; r < padded; r++) {
-            std::fill_n(values_.get() + r * stride_, stride_, 0.0f);
+            std::fill_n(words_.get() + r * stride_, stride_, 0);
             candidates_.threshold[r] = -INFINITY;
         }
-        set_.screen(values_.get(), padded, stride_, packed.panels, packed.panel_count(), packed.depth(), packed.start,
+        set_.screen(words_.get(), padded, stride_, packed.panels, packed.panel_count(), packed.depth, packed.start,
                     candidates_.threshold.data(), {this, offer});
-        for (int64_t r = 0; r < screened; r++) decide(h, rows_[r], r);
+        int64_t open = 0;
+        for (int64_t r = 0; r < screened; r++)
+            if (!decide(h, rows_[r], r)) rows_[open++] = rows_[r];
+        if (open > 0) search_again(shape_, x_, codebook_, h, rows_, open, decision_, result_.k);
     }
 
     const int64_t* tiers() const { return decision_.tiers; }
 
 private:
-    // Centres row n into place r, with the constants of its bound. False: the row is settled without screening.
+    // Puts row n in place r, with the constants of its bound. False: the row is settled without screening.
     bool take(int64_t h, int64_t n, int64_t r) {
         if (!mask_.keeps(h, n)) return decision_.write_none(h, n, true), false;
         const int64_t D = shape_.D;
-        float* out = values_.get() + r * stride_;
-        double square;
+        uint32_t* out = words_.get() + r * stride_;
+        RowNorms norms;
         if (shape_.cosine || x_.dtype == DType::float64) {
-            square = take_double(h, n, out);
+            norms = set_.place_row(through_double(h, n), zeros_.get(), 1, D, out);
         } else {
             const float* row = float_row(x_, h, n, D, given_.get());
-            square = set_.centre_row(row, packed_->centre, packed_->header->scale, D, out);
+            norms = set_.place_row(row, packed_->centre, packed_->header->scale, D, out);
         }
-        if (shape_.cosine && square == 0 && !result_.distances && packed_->header->first >= 0)
+        if (shape_.cosine && norms.square == 0 && !result_.distances && packed_->header->first >= 0)
             return decision_.write(h, n, packed_->header->first), false;  // scores 0 with every code
-        if (!(square <= double(kFarRow) * kFarRow) || D > kDeepest) {
+        if (!(norms.square <= kFarRow * kFarRow) || D > kDeepest) {
+            decision_.read(h, n);
+            const bool finite = decision_.x.finite();
             decision_.take(h, n);
-            if (decision_.x.finite()) decision_.scan(h, n);
+            if (finite) decision_.scan(h, n);
             else decision_.write_none(h, n, false);
             return false;
         }
-        // exactness.md: |x'| rounded up, the coefficient of |x'| |c'|, and the terms that no code changes.
-        const double norm = std::sqrt(square) * (1 + 1e-5 + double(D) * 0x1p-23) + double(D) * 0x1p-70;
-        const double coefficient = 1.02 * double(D + 5) * 0x1p-24;
+        // exactness.md: |x'| rounded up, the coefficients of |c'| and of what rounding took from it, and the terms that no
+        // code changes.
+        const double rounding = 1 + 1e-5 + double(D) * 0x1p-23, underflow = double(D) * 0x1p-70;
+        const double norm = std::sqrt(double(norms.square)) * rounding + underflow;
         const double decision = packed_->header->decision * (shape_.cosine ? norm : norm * norm);
-        out[D] = std::nextafter(float(coefficient * norm), INFINITY);
-        product_[r] = 2.02 * out[D];
+        if (set_.pairs) {
+            const double lost = std::sqrt(double(norms.lost)) * rounding + underflow + 1.01 * 0x1p-24 * norm;
+            const double held = norm + lost;  // at least the norm of the rounded row
+            const uint16_t charges[2] = {up_to_bfloat16(float(1.02 * (lost + double(D + 6) * 0x1p-24 * held))),
+                                         up_to_bfloat16(float(1.02 * held))};
+            uint16_t* halves = reinterpret_cast<uint16_t*>(out);
+            if (D % 2) halves[D] = 0;
+            for (int i = 0; i < 2; i++) halves[2 * depth_ - 2 + i] = charges[i] | 0x8000;
+            radius_[r] = 2.02 * double(from_bfloat16(charges[0]));
+            lost_[r] = 2.02 * double(from_bfloat16(charges[1]));
+        } else {
+            const float charge = std::nextafter(float(1.02 * double(D + 5) * 0x1p-24 * norm), INFINITY);
+            std::memcpy(out + D, &charge, 4);
+            radius_[r] = 2.02 * double(charge);
+        }
         always_[r] = 2 * (decision + 0x1p-120 * double(D) * (1 + norm));
         candidates_.start(r);
         return true;
     }
 
-    // Through float64, for float64 rows and for cosine, where a power of two brings each row to about norm 1.
-    double take_double(int64_t h, int64_t n, float* out) {
-        decision_.take(h, n);
+    // For float64 rows and for cosine, where a power of two brings each row to about norm 1.
+    const float* through_double(int64_t h, int64_t n) {
+        decision_.read(h, n);
         const double* row = decision_.x.data;
         const double scale = shape_.cosine ? unit_scale(row, shape_.D) : packed_->header->scale;
-        double square = 0;
-        for (int64_t i = 0; i < shape_.D; i++) {
-            out[i] = float((row[i] - (shape_.cosine ? 0 : packed_->centre[i])) * scale);
-            square += double(out[i]) * out[i];
-        }
-        return square;
+        for (int64_t i = 0; i < shape_.D; i++)
+            given_[i] = float((row[i] - (shape_.cosine ? 0 : packed_->centre[i])) * scale);
+        return given_.get();
     }
 
     static void offer(void* block, int64_t row, int64_t code, float lower) {
         Block& b = *static_cast<Block*>(block);
-        if (lower == INFINITY) return;  // a place without a code, before the row has a threshold
-        b.candidates_.add(row, code, lower,
-                          lower + b.product_[row] * b.packed_->radius(code) + b.packed_->slack[code] + b.always_[row]);
+        if (code >= b.packed_->header->screened) return;  // padding; passes while a row has fewer than k candidates
+        const double charge = b.packed_->charge(code, b.radius_[row], b.lost_[row], b.set_.pairs);
+        b.candidates_.add(row, code, lower, lower + charge + b.packed_->slack[code] + b.always_[row]);
     }
 
-    void decide(int64_t h, int64_t n, int64_t r) {
+    // False: more candidates than the list holds.
+    bool decide(int64_t h, int64_t n, int64_t r) {
         const Header& header = *packed_->header;
-        if (candidates_.overflowed(r)) {
-            decision_.take(h, n);
-            return decision_.scan(h, n);
-        }
+        if (candidates_.overflowed(r)) return false;
         candidates_.drop_excluded(r);
         const int64_t unscreened = header.far + (result_.k > 1 ? header.repeats : 0);
         const int32_t count = candidates_.count(r);
         if (!result_.distances && unscreened == 0 && count == 1)
-            return decision_.write(h, n, packed_->code[candidates_.code(r, 0)]);
+            return decision_.write(h, n, packed_->code[candidates_.code(r, 0)]), true;
         Ranking ranking(result_.k);
         decision_.take(h, n);
         for (int32_t i = 0; i < count; i++) decision_.consider(h, packed_->code[candidates_.code(r, i)], ranking);
         for (int64_t i = 0; i < unscreened; i++) decision_.consider(h, packed_->code[header.screened + i], ranking);
-        decision_.write_decided(h, n, ranking, count == 1 && unscreened == 0);
+        decision_.write_ranked(h, n, ranking, count == 1 && unscreened == 0 ? kCertified : kDecided);
+        return true;
     }
 
     const SearchShape& shape_;
     const Rows& x_;
+    const Rows& codebook_;
     const RowMask& mask_;
     const SearchResult& result_;
     const Instructions& set_;
     const Packed* packed_ = nullptr;
-    const int64_t stride_;
-    std::unique_ptr<float[]> values_;
-    std::unique_ptr<float[]> given_;
+    const int64_t depth_, stride_;
+    std::unique_ptr<uint32_t[]> words_;
+    std::unique_ptr<float[]> given_, zeros_;
     Candidates candidates_;
     Decision decision_;
     int64_t rows_[kMostRows];
-    double product_[kMostRows];  // what the upper bound charges for a code's radius
-    double always_[kMostRows];   // and whatever the code
+    double radius_[kMostRows];    // what the upper bound charges for a code's radius,
+    double lost_[kMostRows] = {}; // for what rounding took from it,
+    double always_[kMostRows];    // and whatever the code
 };
 
 }  // namespace
@@ -144,7 +166,7 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
             const SearchResult& result, const Parallel& parallel) {
     if (memory == nullptr) return search_direct(shape, x, codebook, mask, result, parallel);
     const int64_t tile = instructions().tile;
-    const int64_t fitting = kBlockBytes / (4 * round_up(shape.D + 1, 16)) / tile * tile;
+    const int64_t fitting = kBlockBytes / (4 * round_up(depth_of(shape.D), 16)) / tile * tile;
     const int64_t share = round_up((shape.H * shape.N + parallel.threads - 1) / parallel.threads, tile);
     const int64_t rows = std::max(tile, std::min({kMostRows / tile * tile, fitting, share}));
     const int64_t blocks_a_head = (shape.N + rows - 1) / rows;

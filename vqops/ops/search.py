@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqops import _C
 from vqops.ops import reference
 from vqops.ops.checks import METRICS, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
@@ -29,7 +30,7 @@ def prepare(codebook: Tensor, metric: str = "euclidean", *, implementation: str 
 
     The result takes the codebook's place in `nearest`, `nearest_topk` and `quantize`. It is invalid as soon as the
     codebook changes in place; using it then raises RuntimeError (a compiled graph can't see that). It holds a packed
-    float32 copy of the codebook.
+    copy of the codebook, float32 or, where that is faster, bfloat16.
 
     Raises TypeError or ValueError for a codebook or metric that no search takes.
     """
@@ -130,7 +131,7 @@ def search_statistics(
     """How `nearest` decided the rows of x; the four numbers add up to the number of rows.
 
     [0] certified by the fast pass alone, [1] decided in float64 among the few codes its error bound left,
-    [2] compared with every code in float64, [3] without a code (not finite, or no finite code).
+    [2] compared with every code once more, value by value, [3] without a code (not finite, or no finite code).
     Many rows in [2] say why a search is slow: nearly identical codes, or values far apart in scale.
     The reference compares everything in float64.
 
@@ -158,7 +159,8 @@ def fake_statistics(x, codebook, metric="euclidean"):
 def fake_prepare(codebook, metric="euclidean"):
     H, K, D = codebook.shape
     codes = (K + 31) // 32 * 32  # the layout is that of csrc/cpu/codebook.h
-    size = H * (64 + 4 * ((D + 15) // 16 * 16) + 4 * codes * (D + 4))
+    depth = (D + 1) // 2 + 1 if _C.screens_in_bfloat16() else D + 1
+    size = H * (64 + 4 * ((D + 15) // 16 * 16) + 4 * codes * (depth + 3))
     compiled = codebook.device.type == "cpu" and is_compiled("prepare", "cpu")
     return codebook.new_empty(size if compiled else 0, dtype=torch.uint8)
 

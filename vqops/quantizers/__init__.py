@@ -1,5 +1,5 @@
 """Quantizers as nn.Modules, built on `vqops.ops`."""
 
-from vqops.quantizers.vector_quantize import VectorQuantize
+from vqops.quantizers.vector_quantize import LossBreakdown, VectorQuantize
 
-__all__ = ["VectorQuantize"]
+__all__ = ["LossBreakdown", "VectorQuantize"]

@@ -67,7 +67,7 @@ class Codebook(nn.Module):
             self.register_buffer("embed", embed)
         # `initted` for the host, which would have to wait for the device to read the buffer. False says "perhaps not".
         self.is_initted = not kmeans_init
-        # Counts and sums of this rank that wait for the next update. Not a buffer, since DDP would send rank 0's to all.
+        # Counts and sums of this rank that wait for the next update. No buffer, since DDP would send rank 0's to all.
         self.pending: tuple[Tensor, Tensor] | None = None
 
     def collects(self, ema_update: bool | None = None) -> bool:
@@ -87,7 +87,7 @@ class Codebook(nn.Module):
         learn: bool,
         collect: bool,
     ) -> Quantized:
-        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: count and add up the rows."""
+        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: counts and sums, too."""
         return quantize(
             x,
             self.codes(learn),
@@ -103,7 +103,7 @@ class Codebook(nn.Module):
         return self.embed if learn and self.learnable_codebook else self.embed.detach()
 
     def ready_(self, x: Tensor, mask: Tensor | None) -> None:
-        """What comes before the first search: float32 buffers, and k-means if no batch or state has decided the codes."""
+        """Before a search: float32 buffers, and k-means if neither a batch nor a loaded state has decided the codes."""
         self.keep_float32_()
         if not self.is_initted:
             self.initialise_(x, mask)

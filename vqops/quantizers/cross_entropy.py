@@ -1,12 +1,34 @@
 """Cross entropy of given codes under the distances to all codes, without a matrix of distances."""
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops.library import no_second_derivative
-from vqops.ops.reference import blocks
+from vqops.ops.reference import TINY, blocks
 
 ROWS, CODES = 1024, 2048  # of one block of distances: 8 MB in float32
+
+
+def mean_cross_entropy(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    targets: Tensor,  # [H, N] int64
+    mask: Tensor | None,  # [H, N] bool
+    metric: str,
+) -> Tensor:  # ()
+    """The mean of `code_cross_entropy` over the rows that are not masked and whose target is not -1; 0 of none."""
+    if metric == "cosine":
+        x, codebook = normalized(x), normalized(codebook)
+    if mask is not None:
+        targets = targets.masked_fill(~mask, -1)
+    return code_cross_entropy(x, codebook, targets, metric).sum() / (targets >= 0).sum().clamp_min(1)
+
+
+def normalized(t: Tensor) -> Tensor:
+    return F.normalize(t.to(real_dtype(t)), dim=-1, eps=TINY)
 
 
 def code_cross_entropy(
@@ -25,15 +47,14 @@ def code_cross_entropy(
 
 
 def logits(x: Tensor, codes: Tensor, metric: str) -> Tensor:  # [n, D], [k, D] -> [n, k]
-    if metric == "cosine":
-        values = x @ codes.mT
-    else:  # by differences: the expansion of the square cancels for data far from the origin
-        values = -torch.cdist(x, codes, compute_mode="donot_use_mm_for_euclid_dist")
+    # Distances by differences: the expansion of the square cancels for data far from the origin.
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    values = x @ codes.mT if metric == "cosine" else -distances(x, codes)
     return values.masked_fill_(~codes.isfinite().all(-1), -torch.inf)
 
 
-def real_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def real_dtype(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 @torch.library.custom_op("vqops::code_cross_entropy", mutates_args=())

@@ -11,8 +11,8 @@ from vqops.ops.checks import check_device, check_floating, check_indices
 class Layout(NamedTuple):
     """Where the features are, how many axes of positions there are, and how the heads share the features.
 
-    positions: the axes of x without its features, e.g. (b, n) or (b, h, w). Indices, masks and losses a token have them.
-    Heads with a codebook each are the H of the ops; heads that share one are rows of H = 1, those of a position together.
+    positions: the axes of x without its features, e.g. (b, n) or (b, h, w); masks have them, and indices before heads.
+    Heads with a codebook each are the H of the ops; heads that share one are rows of H = 1, a position's in turn.
     """
 
     dim: int
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
             if mask is not None:
                 raise ValueError("VectorQuantize: mask and lens can't both be given")
             if len(positions) != 2:
-                raise ValueError(f"VectorQuantize: lens needs an input of [b, n] vectors, got {list(x.shape)}; use mask")
+                raise ValueError(f"VectorQuantize: lens needs [b, n] vectors, got {list(positions)}; use mask")
             if lens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
                 raise TypeError(f"VectorQuantize: lens must be integers, got {lens.dtype}")
             if tuple(lens.shape) != positions[:1]:
@@ -51,18 +51,18 @@ class Layout(NamedTuple):
             return torch.arange(positions[1], device=x.device) < lens.unsqueeze(-1)
         if mask is not None:
             if mask.dtype != torch.bool:
-                raise TypeError(f"VectorQuantize: mask must be bool, True for the vectors to quantize, got {mask.dtype}")
+                raise TypeError(f"VectorQuantize: mask must be bool, True for vectors to quantize, got {mask.dtype}")
             if tuple(mask.shape) != positions:
                 raise ValueError(f"VectorQuantize: mask must have shape {list(positions)}, got {list(mask.shape)}")
         return mask
 
     def check_indices(self, indices: Tensor, num_codes: int, positions: tuple[int, ...] | None = None) -> None:
         check_indices("VectorQuantize", indices, num_codes)
-        heads = (self.heads,) if self.heads > 1 else ()
-        if positions is not None and tuple(indices.shape) != positions + heads:
-            raise ValueError(f"VectorQuantize: indices must have shape {list(positions + heads)}, got {list(indices.shape)}")
-        if heads and tuple(indices.shape[-1:]) != heads:
-            raise ValueError(f"VectorQuantize: indices must end in an axis of heads={self.heads}, got {list(indices.shape)}")
+        heads, given = [self.heads] * (self.heads > 1), list(indices.shape)
+        if positions is not None and given != [*positions, *heads]:
+            raise ValueError(f"VectorQuantize: indices must have shape {[*positions, *heads]}, got {given}")
+        if heads and given[-1:] != heads:
+            raise ValueError(f"VectorQuantize: indices must end in an axis of heads={self.heads}, got {given}")
 
     def features_last(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1) if self.features_second else x
@@ -89,5 +89,5 @@ class Layout(NamedTuple):
     def heads_first(self, t: Tensor) -> Tensor:  # [n, heads, ...] -> [H, N, ...]
         return t.transpose(0, 1) if self.separate else t.reshape(1, -1, *t.shape[2:])
 
-    def heads_last(self, t: Tensor) -> Tensor:  # [H, N, ...] -> [n, heads, ...], or an equal number of values in its order
+    def heads_last(self, t: Tensor) -> Tensor:  # [H, N, ...] -> [n, heads, ...], or the same values in this order
         return t.transpose(0, 1) if self.separate else t

@@ -1,4 +1,4 @@
-"""The options of VectorQuantize: which values are allowed, and which names of vector-quantize-pytorch are yet to come."""
+"""The options of VectorQuantize: which values are allowed, and which of vector-quantize-pytorch's are yet to come."""
 
 from numbers import Integral
 

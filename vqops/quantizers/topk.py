@@ -27,8 +27,8 @@ def quantize_topk(
 ) -> QuantizedTopk:
     """What `vqops.quantize` gives, for the k nearest codes of each vector instead of one.
 
-    Gradients are those of `vqops.quantize`, with codebook_error_scale=1 if the codebook needs one. Everything is
-    gathered, of size N x k x D.
+    Gradients are those of `vqops.quantize` with codebook_error_scale=1; for "none", the output's goes to the codebook.
+    Everything is gathered, of size N x k x D.
     """
     indices, _ = nearest_topk(x.detach(), codebook.detach(), k, mask, metric)
     real = torch.promote_types(x.dtype, torch.float32)
@@ -43,11 +43,11 @@ def quantize_topk(
         start = start.masked_fill(off.unsqueeze(-1), 0)
         q = q.masked_fill(off.unsqueeze(-1), 0)
     error = (start - q).square().sum(-1) + absent
-    chosen = q.detach()
     if gradient != "none":
-        moved = start if gradient == "straight_through" else rotated(start, chosen)
-        chosen = chosen + (moved - moved.detach())  # adds zero: the value is the code's to the last bit
-    return QuantizedTopk((chosen + absent.unsqueeze(-1)).to(x.dtype), indices, error)
+        q = q.detach()
+        moved = start if gradient == "straight_through" else rotated(start, q)
+        q = q + (moved - moved.detach())  # adds zero: the value is the code's to the last bit
+    return QuantizedTopk((q + absent.unsqueeze(-1)).to(x.dtype), indices, error)
 
 
 def rotated(x: Tensor, q: Tensor) -> Tensor:

@@ -1,28 +1,17 @@
 """VectorQuantize: a discrete bottleneck with an EMA codebook or a learnable one."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqops.ops import Quantized
 from vqops.ops.checks import check_device
-from vqops.ops.reference import TINY
 from vqops.quantizers.codebook import Codebook, UpdateWeight
-from vqops.quantizers.cross_entropy import code_cross_entropy
+from vqops.quantizers.cross_entropy import mean_cross_entropy
 from vqops.quantizers.layout import Layout
+from vqops.quantizers.losses import mean_error, weighted
 from vqops.quantizers.options import check_counts, check_decay, check_not_both, check_not_negative, refuse
 from vqops.quantizers.topk import quantize_topk
-
-
-class LossBreakdown(NamedTuple):
-    """The terms of the loss before their weights, each () or of the shape of the loss; those not asked for are 0."""
-
-    commitment: Tensor
-    codebook_diversity: Tensor
-    orthogonal_reg: Tensor
-    inplace_optimize: Tensor
 
 
 class VectorQuantize(nn.Module):
@@ -235,10 +224,8 @@ class VectorQuantize(nn.Module):
             self.check_first_run()
 
         def results():
-            return self.quantize(
-                x, indices, mask, topk, learning, collect, return_loss_breakdown,
-                {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update},
-            )
+            update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
+            return self.quantize(x, indices, mask, topk, learning, collect, return_loss_breakdown, update)
 
         if self._codebook.is_initted or torch.compiler.is_compiling():
             return results()
@@ -273,22 +260,23 @@ class VectorQuantize(nn.Module):
             quantized = self.routed_to_codes(found, learning) if gradient == "none" else found.quantized
             quantized = layout.rows_back(quantized, positions)
             indices = layout.indices_back(found.indices, positions)
-            commitment = self.mean_error(found.error, row_mask)
+            commitment = mean_error(found.error, row_mask, rows.shape[-1])
         else:
             k = min(topk, self.codebook_size)
             codes = self._codebook.codes(learning).squeeze(0)
-            found = quantize_topk(
-                given.squeeze(0), codes, k, None if mask is None else row_mask.squeeze(0), self._codebook.metric, gradient
-            )
+            flat = None if mask is None else mask.flatten()
+            found = quantize_topk(given.squeeze(0), codes, k, flat, self._codebook.metric, gradient)
             quantized = found.quantized.view(*positions, k, -1)
             indices = found.indices.view(*positions, k)
-            commitment = found.error.view(*positions, k) / codes.shape[-1]
+            commitment = found.error.view(*positions, k) / rows.shape[-1]
         quantized = self.output(self.project_out(quantized), mask, x)
 
         if targets is None:
-            results = quantized, indices, *self.loss(commitment, topk is not None, return_loss_breakdown)
+            loss, breakdown = weighted(commitment, self.commitment_weight, self.training)
+            results = (quantized, indices, loss, breakdown) if return_loss_breakdown else (quantized, indices, loss)
         else:
-            results = quantized, self.cross_entropy(rows, targets, row_mask, learning)
+            codes, targets = self._codebook.codes(learning), layout.index_rows(targets)
+            results = quantized, mean_cross_entropy(rows, codes, targets, row_mask, self._codebook.metric)
         # Last, so that nothing that fails before it leaves a trace.
         if collect:
             self._codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
@@ -325,36 +313,6 @@ class VectorQuantize(nn.Module):
         codes = self.layout.heads_first(codes)
         return quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero
 
-    def mean_error(self, error: Tensor, mask: Tensor | None) -> Tensor:  # [H, N], bool [H, N]
-        """The mean squared difference of the values that are not masked; 0 without any."""
-        values = max(error.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-        return error.sum() / values / self._codebook.embed.shape[-1]
-
-    def loss(self, commitment: Tensor, each: bool, breakdown: bool) -> tuple[Tensor, ...]:
-        """The loss, and with `breakdown` its terms. `each`: the losses of candidates, which eval and weight 0 want too."""
-        nothing = torch.zeros_like(commitment)
-        if self.commitment_weight == 0:
-            loss, commitment = (nothing, nothing) if self.training else (commitment, commitment)
-        else:
-            loss = commitment * self.commitment_weight
-        if not self.training and not each:
-            loss = commitment = nothing
-        # So that loss.backward() works with a frozen encoder too; a compiled graph can't return such a tensor.
-        if self.training and not torch.compiler.is_compiling() and torch.is_grad_enabled() and not loss.requires_grad:
-            loss.requires_grad_()
-        nothing = commitment.new_zeros(())
-        return (loss, LossBreakdown(commitment, nothing, nothing, nothing)) if breakdown else (loss,)
-
-    def cross_entropy(self, rows: Tensor, targets: Tensor, mask: Tensor | None, learning: bool) -> Tensor:
-        """The mean over targets that are neither -1 nor masked; 0 without any."""
-        targets, codes = self.layout.index_rows(targets), self._codebook.codes(learning)
-        if self._codebook.metric == "cosine":
-            rows, codes = (F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1, eps=TINY) for t in (rows, codes))
-        if mask is not None:
-            targets = targets.masked_fill(~mask, -1)
-        entropy = code_cross_entropy(rows, codes, targets, self._codebook.metric)
-        return entropy.sum() / (targets >= 0).sum().clamp_min(1)
-
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of indices [b, ...]: [b, ..., D], or [b, D, ...] if the input is [b, dim, ...]. -1 gives zeros.
 
@@ -364,7 +322,7 @@ class VectorQuantize(nn.Module):
         return self.layout.features_back(self.joined_codes(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What forward returned as quantized with these indices, if the codes have not changed since. -1 gives zeros."""
+        """What forward returned as quantized with these indices, unless the codes have changed. -1 gives zeros."""
         self.layout.check_indices(indices, self.codebook_size)
         codes = self.joined_codes(indices)
         if self.has_projections:
@@ -430,14 +388,15 @@ class VectorQuantize(nn.Module):
         if topk is not None:
             check_counts(topk=topk)
             if self.heads > 1:
-                raise ValueError(f"VectorQuantize: topk needs heads=1, got heads={self.heads}: codes are ranked in one head")
+                raise ValueError(f"VectorQuantize: topk ranks the codes of one head, got heads={self.heads}")
             if indices is not None:
                 raise ValueError("VectorQuantize: topk and indices can't both be given")
         if ema_update and self._codebook.learnable_codebook:
-            raise ValueError("VectorQuantize: ema_update=True, but learnable_codebook is True: no averages move the codes")
-        if ema_update_weight is not None and not isinstance(ema_update_weight, Tensor) and not callable(ema_update_weight):
+            raise ValueError("VectorQuantize: ema_update=True, but learnable_codebook=True: no averages move the codes")
+        weight = ema_update_weight
+        if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
             raise TypeError(
-                f"VectorQuantize: ema_update_weight must be a tensor or a function, got {type(ema_update_weight).__name__}"
+                f"VectorQuantize: ema_update_weight must be a tensor or a function, got {type(weight).__name__}"
             )
 
     def check_first_run(self) -> None:

@@ -67,7 +67,8 @@ def assert_same_step(theirs, ours, x, **arguments):
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in vq.named_parameters()}
         grads["input"] = torch.zeros_like(x) if given.grad is None else given.grad
         results.append((quantized, indices, loss, breakdown, grads))
-    (quantized, indices, loss, breakdown, grads), (our_quantized, our_indices, our_loss, our_breakdown, our_grads) = results
+    (quantized, indices, loss, breakdown, grads), of_ours = results
+    our_quantized, our_indices, our_loss, our_breakdown, our_grads = of_ours
     assert torch.equal(indices, our_indices)
     assert quantized.dtype == our_quantized.dtype and loss.shape == our_loss.shape
     assert quantized.requires_grad == our_quantized.requires_grad
@@ -75,8 +76,9 @@ def assert_same_step(theirs, ours, x, **arguments):
     CLOSE(our_quantized, quantized)
     CLOSE(our_loss, loss)
     assert len(breakdown) == len(our_breakdown)
-    for name in breakdown and breakdown[0]._fields:
-        CLOSE(getattr(our_breakdown[0], name), getattr(breakdown[0], name), msg=lambda text, name=name: f"{name}: {text}")
+    if breakdown:
+        assert our_breakdown[0]._fields == breakdown[0]._fields
+        CLOSE(tuple(our_breakdown[0]), tuple(breakdown[0]))
     assert our_grads.keys() == grads.keys()
     for name, value in grads.items():
         assert_close(our_grads[name], value, rtol=2e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -312,10 +314,13 @@ def test_other_dtypes(dtype):
     assert_same_state(theirs, ours)
 
 
-@pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}, {"kmeans_init": True}, {"learnable_codebook": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*HEADS.values(), {"kmeans_init": True}, {"learnable_codebook": True}, {"use_cosine_sim": True}], ids=str
+)
 @pytest.mark.parametrize("trained", [False, True])
 def test_checkpoints_load_in_both_directions(options, trained, tmp_path):
-    for source, target in ((incumbent, partial(VectorQuantize, DIM, CODES)), (partial(VectorQuantize, DIM, CODES), incumbent)):
+    own = partial(VectorQuantize, DIM, CODES)
+    for source, target in ((incumbent, own), (own, incumbent)):
         written, read = source(**options), target(**options)
         if trained:
             written(torch.randn(100, DIM))
@@ -331,51 +336,3 @@ def test_checkpoints_load_in_both_directions(options, trained, tmp_path):
             read(x)
             assert read._codebook.initted
 
-
-# Where it is wrong
-
-
-def test_small_data_keeps_its_nearest_codes():
-    theirs, ours = both()
-    scale = 1e-5
-    for vq in (theirs, ours):
-        vq.eval()._codebook.embed.mul_(scale)
-    x = torch.randn(200, DIM) * scale
-    nearest = torch.cdist(x.double(), ours.codebook.double()).argmin(1)
-    assert not torch.equal(theirs(x)[1], nearest)
-    assert torch.equal(ours(x)[1], nearest)
-
-
-def test_offset_data_keeps_its_nearest_codes():
-    theirs, ours = both()
-    for vq in (theirs, ours):
-        vq.eval()._codebook.embed.add_(1000)
-    x = torch.randn(200, DIM) + 1000
-    nearest = (x.double()[:, None] - ours.codebook.double()).square().sum(-1).argmin(1)
-    assert not torch.equal(theirs(x)[1], nearest)
-    assert torch.equal(ours(x)[1], nearest)
-
-
-def test_one_nan_does_not_spoil_the_codebook():
-    theirs, ours = both()
-    x = torch.randn(50, DIM)
-    x[7, 2] = torch.nan
-    theirs(x), ours(x)
-    assert theirs.codebook.isnan().any(1).all()
-    assert ours.codebook.isfinite().all()
-
-
-def test_a_learnable_codebook_alone_is_valid():
-    with pytest.raises(AssertionError):
-        vector_quantize_pytorch.VectorQuantize(DIM, CODES, learnable_codebook=True)
-    VectorQuantize(DIM, CODES, learnable_codebook=True)
-
-
-def test_the_setter_lasts():
-    theirs, ours = both()
-    codes = 5 * torch.randn(CODES, DIM)
-    for vq in (theirs, ours):
-        vq.codebook = codes
-        vq(codes)
-    assert (theirs.codebook - codes).abs().max() > 1
-    assert_close(ours.codebook, codes, rtol=1e-4, atol=1e-4)

@@ -34,6 +34,7 @@ CASES = {
     "dead codes": (EMA | DEAD, (30, 25), ()),
     "fewer rows than codes": (EMA | DEAD, (5, 6), ()),
     "other seeds": (EMA | DEAD, (30, 25), (OTHER_SEED,)),
+    "dead codes without sync_kmeans": (EMA | DEAD | {"sync_kmeans": False}, (30, 25), (OTHER_SEED,)),
     "k-means": (EMA | KMEANS, (60, 35), ()),
     "k-means, empty": (EMA | KMEANS, (60, 0), ()),
     "k-means, few rows": (EMA | KMEANS, (3, 5), ()),
@@ -53,7 +54,8 @@ CASES = {
 }
 # Without one batch: k-means on the rows of the fullest rank, or nothing exchanged at all.
 APART = {
-    "k-means apart": (KMEANS | DEAD | {"sync_kmeans": False}, (20, 60), (OTHER_SEED,)),
+    "k-means apart": (EMA | KMEANS | DEAD | {"sync_kmeans": False}, (20, 60), (OTHER_SEED,)),
+    "heads apart": (EMA | KMEANS | DEAD | SEPARATE | {"sync_kmeans": False}, (0, 60), (OTHER_SEED, MASKED)),
     "codebook apart": (EMA | KMEANS | DEAD | {"sync_codebook": False}, (40, 60), ()),
 }
 
@@ -141,10 +143,13 @@ def test_two_processes_are_one(ranks, name):
             assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_ranks_stay_equal_when_k_means_is_not_joint(ranks):
-    first, second = (states["k-means apart"] for states in ranks)
+@pytest.mark.parametrize("name", ["k-means apart", "heads apart"])
+def test_ranks_stay_equal_with_dead_codes_whatever_the_flags(ranks, name):
+    """The rest of the flags is among the cases above."""
+    first, second = (states[name] for states in ranks)
     for key, value in first.items():
         assert torch.as_tensor(value).equal(torch.as_tensor(second[key])), key
+    assert first["_codebook.initted"] and len(first["_codebook.embed"][0].unique(dim=0)) == CODES
 
 
 def test_a_codebook_a_rank(ranks):

@@ -11,7 +11,11 @@ from vqops import VectorQuantize
 from vqops.quantizers import codebook as codebook_module
 
 DIM, CODES = 4, 8
-HEADS = {"one": {}, "shared": {"heads": 2, "codebook_dim": 2}, "separate": {"heads": 2, "separate_codebook_per_head": True}}
+HEADS = {
+    "one": {},
+    "shared": {"heads": 2, "codebook_dim": 2},
+    "separate": {"heads": 2, "separate_codebook_per_head": True},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +170,9 @@ def test_a_learnable_codebook_has_no_averages():
 # Given indices
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"codebook_dim": 3}, {"manual_ema_update": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cosine_sim": True}, {"codebook_dim": 3}, {"manual_ema_update": True}], ids=str
+)
 @pytest.mark.parametrize("heads", HEADS)
 def test_given_indices_update_as_forward_does(heads, options):
     vq = VectorQuantize(DIM, CODES, accept_image_fmap=True, **HEADS[heads] | options)

@@ -33,15 +33,29 @@ SCREEN = [
 ROWS = 128  # rows are padded to a multiple: the largest block of the screening pass
 
 
-def row_blocks(D: int) -> tuple[int, int]:
+class Sizes(NamedTuple):
+    """Of the other kernels: what one program takes at a time."""
+
+    centre: int  # dimensions whose median is taken
+    codes: int  # codes prepared
+    values: int  # of rows rounded to fp16
+    decide: int  # rows decided, each among up to 16 codes
+    scan: tuple[int, int]  # rows and codes compared in float64
+
+
+ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32))
+INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128))  # an operation costs the same there
+PROGRAMS_A_PROCESSOR = 4  # of the kernels that walk a queue
+
+
+def sizes(device: torch.device) -> Sizes:
+    return ON_GPU if device.type == "cuda" else INTERPRETED
+
+
+def row_blocks(D: int, device: torch.device) -> tuple[int, int]:
     """Rows and dimensions at a time of the pass that rounds rows to fp16."""
     step = min(padded_dimensions(D), STEP)
-    return 4096 // step // 2, step
-
-
-DECIDE_ROWS = 8  # rows a program decides at a time, each with up to CANDIDATES codes
-SCAN = (8, 32)  # rows and codes that float64 compares at a time
-PROGRAMS_A_PROCESSOR = 4  # of the kernels that walk a queue
+    return min(ROWS, sizes(device).values // step), step
 
 
 def screen_blocks(D: int, shared: int) -> Screen:

@@ -1,7 +1,7 @@
 """Preparation of a codebook for the screening pass: centre, scale, repeats, and the codes as fp16 with their bounds.
 
 Four kernels: the centre (a program a slice of dimensions), the scale (a program a head), keys that find repeats, packing
-(a program 32 codes; each reads its codes two to four times, from cache). Float64 throughout: the codebook is small next
+(each reads its codes two to four times, from cache). Float64 throughout: the codebook is small next
 to the search. exactness.md has the proof of the bounds.
 """
 
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqops.triton_kernels.blocks import sizes
 from vqops.triton_kernels.layout import (
     HEADER,
     STEP,
@@ -20,7 +21,6 @@ from vqops.triton_kernels.layout import (
 )
 
 SAMPLE = 32  # codes that the centre and the scale are taken from
-CODES = 32  # codes a program
 LARGEST_INT = 2**31 - 1
 
 ABSENT = tl.constexpr(2.0**70)  # `start` of a code left out: more than any other reaches, and finite in every row's unit
@@ -255,17 +255,18 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     step = min(width, STEP)
     slots = 4 * max(16, 1 << (K - 1).bit_length())
     table = codebook.new_full((H, 2, slots), LARGEST_INT, dtype=torch.int32)
+    dimensions, codes = sizes(codebook.device)[:2]
     with torch.cuda.device_of(codebook):
-        centre_kernel[(triton.cdiv(D, 16), H)](
-            codebook, packed.centre, K, D, every, *strides, cosine, SAMPLE, step, 16, num_warps=8
+        centre_kernel[(triton.cdiv(D, dimensions), H)](
+            codebook, packed.centre, K, D, every, *strides, cosine, SAMPLE, step, dimensions, num_warps=8
         )
         scale_kernel[(H,)](
             codebook, packed.centre, packed.header, K, D, every, *strides, cosine, SAMPLE, HEADER, step, num_warps=4
         )
-        keys_kernel[(triton.cdiv(K, CODES), H)](codebook, table, K, D, slots, *strides, CODES, step, num_warps=4)
-        pack_kernel[(triton.cdiv(padded_codes(K), CODES), H)](
+        keys_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, num_warps=4)
+        pack_kernel[(triton.cdiv(padded_codes(K), codes), H)](
             codebook, table, packed.header, packed.centre, packed.start[0], packed.start[1], packed.radius, packed.unit,
             packed.codes, K, D, slots, *strides, decision_error(D, False), cosine, HEADER, padded_codes(K), width,
-            CODES, step, num_warps=4,
+            codes, step, num_warps=4,
         )  # fmt: skip
     return memory

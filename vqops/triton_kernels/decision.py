@@ -7,7 +7,7 @@ are eight float64 sums each, in registers, over the dimensions in order (lanes.p
 import triton
 import triton.language as tl
 
-from vqops.triton_kernels.blocks import DECIDE_ROWS, SCAN, queue_programs
+from vqops.triton_kernels.blocks import queue_programs, sizes
 from vqops.triton_kernels.lanes import costs, row_facts
 
 NO_CODE = tl.constexpr(2147483647)
@@ -140,7 +140,7 @@ def decide(x, codebook, metric, indices, distances, lists, queue, counters, top=
     strides, _ = arguments(x, codebook, None)
     decide_kernel[(queue_programs(x.device),)](
         x, codebook, indices, distances, lists, queue, counters, x.shape[1], x.shape[2], top, *strides,
-        metric == "cosine", distances is not None, ENTRY, lists.shape[-1], DECIDE_ROWS,
+        metric == "cosine", distances is not None, ENTRY, lists.shape[-1], sizes(x.device).decide,
         enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ def scan(x, codebook, mask, metric, indices, distances, queue, counters, top=1) 
     """The rows queued, or without a queue all rows."""
     H, N, D = x.shape
     strides, mask_strides = arguments(x, codebook, mask)
-    rows, codes = SCAN
+    rows, codes = sizes(x.device).scan
     everything = queue is None
     grid = (triton.cdiv(N, rows), H) if everything else (queue_programs(x.device),)
     scan_kernel[grid](

@@ -253,7 +253,7 @@ def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepar
         return indices, counters
     with torch.cuda.device_of(x):
         if torch.float64 in (x.dtype, codebook.dtype):
-            scan(x, codebook, mask, metric, indices, None, counters)
+            scan(x, codebook, mask, metric, indices, None, None, counters)
             return indices, counters
         packed = unpack(prepare(codebook, metric) if prepared is None else prepared, *codebook.shape)
         screen(x, codebook, packed, mask, metric, indices, counters)
@@ -272,7 +272,7 @@ def screen(x, codebook, packed: Packed, mask, metric, indices, counters) -> None
     lists = x.new_empty((H * N, CANDIDATES), dtype=torch.int32)
     queue = x.new_empty(H * N, dtype=torch.int64)
     mask_strides = (0, 0) if mask is None else mask.stride()
-    rows, step = row_blocks(D)
+    rows, step = row_blocks(D, x.device)
     rows_kernel[(triton.cdiv(padded, rows), H)](
         x, mask, packed.centre, packed.header, halves, facts, states, indices, counters, N, padded, D,
         *x.stride(), *mask_strides, kappa(D), decision_error(D, cosine), cosine, mask is not None, HEADER, width,

@@ -1,11 +1,13 @@
 """VectorQuantize under torch.compile and torch.export: one graph from the very first call, and the same results."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from vqops import VectorQuantize
 
@@ -140,6 +142,30 @@ def test_a_fixed_update_does_not_change_the_gradient():
         _, indices, loss = module(x)
         loss.backward()
         assert_close(x.grad, 2 * (x - codes[indices]).detach() / x.numel())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("within", ["checkpoint", "compiled"])
+def test_activation_checkpointing_of_an_update_is_an_error(within, backend):
+    """A compiled quantizer in a checkpointed part, and a checkpointed part that is compiled as a whole."""
+    vq = VectorQuantize(4, 16, decay=0.1)
+    compiled = torch.compile(vq, fullgraph=True, backend=backend)
+    if within == "checkpoint":
+        compiled(torch.randn(25, 4))
+        run = partial(checkpoint, compiled, use_reentrant=False)
+    else:
+        run = torch.compile(partial(checkpoint, vq, use_reentrant=False), backend=backend)
+    loss = run(torch.randn(25, 4, requires_grad=True) * 1)[2]
+    before = copy.deepcopy(vq.state_dict())
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        loss.backward()
+    assert_close(vq.state_dict(), before, rtol=0, atol=0)
+    vq.freeze_codebook = True
+    run(x := torch.randn(25, 4, requires_grad=True))[2].backward()
+    expected = x.grad.clone()
+    x.grad = None
+    vq(x)[2].backward()
+    assert_close(expected, x.grad)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vqops.ops import Quantized
 from vqops.ops.checks import check_device
+from vqops.quantizers.checkpointing import check_first_run
 from vqops.quantizers.codebook import Codebook, UpdateWeight
 from vqops.quantizers.cross_entropy import mean_cross_entropy
 from vqops.quantizers.layout import Layout
@@ -221,7 +222,7 @@ class VectorQuantize(nn.Module):
         self.check_call(x, indices, topk, ema_update, ema_update_weight)
         mask = self.layout.mask(x, mask, lens)
         if collect:
-            self.check_first_run()
+            check_first_run(self._codebook.embed.detach())
 
         def results():
             update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
@@ -352,7 +353,7 @@ class VectorQuantize(nn.Module):
         mask = self.layout.mask(x, mask, None)
         if not self._codebook.collects():
             return
-        self.check_first_run()
+        check_first_run(self._codebook.embed.detach())
         _, rows = self.project(x, mask)
         self._codebook.keep_float32_()
         chosen = self.layout.index_rows(indices)
@@ -397,13 +398,6 @@ class VectorQuantize(nn.Module):
         if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
             raise TypeError(
                 f"VectorQuantize: ema_update_weight must be a tensor or a function, got {type(weight).__name__}"
-            )
-
-    def check_first_run(self) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "VectorQuantize: forward runs again inside backward (activation checkpointing), but the first run has "
-                "updated the codebook already; leave the quantizer out of the checkpointed part, or freeze_codebook"
             )
 
     def extra_repr(self) -> str:

@@ -60,7 +60,7 @@ def test_train_help_lists_every_flag(capsys):
 
 
 def test_unknown_command(capsys):
-    check_refusal(capsys, vqops_cli.main(["trane"]), "'trane'", "train, reconstruct, info")
+    check_refusal(capsys, vqops_cli.main(["trane"]), "'trane'", "train, reconstruct, extract")
 
 
 @pytest.mark.parametrize("package", ["tyro", "safetensors", "matplotlib"])
@@ -107,8 +107,10 @@ def test_train_and_reconstruct_as_processes(tmp_path):
     flags = "--data images.npy --steps 2 --batch-size 4 --channels 8 --codebook-size 16 --code-dim 4 --out run"
     trained = run("-m", "vqops", "train", *flags.split(), cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    following = trained.stdout.splitlines()[-1]
-    assert following == "next: vqops reconstruct run IMAGES... --out FOLDER"
+    assert trained.stdout.splitlines()[-2:] == [
+        "next: vqops reconstruct run IMAGES... --out FOLDER, or, on the way to samples,",
+        "next: vqops extract run --data images.npy --out CODES",
+    ]
     reconstructed = run("-m", "vqops", "reconstruct", "run", "run/curves.png", "--out", "out", cwd=tmp_path)
     assert reconstructed.returncode == 0, reconstructed.stderr
     assert (tmp_path / "out" / "curves.png").is_file()

@@ -195,7 +195,7 @@ def test_bfloat16_leaves_the_quantizers_in_float32(data, tmp_path, monkeypatch):
 
 
 def test_collapse_is_said_once_with_advice(tmp_path, monkeypatch, capsys):
-    np.save(tmp_path / "grey.npy", np.full((20, 16, 16), 128, np.uint8))
+    np.save(tmp_path / "grey.npy", np.full((20, 4, 4), 128, np.uint8))  # one code an image, and all images alike
     monkeypatch.setattr(import_module("vqops.vqvae2.train"), "COLLAPSED_STEP", 10)
     train(replace(TINY, data=str(tmp_path / "grey.npy"), steps=40, levels=1, out=tmp_path / "run"))
     said = capsys.readouterr().out
@@ -223,10 +223,11 @@ def test_held_out_part_is_said(data, tmp_path, capsys):
 
 def test_last_lines_name_the_pictures_and_the_next_command(data, tmp_path, capsys):
     run = train(replace(TINY, data=data, data_key="x_train", steps=1, out=tmp_path / "run"))
-    *_, pictures, curves, following = capsys.readouterr().out.splitlines()
+    *_, pictures, curves, following, then = capsys.readouterr().out.splitlines()
     assert pictures.endswith(str(run / "reconstructions.png"))
     assert curves.endswith(str(run / "curves.png"))
-    assert following == f"next: vqops reconstruct {run} IMAGES... --out FOLDER"
+    assert following == f"next: vqops reconstruct {run} IMAGES... --out FOLDER, or, on the way to samples,"
+    assert then == f"next: vqops extract {run} --data {data} --data-key x_train --out CODES"
 
 
 def test_runs_are_numbered(data, tmp_path, monkeypatch):

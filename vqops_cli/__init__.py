@@ -9,6 +9,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a VQ-VAE-2 on your images, or on photographs that come along",
     "reconstruct": "pass images through the codes of a trained model",
+    "extract": "write the codes of images, for the priors to learn",
+    "train-prior": "train a transformer on the codes of one level",
+    "sample": "draw images from the priors",
+    "complete": "draw the lower half of images",
     "info": "what was built, and which implementation each op takes on this machine",
 }
 EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage", "tomli")  # what vqops[train] brings

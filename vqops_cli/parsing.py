@@ -12,8 +12,16 @@ import tyro
 from vqops_cli.config import read_options, read_values
 from vqops_cli.options import ReconstructOptions, TrainOptions
 from vqops_cli.presets import preset_values
+from vqops_cli.prior_options import CompleteOptions, ExtractOptions, SampleOptions, TrainPriorOptions
 
-OPTIONS = {"train": TrainOptions, "reconstruct": ReconstructOptions}
+OPTIONS = {
+    "train": TrainOptions,
+    "reconstruct": ReconstructOptions,
+    "extract": ExtractOptions,
+    "train-prior": TrainPriorOptions,
+    "sample": SampleOptions,
+    "complete": CompleteOptions,
+}
 
 
 def parsed(command: str, flags: list[str]) -> object:

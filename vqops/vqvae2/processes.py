@@ -1,4 +1,4 @@
-"""The processes of one training: `torchrun -m vqops train` starts several that share the batch and keep equal weights."""
+"""The processes of one training: those of `torchrun -m vqops train` share the batch and keep equal weights."""
 
 import os
 from collections.abc import Iterator

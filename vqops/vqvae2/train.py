@@ -216,7 +216,9 @@ def finish(
         screen.say(f"interrupted after step {state.step} of {options.steps}; go on: vqops train --resume {folder}")
     screen.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
     screen.say(f"curves: {folder / run_folder.CURVES}")
-    screen.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER")
+    screen.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER, or, on the way to samples,")
+    key = f" --data-key {options.data_key}" if options.data_key else ""
+    screen.say(f"next: vqops extract {folder} --data {options.data or 'PATH'}{key} --out CODES")
 
 
 def continued(options: TrainOptions) -> TrainOptions:

@@ -87,7 +87,9 @@ private:
         if (value != value) return d.candidates.add(row, code, -INFINITY, INFINITY);
         const double allowance = d.rows_.allowance[row], error = d.cosine_ ? allowance : d.relative_ * value + allowance;
         // The kernel compares without the allowance, so the upper bound has it twice.
-        d.candidates.add(row, code, float(value - error - std::fabs(value) * 0x1p-23), value + error + allowance);
+        const double upper = value + error + allowance;
+        d.candidates.add(row, code, float(value - error - std::fabs(value) * 0x1p-23),
+                         float(upper + std::fabs(upper) * 0x1p-23));
     }
 
     const DirectRows& rows_;

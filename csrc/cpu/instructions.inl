@@ -2,7 +2,7 @@
 // compiler target of its own, with
 //   VQOPS_WIDTH     floats a vector
 //   VQOPS_TILE      rows of x a register tile
-//   VQOPS_CODES     codes a register tile: one panel, or two neighbours
+//   VQOPS_CODES     codes a register tile, which is a panel of the packed codebook
 //   VQOPS_BROADCAST(value)               a vector of one value
 //   VQOPS_LANES, VQOPS_LESS_EQUAL(a, b)  the type and value of: which lanes of a do not exceed those of b
 //   VQOPS_ANY(lanes), VQOPS_BITS(lanes)  whether there is one; a bit for each
@@ -39,10 +39,98 @@ VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return VQOPS_SUBTRACT_P
 // Loops over a tile must unroll completely, or the sums do not stay in registers.
 #define VQOPS_UNROLL _Pragma("GCC unroll 16")
 
+// What the upper bound charges for the codes of a vector: the products of the last words of row and codes, 2.02 times.
+// Those words are the coefficients of the bound, so the lower bound has them subtracted once.
+VQOPS_INLINE Vector charges(Word row, Words codes) {
+#if VQOPS_PAIRS
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+    const Vector radius = Vector(_mm512_slli_epi32(codes, 16)), lost = Vector(_mm512_and_si512(codes, high));
+    const Words both = broadcast_word(row ^ 0x80008000);
+    return (radius * Vector(_mm512_slli_epi32(both, 16)) + lost * Vector(_mm512_and_si512(both, high))) *
+           VQOPS_BROADCAST(2.02f);
+#else
+    return codes * VQOPS_BROADCAST(2.02f * row);
+#endif
+}
+
+// A bit for each value of a row that does not exceed a limit.
+VQOPS_INLINE unsigned not_above(const Vector* value, float limit) {
+    unsigned lanes = 0;
+    VQOPS_UNROLL
+    for (int v = 0; v < kVectors; v++)
+        lanes |= unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value[v], VQOPS_BROADCAST(limit)))) << (v * VQOPS_WIDTH);
+    return lanes;
+}
+
+VQOPS_INLINE float least_of(const Vector* v) {
+    Vector least = v[0];
+    VQOPS_UNROLL
+    for (int i = 1; i < kVectors; i++) least = v[i] < least ? v[i] : least;
+#if VQOPS_WIDTH == 16
+    return _mm512_reduce_min_ps(least);
+#else
+    float value = least[0];
+    for (int i = 1; i < VQOPS_WIDTH; i++) value = least[i] < value ? least[i] : value;
+    return value;
+#endif
+}
+
+// Takes the codes of a panel whose bounds do not exceed the threshold of `row` to its list. `last` is the row's last word.
+static void open_row(const Vector* bound, unsigned lanes, Word last, const Word* panel, const float* slack,
+                     int64_t depth, int64_t code, int64_t row, const OpenCodes& open) {
+    if (code + VQOPS_CODES > open.codes) lanes &= (uint64_t(1) << (open.codes - code)) - 1;
+    Vector upper[kVectors];
+    VQOPS_UNROLL
+    for (int v = 0; v < kVectors; v++) {
+        const Vector size = bound[v] < -bound[v] ? -bound[v] : bound[v];
+        const Vector charged = charges(last, load_words(panel + (depth - 1) * VQOPS_CODES + v * VQOPS_WIDTH)) +
+                               load(slack + v * VQOPS_WIDTH) + VQOPS_BROADCAST(open.always[row]);
+        // The factors cover the rounding of these sums (exactness.md).
+        upper[v] = bound[v] + (size * VQOPS_BROADCAST(0x1p-21f) + charged * VQOPS_BROADCAST(1 + 0x1p-20f));
+    }
+    const float* lower = reinterpret_cast<const float*>(bound);
+    if (open.candidate) {
+        for (; lanes; lanes &= lanes - 1) {
+            const int j = __builtin_ctz(lanes);
+            if (lower[j] <= open.threshold[row])
+                open.candidate(open.owner, row, code + j, lower[j], reinterpret_cast<const float*>(upper)[j]);
+        }
+        return;
+    }
+    const float least = least_of(upper), limit = least < open.threshold[row] ? least : open.threshold[row];
+    open.threshold[row] = limit;
+    lanes &= not_above(bound, limit);
+    int32_t count = open.count[row];
+    int32_t* codes = open.code + row * open.room;
+    float* lowers = open.lower + row * open.room;
+    for (; lanes; lanes &= lanes - 1) {
+        const int j = __builtin_ctz(lanes);
+        codes[count] = int32_t(code + j);
+        lowers[count++] = lower[j];
+    }
+    open.count[row] = count;
+    if (count >= open.capacity) open.full(open.owner, row);
+}
+
+// The rows of a tile with a bound that does not exceed their threshold.
+static __attribute__((noinline)) void open_tile(const Vector (*bound)[kVectors], const Word* x, int64_t stride,
+                                                const Word* panel, const float* slack, int64_t depth, int64_t code,
+                                                int64_t row, const OpenCodes& open) {
+    unsigned rows = 0, lanes[VQOPS_TILE];
+    for (int r = 0; r < VQOPS_TILE; r++) {
+        lanes[r] = not_above(bound[r], open.threshold[row + r]);
+        rows |= unsigned(lanes[r] != 0) << r;
+    }
+    for (; rows; rows &= rows - 1) {
+        const int r = __builtin_ctz(rows);
+        open_row(bound[r], lanes[r], x[r * stride + depth - 1], panel, slack, depth, code, row + r, open);
+    }
+}
+
 // Lower bounds of VQOPS_TILE rows against VQOPS_CODES codes: start - x.c, all sums in registers. Where a bound does not
-// exceed its row's threshold the code is offered as a candidate, which is rare after the first panels.
-static void screen_tile(const Word* x, int64_t stride, const Word* panel, int64_t depth, const float* start,
-                        const float* threshold, int64_t code, int64_t row, const Offer& offer) {
+// exceed its row's threshold the code is a candidate, which is rare after the first panels.
+static void screen_tile(const Word* x, int64_t stride, const Word* panel, const float* start, const float* slack,
+                        int64_t depth, int64_t code, int64_t row, const OpenCodes& open) {
     Vector sum[VQOPS_TILE][kVectors];
     VQOPS_UNROLL
     for (int v = 0; v < kVectors; v++) {
@@ -53,10 +141,7 @@ static void screen_tile(const Word* x, int64_t stride, const Word* panel, int64_
     for (int64_t d = 0; d < depth; d++) {
         Words c[kVectors];
         VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++) {
-            const int lane = v * VQOPS_WIDTH;
-            c[v] = load_words(panel + (lane / kPanel * depth + d) * kPanel + lane % kPanel);
-        }
+        for (int v = 0; v < kVectors; v++) c[v] = load_words(panel + d * VQOPS_CODES + v * VQOPS_WIDTH);
         VQOPS_UNROLL
         for (int r = 0; r < VQOPS_TILE; r++) {
             const Words value = broadcast_word(x[r * stride + d]);
@@ -67,46 +152,31 @@ static void screen_tile(const Word* x, int64_t stride, const Word* panel, int64_
     VQOPS_LANES below = {};
     VQOPS_UNROLL
     for (int r = 0; r < VQOPS_TILE; r++) {
-        const Vector limit = VQOPS_BROADCAST(threshold[r]);
+        const Vector limit = VQOPS_BROADCAST(open.threshold[row + r]);
         Vector least = sum[r][0];
         VQOPS_UNROLL
         for (int v = 1; v < kVectors; v++) least = sum[r][v] < least ? sum[r][v] : least;
         below |= VQOPS_LESS_EQUAL(least, limit);
     }
     if (!VQOPS_ANY(below)) return;
+    Vector bound[VQOPS_TILE][kVectors];
     VQOPS_UNROLL
     for (int r = 0; r < VQOPS_TILE; r++) {
-        const Vector limit = VQOPS_BROADCAST(threshold[r]);
-        unsigned lanes = 0;
         VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++)
-            lanes |= unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(sum[r][v], limit))) << (v * VQOPS_WIDTH);
-        if (!lanes) continue;
-        float bounds[VQOPS_CODES];
-        VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++)
-            *reinterpret_cast<UnalignedVector*>(bounds + v * VQOPS_WIDTH) = sum[r][v];
-        // The least bound first: it lowers the threshold, which the others then rarely pass.
-        int least = __builtin_ctz(lanes);
-        for (unsigned rest = lanes & (lanes - 1); rest; rest &= rest - 1)
-            if (bounds[__builtin_ctz(rest)] < bounds[least]) least = __builtin_ctz(rest);
-        offer.candidate(offer.lists, row + r, code + least, bounds[least]);
-        for (lanes &= ~(1u << least); lanes; lanes &= lanes - 1) {
-            const int j = __builtin_ctz(lanes);
-            if (bounds[j] <= threshold[r]) offer.candidate(offer.lists, row + r, code + j, bounds[j]);
-        }
+        for (int v = 0; v < kVectors; v++) bound[r][v] = sum[r][v];
     }
+    open_tile(bound, x, stride, panel, slack, depth, code, row, open);
 }
 
-// All codes against `rows` rows, a multiple of the tile. The panels of a tile stay in the first cache while all rows pass
-// over them. Behind an odd number of panels there is one of codes that are infinitely far.
-static void screen(const void* x, int64_t rows, int64_t stride, const void* panels, int64_t panel_count, int64_t depth,
-                   const float* start, const float* threshold, const Offer& offer) {
-    const Word *row = static_cast<const Word*>(x), *panel = static_cast<const Word*>(panels);
-    for (int64_t p = 0; p < panel_count; p += VQOPS_CODES / kPanel)
+// All codes against `rows` rows, a multiple of the tile. A panel stays in the first cache while all rows pass over it.
+static void screen(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open) {
+    const Word *row = static_cast<const Word*>(x), *panel = static_cast<const Word*>(panels.words);
+    for (int64_t p = 0; p < panels.count; p++, panel += panels.depth * VQOPS_CODES) {
+        const int64_t code = p * VQOPS_CODES;
         for (int64_t r = 0; r < rows; r += VQOPS_TILE)
-            screen_tile(row + r * stride, stride, panel + p * depth * kPanel, depth, start + p * kPanel, threshold + r,
-                        p * kPanel, r, offer);
+            screen_tile(row + r * stride, stride, panel, panels.start + code, panels.slack + code, panels.depth, code, r,
+                        open);
+    }
 }
 
 // The screening pass without its loads: `steps` times a tile of independent multiply-adds.
@@ -269,5 +339,5 @@ static CodeFacts measure(const double* code, const double* weights, const double
 }
 
 constexpr Instructions instructions = {
-    VQOPS_NAME, VQOPS_TILE, VQOPS_WIDTH, VQOPS_PAIRS, screen, direct, place_row, exact_cost, exact_distance, exact_dot,
-    measure,    spin,       VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};
+    VQOPS_NAME, VQOPS_TILE, VQOPS_CODES,    VQOPS_WIDTH, VQOPS_PAIRS, screen, direct, place_row,
+    exact_cost, exact_distance, exact_dot,  measure,     spin,        VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};

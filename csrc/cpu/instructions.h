@@ -38,6 +38,19 @@ struct Panels {
     int64_t count, depth;
 };
 
+// Rows as they lie in memory, to be added up by code: those of codes [first, first + count) are added to target[code -
+// first]. After each 256th row of a code, `fold` is called with it (code_sums.h).
+struct RowSums {
+    const int64_t* indices;
+    int64_t index_stride;
+    const float* rows;
+    int64_t row_stride, N, D, first, count;
+    float* const* target;
+    uint8_t* length;  // rows so far, modulo 256
+    void* owner;
+    void (*fold)(void* owner, int64_t code);
+};
+
 struct RowNorms {
     float square;  // of the row as float
     float lost;    // square of what its rounding to bfloat16 took away; 0 where there is none
@@ -62,6 +75,7 @@ struct Instructions {
     double (*exact_distance)(const float* x, const float* c, int64_t D);
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
+    void (*add_rows)(const RowSums& task);
     float (*spin)(int64_t steps, float value);
     int spin_products;  // multiply-adds a step
 };

@@ -338,6 +338,23 @@ static CodeFacts measure(const double* code, const double* weights, const double
     return {add_lanes(key), add_lanes(square)};
 }
 
+static void add_rows(const RowSums& task) {
+    const int64_t ahead = 1024 / (task.D + 1) + 1;  // rows of which to ask for early: 4 KB, measured on a Zen 4
+    for (int64_t n = 0; n < task.N; n++) {
+        const uint64_t k = uint64_t(task.indices[n * task.index_stride] - task.first);
+        if (k >= uint64_t(task.count)) continue;
+        const float* row = task.rows + n * task.row_stride;
+        float* sum = task.target[k];
+        const float* next = n + ahead < task.N ? row + ahead * task.row_stride : row;
+        for (int64_t i = 0; i < task.D; i += 16) __builtin_prefetch(next + i);
+        int64_t i = 0;
+        for (; i + VQOPS_WIDTH <= task.D; i += VQOPS_WIDTH)
+            *reinterpret_cast<UnalignedVector*>(sum + i) = load(sum + i) + load(row + i);
+        for (; i < task.D; i++) sum[i] += row[i];
+        if (++task.length[k] == 0) task.fold(task.owner, int64_t(k));
+    }
+}
+
 constexpr Instructions instructions = {
-    VQOPS_NAME, VQOPS_TILE, VQOPS_CODES,    VQOPS_WIDTH, VQOPS_PAIRS, screen, direct, place_row,
-    exact_cost, exact_distance, exact_dot,  measure,     spin,        VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};
+    VQOPS_NAME, VQOPS_TILE,     VQOPS_CODES, VQOPS_WIDTH, VQOPS_PAIRS, screen, direct, place_row,
+    exact_cost, exact_distance, exact_dot,   measure,     add_rows,    spin,   VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};

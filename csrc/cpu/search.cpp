@@ -149,8 +149,12 @@ private:
 }  // namespace
 
 void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const void* memory,
-            const SearchResult& result, const Parallel& parallel) {
-    if (memory == nullptr) return search_direct(shape, x, codebook, mask, result, parallel);
+            const SearchResult& result, const Parallel& parallel, const Follow& follow) {
+    if (memory == nullptr) {
+        search_direct(shape, x, codebook, mask, result, parallel);
+        for (int64_t h = 0; follow && h < shape.H; h++) follow(h, 0, shape.N);
+        return;
+    }
     const int64_t tile = instructions().tile;
     const int64_t fitting = kBlockBytes / (4 * round_up(depth_of(shape.D), 16)) / tile * tile;
     const int64_t share = round_up((shape.H * shape.N + parallel.threads - 1) / parallel.threads, tile);
@@ -164,7 +168,9 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         for (int64_t task; (task = next++) < shape.H * blocks_a_head;) {
             const int64_t h = task / blocks_a_head, begin = task % blocks_a_head * rows;
             const Packed packed(static_cast<const char*>(memory) + h * Packed::bytes(shape.K, shape.D), shape.K, shape.D);
-            block.search(h, begin, std::min(begin + rows, shape.N), packed);
+            const int64_t end = std::min(begin + rows, shape.N);
+            block.search(h, begin, end, packed);
+            if (follow) follow(h, begin, end);
         }
         for (int tier = 0; tier < kTiers; tier++) totals[tier] += block.tiers()[tier];
     });

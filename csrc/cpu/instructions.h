@@ -65,11 +65,11 @@ struct Instructions {
     const char* name;
     int tile;    // rows a register tile of the screening pass,
     int codes;   // and its codes, which lie side by side in the packed codebook
-    int group;   // rows that the direct search takes together, and the multiple that it reads vectors in
     bool pairs;  // the screening pass takes bfloat16, two dimensions a word, and rows negated; else float
     void (*screen)(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open);
-    void (*direct)(const float* x, int64_t rows, int64_t stride, const float* code, bool cosine, float factor,
-                   const float* threshold, int64_t number, const Offer& offer);
+    void (*direct)(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
+                   bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer);
+    int group;  // codes that the direct search takes together
     RowNorms (*place_row)(const float* x, const float* centre, float scale, int64_t D, void* out);
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*exact_distance)(const float* x, const float* c, int64_t D);

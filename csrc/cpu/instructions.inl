@@ -7,6 +7,8 @@
 //   VQOPS_LANES, VQOPS_LESS_EQUAL(a, b)  the type and value of: which lanes of a do not exceed those of b
 //   VQOPS_ANY(lanes), VQOPS_BITS(lanes)  whether there is one; a bit for each
 //   VQOPS_SUBTRACT_PRODUCT(sum, a, b)    sum - a * b, fused where the hardware does it
+//   VQOPS_LOAD_SOME(p, n)                a vector of the n < VQOPS_WIDTH floats at p, and zeros
+//   VQOPS_DIRECT, VQOPS_GROUP            the direct search, and how many codes it takes together
 //   VQOPS_PAIRS     1: the screening pass takes bfloat16, two dimensions a 32-bit word; 0: float
 // Nothing but <cstdint> and intrinsics may be used here: an inline function of another header would be compiled for this
 // target and could be linked into code that runs everywhere.
@@ -201,28 +203,10 @@ static float spin(int64_t steps, float value) {
     return total;
 }
 
+#if !VQOPS_PAIRS && VQOPS_WIDTH < 16
 // Lane i of the result is the sum of the lanes of v[i].
 VQOPS_INLINE Vector sum_each(const Vector* v) {
-#if VQOPS_WIDTH == 16
-    // Each stage adds neighbours of halved distance, so that sums of v[i] and v[i + distance] share a vector.
-    Vector part[16];
-    VQOPS_UNROLL
-    for (int i = 0; i < 16; i++) part[i] = v[i];
-    VQOPS_UNROLL
-    for (int i = 0; i < 8; i++)
-        part[i] = VQOPS_SHUFFLE(part[i], part[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                  VQOPS_SHUFFLE(part[i], part[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    VQOPS_UNROLL
-    for (int i = 0; i < 4; i++)
-        part[i] = VQOPS_SHUFFLE(part[i], part[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-                  VQOPS_SHUFFLE(part[i], part[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    VQOPS_UNROLL
-    for (int i = 0; i < 2; i++)
-        part[i] = VQOPS_SHUFFLE(part[i], part[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                  VQOPS_SHUFFLE(part[i], part[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return VQOPS_SHUFFLE(part[0], part[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           VQOPS_SHUFFLE(part[0], part[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-#elif VQOPS_WIDTH == 8
+#if VQOPS_WIDTH == 8
     Vector half[2];
     VQOPS_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -242,46 +226,61 @@ VQOPS_INLINE Vector sum_each(const Vector* v) {
 #endif
 }
 
-// One code against rows in groups of VQOPS_WIDTH: |x - c|^2, for cosine -x.c / |c|. Values whose `factor`-fold does not
-// exceed their row's threshold are offered. A code whose norm float32 can't hold is offered to all rows as NaN.
-template <bool cosine>
-static void direct_to(const float* x, int64_t rows, int64_t stride, const float* code, float factor,
-                      const float* threshold, int64_t number, const Offer& offer) {
-    float scale = -1;
-    if (cosine) {
-        Vector squares = {};
-        for (int64_t d = 0; d < stride; d += VQOPS_WIDTH) squares += load(code + d) * load(code + d);
-        float square = 0;
-        for (int i = 0; i < VQOPS_WIDTH; i++) square += squares[i];
-        if (!(square > 0x1p-100f && square < 0x1p100f)) {
-            for (int64_t r = 0; r < rows; r++) offer.candidate(offer.lists, r, number, __builtin_nanf(""));
-            return;
-        }
-        scale = 1 / __builtin_sqrtf(square);
+// Minus the sums over the dimensions of (x - c)^2, of x.c or, without x, of c^2, one lane a code.
+enum class Term { distance, product, square };
+
+template <Term term>
+VQOPS_INLINE Vector to_codes(const float* x, const float* const* codes, int64_t D) {
+    Vector sum[VQOPS_WIDTH] = {};
+    const auto add = [&](int i, Vector value, Vector c) __attribute__((always_inline)) {
+        const Vector left = term == Term::distance ? value - c : term == Term::square ? c : value;
+        sum[i] = VQOPS_SUBTRACT_PRODUCT(sum[i], left, (term == Term::distance ? left : c));
+    };
+    int64_t d = 0;
+    for (; d + VQOPS_WIDTH <= D; d += VQOPS_WIDTH) {
+        const Vector value = term == Term::square ? Vector{} : load(x + d);
+        VQOPS_UNROLL
+        for (int i = 0; i < VQOPS_WIDTH; i++) add(i, value, load(codes[i] + d));
     }
-    for (int64_t r = 0; r < rows; r += VQOPS_WIDTH) {
-        Vector sum[VQOPS_WIDTH] = {};
-        for (int64_t d = 0; d < stride; d += VQOPS_WIDTH) {
-            const Vector c = load(code + d);
-            VQOPS_UNROLL
-            for (int i = 0; i < VQOPS_WIDTH; i++) {
-                const Vector value = load(x + (r + i) * stride + d), e = cosine ? value : value - c;
-                sum[i] = VQOPS_SUBTRACT_PRODUCT(sum[i], e, (cosine ? c : e));
-            }
-        }
-        const Vector value = sum_each(sum) * VQOPS_BROADCAST(scale);
-        unsigned lanes = unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value * VQOPS_BROADCAST(factor), load(threshold + r))));
-        for (; lanes; lanes &= lanes - 1) {
-            const int i = __builtin_ctz(lanes);
-            offer.candidate(offer.lists, r + i, number, value[i]);
-        }
+    if (d < D) {
+        const Vector value = term == Term::square ? Vector{} : VQOPS_LOAD_SOME(x + d, D - d);
+        VQOPS_UNROLL
+        for (int i = 0; i < VQOPS_WIDTH; i++) add(i, value, VQOPS_LOAD_SOME(codes[i] + d, D - d));
     }
+    return sum_each(sum);
 }
 
-static void direct(const float* x, int64_t rows, int64_t stride, const float* code, bool cosine, float factor,
-                   const float* threshold, int64_t number, const Offer& offer) {
-    (cosine ? direct_to<true> : direct_to<false>)(x, rows, stride, code, factor, threshold, number, offer);
+// Rows against codes [first, first + count), count at most VQOPS_WIDTH, all as they lie in memory: |x - c|^2, for cosine
+// -x.c / |c|. Values whose `factor`-fold does not exceed their row's threshold are offered. A code whose norm float32
+// can't hold is offered to all rows as NaN.
+static void direct(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
+                   bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer) {
+    const float* codes[VQOPS_WIDTH];
+    for (int64_t i = 0; i < VQOPS_WIDTH; i++) codes[i] = code + (i < count ? i : count - 1) * code_stride;
+    unsigned usable = (1u << count) - 1;
+    Vector scale = VQOPS_BROADCAST(1);
+    if (cosine) {
+        const Vector square = -to_codes<Term::square>(nullptr, codes, D);
+        for (unsigned left = usable; left; left &= left - 1) {
+            const int i = __builtin_ctz(left);
+            scale[i] = 1 / __builtin_sqrtf(square[i]);
+            if (square[i] > 0x1p-100f && square[i] < 0x1p100f) continue;
+            usable &= ~(1u << i);
+            for (int64_t r = 0; r < rows; r++) offer.candidate(offer.lists, r, first + i, __builtin_nanf(""));
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const float* row = x + r * D;
+        const Vector value = cosine ? to_codes<Term::product>(row, codes, D) * scale : -to_codes<Term::distance>(row, codes, D);
+        const Vector limit = VQOPS_BROADCAST(threshold[r]);
+        unsigned lanes = unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value * VQOPS_BROADCAST(factor), limit))) & usable;
+        for (; lanes; lanes &= lanes - 1) {
+            const int i = __builtin_ctz(lanes);
+            offer.candidate(offer.lists, r, first + i, value[i]);
+        }
+    }
 }
+#endif
 
 // (x - centre) * scale in the words of the screening pass, and its norms.
 static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
@@ -356,5 +355,5 @@ static void add_rows(const RowSums& task) {
 }
 
 constexpr Instructions instructions = {
-    VQOPS_NAME, VQOPS_TILE,     VQOPS_CODES, VQOPS_WIDTH, VQOPS_PAIRS, screen, direct, place_row,
-    exact_cost, exact_distance, exact_dot,   measure,     add_rows,    spin,   VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};
+    VQOPS_NAME, VQOPS_TILE,     VQOPS_CODES,   VQOPS_PAIRS, screen,  VQOPS_DIRECT, VQOPS_GROUP, place_row,
+    exact_cost, exact_distance, exact_dot,     measure,     add_rows, spin,        VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};

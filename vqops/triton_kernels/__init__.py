@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
-MODULES = {"prepare": "codebook", "nearest": "search", "search_statistics": "search"}
+MODULES = {"prepare": "codebook", "nearest": "search", "nearest_topk": "topk", "search_statistics": "search"}
 
 
 def has(op: str) -> bool:

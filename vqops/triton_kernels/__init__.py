@@ -8,7 +8,14 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
-MODULES = {"prepare": "codebook", "nearest": "search", "nearest_topk": "topk", "search_statistics": "search"}
+MODULES = {
+    "prepare": "codebook",
+    "nearest": "search",
+    "nearest_topk": "topk",
+    "search_statistics": "search",
+    "code_sums": "code_sums",
+    "ema_update_": "ema",
+}
 
 
 def has(op: str) -> bool:

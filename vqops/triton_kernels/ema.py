@@ -9,6 +9,8 @@ import triton.language as tl
 from vqops.ops.reference import TINY
 from vqops.triton_kernels.blocks import tile
 
+SMALLEST = tl.constexpr(TINY)
+
 
 @triton.jit
 def lerp(start, end, step):
@@ -51,7 +53,7 @@ def ratio(average, at, inside, smoothed):
 
 @triton.jit
 def codes_kernel(
-    size, average, total, embed, codes, K, D, eps, smallest, COSINE: tl.constexpr, M: tl.constexpr, BD: tl.constexpr
+    size, average, total, embed, codes, K, D, eps, COSINE: tl.constexpr, M: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     known = k < codes
@@ -66,7 +68,7 @@ def codes_kernel(
         code = ratio(average, k[:, None] * D + i, inside, smoothed)
         zero += tl.sum(code * 0.0, 1)
         square += tl.sum(code.to(tl.float64) * code.to(tl.float64), 1)
-    norm = tl.maximum(tl.sqrt(square), smallest)
+    norm = tl.maximum(tl.sqrt(square), tl.full((M,), SMALLEST, tl.float64))
     finite = known & (zero == 0)
     for start in range(0, D, BD):
         i = start + tl.arange(0, BD)[None, :]
@@ -96,7 +98,7 @@ def ema_update_(cluster_size, embed_avg, embed, counts, sums, decay, eps=1e-5, w
             return
         codes = embed.contiguous()
         codes_kernel[grid](
-            size, average, size.sum(-1), codes, H * K, K, D, eps, TINY, metric == "cosine", rows, step,
+            size, average, size.sum(-1), codes, H * K, K, D, eps, metric == "cosine", rows, step,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         put_back(codes, embed)

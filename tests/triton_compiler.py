@@ -1,6 +1,7 @@
 """Compiles every Triton kernel that a set of calls would launch, without a GPU, and prints what came out as JSON lines.
 
     python tests/triton_compiler.py 90
+    python tests/triton_compiler.py 90 nearest
 
 Calls the ops on CPU tensors with the launch replaced by a compilation, so that arguments, block sizes and options are those
 of a real launch on that architecture.
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,17 +91,45 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def main(architecture: int) -> None:
+def main(architecture: int, wanted: str) -> None:
     compiler = Compiler(architecture)
     triton.runtime.jit.JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
-    from vqops.triton_kernels import blocks, search
+    from vqops.triton_kernels import blocks
 
-    search.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
-    for D in (8, 64, 128, 256, 320):
-        compiler.case = f"nearest, D={D}"
-        x, codebook = torch.empty(1, 64, D), torch.empty(1, 256, D)
-        search.nearest(x, codebook)
+    blocks.INTERPRETED = blocks.ON_GPU  # the tensors are on the CPU, the kernels are not
+    blocks.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
+    for name, call in calls().items():
+        if name.startswith(wanted):
+            compiler.case = name
+            call()
+
+
+def calls() -> dict:
+    from vqops.triton_kernels import code_sums, ema, gradient, quantize, search, topk
+
+    def tensors(D, dtype=torch.float32, H=1, N=64, K=512):
+        return torch.zeros(H, N, D, dtype=dtype), torch.zeros(H, K, D)
+
+    cases = {f"nearest, D={D}": partial(search.nearest, *tensors(D)) for D in (1, 8, 32, 64, 128, 256, 320, 2048)}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        cases[f"nearest, {dtype}"] = partial(search.nearest, *tensors(64, dtype))
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    cases["nearest, heads, mask, cosine"] = partial(search.nearest, *tensors(64, H=2), mask, "cosine")
+    for D in (64, 256, 320):
+        cases[f"nearest_topk, D={D}"] = partial(topk.nearest_topk, *tensors(D), 8)
+    x, codebook = tensors(64)
+    indices, error = torch.zeros(1, 64, dtype=torch.int64), torch.zeros(1, 64)
+    for metric in ("euclidean", "cosine"):
+        cases[f"quantize, {metric}"] = partial(quantize.quantize, x, codebook, None, error, metric, code_sums=True)
+        for D in (64, 2048):
+            rows, codes = tensors(D)
+            arguments = rows, error, rows, codes, indices, None, metric, "rotation", 1.0, True, True
+            cases[f"quantize_backward, D={D}, {metric}"] = partial(gradient.quantize_backward, *arguments)
+        state = torch.zeros(1, 512), codebook.clone(), codebook.clone(), torch.zeros(1, 512), codebook, torch.tensor(0.9)
+        cases[f"ema_update_, {metric}"] = partial(ema.ema_update_, *state, metric=metric)
+    cases["code_sums, atomic"] = partial(code_sums.atomic, x, indices, 512, error)
+    return cases
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")

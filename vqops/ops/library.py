@@ -47,6 +47,7 @@ def define(
     fallback: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    triton_backward: Callable | None = None,
 ) -> None:
     """Define `vqops::name`, which selects, and an op per implementation: `name_reference`, `name_compiled`, `name_triton`.
 
@@ -64,7 +65,8 @@ def define(
         library.define(op + schema)
         torch.library.register_fake(f"vqops::{op}", meta, lib=library)
         if backward is not None:
-            torch.library.register_autograd(f"vqops::{op}", backward, setup_context=setup_context, lib=library)
+            own = triton_backward if triton_backward and op.endswith("_triton") else backward
+            torch.library.register_autograd(f"vqops::{op}", own, setup_context=setup_context, lib=library)
     library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     library.impl(name, fallback or reference, "CompositeExplicitAutograd")
     if triton_kernels.has(name):

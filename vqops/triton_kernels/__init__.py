@@ -8,7 +8,18 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
-MODULES = {"prepare": "codebook", "nearest": "search", "search_statistics": "search"}
+from torch import Tensor
+
+MODULES = {
+    "prepare": "codebook",
+    "nearest": "search",
+    "nearest_topk": "topk",
+    "search_statistics": "search",
+    "code_sums": "code_sums",
+    "ema_update_": "ema",
+    "quantize": "quantize",
+    "quantize_backward": "gradient",
+}
 
 
 def has(op: str) -> bool:
@@ -25,13 +36,14 @@ def runs_on(op: str, device: str) -> bool:
 
 
 def implementation(op: str) -> Callable:
-    def run(first, *arguments):
-        if not runs_on(op, first.device.type):
+    def run(*arguments):
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        if not runs_on(op, device.type):
             raise RuntimeError(
                 f"{op}: implementation 'triton' runs on CUDA, or on the CPU in Triton's interpreter "
-                f"(TRITON_INTERPRET=1 in the environment); the input is on {first.device}"
+                f"(TRITON_INTERPRET=1 in the environment); the input is on {device}"
             )
         module = importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}")
-        return getattr(module, op)(first, *arguments)
+        return getattr(module, op)(*arguments)
 
     return run

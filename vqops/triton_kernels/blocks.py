@@ -58,6 +58,18 @@ def row_blocks(D: int, device: torch.device) -> tuple[int, int]:
     return min(ROWS, sizes(device).values // step), step
 
 
+def tile(D: int, device: torch.device) -> tuple[int, int]:
+    """Rows and dimensions at a time of kernels at memory speed that may walk a row in steps."""
+    step = min(max(16, 1 << (D - 1).bit_length()), 256)
+    return max(1, sizes(device).values // step), step
+
+
+def whole_rows(D: int, device: torch.device) -> tuple[int, int]:
+    """Rows at a time, and the power of two that holds one, of kernels at memory speed that need rows whole."""
+    width = max(16, 1 << (D - 1).bit_length())
+    return max(1, sizes(device).values // width), width
+
+
 def screen_blocks(D: int, shared: int) -> Screen:
     """For rows of D dimensions on a device with `shared` bytes of shared memory a block."""
     width = padded_dimensions(D)

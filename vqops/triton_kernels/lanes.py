@@ -75,3 +75,16 @@ def row_facts(x, x_stride, live, D):
         number += a * 0.0
         p += a * a
     return tl.sum(add_lanes(p), 1), tl.sum(tl.sum(number, 2), 1) == 0
+
+
+@triton.jit
+def stored_as(value, dtype: tl.constexpr):
+    """value in the dtype of a result, rounded to nearest. The interpreter cuts bfloat16 where hardware rounds it."""
+    if dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        result = tl.where(value == value, even.to(tl.float32, bitcast=True), value).to(tl.bfloat16)
+    else:
+        result = value.to(dtype)
+    return result

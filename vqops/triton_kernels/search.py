@@ -12,6 +12,8 @@ The queue is decided in float64 (decision.py) by programs of a fixed grid, so th
 exactness.md has the proof.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,14 +21,13 @@ from torch import Tensor
 
 from vqops.triton_kernels.blocks import ROWS, row_blocks, screen_blocks, shared_memory
 from vqops.triton_kernels.codebook import (
-    ABSENT,
     decision_error,
     exponent_of,
     power_of_two,
     prepare,
 )
 from vqops.triton_kernels.decision import ENTRY, NO_CODE, decide, scan
-from vqops.triton_kernels.layout import HEADER, Packed, padded_codes, padded_dimensions, unpack
+from vqops.triton_kernels.layout import HEADER, Packed, padded_dimensions, unpack
 
 CANDIDATES = 16  # a row; more go to the scan
 GROUP = 16  # tiles whose numbers share the low bits of a bound; exactness.md has what they cost
@@ -40,6 +41,7 @@ COUNTERS = 3
 SETTLED = tl.constexpr(0)
 SCREENED = tl.constexpr(1)
 SCANNED = tl.constexpr(2)
+LOST = tl.constexpr(3)  # settled, because it is not finite
 
 
 @triton.jit
@@ -57,7 +59,7 @@ def centred(x, i_stride, live, centre, i, D, scale, COSINE: tl.constexpr):
 def rows_kernel(
     x, mask, centre, header, halves, facts, states, indices, counters,
     N, padded, D, h_stride, n_stride, i_stride, mask_h_stride, mask_n_stride, kappa, decision,
-    COSINE: tl.constexpr, MASKED: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr,
+    COSINE: tl.constexpr, RANKED: tl.constexpr, MASKED: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Rows as fp16, centred and each in its own power of two, with the constants of their bounds; memory speed.
@@ -122,6 +124,9 @@ def rows_kernel(
         constant = 2.1 * decision * norm * (norm / lift)
         trivial = usable & (first == NO_CODE)
         scanned = usable & ((fits == 0) | ((2.02 * norm / lift + closest < FAR_ROW) == 0))
+    if RANKED:  # the order of equal scores matters beyond the first
+        scanned = scanned | trivial
+        trivial = trivial & (first == NO_CODE)
     settled = (usable == 0) | trivial | (first == NO_CODE)
     screened = (settled == 0) & (scanned == 0)
     at = h * padded + n
@@ -130,9 +135,12 @@ def rows_kernel(
     tl.store(facts + total + at, 2.02 * slope + norm * 2.0**-19, mask=n < padded)
     tl.store(facts + 2 * total + at, weight, mask=n < padded)
     tl.store(facts + 3 * total + at, constant + 2.0**-90, mask=n < padded)
-    tl.store(states + at, tl.where(screened, SCREENED, tl.where(settled, SETTLED, SCANNED)).to(tl.int8), mask=n < padded)
+    state = tl.where(screened, SCREENED, tl.where(settled, SETTLED, SCANNED))
+    state = tl.where(keep & (usable == 0), LOST, state)
+    tl.store(states + at, state.to(tl.int8), mask=n < padded)
     chosen = usable & (first != NO_CODE)
-    tl.store(indices + h * N + n, tl.where(chosen, first, -1).to(tl.int64), mask=inside & (settled != 0))
+    if not RANKED:
+        tl.store(indices + h * N + n, tl.where(chosen, first, -1).to(tl.int64), mask=inside & (settled != 0))
     tl.atomic_add(counters + 2, tl.sum((inside & (chosen == 0)).to(tl.int64), 0))
 
 
@@ -244,47 +252,57 @@ def kappa(D: int) -> float:
     return (2 * padded_dimensions(D) + 16) * 2.0**-23 + 2.0**-17
 
 
+class Rows(NamedTuple):
+    """What rows_kernel makes of x, with rows padded to whole blocks."""
+
+    halves: Tensor  # [H, N', D'] float16
+    facts: Tensor  # [4, H, N'] float32
+    states: Tensor  # [H, N'] int8
+    padded: int  # N'
+
+
+def round_rows(x, packed: Packed, mask, metric, ranked, indices, counters) -> Rows:
+    H, N, D = x.shape
+    cosine = metric == "cosine"
+    width, padded = padded_dimensions(D), triton.cdiv(N, ROWS) * ROWS
+    halves = x.new_empty((H, padded, width), dtype=torch.float16)
+    facts = x.new_empty((4, H, padded), dtype=torch.float32)
+    states = x.new_empty((H, padded), dtype=torch.int8)
+    mask_strides = (0, 0) if mask is None else mask.stride()
+    rows, step = row_blocks(D, x.device)
+    rows_kernel[(triton.cdiv(padded, rows), H)](
+        x, mask, packed.centre, packed.header, halves, facts, states, indices, counters, N, padded, D,
+        *x.stride(), *mask_strides, kappa(D), decision_error(D, cosine), cosine, ranked, mask is not None, HEADER, width,
+        rows, step, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return Rows(halves, facts, states, padded)
+
+
 def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepared: Tensor | None):
     """Indices [H, N], and the counters: rows queued for a decision, rows scanned, rows without a code."""
     H, N, D = x.shape
     indices = x.new_empty((H, N), dtype=torch.int64)
     counters = x.new_zeros(COUNTERS, dtype=torch.int64)
-    if N == 0 or H == 0:
+    if indices.numel() == 0:
         return indices, counters
     with torch.cuda.device_of(x):
         if torch.float64 in (x.dtype, codebook.dtype):
             scan(x, codebook, mask, metric, indices, None, None, counters)
             return indices, counters
         packed = unpack(prepare(codebook, metric) if prepared is None else prepared, *codebook.shape)
-        screen(x, codebook, packed, mask, metric, indices, counters)
+        rows = round_rows(x, packed, mask, metric, False, indices, counters)
+        lists = x.new_empty((H * N, CANDIDATES), dtype=torch.int32)
+        queue = x.new_empty(H * N, dtype=torch.int64)
+        block = screen_blocks(D, shared_memory(x.device))
+        codes, width = packed.codes.shape[1:]
+        screen_kernel[(rows.padded // block.rows, H)](
+            rows.halves, rows.facts, rows.states, packed.start[0], packed.radius, packed.unit, packed.codes, indices,
+            lists, queue, counters, N, rows.padded, codes // block.codes, codes, width, ENTRY, GROUP, CANDIDATES,
+            block.rows, block.codes, block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        decide(x, codebook, metric, indices, None, lists, queue, counters)
+        scan(x, codebook, None, metric, indices, None, queue, counters)
     return indices, counters
-
-
-def screen(x, codebook, packed: Packed, mask, metric, indices, counters) -> None:
-    H, N, D = x.shape
-    K = codebook.shape[1]
-    cosine = metric == "cosine"
-    block = screen_blocks(D, shared_memory(x.device))
-    width, padded = padded_dimensions(D), triton.cdiv(N, ROWS) * ROWS
-    halves = x.new_empty((H, padded, width), dtype=torch.float16)
-    facts = x.new_empty((4, H, padded), dtype=torch.float32)
-    states = x.new_empty((H, padded), dtype=torch.int8)
-    lists = x.new_empty((H * N, CANDIDATES), dtype=torch.int32)
-    queue = x.new_empty(H * N, dtype=torch.int64)
-    mask_strides = (0, 0) if mask is None else mask.stride()
-    rows, step = row_blocks(D, x.device)
-    rows_kernel[(triton.cdiv(padded, rows), H)](
-        x, mask, packed.centre, packed.header, halves, facts, states, indices, counters, N, padded, D,
-        *x.stride(), *mask_strides, kappa(D), decision_error(D, cosine), cosine, mask is not None, HEADER, width,
-        rows, step, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-    screen_kernel[(padded // block.rows, H)](
-        halves, facts, states, packed.start[0], packed.radius, packed.unit, packed.codes, indices, lists, queue,
-        counters, N, padded, padded_codes(K) // block.codes, padded_codes(K), width, ENTRY, GROUP, CANDIDATES,
-        block.rows, block.codes, block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
-    )  # fmt: skip
-    decide(x, codebook, metric, indices, None, lists, queue, counters)
-    scan(x, codebook, None, metric, indices, None, queue, counters)
 
 
 def nearest(x, codebook, mask=None, metric="euclidean", prepared=None):

@@ -1,6 +1,7 @@
 """`vqops evaluate`: the figures of a model, each with its scale, range and split."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def evaluate(options: EvaluateOptions) -> Path:
     split = f"{len(images)} images of {options.data}" + (f"[{options.data_key}]" if options.data_key else "")
 
     batches = validation_batches(images, window, options.batch_size, num_workers=0)
-    rows = [row(name, value, split) for name, value in measure(model, batches).items() if name != "images"]
+    measured = {name: value for name, value in measure(model, batches).items() if not math.isnan(value)}
+    rows = [row(name, value, split) for name, value in measured.items() if name != "images"]
     if priors:
         rows += likelihoods(model, priors, batches, prior_labels(priors[0], labels, classes), split, device)
     if options.classifier_data is not None:

@@ -19,8 +19,8 @@ EMA, DEAD = {"decay": 0.9}, {"threshold_ema_dead_code": 1.5}
 KMEANS = {"kmeans_init": True, "kmeans_iters": 4}
 HEADS = {"heads": 2, "codebook_dim": 2}
 SEPARATE = HEADS | {"separate_codebook_per_head": True}
-NAN, COMPILED, OTHER_SEED, MASKED, ACCUMULATED, WEIGHTED, GIVEN, EXPIRED = (
-    "nan", "compiled", "other seed", "masked", "accumulated", "weighted", "given indices", "expired"
+NAN, COMPILED, OTHER_SEED, MASKED, ACCUMULATED, WEIGHTED, GIVEN, EXPIRED, WRAPPED = (
+    "nan", "compiled", "other seed", "masked", "accumulated", "weighted", "given indices", "expired", "in DDP"
 )
 
 # name: options, rows of each rank, specialities
@@ -47,6 +47,7 @@ CASES = {
     "manual": (EMA | DEAD | {"manual_ema_update": True}, (30, 20), ()),
     "only dead codes": (DEAD | {"ema_update": False}, (30, 20), (OTHER_SEED,)),
     "given indices": (EMA | DEAD | SEPARATE, (30, 20), (GIVEN, MASKED)),
+    "in DDP": (EMA | DEAD | KMEANS | {"codebook_dim": 3}, (30, 40), (WRAPPED, OTHER_SEED)),
     "expired": (DEAD | SEPARATE, (0, 20), (EXPIRED, OTHER_SEED)),
     "everything": (
         EMA | DEAD | KMEANS | HEADS | {"use_cosine_sim": True, "codebook_dim": 3}, (60, 35), (NAN, MASKED, OTHER_SEED)
@@ -95,6 +96,8 @@ def train(name: str, rank: int | None, rows_of=torch.cat) -> dict:
     torch.manual_seed(0)
     vq = VectorQuantize(DIM, CODES, **options)
     run = torch.compile(vq, fullgraph=True, backend="aot_eager") if COMPILED in special and rank is not None else vq
+    if WRAPPED in special and rank is not None:
+        run = torch.nn.parallel.DistributedDataParallel(vq)
     torch.manual_seed(rank if rank and OTHER_SEED in special else 0)
     collectives = 0
     all_reduce = dist.all_reduce

@@ -261,7 +261,8 @@ class VectorQuantize(nn.Module):
             quantized = self.routed_to_codes(found, learning) if gradient == "none" else found.quantized
             quantized = layout.rows_back(quantized, positions)
             indices = layout.indices_back(found.indices, positions)
-            commitment = mean_error(found.error, row_mask, rows.shape[-1])
+            error = found.error
+            commitment = mean_error(error, row_mask, rows.shape[-1]) if self.training else error.new_zeros(())
         else:
             k = min(topk, self.codebook_size)
             codes = self._codebook.codes(learning).squeeze(0)

@@ -180,6 +180,11 @@ def test_an_index_of_minus_one_leaves_the_other_heads():
     vq = VectorQuantize(DIM, CODES, **HEADS["shared"]).eval()
     codes = vq.get_codes_from_indices(torch.tensor([[3, -1], [-1, -1]]))
     assert torch.equal(codes[0, :3], vq.codebook[3]) and not codes[0, 3:].any() and not codes[1].any()
+    vq = VectorQuantize(DIM, CODES, **HEADS["separate"]).eval()
+    indices = torch.tensor([[3, -1, 2], [-1, -1, -1]])
+    expected = vq.project_out(vq.get_codes_from_indices(indices))[0]
+    output = vq.get_output_from_indices(indices)
+    assert torch.equal(output[0], expected) and not output[1].any()
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -82,9 +82,10 @@ class VectorQuantize(nn.Module):
             empty batch. topk: the shape of the indices, in eval too.
 
     In eval nothing is updated and no gradient reaches the input, except of the cross entropy; but a first batch still
-    initialises by k-means. An empty batch, or one without a valid vector on any rank, moves no average. In a
-    `torch.distributed` job all ranks must call forward in training and for the first batch, in the same order. A step is
-    one collective, with dead codes a small one more; k-means one an iteration.
+    initialises by k-means. An empty batch, or one without a valid vector on any rank, moves no average.
+
+    In a `torch.distributed` job all ranks must call forward in training and for the first batch, in the same order. A
+    step is one collective, with dead codes a small one more; k-means one an iteration.
 
     Raises TypeError or ValueError for arguments or inputs that don't fit, IndexError for indices that are no codes, and
     RuntimeError when activation checkpointing repeats a step that has updated the codebook, before anything is changed.

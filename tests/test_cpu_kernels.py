@@ -93,7 +93,9 @@ def differences(x, codes, metric):
     if not torch.equal(found, expected):
         wrong.append(f"nearest: {int((found != expected).sum())} rows")
     k = min(6, len(codes))
-    found, expected = (vqops.nearest_topk(x, codes, k, metric=metric, implementation=i) for i in ("compiled", "reference"))
+    found, expected = (
+        vqops.nearest_topk(x, codes, k, metric=metric, implementation=i) for i in ("compiled", "reference")
+    )
     if not torch.equal(found[0], expected[0]):
         wrong.append(f"nearest_topk: {int((found[0] != expected[0]).any(1).sum())} rows")
     if not torch.allclose(found[1], expected[1], rtol=1e-6, equal_nan=True):
@@ -198,11 +200,11 @@ print(1024 * (peak()[0] - before), vqops.prepare(codes).packed.numel())
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc to read the peak from")
 @pytest.mark.parametrize(("N", "D", "K"), [(65536, 16, 1024), (20000, 128, 4096), (2000, 8, 32768)])
 def test_extra_memory_of_a_search(N, D, K):
-    """The packed codebook, 64 bytes a row and 256 KB a thread; the resident set also counts in pages of an allocator."""
+    """The packed codebook, 64 bytes a row and 256 KB a thread; as much again for what the allocator rounds up."""
     result = subprocess.run([sys.executable, "-c", MEMORY, *map(str, (N, D, K))], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     extra, packed = map(int, result.stdout.split())
-    assert extra <= packed + 64 * N + 256 * 1024 + 512 * 1024
+    assert extra <= packed + 64 * N + 2 * 256 * 1024
     assert packed <= 4 * (K + 32) * (D + 20)
 
 

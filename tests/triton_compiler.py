@@ -73,16 +73,16 @@ class Compiler:
             usage = tool("cuobjdump", "--dump-resource-usage", file.name)
             machine_code = tool("cuobjdump", "--dump-sass", file.name)
         ptx = compiled.asm["ptx"]
-        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
         return {
-            "registers": registers,
-            "spilled": max(stack, local),
+            "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+            "spills": len(re.findall(r"\bSTL\b", machine_code)),
             "shared": compiled.metadata.shared,
             "shared_limit": LARGEST_SHARED[self.target.arch] * 1024,
             "tensor_cores": sorted(set(TENSOR_CORES.findall(machine_code))),
             "wgmma": "wgmma.mma_async" in ptx,
             "flushes_denormals": ".ftz" in ptx,
-            "fused_double": "fma.rn.f64" in ptx or "DFMA" in re.sub(r"(?s)__internal.*", "", machine_code),
+            "fused_double": "fma.rn.f64" in ptx,
+            "machine_fused_double": "DFMA" in machine_code,  # also in divisions and roots
         }
 
 

@@ -59,7 +59,7 @@ def topk_kernel(
         bound, around, start = tile_bounds(x, begin, radius, unit, codes, at, slope, weight, WIDTH, BN, BK, BD)
         least = tl.minimum(least, bound + (around * reach[:, None] + start * 2.0**-15))
     threshold = tl.full((BN,), -HUGE, tl.float32)
-    for _ in range(0, top):
+    for _turn in range(0, top):
         threshold = tl.min(tl.where(least > threshold[:, None], least, HUGE), 1)
     threshold = tl.minimum(threshold + constant, 2.0**69 * weight)  # below the bounds of codes left out
 
@@ -68,7 +68,7 @@ def topk_kernel(
     slot = tl.arange(0, BK)[None, :]
     for tile in range(0, tiles):
         at = codes_before + tile * BK
-        bound, _, _ = tile_bounds(x, begin, radius, unit, codes, at, slope, weight, WIDTH, BN, BK, BD)
+        bound, _around, _start = tile_bounds(x, begin, radius, unit, codes, at, slope, weight, WIDTH, BN, BK, BD)
         following = tl.min(tl.where(bound <= threshold[:, None], slot, BK), 1)
         joins = usable & (following < BK) & (count <= CANDIDATES)
         while tl.max(joins.to(tl.int32), 0) > 0:

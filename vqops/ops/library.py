@@ -27,8 +27,8 @@ COMPILED = {
 }
 
 
-# What a committed run on a GPU has shown to be correct and the fastest, by op. There has been none, so that on CUDA every op
-# takes the reference; `vqops info` says so.
+# The implementation that an op takes on CUDA, where a committed run on a GPU has shown it to be correct and the fastest.
+# There has been no such run, so that every op takes the reference; `vqops info` says so.
 DEFAULT_ON_CUDA: dict[str, str] = {}
 
 
@@ -71,6 +71,8 @@ def define(
     library.impl(name, fallback or reference, "CompositeExplicitAutograd")
     if triton_kernels.has(name):
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
+    if name in DEFAULT_ON_CUDA:
+        library.impl(name, getattr(torch.ops.vqops, f"{name}_{DEFAULT_ON_CUDA[name]}"), "CUDA")
 
 
 def select(name: str, implementation: str | None):

@@ -256,17 +256,18 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     slots = 4 * max(16, 1 << (K - 1).bit_length())
     table = codebook.new_full((H, 2, slots), LARGEST_INT, dtype=torch.int32)
     dimensions, codes = sizes(codebook.device)[:2]
+    launch = {"num_warps": 4, "enable_fp_fusion": True}
     with torch.cuda.device_of(codebook):
         centre_kernel[(triton.cdiv(D, dimensions), H)](
-            codebook, packed.centre, K, D, every, *strides, cosine, SAMPLE, step, dimensions, num_warps=8, enable_fp_fusion=True
+            codebook, packed.centre, K, D, every, *strides, cosine, SAMPLE, step, dimensions, **launch | {"num_warps": 8}
         )
         scale_kernel[(H,)](
-            codebook, packed.centre, packed.header, K, D, every, *strides, cosine, SAMPLE, HEADER, step, num_warps=4, enable_fp_fusion=True
+            codebook, packed.centre, packed.header, K, D, every, *strides, cosine, SAMPLE, HEADER, step, **launch
         )
-        keys_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, num_warps=4, enable_fp_fusion=True)
+        keys_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, **launch)
         pack_kernel[(triton.cdiv(padded_codes(K), codes), H)](
             codebook, table, packed.header, packed.centre, packed.start[0], packed.start[1], packed.radius, packed.unit,
             packed.codes, K, D, slots, *strides, decision_error(D, False), cosine, HEADER, padded_codes(K), width,
-            codes, step, num_warps=4, enable_fp_fusion=True,
+            codes, step, **launch,
         )  # fmt: skip
     return memory

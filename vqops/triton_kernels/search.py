@@ -131,10 +131,11 @@ def rows_kernel(
     screened = (settled == 0) & (scanned == 0)
     at = h * padded + n
     total = tl.num_programs(1).to(tl.int64) * padded
-    tl.store(facts + at, slope, mask=n < padded)
-    tl.store(facts + total + at, 2.02 * slope + norm * 2.0**-19, mask=n < padded)
-    tl.store(facts + 2 * total + at, weight, mask=n < padded)
-    tl.store(facts + 3 * total + at, constant + 2.0**-90, mask=n < padded)
+    # Other rows pass through the screening, too, and must stay finite there.
+    tl.store(facts + at, tl.where(screened, slope, 0.0), mask=n < padded)
+    tl.store(facts + total + at, tl.where(screened, 2.02 * slope + norm * 2.0**-19, 0.0), mask=n < padded)
+    tl.store(facts + 2 * total + at, tl.where(screened, weight, 1.0), mask=n < padded)
+    tl.store(facts + 3 * total + at, tl.where(screened, constant + 2.0**-90, 0.0), mask=n < padded)
     state = tl.where(screened, SCREENED, tl.where(settled, SETTLED, SCANNED))
     state = tl.where(keep & (usable == 0), LOST, state)
     tl.store(states + at, state.to(tl.int8), mask=n < padded)

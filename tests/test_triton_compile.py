@@ -1,5 +1,5 @@
-"""What the Triton kernels compile to, for every architecture, without a GPU. In processes of their own: Triton cannot compile
-in one that interprets."""
+"""What the Triton kernels compile to, for every architecture, without a GPU. In processes of their own: Triton cannot
+compile in one that interprets."""
 
 import importlib.util
 import json

@@ -34,7 +34,7 @@ def report() -> str:
 
 def on_cuda() -> str:
     if DEFAULT_ON_CUDA:
-        return f"On CUDA, runs on a GPU have confirmed {', '.join(sorted(DEFAULT_ON_CUDA))}; the rest take the reference."
+        return f"Runs on a GPU have confirmed {', '.join(sorted(DEFAULT_ON_CUDA))}; the rest take the reference there."
     return "No kernel has been confirmed on a GPU yet: on CUDA the others are chosen with implementation=."
 
 

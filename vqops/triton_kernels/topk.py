@@ -1,8 +1,9 @@
 """The k nearest codes of each row, in order, certified.
 
 Two passes over the codes. The first keeps the least upper bound a slot (a column of the tile): the k-th least of these
-holds k different codes, so no code above it matters. The second collects every code whose lower bound does not exceed it,
-at most four or so times k a row; more go to the scan. Both ranked in float64 (decision.py). Bounds as in search.py.
+holds k different codes, so no code above it matters. The second collects every code whose lower bound does not exceed
+it, at most four or so times k a row; more go to the scan. Both ranked in float64 (decision.py). Bounds as in
+search.py.
 """
 
 import torch
@@ -104,9 +105,9 @@ def nearest_topk(x, codebook, k, mask=None, metric="euclidean", prepared=None):
         block = screen_blocks(D, shared_memory(x.device))
         codes, width = packed.codes.shape[1:]
         topk_kernel[(rows.padded // block.rows, H)](
-            rows.halves, rows.facts, rows.states, packed.start[1], packed.radius, packed.unit, packed.codes, lists, queue,
-            counters, N, rows.padded, codes // block.codes, k, codes, width, ENTRY, candidates, block.rows, block.codes,
-            block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+            rows.halves, rows.facts, rows.states, packed.start[1], packed.radius, packed.unit, packed.codes, lists,
+            queue, counters, N, rows.padded, codes // block.codes, k, codes, width, ENTRY, candidates, block.rows,
+            block.codes, block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
         )  # fmt: skip
         decide(x, codebook, metric, indices, distances, lists, queue, counters, k)
         scan(x, codebook, None, metric, indices, distances, queue, counters, k)

@@ -28,7 +28,7 @@ SCREEN = [
     (128, 99, Screen(128, 64, 128, 8, 3)),
     (WHOLE, 163, Screen(128, 64, WHOLE, 8, 3)),
     (WHOLE, 99, Screen(64, 64, WHOLE, 4, 2)),
-    (math.inf, 163, Screen(128, 64, STEP, 8, 3)),
+    (math.inf, 200, Screen(128, 64, STEP, 8, 3)),
     (math.inf, 99, Screen(128, 64, STEP, 8, 2)),
 ]
 ROWS = 128  # rows are padded to a multiple: the largest block of the screening pass

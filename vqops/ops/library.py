@@ -35,6 +35,7 @@ def define(
     reference: Callable,
     fake: Callable,
     reference_fake: Callable | None = None,
+    compiled_fake: Callable | None = None,
     *,
     fallback: Callable | None = None,
     setup_context: Callable | None = None,
@@ -43,15 +44,15 @@ def define(
     """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`.
 
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported.
-    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake` is for an op
-    whose result has another size in the reference.
+    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake` and
+    `compiled_fake` are for an op whose result has another size there.
     """
     OPS.append(name)
     for op in (name, f"{name}_compiled", f"{name}_reference"):
         if op.endswith("_compiled") and not any(is_compiled(name, device) for device in COMPILED):
             continue
         library.define(op + schema)
-        meta = reference_fake if reference_fake and op.endswith("_reference") else fake
+        meta = {"reference": reference_fake, "compiled": compiled_fake}.get(op.rpartition("_")[2]) or fake
         torch.library.register_fake(f"vqops::{op}", meta, lib=library)
         if backward is not None:
             torch.library.register_autograd(f"vqops::{op}", backward, setup_context=setup_context, lib=library)
@@ -76,8 +77,7 @@ def implementations() -> dict[str, dict[str, list[str]]]:
     Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference"]}, ...}`.
     """
     return {
-        name: {device: ["compiled"] * is_compiled(name, device) + ["reference"] for device in COMPILED}
-        for name in OPS
+        name: {device: ["compiled"] * is_compiled(name, device) + ["reference"] for device in COMPILED} for name in OPS
     }
 
 

@@ -42,6 +42,7 @@ def define(
     reference: Callable,
     fake: Callable,
     reference_fake: Callable | None = None,
+    compiled_fake: Callable | None = None,
     triton_fake: Callable | None = None,
     *,
     fallback: Callable | None = None,
@@ -52,13 +53,13 @@ def define(
     """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`, ...
 
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported.
-    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake` and
-    `triton_fake` are for an op whose result has another size there.
+    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake`,
+    `compiled_fake` and `triton_fake` are for an op whose result has another size there.
     """
     OPS.append(name)
     metas = {name: fake, f"{name}_reference": reference_fake or fake}
     if any(is_compiled(name, device) for device in COMPILED):
-        metas[f"{name}_compiled"] = fake
+        metas[f"{name}_compiled"] = compiled_fake or fake
     if triton_kernels.has(name):
         metas[f"{name}_triton"] = triton_fake or fake
     for op, meta in metas.items():

@@ -53,23 +53,36 @@ def worktree(repository: Path, revision: str, folder: Path) -> Iterator[Path]:
 
 def run(command: list[str], folder: Path, why: str) -> None:
     """Raises Refused with the end of the output if the command fails."""
-    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, env={**os.environ, "PYTHONSAFEPATH": ""})
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
     if done.returncode:
         raise Refused(f"{why}:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
-def prepare(folder: Path, revision: str, tests: list[str]) -> None:
-    """Build and test in place: Python started in the folder imports what is in it."""
-    run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], folder, f"{revision} does not build")
-    run([sys.executable, "-m", "pytest", "-q", "-x", *tests], folder, f"the tests of {revision} fail")
+def built(folder: Path, revision: str) -> str:
+    """Build the revision in an environment of its own, on top of the packages of this one; its Python."""
+    environment = folder / ".venv"
+    run([sys.executable, "-m", "venv", str(environment)], folder, "no virtual environment")
+    python = str(environment / ("Scripts" if os.name == "nt" else "bin") / "python")
+    own = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    Path(own.strip(), "packages.pth").write_text("\n".join(packages))
+    run([python, "-m", "pip", "install", "-q", "-e", ".", "--no-deps"], folder, f"{revision} does not build")
+    return python
+
+
+def prepare(folder: Path, revision: str, tests: list[str]) -> str:
+    """Build and test; the Python that has the revision."""
+    python = built(folder, revision)
+    run([python, "-m", "pytest", "-q", "-x", *tests], folder, f"the tests of {revision} fail")
     shutil.rmtree(folder / SUITE.name, ignore_errors=True)  # one suite measures both
     shutil.copytree(SUITE, folder / SUITE.name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    return python
 
 
-def measured(folder: Path, options: list[str]) -> dict[str, float]:
+def measured(python: str, folder: Path, options: list[str]) -> dict[str, float]:
     """Medians in milliseconds by row."""
     with tempfile.TemporaryDirectory() as out:
-        run([sys.executable, "-m", SUITE.name, *options, "--out", out], folder, "the suite fails")
+        run([python, "-m", SUITE.name, *options, "--out", out], folder, "the suite fails")
         rows = [json.loads(line) for path in sorted(Path(out).glob("*.jsonl")) for line in path.read_text().splitlines()]
     return {label(row): row["p50_ms"] for row in rows if "p50_ms" in row and row["method"].startswith("vqops")}
 
@@ -93,9 +106,9 @@ def compare(repository: Path, base: str, head: str, repeats: int, tests: list[st
     with tempfile.TemporaryDirectory() as parent:
         folders = [Path(parent) / "base", Path(parent) / "head"]
         with worktree(repository, base, folders[0]), worktree(repository, head, folders[1]):
-            for folder, revision in zip(folders, (base, head), strict=True):
-                prepare(folder, revision, tests)
-            return changes([tuple(measured(folder, options) for folder in folders) for _ in range(repeats)])
+            pythons = [prepare(*given, tests) for given in zip(folders, (base, head), strict=True)]
+            halves = list(zip(pythons, folders, strict=True))
+            return changes([tuple(measured(*half, options) for half in halves) for _ in range(repeats)])
 
 
 def printed(found: list[Change]) -> str:

@@ -34,3 +34,6 @@ inline bool is_cosine(const char* op, const std::string& metric) {
 }
 
 }  // namespace vqops
+
+// Torch's shim of its CUDA half, which a torch without CUDA does not have: weak, so that the kernels load there, too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);

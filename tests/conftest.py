@@ -5,11 +5,15 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is first imported
+
 import vqops
 
 REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
+INTERPRETED = ("triton", "cpu")
 IMPLEMENTATIONS = [
-    pytest.param((name, device), id=f"{name}-{device}")
+    pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.slow] * ((name, device) == INTERPRETED))
     for device in ("cpu", "cuda")
     for name in ("reference", "compiled", "triton")
 ]
@@ -33,15 +37,12 @@ class Implementation:
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
 
 
-def missing(name: str, device: str, op: str = "nearest") -> str | None:
+def missing(name: str, device: str) -> str | None:
     """Why this process can't run the implementation, or None."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
-    if name not in vqops.implementations()[op][device]:
-        interpreted = name == "triton" and device == "cpu"
-        return (
-            "TRITON_INTERPRET=1 is not set, or there is no Triton" if interpreted else f"{op} has no {name} on {device}"
-        )
+    if name not in vqops.implementations()["nearest"][device]:
+        return "Triton is not installed, or not in its interpreter" if (name, device) == INTERPRETED else "not built"
     return None
 
 
@@ -58,8 +59,8 @@ def kernel(request) -> Implementation:
 
 def available(name: str, device: str) -> Implementation:
     reason = missing(name, device)
-    if reason and REQUIRED & {name, device} and not (device == "cpu" and "cuda" in REQUIRED):
-        pytest.fail(f"{name} on {device} is required: {reason}")
+    if reason and device == ("cuda" if "cuda" in REQUIRED else "cpu") and name in {"compiled", *REQUIRED}:
+        pytest.fail(f"VQOPS_REQUIRE: {name} on {device}: {reason}")
     if reason:
         pytest.skip(reason)
     return Implementation(name, device)

@@ -25,6 +25,8 @@ NOT_SOURCE = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "
 STUB = """
 extern "C" const char* vqops_cpu_compiled() { return "stub"; }
 extern "C" const char* vqops_cpu_instruction_set() { return "stub"; }
+extern "C" bool vqops_cpu_pairs() { return false; }
+extern "C" double vqops_cpu_multiply_add_rate() { return 0; }
 """
 CUDA_KERNEL = """
 #include <cuda_runtime.h>
@@ -332,7 +334,7 @@ class TestInstall:
     def test_cuda_kernels_build_and_register_without_a_gpu(self, setup, small_source, target, tmp_path):
         if setup.find_toolkit() == (None, None):
             pytest.skip("no CUDA toolkit")
-        (small_source / "csrc/stub.cu").write_text(CUDA_KERNEL)
+        (small_source / "csrc/kernel.cu").write_text(CUDA_KERNEL)
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path]
         said = run_well(*command, cwd=small_source, VQOPS_CUDA="1", TORCH_CUDA_ARCH_LIST="")
         assert "sm_80 sm_90a" in next(line for line in said.splitlines() if line.startswith("vqops: "))

@@ -1,29 +1,47 @@
 """VectorQuantize under torch.compile and torch.export: one graph from the very first call, and the same results."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from vqops import VectorQuantize
 
-OPTIONS = {
-    "ema": {},
-    "learnable": {"learnable_codebook": True},
-    "cosine": {"use_cosine_sim": True},
-    "k_means": {"kmeans_init": True, "kmeans_iters": 3},
-    "dead_codes": {"threshold_ema_dead_code": 2},
-    "all": {
-        "codebook_dim": 3,
-        "use_cosine_sim": True,
-        "kmeans_init": True,
-        "kmeans_iters": 3,
-        "threshold_ema_dead_code": 2,
-        "accept_image_fmap": True,
-    },
+FIRST = {"kmeans_init": True, "kmeans_iters": 3, "threshold_ema_dead_code": 2}
+IMAGE = {"accept_image_fmap": True}
+MASK = torch.tensor([True, False, True, True, True]).repeat(2, 5)
+CODES = torch.arange(-1, 14).repeat(7)[:100].view(2, 25, 2)
+
+# name: options, arguments of forward
+CASES = {
+    "ema": ({}, {}),
+    "learnable": ({"learnable_codebook": True}, {}),
+    "cosine": ({"use_cosine_sim": True}, {}),
+    "k_means": ({"kmeans_init": True, "kmeans_iters": 3}, {}),
+    "dead_codes": ({"threshold_ema_dead_code": 2}, {}),
+    "heads": (FIRST | {"heads": 2, "codebook_dim": 2}, {}),
+    "separate_heads": (
+        FIRST | IMAGE | {"heads": 2, "codebook_dim": 3, "separate_codebook_per_head": True, "use_cosine_sim": True}, {}
+    ),
+    "mask": (FIRST | {"heads": 2, "layernorm_after_project_in": True}, {"mask": MASK, "return_loss_breakdown": True}),
+    "lens": (
+        {"learnable_codebook": True, "route_gradients_to_input": False, "return_zeros_for_masked_padding": False},
+        {"lens": torch.tensor([25, 7])},
+    ),
+    "topk": ({"codebook_dim": 3}, {"topk": 3, "mask": MASK}),
+    "indices": (FIRST | {"heads": 2, "codebook_dim": 3}, {"indices": CODES}),
+    "manual": ({"manual_ema_update": True}, {"ema_update_weight": torch.linspace(0, 1, 16)}),
+    "everything": (
+        FIRST | IMAGE | {"use_cosine_sim": True, "heads": 2, "codebook_dim": 3, "rotation_trick": False},
+        {"mask": MASK.view(2, 5, 5)},
+    ),
 }
+SLOW = {"learnable", "cosine", "k_means", "dead_codes", "heads", "lens", "manual"}
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -33,54 +51,65 @@ def fresh_compiler():
     counters.clear()
 
 
-def batch(options) -> torch.Tensor:
-    return torch.randn(2, 4, 5, 5) if options.get("accept_image_fmap") else torch.randn(2, 25, 4)
+def quantizer(name: str) -> tuple[VectorQuantize, dict]:
+    options, arguments = CASES[name]
+    return VectorQuantize(4, 16, **options), arguments
 
 
-def step(vq, x):
+def batch(vq: VectorQuantize) -> torch.Tensor:
+    return torch.randn(2, 4, 5, 5) if vq.accept_image_fmap else torch.randn(2, 25, 4)
+
+
+def flat(results) -> list[torch.Tensor]:
+    return [t for result in results for t in (result if isinstance(result, tuple) else (result,))]
+
+
+def step(vq, x, **arguments):
     """Results and gradients of one training step; the seed makes eager and compiled draw the same rows."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
-    quantized, indices, loss = vq(x)
-    (quantized.square().sum() + loss).backward()
-    return [quantized, indices, loss, x.grad]
+    results = vq(x, **arguments)
+    loss = results[-1] if "indices" in arguments else results[2]
+    (results[0].square().sum() + loss.sum()).backward()
+    return [*flat(results), x.grad]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_training_is_one_graph_from_the_first_call(options, backend):
-    eager = VectorQuantize(4, 16, **options)
+@pytest.mark.parametrize("name", EVERY)
+def test_training_is_one_graph_from_the_first_call(name, backend):
+    eager, arguments = quantizer(name)
     other = copy.deepcopy(eager)
     # Inductor's random numbers are others than eager's unless it is told.
     inductor = {"options": {"fallback_random": True}} if backend == "inductor" else {}
     compiled = torch.compile(other, fullgraph=True, backend=backend, **inductor)
-    for _ in range(4):
-        x = batch(options)
-        for expected, got in zip(step(eager, x), step(compiled, x), strict=True):
+    for _ in range(3):
+        x = batch(eager)
+        for expected, got in zip(step(eager, x, **arguments), step(compiled, x, **arguments), strict=True):
             assert_close(got, expected)
-        for name, value in eager.state_dict().items():
-            assert_close(other.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}")
-    assert counters["stats"]["unique_graphs"] == (2 if "kmeans_init" in options else 1)
+        for key, value in eager.state_dict().items():
+            assert_close(other.state_dict()[key], value, msg=lambda text, key=key: f"{key}: {text}")
+    assert counters["stats"]["unique_graphs"] == (2 if "kmeans_init" in CASES[name][0] else 1)
     assert other._codebook.is_initted
 
 
 @pytest.mark.slow
 def test_inductor_with_its_own_random_numbers():
-    torch.compile(vq := VectorQuantize(4, 16, **OPTIONS["all"]), fullgraph=True)(batch(OPTIONS["all"]))
+    vq, arguments = quantizer("everything")
+    torch.compile(vq, fullgraph=True)(batch(vq), **arguments)
     assert vq._codebook.initted and vq.codebook.isfinite().all()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_eval_is_one_graph_from_the_first_call(options):
-    eager = VectorQuantize(4, 16, **options).eval()
-    other = copy.deepcopy(eager)
+@pytest.mark.parametrize("name", EVERY)
+def test_eval_is_one_graph_from_the_first_call(name):
+    eager, arguments = quantizer(name)
+    other = copy.deepcopy(eager.eval())
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        x = batch(options)
+        x = batch(eager)
         torch.manual_seed(1)
-        expected = eager(x)
+        expected = flat(eager(x, **arguments))
         torch.manual_seed(1)
-        for a, b in zip(compiled(x), expected, strict=True):
+        for a, b in zip(flat(compiled(x, **arguments)), expected, strict=True):
             assert_close(a, b)
     assert counters["stats"]["unique_graphs"] <= 2
 
@@ -90,6 +119,18 @@ def test_batch_sizes_recompile_once():
     for rows in (30, 40, 50, 7):
         step(compiled, torch.randn(rows, 4))
     assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_accumulation_compiles():
+    eager = VectorQuantize(4, 16)
+    other = copy.deepcopy(eager)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for i in range(6):
+        x = torch.randn(30, 4)
+        for vq in (eager, compiled):
+            vq(x, accum_ema_update=i % 3 < 2)
+        assert_close(other.state_dict(), eager.state_dict())
+    assert counters["stats"]["unique_graphs"] == 3  # the first of a series, one more of it, and the update
 
 
 def test_a_fixed_update_does_not_change_the_gradient():
@@ -103,14 +144,53 @@ def test_a_fixed_update_does_not_change_the_gradient():
         assert_close(x.grad, 2 * (x - codes[indices]).detach() / x.numel())
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_export_in_eval(options):
-    vq = VectorQuantize(4, 16, **options)
-    x = batch(options)
-    vq(x)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("within", ["checkpoint", "compiled"])
+def test_activation_checkpointing_of_an_update_is_an_error(within, backend):
+    """A compiled quantizer in a checkpointed part, and a checkpointed part that is compiled as a whole."""
+    vq = VectorQuantize(4, 16, decay=0.1)
+    compiled = torch.compile(vq, fullgraph=True, backend=backend)
+    if within == "checkpoint":
+        compiled(torch.randn(25, 4))
+        run = partial(checkpoint, compiled, use_reentrant=False)
+    else:
+        run = torch.compile(partial(checkpoint, vq, use_reentrant=False), backend=backend)
+    loss = run(torch.randn(25, 4, requires_grad=True) * 1)[2]
+    before = copy.deepcopy(vq.state_dict())
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        loss.backward()
+    assert_close(vq.state_dict(), before, rtol=0, atol=0)
+    vq.freeze_codebook = True
+    run(x := torch.randn(25, 4, requires_grad=True))[2].backward()
+    expected = x.grad.clone()
+    x.grad = None
+    vq(x)[2].backward()
+    assert_close(expected, x.grad)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_export_in_eval(name):
+    vq, arguments = quantizer(name)
+    x = batch(vq)
+    vq(x, **arguments)
     vq.eval()
-    axes = {0: torch.export.Dim("b", min=2, max=64)}
-    program = torch.export.export(vq, (x,), dynamic_shapes=(axes,))
+    b = torch.export.Dim("b", min=2, max=64)
+    tensors = {key: {0: b} for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    tensors.pop("ema_update_weight", None)
+    axes = {"x": {0: b}} | {key: tensors.get(key) for key in arguments}
+    program = torch.export.export(vq, (x,), arguments, dynamic_shapes=axes)
     x = torch.cat([x, x + 1])
-    for a, b in zip(program.module()(x), vq(x), strict=True):
+    arguments = {key: torch.cat([value, value]) if key in tensors else value for key, value in arguments.items()}
+    for a, b in zip(flat(program.module()(x, **arguments)), flat(vq(x, **arguments)), strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["heads", "everything"])
+def test_export_before_the_first_batch(name):
+    """k-means goes into the graph; what it leads to depends on random numbers, so only the shapes are known."""
+    vq, arguments = quantizer(name)
+    x = batch(vq)
+    for training in (False, True):
+        program = torch.export.export(copy.deepcopy(vq).train(training), (x,), arguments)
+        quantized, indices, _ = program.module()(x, **arguments)
+        assert quantized.shape == x.shape and indices.max() < 16

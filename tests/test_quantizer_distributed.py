@@ -17,7 +17,11 @@ from vqops import VectorQuantize
 WORLD, DIM, CODES, STEPS = 2, 4, 16, 3
 EMA, DEAD = {"decay": 0.9}, {"threshold_ema_dead_code": 1.5}
 KMEANS = {"kmeans_init": True, "kmeans_iters": 4}
-NAN, COMPILED, OTHER_SEED = "nan", "compiled", "other seed"
+HEADS = {"heads": 2, "codebook_dim": 2}
+SEPARATE = HEADS | {"separate_codebook_per_head": True}
+NAN, COMPILED, OTHER_SEED, MASKED, ACCUMULATED, WEIGHTED, GIVEN, EXPIRED = (
+    "nan", "compiled", "other seed", "masked", "accumulated", "weighted", "given indices", "expired"
+)
 
 # name: options, rows of each rank, specialities
 CASES = {
@@ -30,29 +34,64 @@ CASES = {
     "dead codes": (EMA | DEAD, (30, 25), ()),
     "fewer rows than codes": (EMA | DEAD, (5, 6), ()),
     "other seeds": (EMA | DEAD, (30, 25), (OTHER_SEED,)),
+    "dead codes without sync_kmeans": (EMA | DEAD | {"sync_kmeans": False}, (30, 25), (OTHER_SEED,)),
     "k-means": (EMA | KMEANS, (60, 35), ()),
     "k-means, empty": (EMA | KMEANS, (60, 0), ()),
     "k-means, few rows": (EMA | KMEANS, (3, 5), ()),
-    "everything": (EMA | DEAD | KMEANS | {"use_cosine_sim": True, "codebook_dim": 3}, (60, 35), (NAN, OTHER_SEED)),
     "learnable": ({"learnable_codebook": True} | DEAD | KMEANS, (60, 35), ()),
     "compiled": (EMA | DEAD | KMEANS, (60, 35), (COMPILED,)),
+    "heads": (EMA | DEAD | KMEANS | HEADS, (60, 35), (MASKED,)),
+    "separate heads": (EMA | DEAD | KMEANS | SEPARATE, (0, 60), (MASKED, NAN, OTHER_SEED)),
+    "accumulated": (EMA | DEAD, (30, 0), (ACCUMULATED,)),
+    "weighted": (EMA | SEPARATE, (30, 20), (WEIGHTED,)),
+    "manual": (EMA | DEAD | {"manual_ema_update": True}, (30, 20), ()),
+    "only dead codes": (DEAD | {"ema_update": False}, (30, 20), (OTHER_SEED,)),
+    "given indices": (EMA | DEAD | SEPARATE, (30, 20), (GIVEN, MASKED)),
+    "expired": (DEAD | SEPARATE, (0, 20), (EXPIRED, OTHER_SEED)),
+    "everything": (
+        EMA | DEAD | KMEANS | HEADS | {"use_cosine_sim": True, "codebook_dim": 3}, (60, 35), (NAN, MASKED, OTHER_SEED)
+    ),
+}
+# Without one batch: k-means on the rows of the fullest rank, or nothing exchanged at all.
+APART = {
+    "k-means apart": (EMA | KMEANS | DEAD | {"sync_kmeans": False}, (20, 60), (OTHER_SEED,)),
+    "heads apart": (EMA | KMEANS | DEAD | SEPARATE | {"sync_kmeans": False}, (0, 60), (OTHER_SEED, MASKED)),
+    "codebook apart": (EMA | KMEANS | DEAD | {"sync_codebook": False}, (40, 60), ()),
 }
 
 
 def batches(name: str):
     """For each step, the rows of each rank."""
-    _, sizes, special = CASES[name]
+    _, sizes, special = (CASES | APART)[name]
     generator = torch.Generator().manual_seed(7)
     for _ in range(STEPS):
         rows = [torch.randn(size, DIM, generator=generator) for size in sizes]
         if NAN in special:
-            rows[0][3, 1], rows[1][::2] = torch.inf, torch.nan
+            rows[0][3:4, 1], rows[1][::2] = torch.inf, torch.nan
         yield rows
 
 
-def train(name: str, rank: int | None) -> dict:
+def call(vq, special, x: torch.Tensor, number: int) -> None:
+    """What the case does in step `number` with the rows x, all of it decided by the values of the rows."""
+    arguments = {}
+    if MASKED in special:
+        arguments["mask"] = x[:, 0] > -0.5
+    if ACCUMULATED in special:
+        arguments["accum_ema_update"] = number < STEPS - 1
+    if WEIGHTED in special:
+        arguments["ema_update_weight"] = lambda sums, counts: counts / (1 + counts)
+    if GIVEN in special:
+        vq.update_indices(x, (x.view(-1, 2, 2).sum(-1) * 2).round().long().clamp(-1, CODES - 1), **arguments)
+    elif EXPIRED in special:
+        vq._codebook.cluster_size[:, number::STEPS] = 0
+        vq.expire_codes_(x)
+    else:
+        vq(x, **arguments)
+
+
+def train(name: str, rank: int | None, rows_of=torch.cat) -> dict:
     """The state after the steps, as one of the ranks or (None) as one process with the joint batch."""
-    options, _, special = CASES[name]
+    options, _, special = (CASES | APART)[name]
     torch.manual_seed(0)
     vq = VectorQuantize(DIM, CODES, **options)
     run = torch.compile(vq, fullgraph=True, backend="aot_eager") if COMPILED in special and rank is not None else vq
@@ -65,11 +104,11 @@ def train(name: str, rank: int | None) -> dict:
         collectives += 1
         return all_reduce(*arguments, **keywords)
 
-    for rows in batches(name):
+    for number, rows in enumerate(batches(name)):
         if run is vq:
             dist.all_reduce = counting
         collectives = 0
-        run(torch.cat(rows) if rank is None else rows[rank])
+        call(run, special, rows_of(rows) if rank is None else rows[rank], number)
         dist.all_reduce = all_reduce
     return vq.state_dict() | {"collectives": collectives}
 
@@ -104,15 +143,35 @@ def test_two_processes_are_one(ranks, name):
             assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("name", ["k-means apart", "heads apart"])
+def test_ranks_stay_equal_with_dead_codes_whatever_the_flags(ranks, name):
+    """The rest of the flags is among the cases above."""
+    first, second = (states[name] for states in ranks)
+    for key, value in first.items():
+        assert torch.as_tensor(value).equal(torch.as_tensor(second[key])), key
+    assert first["_codebook.initted"] and len(first["_codebook.embed"][0].unique(dim=0)) == CODES
+
+
+def test_a_codebook_a_rank(ranks):
+    """sync_codebook=False: each rank is a process of its own, and waits for nobody."""
+    for rank in range(WORLD):
+        alone = train("codebook apart", None, rows_of=lambda rows, rank=rank: rows[rank])
+        assert ranks[rank]["codebook apart"].pop("collectives") == 0
+        for key, value in ranks[rank]["codebook apart"].items():
+            assert_close(value, alone[key])
+
+
 def test_one_collective_a_step(ranks):
     """With dead codes, a second one of a few numbers: which rows there are."""
     assert ranks[0]["ema"]["collectives"] == 1
+    assert ranks[0]["weighted"]["collectives"] == 1
     assert ranks[0]["dead codes"]["collectives"] == 2
+    assert ranks[0]["everything"]["collectives"] == 2
 
 
 if __name__ == "__main__":
     folder, rank = sys.argv[1], int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    states = {name: train(name, rank) for name in CASES}
+    states = {name: train(name, rank) for name in CASES | APART}
     torch.save(states, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -1,8 +1,11 @@
 """VectorQuantize: hand-computed steps first, then what must hold for any input."""
 
 import copy
+import inspect
 import math
 import pickle
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vqops import VectorQuantize, code_sums, nearest
 from vqops.quantizers import codebook as codebook_module
+from vqops.quantizers import layout as layout_module
+from vqops.quantizers.options import NOT_YET
 
 FLOAT_BUFFERS = ("cluster_size", "embed_avg", "embed")
 
@@ -118,7 +123,9 @@ def test_smallest_codebooks(dim, codebook_size, use_cosine_sim):
     assert indices.max() < codebook_size and x.grad.isfinite().all() and vq.codebook.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{}, {"kmeans_init": True, "threshold_ema_dead_code": 2}, {"codebook_dim": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"kmeans_init": True, "threshold_ema_dead_code": 2}, {"codebook_dim": 2}, {"heads": 2}], ids=str
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_an_empty_batch_changes_nothing(options, training):
     vq = VectorQuantize(3, 8, **options).train(training)
@@ -126,7 +133,7 @@ def test_an_empty_batch_changes_nothing(options, training):
     before = state(vq)
     x = torch.randn(2, 0, 3, requires_grad=True)
     quantized, indices, loss = vq(x)
-    assert quantized.shape == (2, 0, 3) and indices.shape == (2, 0) and loss.item() == 0
+    assert quantized.shape == (2, 0, 3) and indices.shape[:2] == (2, 0) and loss.item() == 0
     if training:
         (quantized.sum() + loss).backward()
     assert_same_state(vq, before)
@@ -500,45 +507,101 @@ class NoSynchronisation(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         boolean = name.startswith("index") and any(
-            t is not None and t.dtype in (torch.bool, torch.uint8) for t in (args[1] if isinstance(args[1], list) else [])
+            t is not None and t.dtype in (torch.bool, torch.uint8)
+            for t in (args[1] if isinstance(args[1], list) else [])
         )
         if boolean or any(name.startswith(word) for word in self.forbidden):
             raise AssertionError(f"{func} makes the host wait for the device")
         return func(*args, **(kwargs or {}))
 
 
+MASK = torch.tensor([True, False, True, True, True]).repeat(2, 5, 1)
+HEADS = {"heads": 2, "codebook_dim": 3}
+ASYNCHRONOUS = {
+    "ema": ({}, {}),
+    "learnable": ({"learnable_codebook": True, "route_gradients_to_input": False}, {}),
+    "cosine": ({"use_cosine_sim": True}, {"accum_ema_update": True}),
+    "mask": (HEADS, {"mask": MASK, "return_loss_breakdown": True}),
+    "separate": (
+        HEADS | {"separate_codebook_per_head": True, "return_zeros_for_masked_padding": False},
+        {"mask": MASK, "ema_update_weight": lambda sums, counts: counts / (1 + counts)},
+    ),
+    "topk": ({}, {"topk": 3, "mask": MASK}),
+    "topk_rotated": ({"rotation_trick": True, "use_cosine_sim": True}, {"topk": 3}),
+    "indices": (HEADS, {"indices": torch.arange(100).view(2, 5, 5, 2) % 9 - 1}),
+    "manual": ({"manual_ema_update": True}, {"ema_update_weight": torch.linspace(0, 1, 8)}),
+}
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", [{}, {"learnable_codebook": True}, {"use_cosine_sim": True}], ids=str)
-def test_the_host_never_waits(options, training):
-    vq = VectorQuantize(
-        4, 8, codebook_dim=3, kmeans_init=True, threshold_ema_dead_code=2, accept_image_fmap=True, **options
-    ).train(training)
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_the_host_never_waits(name, training, monkeypatch):
+    options, arguments = ASYNCHRONOUS[name]
+    # On the CPU it reads the values; elsewhere it is an assertion on the device.
+    for module in (layout_module, sys.modules["vqops.ops.code_sums"]):
+        monkeypatch.setattr(module, "check_indices", lambda *_: None)
+    fixed = {"kmeans_init": True, "threshold_ema_dead_code": 2, "accept_image_fmap": True}
+    vq = VectorQuantize(4, 8, **({"codebook_dim": 3} | fixed | options)).train(training)
     x = torch.randn(2, 4, 5, 5, requires_grad=True)
     with NoSynchronisation():
         for _ in range(3):
-            quantized, _, loss = vq(x)
-            (quantized.sum() + loss).backward()
+            quantized, *_, loss = vq(x, **arguments)[: 2 if name == "indices" else 3]
+            (quantized.sum() + loss.sum()).backward()
+        vq.update_indices(x, torch.zeros(2, 5, 5, *[2] * (vq.heads > 1), dtype=torch.int64), mask=MASK)
+        vq.expire_codes_(x)
     with pytest.raises(AssertionError), NoSynchronisation():
-        bool(loss > 0)
+        bool(loss.sum() > 0)
     with pytest.raises(AssertionError), NoSynchronisation():
         x[x > 0]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_of_an_update_is_an_error(use_reentrant):
-    vq = VectorQuantize(4, 8)
+@pytest.mark.parametrize(
+    "options, arguments",
+    [
+        ({}, {}),
+        ({"heads": 2}, {"accum_ema_update": True}),
+        ({"learnable_codebook": True, "threshold_ema_dead_code": 1}, {}),
+        ({"ema_update": False}, {"ema_update": True}),
+        ({"kmeans_init": True}, {}),
+    ],
+    ids=str,
+)
+def test_activation_checkpointing_of_an_update_is_an_error(options, arguments, use_reentrant):
+    """The repeated forward would search another codebook than the first, and update it again."""
+    vq = VectorQuantize(4, 8, **options)
     x = torch.randn(5, 4, requires_grad=True)
-    loss = checkpoint(vq, x, use_reentrant=use_reentrant)[2]
+    loss = checkpoint(partial(vq, **arguments), x, use_reentrant=use_reentrant)[2]
     before = state(vq)
     with pytest.raises(RuntimeError, match="activation checkpointing"):
         loss.backward()
     assert_same_state(vq, before)
-    vq.freeze_codebook = True
-    checkpoint(vq, x, use_reentrant=use_reentrant)[2].backward()
-    expected = x.grad.clone()
-    x.grad = None
-    vq(x)[2].backward()
-    assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "options, arguments",
+    [
+        ({"freeze_codebook": True}, {}),
+        ({"learnable_codebook": True, "kmeans_init": True, "heads": 2}, {}),
+        ({"ema_update": False}, {}),
+        ({}, {"topk": 2}),
+    ],
+    ids=str,
+)
+def test_activation_checkpointing_without_an_update(options, arguments, use_reentrant):
+    vq = VectorQuantize(4, 8, **options)
+    twin = copy.deepcopy(vq)
+    x = torch.randn(5, 4)
+    grads = []
+    for module, run in ((vq, partial(checkpoint, partial(vq, **arguments), use_reentrant=use_reentrant)), (twin, twin)):
+        torch.manual_seed(1)
+        given = x.clone().requires_grad_()
+        quantized, _, loss = run(given) if module is vq else run(given, **arguments)
+        (quantized.square().sum() + loss.sum()).backward()
+        grads.append([given.grad, *(p.grad for p in module.parameters())])
+    assert_close(*grads)
+    assert_same_state(vq, state(twin))
 
 
 # Errors
@@ -558,6 +621,9 @@ def test_activation_checkpointing_of_an_update_is_an_error(use_reentrant):
         ({"threshold_ema_dead_code": -1}, "threshold_ema_dead_code must be finite and at least 0, got -1"),
         ({"commitment_weight": math.inf}, "commitment_weight must be finite and at least 0, got inf"),
         ({"use_cosine_sim": True, "learnable_codebook": True}, "use_cosine_sim and learnable_codebook"),
+        ({"ema_update": True, "learnable_codebook": True}, "ema_update and learnable_codebook can't both be True"),
+        ({"accept_image_fmap": True, "accept_3d_fmap": True}, "accept_image_fmap and accept_3d_fmap"),
+        ({"heads": 0}, "heads must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_options(options, message):
@@ -565,9 +631,16 @@ def test_wrong_options(options, message):
         VectorQuantize(**({"dim": 4, "codebook_size": 8} | options))
 
 
-def test_an_option_that_is_not_there_is_named():
-    with pytest.raises(TypeError, match="orthogonal_reg_weight"):
-        VectorQuantize(4, 8, orthogonal_reg_weight=1.0)
+@pytest.mark.parametrize("name", sorted(NOT_YET))
+def test_an_option_that_is_yet_to_come_is_named(name):
+    with pytest.raises(TypeError, match=f"VectorQuantize: {name} is not supported yet"):
+        VectorQuantize(4, 8, **{name: 1.0})
+    assert name not in inspect.signature(VectorQuantize).parameters
+
+
+def test_an_option_that_does_not_exist_is_named():
+    with pytest.raises(TypeError, match="unexpected argument 'codebook_dims'"):
+        VectorQuantize(4, 8, codebook_dims=3)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +649,7 @@ def test_an_option_that_is_not_there_is_named():
         ({}, torch.zeros(2, 3, 5), ValueError, r"x must be \[b, ..., dim\] with dim=4, got \[2, 3, 5\]"),
         ({}, torch.zeros(4), ValueError, r"x must be \[b, ..., dim\] with dim=4, got \[4\]"),
         ({"channel_last": False}, torch.zeros(2, 3, 4), ValueError, r"\[b, dim, ...\] with dim=4, got \[2, 3, 4\]"),
-        ({"accept_image_fmap": True}, torch.zeros(2, 4, 3), ValueError, r"\[b, dim, h, w\] with dim=4, got \[2, 4, 3\]"),
+        ({"accept_image_fmap": True}, torch.zeros(2, 4, 3), ValueError, r"\[b, dim, h, w\] with dim=4, got"),
         ({}, torch.zeros(2, 4, dtype=torch.int64), TypeError, "x must be float32, .*got torch.int64"),
         ({}, [[0.0] * 4], TypeError, "x must be a tensor, got list"),
         ({}, torch.zeros(2, 4, device="meta"), ValueError, "codebook is on cpu, x is on meta"),

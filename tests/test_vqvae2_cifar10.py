@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -22,10 +23,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("levels, val_mse", [(1, 0.0048), (2, 0.0044)])
 def test_error_and_code_use_after_1500_steps(tmp_path, levels, val_mse):
-    options = TrainOptions(
-        data=CIFAR10, data_key="x_train", val_key="x_val", levels=levels, steps=1500, eval_every=500, out=tmp_path / "run"
-    )
-    run = train(options)
+    options = TrainOptions(data=CIFAR10, data_key="x_train", val_key="x_val", levels=levels, steps=1500, eval_every=500)
+    run = train(replace(options, out=tmp_path / "run"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["val_mse"] <= val_mse
     assert rows[-1]["val_used_bottom"] * 512 >= 500

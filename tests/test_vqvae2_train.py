@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,11 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file
 
-from vqops.vqvae2 import load_model, metrics, reconstruct, train
+from vqops import VectorQuantize
+from vqops.vqvae2 import load_model, metrics, optimization, reconstruct, train
 from vqops_cli.options import InputError, ReconstructOptions, TrainOptions
 
-FILES = ["curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png"]
+FILES = ["config.toml", "curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png", "train_state.pt"]
 TINY = TrainOptions(
     steps=12, batch_size=4, image_size=16, channels=8, codebook_size=16, code_dim=4, eval_every=6, device="cpu"
 )
@@ -50,8 +53,12 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model.safetensors")
 
 
-def test_run_folder_holds_the_four_files_and_no_temporary_one(run):
-    assert sorted(os.listdir(run)) == FILES
+def files_of(run: Path) -> list[str]:
+    return sorted(set(os.listdir(run)) - {"tensorboard"})  # there where TensorBoard is installed
+
+
+def test_run_folder_holds_its_files_and_no_temporary_one(run):
+    assert files_of(run) == FILES
 
 
 def test_metrics(run):
@@ -110,6 +117,105 @@ def test_training_reduces_the_error(data, tmp_path, codebook):
     assert rows[-1]["val_mse"] < rows[0]["mse"] / 2
 
 
+@pytest.mark.parametrize(
+    "step, warmup, expected", [(10, 0, 0.0), (1, 4, 0.25), (4, 4, 1.0), (5, 4, None), (7, 4, 0.5), (10, 4, 0.0)]
+)
+def test_learning_rate(step, warmup, expected):
+    rate = optimization.learning_rate(2.0, "cosine", step, 10, warmup)
+    if expected is not None:
+        assert rate == pytest.approx(2 * expected, abs=1e-12)
+    assert 0 <= rate <= 2
+    constant = optimization.learning_rate(2.0, "constant", step, 10, warmup)
+    assert constant == pytest.approx(2 * min(1, step / (warmup or 1)))
+
+
+def test_weight_average():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    values = (1.0, 2.0, 5.0)
+    torch.nn.init.constant_(layer.weight, 0.0)
+    average, expected = optimization.WeightAverage(layer, 0.3), 0.0
+    for step, value in enumerate(values, start=1):
+        torch.nn.init.constant_(layer.weight, value)
+        average.update(step)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    with average.in_place():
+        assert layer.weight.item() == pytest.approx(expected)
+    assert layer.weight.item() == values[-1]
+
+
+def test_average_is_what_is_saved_and_validated(data, tmp_path):
+    runs = [
+        train(replace(TINY, data=data, data_key="x_train", weight_ema=decay, out=tmp_path / str(decay)))
+        for decay in (0.0, 0.9)
+    ]
+    plain, averaged = (weights_of(run) for run in runs)
+    state = torch.load(runs[1] / "train_state.pt", weights_only=True)
+    for name, value in state["module"].items():
+        assert torch.equal(value, plain[name]), name  # the average does not change the training
+    name = "encoders.0.0.weight"
+    assert torch.equal(averaged[name], state["average"][0])
+    assert not torch.equal(averaged[name], plain[name])
+    assert rows_of(runs[0])[-1]["mse"] == rows_of(runs[1])[-1]["mse"]
+    assert rows_of(runs[0])[-1]["val_mse"] != rows_of(runs[1])[-1]["val_mse"]
+
+
+def test_gradient_is_clipped(data, tmp_path):
+    """Adam's first step does not see the gradient's length, but its state does."""
+    norms = []
+    for clip in (0.0, 1e-3):
+        out = tmp_path / str(clip)
+        train(replace(TINY, data=data, data_key="x_train", grad_clip=clip, steps=1, out=out))
+        state = torch.load(out / "train_state.pt", weights_only=True)["optimizer"]["state"]
+        norms.append(torch.cat([moments["exp_avg"].flatten() for moments in state.values()]).norm().item() / 0.1)
+    assert norms[0] > 1e-2
+    assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_bfloat16_leaves_the_quantizers_in_float32(data, tmp_path, monkeypatch):
+    convolutions, quantizers = set(), set()
+    forward, convolve = VectorQuantize.forward, torch.nn.Conv2d.forward
+
+    def quantize(quantizer, x, **options):
+        quantizers.add(x.dtype)
+        return forward(quantizer, x, **options)
+
+    def convolution(layer, x):
+        output = convolve(layer, x)
+        convolutions.add(output.dtype)
+        return output
+
+    monkeypatch.setattr(VectorQuantize, "forward", quantize)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", convolution)
+    options = replace(TINY, data=data, data_key="x_train", precision="bfloat16", steps=4, eval_every=10)
+    run = train(replace(options, out=tmp_path / "run"))
+    assert torch.bfloat16 in convolutions
+    assert quantizers == {torch.float32}
+    assert {weight.dtype for weight in weights_of(run).values() if weight.is_floating_point()} == {torch.float32}
+
+
+def test_collapse_is_said_once_with_advice(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "grey.npy", np.full((20, 4, 4), 128, np.uint8))  # one code an image, and all images alike
+    monkeypatch.setattr(import_module("vqops.vqvae2.train"), "COLLAPSED_STEP", 10)
+    train(replace(TINY, data=str(tmp_path / "grey.npy"), steps=40, levels=1, out=tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert said.count("warning: the codes of level bottom have collapsed (perplexity 1.0 of 16)") == 1
+    assert "--lr" in said
+
+
+def test_tensorboard_holds_the_metrics(run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("mse")]
+    assert shown == [(row["step"], pytest.approx(row["mse"])) for row in rows_of(run)]
+
+
+def test_without_tensorboard_there_are_no_events(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = train(replace(TINY, data=data, steps=1, data_key="x_train", out=tmp_path / "run"))
+    assert sorted(os.listdir(run)) == FILES
+
+
 def test_held_out_part_is_said(data, tmp_path, capsys):
     train(replace(TINY, data=data, data_key="x_train", steps=1, out=tmp_path / "run"))
     assert "held out 2 of 30 images (5 %, seed 0)" in capsys.readouterr().out
@@ -117,10 +223,11 @@ def test_held_out_part_is_said(data, tmp_path, capsys):
 
 def test_last_lines_name_the_pictures_and_the_next_command(data, tmp_path, capsys):
     run = train(replace(TINY, data=data, data_key="x_train", steps=1, out=tmp_path / "run"))
-    *_, pictures, curves, following = capsys.readouterr().out.splitlines()
+    *_, pictures, curves, following, then = capsys.readouterr().out.splitlines()
     assert pictures.endswith(str(run / "reconstructions.png"))
     assert curves.endswith(str(run / "curves.png"))
-    assert following == f"next: vqops reconstruct {run} IMAGES... --out FOLDER"
+    assert following == f"next: vqops reconstruct {run} IMAGES... --out FOLDER, or, on the way to samples,"
+    assert then == f"next: vqops extract {run} --data {data} --data-key x_train --out CODES"
 
 
 def test_runs_are_numbered(data, tmp_path, monkeypatch):
@@ -141,7 +248,7 @@ def test_interruption_ends_the_step_and_writes_everything(data, tmp_path, monkey
     monkeypatch.setattr(metrics.TrainingMeter, "add", add_and_press_ctrl_c)
     handler = signal.getsignal(signal.SIGINT)
     run = train(replace(TINY, data=data, data_key="x_train", out=tmp_path / "run"))
-    assert sorted(os.listdir(run)) == FILES
+    assert files_of(run) == FILES
     assert rows_of(run)[-1]["step"] == 3
     assert "interrupted after step 3 of 12" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
@@ -152,7 +259,7 @@ def test_overwriting_replaces_the_run_and_nothing_else(data, tmp_path):
     options = replace(TINY, data=data, data_key="x_train", steps=1, out=tmp_path, overwrite=True)
     train(options)
     train(options)
-    assert sorted(os.listdir(tmp_path)) == sorted([*FILES, "notes.txt"])
+    assert files_of(tmp_path) == sorted([*FILES, "notes.txt"])
     assert len(rows_of(tmp_path)) == 1
 
 

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a VQ-VAE-2 on your images, or on photographs that come along",
     "reconstruct": "pass images through the codes of a trained model",
+    "extract": "write the codes of images, for the priors to learn",
+    "train-prior": "train a transformer on the codes of one level",
+    "sample": "draw images from the priors",
+    "complete": "draw the lower half of images",
     "info": "what was built, and which implementation each op takes on this machine",
 }
-EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage")  # what vqops[train] brings
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage", "tomli")  # what vqops[train] brings
 USAGE = "usage: vqops COMMAND ...\n\n" + "".join(f"  {name:<13}{about}\n" for name, about in COMMANDS.items())
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
@@ -27,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run_info() if command == "info" else run(command, flags)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
             raise
-        return refuse(f"vqops {command} needs {error.name}: pip install 'vqops[train]'")
+        return refuse(f"vqops {command} needs {package}: pip install 'vqops[train]'")
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -42,16 +47,14 @@ def run_info() -> int:
 
 
 def run(command: str, flags: list[str]) -> int:
-    import tyro
+    from vqops_cli.options import InputError
+    from vqops_cli.parsing import parsed
 
-    from vqops_cli.options import InputError, ReconstructOptions, TrainOptions
-
-    kind = {"train": TrainOptions, "reconstruct": ReconstructOptions}[command]
     try:
-        options = tyro.cli(kind, prog=f"vqops {command}", args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+        options = parsed(command, flags)
         from vqops import vqvae2
 
-        getattr(vqvae2, command)(options)
+        getattr(vqvae2, command.replace("-", "_"))(options)
     except InputError as error:
         return refuse(f"vqops {command}: {error}")
     return 0

@@ -28,6 +28,10 @@ class TrainOptions:
     Raises InputError where a value is out of its range.
     """
 
+    preset: Literal["photos", "cifar10", "fashion", "imagenet128", "ffhq256"] | None = None
+    """Defaults that suit a kind of images; the flags and --config override them."""
+    config: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A TOML file of options, such as the config.toml of a run; the flags override it."""
     data: DataSource = None
     """Training images: a folder (searched recursively), a .npz or .npy file of uint8 images [N, H, W, C] or [N, H, W],
     a .parquet file, or the name of a Hugging Face dataset. Without it: photographs that come with scikit-image."""
@@ -48,9 +52,20 @@ class TrainOptions:
     steps: int = 1000
     """Training steps."""
     batch_size: int = 32
-    """Images per step."""
+    """Images per step, of all processes together where torchrun starts several."""
     lr: float = 3e-4
-    """Learning rate of Adam, constant."""
+    """Learning rate of Adam."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after the warm-up: as it is, or down to 0 at the last step along half a cosine."""
+    warmup: int = 0
+    """Steps over which the learning rate grows from 0."""
+    grad_clip: float = 0.0
+    """Scale the gradient down to this norm where it is longer; 0 for never."""
+    weight_ema: float = 0.0
+    """Decay of a moving average of the weights, which is then validated and saved in their place; 0 for none, 0.999 is
+    usual for long runs."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the convolutions. The codebooks are searched and updated in float32 with either."""
     seed: int = 0
     """Seed of the weights, the order of the images, their crops and the held-out part."""
     codebook_size: int = 512
@@ -65,6 +80,8 @@ class TrainOptions:
     """Weight of the loss that keeps the encoder near its codes (beta)."""
     eval_every: int = 100
     """Steps between two validations."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints, from which --resume goes on; there is one at the end and after Ctrl-C, too."""
     num_workers: int = 0
     """Processes that load images; 0 loads them in the training process."""
     device: str = "auto"
@@ -73,10 +90,20 @@ class TrainOptions:
     """Run folder (default: runs/<date>-<n>). It must be empty or new."""
     overwrite: bool = False
     """Write into --out even if it holds files; those of an earlier run are replaced."""
+    resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
+    """Go on with the run in this folder, with its options and from its last checkpoint. --steps may be given to
+    lengthen it; what decides the weights cannot change."""
 
     def __post_init__(self):
-        for name in ("image_size", "steps", "batch_size", "codebook_size", "code_dim", "eval_every"):
+        for name in ("image_size", "steps", "batch_size", "codebook_size", "code_dim"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_every", "checkpoint_every"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
+        require(self, "warmup", self.warmup >= 0, "at least 0")
+        require(self, "grad_clip", 0 <= self.grad_clip < float("inf"), "at least 0")
+        require(self, "weight_ema", 0 <= self.weight_ema < 1, "at least 0 and below 1")
+        require(self, "precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
         require(self, "channels", self.channels >= 4 and self.channels % 4 == 0, "a positive multiple of 4")
         require(self, "num_workers", self.num_workers >= 0, "at least 0")
         require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63")

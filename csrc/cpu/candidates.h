@@ -6,13 +6,21 @@
 #include <cstdint>
 #include <vector>
 
+#include "instructions.h"
+
 namespace vqops {
 
 class Candidates {
 public:
     Candidates(int64_t rows, int64_t k)
-        : threshold(rows), k_(int32_t(k)), capacity_(30 + 2 * k_), count_(rows), code_(rows * capacity_),
-          lower_(rows * capacity_), least_(k > 1 ? rows * k : 0) {}
+        : threshold(rows), always(rows), k_(int32_t(k)), capacity_(30 + 2 * k_), room_(capacity_ + kMostCodes),
+          count_(rows), code_(rows * room_), lower_(rows * room_), least_(k > 1 ? rows * k : 0) {}
+
+    // The lists as the screening pass fills them.
+    OpenCodes open(int64_t codes) {
+        return {threshold.data(), always.data(), count_.data(), code_.data(), lower_.data(), capacity_, room_,
+                int32_t(codes), this, full, k_ > 1 ? candidate : nullptr};
+    }
 
     void start(int64_t row) {
         threshold[row] = INFINITY;
@@ -20,37 +28,29 @@ public:
         if (k_ > 1) std::fill_n(&least_[row * k_], k_, INFINITY);
     }
 
-    void add(int64_t row, int64_t code, float lower, double upper) {
+    void add(int64_t row, int64_t code, float lower, float upper) {
         if (overflowed(row)) return;
-        lower_threshold(row, float(upper + std::fabs(upper) * 0x1p-23));
-        if (count_[row] == capacity_) drop_excluded(row);
-        if (count_[row] == capacity_) {
-            count_[row] = capacity_ + 1;
-            threshold[row] = -INFINITY;
-            return;
-        }
-        const int64_t place = row * capacity_ + count_[row]++;
+        lower_threshold(row, upper);
+        const int64_t place = row * room_ + count_[row]++;
         code_[place] = int32_t(code);
         lower_[place] = lower;
+        if (count_[row] >= capacity_) make_room(row);
     }
 
     // What another list of the same row's other codes holds.
     void merge(int64_t row, const Candidates& other) {
         if (overflowed(row)) return;
-        if (other.overflowed(row)) {
-            count_[row] = capacity_ + 1;
-            return;
-        }
+        if (other.overflowed(row)) return give_up(row);
         threshold[row] = std::min(threshold[row], other.threshold[row]);
         for (int32_t i = 0; i < other.count_[row]; i++) {
-            const int64_t place = row * capacity_ + i;
+            const int64_t place = row * room_ + i;
             if (!(other.lower_[place] > threshold[row])) add(row, other.code_[place], other.lower_[place], INFINITY);
         }
     }
 
     void drop_excluded(int64_t row) {
-        int32_t* code = &code_[row * capacity_];
-        float* lower = &lower_[row * capacity_];
+        int32_t* code = &code_[row * room_];
+        float* lower = &lower_[row * room_];
         int32_t kept = 0;
         for (int32_t i = 0; i < count_[row]; i++) {
             if (lower[i] > threshold[row]) continue;
@@ -60,13 +60,30 @@ public:
         count_[row] = kept;
     }
 
-    bool overflowed(int64_t row) const { return count_[row] > capacity_; }
+    bool overflowed(int64_t row) const { return count_[row] < 0; }
     int32_t count(int64_t row) const { return count_[row]; }
-    int32_t code(int64_t row, int32_t i) const { return code_[row * capacity_ + i]; }
+    int32_t code(int64_t row, int32_t i) const { return code_[row * room_ + i]; }
 
     std::vector<float> threshold;  // k-th least upper bound of a row so far; -inf takes no more candidates
+    std::vector<float> always;     // what the screening pass adds to every upper bound of a row
 
 private:
+    void make_room(int64_t row) {
+        drop_excluded(row);
+        if (count_[row] >= capacity_) give_up(row);
+    }
+
+    void give_up(int64_t row) {
+        count_[row] = -1;
+        threshold[row] = -INFINITY;
+    }
+
+    static void full(void* self, int64_t row) { static_cast<Candidates*>(self)->make_room(row); }
+
+    static void candidate(void* self, int64_t row, int64_t code, float lower, float upper) {
+        static_cast<Candidates*>(self)->add(row, code, lower, upper);
+    }
+
     void lower_threshold(int64_t row, float upper) {
         if (!(upper < threshold[row])) return;
         if (k_ > 1) {
@@ -80,7 +97,8 @@ private:
     }
 
     const int32_t k_, capacity_;   // clustered or random data leaves 1 to 3 candidates beside the k
-    std::vector<int32_t> count_;   // capacity + 1: too many to hold
+    const int32_t room_;           // a panel's codes may come at once
+    std::vector<int32_t> count_;   // -1: too many to hold
     std::vector<int32_t> code_;
     std::vector<float> lower_, least_;
 };

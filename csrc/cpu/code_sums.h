@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "instructions.h"
 #include "parallel.h"
 
 namespace vqops {
@@ -42,6 +43,36 @@ public:
     // sums [K, D] = the sum of the rows of each code. `reader()` gives a thread its `row(n)`, a pointer to D values.
     template <class T, class Reader>
     void sum(int64_t D, T* sums, const Reader& reader, const Parallel& parallel) const {
+        over_ranges(parallel, [&](int64_t first, int64_t last) {
+            Runs<T> runs(*this, first, last, D, sums);
+            auto row = reader();
+            for (int64_t n = 0; n < N_; n++) {
+                const int64_t k = indices_.at(h_, n);
+                if (k < first || k >= last) continue;
+                const T* values = row(n);
+                T* sum = runs.target[k - first];
+                for (int64_t i = 0; i < D; i++) sum[i] += values[i];
+                if (++runs.length[k - first] == 0) runs.fold(k - first);
+            }
+            runs.finish();
+        });
+    }
+
+    // The same of float rows side by side.
+    void sum(int64_t D, float* sums, const float* rows, int64_t row_stride, const Parallel& parallel) const {
+        over_ranges(parallel, [&](int64_t first, int64_t last) {
+            Runs<float> runs(*this, first, last, D, sums);
+            instructions().add_rows({indices_.data + h_ * indices_.head_stride, indices_.row_stride, rows, row_stride, N_, D,
+                                     first, last - first, runs.target.data(), runs.length.data(), &runs,
+                                     [](void* self, int64_t code) { static_cast<Runs<float>*>(self)->fold(code); }});
+            runs.finish();
+        });
+    }
+
+private:
+    // Calls body(first, last) on ranges of codes with about as many rows each, a thread a range.
+    template <class Body>
+    void over_ranges(const Parallel& parallel, const Body& body) const {
         const int64_t K = int64_t(counts_.size()), threads = std::max(1, parallel.threads);
         std::vector<int64_t> bounds(threads + 1, K);
         bounds[0] = 0;
@@ -52,40 +83,46 @@ public:
             while (t < threads && seen * threads >= t * total) bounds[t++] = k + 1;
         }
         parallel.over(threads, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; t++) sum_range(bounds[t], bounds[t + 1], D, sums, reader);
+            for (int64_t t = begin; t < end; t++)
+                if (bounds[t] < bounds[t + 1]) body(bounds[t], bounds[t + 1]);
         });
     }
 
-private:
-    // Codes of more than one run collect the current run beside the total.
-    template <class T, class Reader>
-    void sum_range(int64_t first, int64_t last, int64_t D, T* sums, const Reader& reader) const {
-        if (first >= last) return;
-        auto row = reader();
-        std::fill(sums + first * D, sums + last * D, T(0));
-        std::vector<int32_t> run_of(last - first, -1);
-        std::vector<uint8_t> length(last - first, 0);  // of the current run, modulo 256
-        int32_t long_codes = 0;
-        for (int64_t k = first; k < last; k++)
-            if (counts_[k] > kRun) run_of[k - first] = long_codes++;
-        std::vector<T> runs(long_codes * D, T(0));
-        for (int64_t n = 0; n < N_; n++) {
-            const int64_t k = indices_.at(h_, n);
-            if (k < first || k >= last) continue;
-            const T* values = row(n);
-            const int32_t slot = run_of[k - first];
-            T* sum = slot < 0 ? sums + k * D : runs.data() + slot * D;
-            for (int64_t i = 0; i < D; i++) sum[i] += values[i];
-            if (++length[k - first] == 0 && slot >= 0) fold(sums + k * D, sum, D);
-        }
-        for (int64_t k = first; k < last; k++)
-            if (run_of[k - first] >= 0) fold(sums + k * D, runs.data() + run_of[k - first] * D, D);
-    }
-
+    // Sums in the making of a range of codes. Those of more than one run collect the current run beside the total.
     template <class T>
-    static void fold(T* total, T* run, int64_t D) {
-        for (int64_t i = 0; i < D; i++) total[i] += run[i], run[i] = 0;
-    }
+    struct Runs {
+        Runs(const CodeCounts& codes, int64_t first, int64_t last, int64_t D, T* sums)
+            : target(last - first), length(last - first, 0), D_(D), sums_(sums + first * D) {
+            std::fill(sums_, sums_ + (last - first) * D, T(0));
+            int64_t long_codes = 0;
+            for (int64_t k = first; k < last; k++) long_codes += codes.counts_[k] > kRun;
+            runs_.assign(long_codes * D, T(0));
+            T* run = runs_.data();
+            for (int64_t k = first; k < last; k++) {
+                const bool is_long = codes.counts_[k] > kRun;
+                target[k - first] = is_long ? run : sums_ + (k - first) * D;
+                run += is_long ? D : 0;
+            }
+        }
+
+        void fold(int64_t code) {
+            T *total = sums_ + code * D_, *run = target[code];
+            if (run == total) return;
+            for (int64_t i = 0; i < D_; i++) total[i] += run[i], run[i] = 0;
+        }
+
+        void finish() {
+            for (int64_t code = 0; code < int64_t(target.size()); code++) fold(code);
+        }
+
+        std::vector<T*> target;
+        std::vector<uint8_t> length;  // of the current run, modulo 256
+
+    private:
+        const int64_t D_;
+        T* const sums_;
+        std::vector<T> runs_;
+    };
 
     Indices indices_ = {};
     int64_t h_ = 0, N_ = 0;

@@ -13,6 +13,7 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;    // rounding of float32
 constexpr double kDouble = 0x1p-53;  // rounding of float64
+constexpr int64_t kManyDimensions = 32;
 constexpr int64_t kSample = 64;      // codes that the centre and the scale are taken from
 
 // The codebook of one head in float64, as the distances that screening approximates see it: c, or c / |c| for cosine.
@@ -107,25 +108,56 @@ std::vector<bool> repeated(const Codes& codes, const std::vector<Facts>& facts) 
     return marks;
 }
 
-// A centred and scaled code into its place in a panel, and behind it what the bound needs.
-void place_floats(const AlignedRow& code, int64_t D, double radius, float* place) {
-    for (int64_t i = 0; i < D; i++) place[i * kPanel] = float(code.data[i]);
-    place[D * kPanel] = float(radius * (1 + 0x1p-20));
-}
+// One thread's packing of panels: the codes of a panel as the screening pass takes rows, then turned.
+class PanelWriter {
+public:
+    PanelWriter(const Codes& codes, const Packed& packed)
+        : codes_(codes), packed_(packed), words_(size_t(set_.codes) * packed.depth), values_(codes.D), zeros_(codes.D),
+          row_(codes.D) {}
 
-void place_pairs(const AlignedRow& code, int64_t D, double radius, uint16_t* place) {
-    double lost = 0;
-    for (int64_t i = 0; i < D; i++) {
-        uint16_t half = to_bfloat16(float(code.data[i]));
-        if ((half & 0x7f80) == 0) half = 0;  // vdpbf16ps would take a denormal for 0
-        const double rest = code.data[i] - double(from_bfloat16(half));
-        lost += rest * rest;
-        place[i / 2 * 2 * kPanel + i % 2] = half;
+    // Codes `numbers` of the codebook, of the given radii.
+    void write(const int32_t* numbers, const double* radii, int64_t count, uint32_t* panel) {
+        const int64_t depth = packed_.depth, width = set_.codes;
+        std::fill(words_.begin(), words_.end(), 0);
+        for (int64_t j = 0; j < count; j++) place(numbers[j], radii[j], &words_[size_t(j * depth)]);
+        for (int64_t d = 0; d < depth; d++)
+            for (int64_t j = 0; j < width; j++) panel[d * width + j] = words_[size_t(j * depth + d)];
     }
-    uint16_t* const bound = place + (D + 1) / 2 * 2 * kPanel;
-    bound[0] = up_to_bfloat16(float(radius * (1 + 0x1p-20)));
-    bound[1] = up_to_bfloat16(float(std::sqrt(lost) * (1 + 0x1p-20) + radius * 0x1p-50));
-}
+
+private:
+    void place(int64_t k, double radius, uint32_t* out) {
+        const int64_t D = codes_.D, depth = packed_.depth;
+        const float scale = packed_.header->scale;
+        const bool given = codes_.rows.dtype != DType::float64 && !codes_.cosine;
+        const float* values = given ? float_row(codes_.rows, codes_.h, k, D, values_.data()) : through_double(k, scale);
+        const RowNorms norms = set_.place_row(values, given ? packed_.centre : zeros_.data(), given ? scale : 1, D, out);
+        if (!set_.pairs) {
+            const float length = float(radius * (1 + 0x1p-20));
+            std::memcpy(out + D, &length, 4);
+            return;
+        }
+        if (D % 2) out[D / 2] &= 0xffff;
+        for (int64_t i = 0; i < depth - 1; i++) out[i] ^= 0x80008000;  // rows are negated, codes not
+        // exactness.md: what rounding to bfloat16, and before it to float, took from the code.
+        const double lost = std::sqrt(double(norms.lost)) * (1 + 1e-5 + double(D) * 0x1p-23) + double(D) * 0x1p-70 +
+                            1.01 * 0x1p-24 * radius;
+        out[depth - 1] = up_to_bfloat16(float(radius * (1 + 0x1p-20))) | uint32_t(up_to_bfloat16(float(lost))) << 16;
+    }
+
+    const float* through_double(int64_t k, float scale) {
+        codes_.read(k, row_.data);
+        codes_.direct(row_.data);
+        for (int64_t i = 0; i < codes_.D; i++) values_[i] = float((row_.data[i] - packed_.centre[i]) * scale);
+        return values_.data();
+    }
+
+    const Codes& codes_;
+    const Packed& packed_;
+    const Instructions& set_ = instructions();
+    std::vector<uint32_t> words_;  // [codes a panel, depth]
+    std::vector<float> values_, zeros_;
+    AlignedRow row_;
+};
 
 }  // namespace
 
@@ -173,6 +205,11 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
         else if (facts[k].radius <= kFar) packed.code[screened++] = int32_t(k);
         else far.push_back(int32_t(k));
     }
+    // The code that is nearest to a row is likely to be near the centre: with those first, fewer become candidates on the
+    // way. Not in few dimensions, where the nearest code lies at the row's own radius.
+    if (D >= kManyDimensions)
+        std::sort(packed.code, packed.code + screened,
+                  [&](int32_t a, int32_t b) { return facts[a].radius < facts[b].radius; });
     int32_t* rest = std::copy(far.begin(), far.end(), packed.code + screened);
     rest = std::copy(repeats.begin(), repeats.end(), rest);
     std::fill(rest, packed.code + round_up(K, 32), 0);
@@ -183,38 +220,27 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
     *packed.header = {layout(), cosine, K, D, screened, int64_t(far.size()), int64_t(repeats.size()),
                       scale, float(cosine ? 4 * double(D + 16) * kDouble : 1.01 * decided), first};
 
-    const int64_t covered = packed.panel_count() * kPanel, codes_held = round_up(K, 32);
-    std::fill(packed.start + covered, packed.start + codes_held, INFINITY);
-    std::fill(packed.slack + covered, packed.slack + codes_held, 0);
-    const size_t panel_bytes = size_t(packed.depth) * kPanel * 4;
-    char* const panels = static_cast<char*>(packed.panels);
-    std::memset(panels + size_t(packed.panel_count()) * panel_bytes, 0, size_t(codes_held - covered) / kPanel * panel_bytes);
+    const int64_t width = instructions().codes, codes_held = round_up(K, kMostCodes);
+    std::fill(packed.start + screened, packed.start + codes_held, INFINITY);
+    std::fill(packed.slack + screened, packed.slack + codes_held, 0);
+    uint32_t* const panels = static_cast<uint32_t*>(packed.panels);
     parallel.over(packed.panel_count(), [&](int64_t begin, int64_t end) {
         const DefaultFloatMode mode;
-        const AlignedRow row(D);
+        PanelWriter writer(codes, packed);
+        double radii[kMostCodes];
         for (int64_t p = begin; p < end; p++) {
-            void* panel = panels + size_t(p) * panel_bytes;
-            std::memset(panel, 0, panel_bytes);
-            for (int64_t j = 0; j < kPanel; j++) {
-                const int64_t k = p * kPanel + j;
-                if (k >= screened) {
-                    packed.start[k] = INFINITY;
-                    packed.slack[k] = 0;
-                    continue;
-                }
-                const double radius = facts[packed.code[k]].radius;
-                const double half = cosine ? 0 : radius * radius / 2;
+            const int64_t count = std::min(width, screened - p * width);
+            for (int64_t j = 0, k = p * width; j < count; j++, k++) {
+                radii[j] = facts[packed.code[k]].radius;
+                const double half = cosine ? 0 : radii[j] * radii[j] / 2;
                 const double bound = gamma + 2.02 * decided;
                 packed.start[k] = float(half * (1 - bound - 0x1p-23));
                 packed.slack[k] = float(half * (2 * bound + 0x1p-21));
-                codes.read(packed.code[k], row.data);
-                codes.direct(row.data);
-                for (int64_t i = 0; i < D; i++) row.data[i] = (row.data[i] - packed.centre[i]) * scale;
-                if (instructions().pairs) place_pairs(row, D, radius, static_cast<uint16_t*>(panel) + 2 * j);
-                else place_floats(row, D, radius, static_cast<float*>(panel) + j);
             }
+            writer.write(packed.code + p * width, radii, count, panels + p * packed.depth * width);
         }
     });
+    std::fill(panels + packed.panel_count() * width * packed.depth, panels + codes_held * packed.depth, 0);
 }
 
 }  // namespace vqops

@@ -1,7 +1,7 @@
 // The codebook as the screening pass reads it: centred, scaled, in panels, with the error bound's constants.
 //
 // One head, in sections of whole cache lines; a word is a float or, for the sets that screen so, two dimensions as bfloat16:
-//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [K to 32 / 16][depth][16] words
+//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [depth][codes a tile] words
 // The last of a panel's words hold the codes' radii (bfloat16: radius and what rounding took away).
 // vqops/ops/search.py computes the same size for fake tensors. csrc/cpu/exactness.md has the proof of the bound.
 #pragma once
@@ -28,7 +28,7 @@ struct Header {
     int64_t first;     // the lowest index of a finite code; -1 where none is
 };
 static_assert(sizeof(Header) == 64);
-inline int32_t layout() { return 0x76710010 + instructions().pairs; }
+inline int32_t layout() { return 0x76710010 + instructions().codes + instructions().pairs; }
 
 // Words of a code: its dimensions, and what the bound charges.
 inline int64_t depth_of(int64_t D) { return instructions().pairs ? (D + 1) / 2 + 1 : D + 1; }
@@ -70,15 +70,9 @@ struct Packed {
         depth = depth_of(D);
     }
 
-    int64_t panel_count() const { return (header->screened + kPanel - 1) / kPanel; }
+    int64_t panel_count() const { return (header->screened + instructions().codes - 1) / instructions().codes; }
 
-    // What the bound charges for screened code k: `radius` times |c'|, and `lost` times what rounding took from it.
-    double charge(int64_t k, double radius, double lost, bool pairs) const {
-        const int64_t word = (k / kPanel * depth + depth - 1) * kPanel + k % kPanel;
-        if (!pairs) return radius * double(static_cast<const float*>(panels)[word]);
-        const uint16_t* halves = static_cast<const uint16_t*>(panels) + 2 * word;
-        return radius * double(from_bfloat16(halves[0])) + lost * double(from_bfloat16(halves[1]));
-    }
+    Panels as_read() const { return {panels, start, slack, panel_count(), depth}; }
 };
 
 // Prepare head h of a codebook [H, K, D] into `memory` of Packed::bytes(K, D).

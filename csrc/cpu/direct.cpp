@@ -20,9 +20,10 @@ constexpr int64_t kAgainBytes = 48 * 1024;  // of rows that are compared again, 
 
 // The rows of one head, as the kernel reads them, and what bounds them.
 struct DirectRows {
-    DirectRows(const SearchShape& shape, int64_t most)
-        : shape(shape), group(instructions().group), stride(round_up(shape.D, group)) {
-        kept.reserve(round_up(most, group) * stride);
+    DirectRows(const SearchShape& shape, int64_t most) : shape(shape) {
+        values.reserve(most * shape.D);
+        numbers.reserve(most);
+        allowance.reserve(most);
     }
 
     // A finite row.
@@ -30,50 +31,42 @@ struct DirectRows {
         const double scale = shape.cosine ? unit_scale(row, shape.D) : 1;
         double square = 0;
         for (int64_t i = 0; i < shape.D; i++) {
-            kept.push_back(float(row[i] * scale));
-            square += double(kept.back()) * kept.back();
+            values.push_back(float(row[i] * scale));
+            square += double(values.back()) * values.back();
         }
-        kept.resize(round_up(int64_t(kept.size()), stride), 0.0f);
         numbers.push_back(n);
         // For cosine, the error of -x.c / |c| in units of |x|; for distances it is relative, and this is underflow.
         allowance.push_back(float(shape.cosine ? 1.02 * double(shape.D + 8) * 0x1p-23 * std::sqrt(square) + 0x1p-100
                                                : double(shape.D) * 0x1p-140));
     }
 
-    void pad() {
-        padded = round_up(int64_t(numbers.size()), group);
-        kept.resize(padded * stride, 0.0f);
-    }
+    int64_t count() const { return int64_t(numbers.size()); }
 
     const SearchShape& shape;
-    const int64_t group, stride;
-    int64_t padded = 0;
-    std::vector<int64_t> numbers;         // n of each row that is to be searched
-    std::vector<float> kept;              // [padded, stride]
-    std::vector<float> allowance;         // what a value may err by in absolute terms
+    std::vector<int64_t> numbers;  // n of each row that is to be searched
+    std::vector<float> values;     // [count, D]
+    std::vector<float> allowance;  // what a value may err by in absolute terms
 };
 
 // One thread's candidates among its codes.
 class DirectCandidates {
 public:
     DirectCandidates(const SearchShape& shape, const DirectRows& rows, int64_t k)
-        : candidates(rows.padded, k), rows_(rows), relative_(1.02 * double(shape.D + 6) * 0x1p-24),
+        : candidates(rows.count(), k), rows_(rows), relative_(1.02 * double(shape.D + 6) * 0x1p-24),
           factor_(shape.cosine ? 1 : float(1 - relative_ - 0x1p-23)), cosine_(shape.cosine) {
-        for (int64_t r = 0; r < rows.padded; r++) candidates.start(r);
-        for (int64_t r = int64_t(rows.numbers.size()); r < rows.padded; r++) candidates.threshold[r] = -INFINITY;
+        for (int64_t r = 0; r < rows.count(); r++) candidates.start(r);
     }
 
     void compare(const Rows& codebook, int64_t h, int64_t begin, int64_t end) {
         const int64_t D = rows_.shape.D;
-        std::vector<float> buffer(rows_.stride, 0.0f);
-        for (int64_t k = begin; k < end; k++) {
-            const float* code = float_row(codebook, h, k, D, buffer.data());
-            if (code != buffer.data() && D != rows_.stride) {  // the kernel reads whole vectors
-                std::copy(code, code + D, buffer.data());
-                code = buffer.data();
-            }
-            set_.direct(rows_.kept.data(), rows_.padded, rows_.stride, code, cosine_, factor_,
-                        candidates.threshold.data(), k, {this, offer});
+        const bool in_place = codebook.has_float_rows();
+        std::vector<float> copies(in_place ? 0 : set_.group * D);
+        for (int64_t k = begin; k < end; k += set_.group) {
+            const int64_t count = std::min<int64_t>(set_.group, end - k);
+            for (int64_t i = 0; i < count && !in_place; i++) read_row(codebook, h, k + i, D, &copies[i * D]);
+            set_.direct(rows_.values.data(), rows_.count(), D, in_place ? codebook.floats(h, k) : copies.data(),
+                        in_place ? codebook.row_stride : D, count, cosine_, factor_, candidates.threshold.data(), k,
+                        {this, offer});
         }
     }
 
@@ -83,11 +76,12 @@ private:
     // `value` is the distance, or minus the cosine times |x|; NaN stands for one that float32 can't hold.
     static void offer(void* self, int64_t row, int64_t code, float value) {
         DirectCandidates& d = *static_cast<DirectCandidates*>(self);
-        if (row >= int64_t(d.rows_.numbers.size())) return;
         if (value != value) return d.candidates.add(row, code, -INFINITY, INFINITY);
         const double allowance = d.rows_.allowance[row], error = d.cosine_ ? allowance : d.relative_ * value + allowance;
         // The kernel compares without the allowance, so the upper bound has it twice.
-        d.candidates.add(row, code, float(value - error - std::fabs(value) * 0x1p-23), value + error + allowance);
+        const double upper = value + error + allowance;
+        d.candidates.add(row, code, float(value - error - std::fabs(value) * 0x1p-23),
+                         float(upper + std::fabs(upper) * 0x1p-23));
     }
 
     const DirectRows& rows_;
@@ -116,8 +110,7 @@ void search_again(const SearchShape& shape, const Rows& x, const Rows& codebook,
         for (int64_t i = 0; i < count; i++) decision.take(h, rows[i]), decision.scan(h, rows[i]);
         return;
     }
-    const int64_t group = instructions().group;
-    const int64_t most = std::max(group, kAgainBytes / (4 * round_up(shape.D, group)) / group * group);
+    const int64_t most = std::max<int64_t>(1, kAgainBytes / (4 * shape.D));
     for (int64_t begin = 0; begin < count; begin += most) {
         const int64_t end = std::min(begin + most, count);
         DirectRows taken(shape, end - begin);
@@ -125,7 +118,6 @@ void search_again(const SearchShape& shape, const Rows& x, const Rows& codebook,
             decision.read(h, rows[i]);
             taken.add(rows[i], decision.x.data);
         }
-        taken.pad();
         DirectCandidates found(shape, taken, k);
         found.compare(codebook, h, 0, shape.K);
         for (int64_t r = 0; r < end - begin; r++)
@@ -145,7 +137,6 @@ void search_direct(const SearchShape& shape, const Rows& x, const Rows& codebook
             if (kept && decision.x.finite()) rows.add(n, decision.x.data);
             else decision.write_none(h, n, !kept);
         }
-        rows.pad();
         if (rows.numbers.empty()) continue;
         const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, shape.K / 64));
         std::vector<std::unique_ptr<DirectCandidates>> parts(threads);
@@ -157,7 +148,7 @@ void search_direct(const SearchShape& shape, const Rows& x, const Rows& codebook
             }
         });
         Candidates& all = parts[0]->candidates;
-        for (int64_t r = 0; r < int64_t(rows.numbers.size()); r++) {
+        for (int64_t r = 0; r < rows.count(); r++) {
             for (int64_t t = 1; t < threads; t++) all.merge(r, parts[t]->candidates);
             settle(all, r, h, rows.numbers[r], result.k, decision, false);
         }

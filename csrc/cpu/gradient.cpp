@@ -88,6 +88,32 @@ private:
     }
 };
 
+// grad_x of rows [begin, end) that need no copy: straight-through, all of them float rows side by side.
+void run_straight(const SearchShape& shape, const GradientInputs& in, float* grad_x, int64_t h, int64_t begin,
+                  int64_t end) {
+    const int64_t D = shape.D;
+    for (int64_t n = begin; n < end; n++) {
+        float* __restrict out = grad_x + (h * shape.N + n) * D;
+        if (!in.mask.keeps(h, n)) {
+            std::fill(out, out + D, 0.0f);
+            continue;
+        }
+        const int64_t k = in.indices.at(h, n);
+        const float *x = in.x.floats(h, n), *g = in.quantized->floats(h, n);
+        if (!in.error) {
+            std::copy(g, g + D, out);
+            continue;
+        }
+        const float factor = read_value<float>(*in.error, h, n);
+        if (k < 0) {
+            std::fill(out, out + D, NAN);
+            continue;
+        }
+        const float* q = in.codebook.floats(h, k);
+        for (int64_t i = 0; i < D; i++) out[i] = g[i] + 2 * (x[i] - q[i]) * factor;
+    }
+}
+
 template <class T>
 int64_t run(const SearchShape& shape, const GradientInputs& in, void* grad_x, void* grad_codebook,
             const Parallel& parallel) {
@@ -97,8 +123,11 @@ int64_t run(const SearchShape& shape, const GradientInputs& in, void* grad_x, vo
         const int64_t wrong = codes[h].count(in.indices, h, N, K);
         if (wrong >= 0) return h * N + wrong;
     }
+    const bool straight = in.passing == Passing::straight_through && in.quantized && in.quantized->has_float_rows() &&
+                          in.x.has_float_rows() && in.codebook.has_float_rows() && !shape.cosine;
     for (int64_t h = 0; h < H && grad_x; h++) {
         parallel.over(N, [&](int64_t begin, int64_t end) {
+            if (straight) return run_straight(shape, in, static_cast<float*>(grad_x), h, begin, end);
             RowGradient<T> row(shape, in, h);
             for (int64_t n = begin; n < end; n++) {
                 if (in.mask.keeps(h, n)) {

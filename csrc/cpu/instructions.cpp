@@ -36,6 +36,9 @@ namespace portable {
 #define VQOPS_BITS(lanes) \
     (((lanes)[0] & 1) | ((lanes)[1] & 2) | ((lanes)[2] & 4) | ((lanes)[3] & 8))
 #define VQOPS_SUBTRACT_PRODUCT(sum, a, b) ((sum) - (a) * (b))
+#define VQOPS_LOAD_SOME(p, n) (Vector{(p)[0], (n) > 1 ? (p)[1] : 0, (n) > 2 ? (p)[2] : 0, 0})
+#define VQOPS_DIRECT direct
+#define VQOPS_GROUP 4
 #include "instructions.inl"
 #include "undefine.inl"
 }  // namespace portable
@@ -60,6 +63,10 @@ namespace avx2 {
 #define VQOPS_ANY(lanes) (!_mm256_testz_si256(__m256i(lanes), __m256i(lanes)))
 #define VQOPS_BITS(lanes) _mm256_movemask_ps(__m256(lanes))
 #define VQOPS_SUBTRACT_PRODUCT(sum, a, b) _mm256_fnmadd_ps(a, b, sum)
+#define VQOPS_LOAD_SOME(p, n) \
+    _mm256_maskload_ps(p, __m256i(Mask{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(n)))
+#define VQOPS_DIRECT direct
+#define VQOPS_GROUP 8
 #include "instructions.inl"
 #include "undefine.inl"
 }  // namespace avx2
@@ -87,6 +94,8 @@ namespace avx512 {
 #define VQOPS_ANY(lanes) (lanes)
 #define VQOPS_BITS(lanes) (lanes)
 #define VQOPS_SUBTRACT_PRODUCT(sum, a, b) _mm512_fnmadd_ps(a, b, sum)
+#define VQOPS_DIRECT avx2::direct
+#define VQOPS_GROUP 8
 #include "instructions.inl"
 #include "undefine.inl"
 }  // namespace avx512
@@ -114,6 +123,8 @@ namespace avx512_bf16 {
 #define VQOPS_ANY(lanes) (lanes)
 #define VQOPS_BITS(lanes) (lanes)
 #define VQOPS_SUBTRACT_PRODUCT(sum, a, b) _mm512_fnmadd_ps(a, b, sum)
+#define VQOPS_DIRECT avx2::direct
+#define VQOPS_GROUP 8
 #include "instructions.inl"
 #include "undefine.inl"
 }  // namespace avx512_bf16

@@ -5,13 +5,50 @@
 
 namespace vqops {
 
-constexpr int kPanel = 16;  // codes that lie side by side in the packed codebook
 constexpr int kMostTile = 14;
+constexpr int kMostCodes = 32;  // codes of the widest register tile
 
-// Where the screening pass puts a code that the bound of a row does not exclude.
+// Where the direct search puts a code that the bound of a row does not exclude.
 struct Offer {
     void* lists;
     void (*candidate)(void* lists, int64_t row, int64_t code, float lower);
+};
+
+// A block of rows with the codes that their bounds leave open (candidates.h), as the screening pass fills it.
+struct OpenCodes {
+    float* threshold;     // [rows] least upper bound of a row so far; -inf takes no more candidates
+    const float* always;  // [rows] what the upper bound charges whatever the code
+    int32_t* count;       // [rows]
+    int32_t* code;        // [rows, room]
+    float* lower;         // [rows, room]
+    int32_t capacity;     // a list that reached it is given to `full`
+    int32_t room;         // at least capacity + kMostCodes
+    int32_t codes;        // lanes beyond are padding
+    void* owner;
+    void (*full)(void* owner, int64_t row);
+    // Where several nearest codes are wanted, takes each candidate instead; else null.
+    void (*candidate)(void* owner, int64_t row, int64_t code, float lower, float upper);
+};
+
+// The packed codebook, as the screening pass reads it.
+struct Panels {
+    const void* words;   // [count, depth, codes of a register tile]
+    const float* start;  // the sums' first values
+    const float* slack;  // what the upper bound charges for a code alone
+    int64_t count, depth;
+};
+
+// Rows as they lie in memory, to be added up by code: those of codes [first, first + count) are added to target[code -
+// first]. After each 256th row of a code, `fold` is called with it (code_sums.h).
+struct RowSums {
+    const int64_t* indices;
+    int64_t index_stride;
+    const float* rows;
+    int64_t row_stride, N, D, first, count;
+    float* const* target;
+    uint8_t* length;  // rows so far, modulo 256
+    void* owner;
+    void (*fold)(void* owner, int64_t code);
 };
 
 struct RowNorms {
@@ -26,18 +63,19 @@ struct CodeFacts {
 
 struct Instructions {
     const char* name;
-    int tile;    // rows a register tile of the screening pass
-    int group;   // rows that the direct search takes together, and the multiple that it reads vectors in
+    int tile;    // rows a register tile of the screening pass,
+    int codes;   // and its codes, which lie side by side in the packed codebook
     bool pairs;  // the screening pass takes bfloat16, two dimensions a word, and rows negated; else float
-    void (*screen)(const void* x, int64_t rows, int64_t stride, const void* panels, int64_t panel_count, int64_t depth,
-                   const float* start, const float* threshold, const Offer& offer);
-    void (*direct)(const float* x, int64_t rows, int64_t stride, const float* code, bool cosine, float factor,
-                   const float* threshold, int64_t number, const Offer& offer);
+    void (*screen)(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open);
+    void (*direct)(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
+                   bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer);
+    int group;  // codes that the direct search takes together
     RowNorms (*place_row)(const float* x, const float* centre, float scale, int64_t D, void* out);
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*exact_distance)(const float* x, const float* c, int64_t D);
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
+    void (*add_rows)(const RowSums& task);
     float (*spin)(int64_t steps, float value);
     int spin_products;  // multiply-adds a step
 };

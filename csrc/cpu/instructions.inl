@@ -2,11 +2,13 @@
 // compiler target of its own, with
 //   VQOPS_WIDTH     floats a vector
 //   VQOPS_TILE      rows of x a register tile
-//   VQOPS_CODES     codes a register tile: one panel, or two neighbours
+//   VQOPS_CODES     codes a register tile, which is a panel of the packed codebook
 //   VQOPS_BROADCAST(value)               a vector of one value
 //   VQOPS_LANES, VQOPS_LESS_EQUAL(a, b)  the type and value of: which lanes of a do not exceed those of b
 //   VQOPS_ANY(lanes), VQOPS_BITS(lanes)  whether there is one; a bit for each
 //   VQOPS_SUBTRACT_PRODUCT(sum, a, b)    sum - a * b, fused where the hardware does it
+//   VQOPS_LOAD_SOME(p, n)                a vector of the n < VQOPS_WIDTH floats at p, and zeros
+//   VQOPS_DIRECT, VQOPS_GROUP            the direct search, and how many codes it takes together
 //   VQOPS_PAIRS     1: the screening pass takes bfloat16, two dimensions a 32-bit word; 0: float
 // Nothing but <cstdint> and intrinsics may be used here: an inline function of another header would be compiled for this
 // target and could be linked into code that runs everywhere.
@@ -39,10 +41,98 @@ VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return VQOPS_SUBTRACT_P
 // Loops over a tile must unroll completely, or the sums do not stay in registers.
 #define VQOPS_UNROLL _Pragma("GCC unroll 16")
 
+// What the upper bound charges for the codes of a vector: the products of the last words of row and codes, 2.02 times.
+// Those words are the coefficients of the bound, so the lower bound has them subtracted once.
+VQOPS_INLINE Vector charges(Word row, Words codes) {
+#if VQOPS_PAIRS
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+    const Vector radius = Vector(_mm512_slli_epi32(codes, 16)), lost = Vector(_mm512_and_si512(codes, high));
+    const Words both = broadcast_word(row ^ 0x80008000);
+    return (radius * Vector(_mm512_slli_epi32(both, 16)) + lost * Vector(_mm512_and_si512(both, high))) *
+           VQOPS_BROADCAST(2.02f);
+#else
+    return codes * VQOPS_BROADCAST(2.02f * row);
+#endif
+}
+
+// A bit for each value of a row that does not exceed a limit.
+VQOPS_INLINE unsigned not_above(const Vector* value, float limit) {
+    unsigned lanes = 0;
+    VQOPS_UNROLL
+    for (int v = 0; v < kVectors; v++)
+        lanes |= unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value[v], VQOPS_BROADCAST(limit)))) << (v * VQOPS_WIDTH);
+    return lanes;
+}
+
+VQOPS_INLINE float least_of(const Vector* v) {
+    Vector least = v[0];
+    VQOPS_UNROLL
+    for (int i = 1; i < kVectors; i++) least = v[i] < least ? v[i] : least;
+#if VQOPS_WIDTH == 16
+    return _mm512_reduce_min_ps(least);
+#else
+    float value = least[0];
+    for (int i = 1; i < VQOPS_WIDTH; i++) value = least[i] < value ? least[i] : value;
+    return value;
+#endif
+}
+
+// Takes the codes of a panel whose bounds do not exceed the threshold of `row` to its list. `last` is the row's last word.
+static void open_row(const Vector* bound, unsigned lanes, Word last, const Word* panel, const float* slack,
+                     int64_t depth, int64_t code, int64_t row, const OpenCodes& open) {
+    if (code + VQOPS_CODES > open.codes) lanes &= (uint64_t(1) << (open.codes - code)) - 1;
+    Vector upper[kVectors];
+    VQOPS_UNROLL
+    for (int v = 0; v < kVectors; v++) {
+        const Vector size = bound[v] < -bound[v] ? -bound[v] : bound[v];
+        const Vector charged = charges(last, load_words(panel + (depth - 1) * VQOPS_CODES + v * VQOPS_WIDTH)) +
+                               load(slack + v * VQOPS_WIDTH) + VQOPS_BROADCAST(open.always[row]);
+        // The factors cover the rounding of these sums (exactness.md).
+        upper[v] = bound[v] + (size * VQOPS_BROADCAST(0x1p-21f) + charged * VQOPS_BROADCAST(1 + 0x1p-20f));
+    }
+    const float* lower = reinterpret_cast<const float*>(bound);
+    if (open.candidate) {
+        for (; lanes; lanes &= lanes - 1) {
+            const int j = __builtin_ctz(lanes);
+            if (lower[j] <= open.threshold[row])
+                open.candidate(open.owner, row, code + j, lower[j], reinterpret_cast<const float*>(upper)[j]);
+        }
+        return;
+    }
+    const float least = least_of(upper), limit = least < open.threshold[row] ? least : open.threshold[row];
+    open.threshold[row] = limit;
+    lanes &= not_above(bound, limit);
+    int32_t count = open.count[row];
+    int32_t* codes = open.code + row * open.room;
+    float* lowers = open.lower + row * open.room;
+    for (; lanes; lanes &= lanes - 1) {
+        const int j = __builtin_ctz(lanes);
+        codes[count] = int32_t(code + j);
+        lowers[count++] = lower[j];
+    }
+    open.count[row] = count;
+    if (count >= open.capacity) open.full(open.owner, row);
+}
+
+// The rows of a tile with a bound that does not exceed their threshold.
+static __attribute__((noinline)) void open_tile(const Vector (*bound)[kVectors], const Word* x, int64_t stride,
+                                                const Word* panel, const float* slack, int64_t depth, int64_t code,
+                                                int64_t row, const OpenCodes& open) {
+    unsigned rows = 0, lanes[VQOPS_TILE];
+    for (int r = 0; r < VQOPS_TILE; r++) {
+        lanes[r] = not_above(bound[r], open.threshold[row + r]);
+        rows |= unsigned(lanes[r] != 0) << r;
+    }
+    for (; rows; rows &= rows - 1) {
+        const int r = __builtin_ctz(rows);
+        open_row(bound[r], lanes[r], x[r * stride + depth - 1], panel, slack, depth, code, row + r, open);
+    }
+}
+
 // Lower bounds of VQOPS_TILE rows against VQOPS_CODES codes: start - x.c, all sums in registers. Where a bound does not
-// exceed its row's threshold the code is offered as a candidate, which is rare after the first panels.
-static void screen_tile(const Word* x, int64_t stride, const Word* panel, int64_t depth, const float* start,
-                        const float* threshold, int64_t code, int64_t row, const Offer& offer) {
+// exceed its row's threshold the code is a candidate, which is rare after the first panels.
+static void screen_tile(const Word* x, int64_t stride, const Word* panel, const float* start, const float* slack,
+                        int64_t depth, int64_t code, int64_t row, const OpenCodes& open) {
     Vector sum[VQOPS_TILE][kVectors];
     VQOPS_UNROLL
     for (int v = 0; v < kVectors; v++) {
@@ -53,10 +143,7 @@ static void screen_tile(const Word* x, int64_t stride, const Word* panel, int64_
     for (int64_t d = 0; d < depth; d++) {
         Words c[kVectors];
         VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++) {
-            const int lane = v * VQOPS_WIDTH;
-            c[v] = load_words(panel + (lane / kPanel * depth + d) * kPanel + lane % kPanel);
-        }
+        for (int v = 0; v < kVectors; v++) c[v] = load_words(panel + d * VQOPS_CODES + v * VQOPS_WIDTH);
         VQOPS_UNROLL
         for (int r = 0; r < VQOPS_TILE; r++) {
             const Words value = broadcast_word(x[r * stride + d]);
@@ -67,46 +154,31 @@ static void screen_tile(const Word* x, int64_t stride, const Word* panel, int64_
     VQOPS_LANES below = {};
     VQOPS_UNROLL
     for (int r = 0; r < VQOPS_TILE; r++) {
-        const Vector limit = VQOPS_BROADCAST(threshold[r]);
+        const Vector limit = VQOPS_BROADCAST(open.threshold[row + r]);
         Vector least = sum[r][0];
         VQOPS_UNROLL
         for (int v = 1; v < kVectors; v++) least = sum[r][v] < least ? sum[r][v] : least;
         below |= VQOPS_LESS_EQUAL(least, limit);
     }
     if (!VQOPS_ANY(below)) return;
+    Vector bound[VQOPS_TILE][kVectors];
     VQOPS_UNROLL
     for (int r = 0; r < VQOPS_TILE; r++) {
-        const Vector limit = VQOPS_BROADCAST(threshold[r]);
-        unsigned lanes = 0;
         VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++)
-            lanes |= unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(sum[r][v], limit))) << (v * VQOPS_WIDTH);
-        if (!lanes) continue;
-        float bounds[VQOPS_CODES];
-        VQOPS_UNROLL
-        for (int v = 0; v < kVectors; v++)
-            *reinterpret_cast<UnalignedVector*>(bounds + v * VQOPS_WIDTH) = sum[r][v];
-        // The least bound first: it lowers the threshold, which the others then rarely pass.
-        int least = __builtin_ctz(lanes);
-        for (unsigned rest = lanes & (lanes - 1); rest; rest &= rest - 1)
-            if (bounds[__builtin_ctz(rest)] < bounds[least]) least = __builtin_ctz(rest);
-        offer.candidate(offer.lists, row + r, code + least, bounds[least]);
-        for (lanes &= ~(1u << least); lanes; lanes &= lanes - 1) {
-            const int j = __builtin_ctz(lanes);
-            if (bounds[j] <= threshold[r]) offer.candidate(offer.lists, row + r, code + j, bounds[j]);
-        }
+        for (int v = 0; v < kVectors; v++) bound[r][v] = sum[r][v];
     }
+    open_tile(bound, x, stride, panel, slack, depth, code, row, open);
 }
 
-// All codes against `rows` rows, a multiple of the tile. The panels of a tile stay in the first cache while all rows pass
-// over them. Behind an odd number of panels there is one of codes that are infinitely far.
-static void screen(const void* x, int64_t rows, int64_t stride, const void* panels, int64_t panel_count, int64_t depth,
-                   const float* start, const float* threshold, const Offer& offer) {
-    const Word *row = static_cast<const Word*>(x), *panel = static_cast<const Word*>(panels);
-    for (int64_t p = 0; p < panel_count; p += VQOPS_CODES / kPanel)
+// All codes against `rows` rows, a multiple of the tile. A panel stays in the first cache while all rows pass over it.
+static void screen(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open) {
+    const Word *row = static_cast<const Word*>(x), *panel = static_cast<const Word*>(panels.words);
+    for (int64_t p = 0; p < panels.count; p++, panel += panels.depth * VQOPS_CODES) {
+        const int64_t code = p * VQOPS_CODES;
         for (int64_t r = 0; r < rows; r += VQOPS_TILE)
-            screen_tile(row + r * stride, stride, panel + p * depth * kPanel, depth, start + p * kPanel, threshold + r,
-                        p * kPanel, r, offer);
+            screen_tile(row + r * stride, stride, panel, panels.start + code, panels.slack + code, panels.depth, code, r,
+                        open);
+    }
 }
 
 // The screening pass without its loads: `steps` times a tile of independent multiply-adds.
@@ -131,28 +203,10 @@ static float spin(int64_t steps, float value) {
     return total;
 }
 
+#if !VQOPS_PAIRS && VQOPS_WIDTH < 16
 // Lane i of the result is the sum of the lanes of v[i].
 VQOPS_INLINE Vector sum_each(const Vector* v) {
-#if VQOPS_WIDTH == 16
-    // Each stage adds neighbours of halved distance, so that sums of v[i] and v[i + distance] share a vector.
-    Vector part[16];
-    VQOPS_UNROLL
-    for (int i = 0; i < 16; i++) part[i] = v[i];
-    VQOPS_UNROLL
-    for (int i = 0; i < 8; i++)
-        part[i] = VQOPS_SHUFFLE(part[i], part[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                  VQOPS_SHUFFLE(part[i], part[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    VQOPS_UNROLL
-    for (int i = 0; i < 4; i++)
-        part[i] = VQOPS_SHUFFLE(part[i], part[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-                  VQOPS_SHUFFLE(part[i], part[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    VQOPS_UNROLL
-    for (int i = 0; i < 2; i++)
-        part[i] = VQOPS_SHUFFLE(part[i], part[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                  VQOPS_SHUFFLE(part[i], part[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return VQOPS_SHUFFLE(part[0], part[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           VQOPS_SHUFFLE(part[0], part[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-#elif VQOPS_WIDTH == 8
+#if VQOPS_WIDTH == 8
     Vector half[2];
     VQOPS_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -172,46 +226,61 @@ VQOPS_INLINE Vector sum_each(const Vector* v) {
 #endif
 }
 
-// One code against rows in groups of VQOPS_WIDTH: |x - c|^2, for cosine -x.c / |c|. Values whose `factor`-fold does not
-// exceed their row's threshold are offered. A code whose norm float32 can't hold is offered to all rows as NaN.
-template <bool cosine>
-static void direct_to(const float* x, int64_t rows, int64_t stride, const float* code, float factor,
-                      const float* threshold, int64_t number, const Offer& offer) {
-    float scale = -1;
-    if (cosine) {
-        Vector squares = {};
-        for (int64_t d = 0; d < stride; d += VQOPS_WIDTH) squares += load(code + d) * load(code + d);
-        float square = 0;
-        for (int i = 0; i < VQOPS_WIDTH; i++) square += squares[i];
-        if (!(square > 0x1p-100f && square < 0x1p100f)) {
-            for (int64_t r = 0; r < rows; r++) offer.candidate(offer.lists, r, number, __builtin_nanf(""));
-            return;
-        }
-        scale = 1 / __builtin_sqrtf(square);
+// Minus the sums over the dimensions of (x - c)^2, of x.c or, without x, of c^2, one lane a code.
+enum class Term { distance, product, square };
+
+template <Term term>
+VQOPS_INLINE Vector to_codes(const float* x, const float* const* codes, int64_t D) {
+    Vector sum[VQOPS_WIDTH] = {};
+    const auto add = [&](int i, Vector value, Vector c) __attribute__((always_inline)) {
+        const Vector left = term == Term::distance ? value - c : term == Term::square ? c : value;
+        sum[i] = VQOPS_SUBTRACT_PRODUCT(sum[i], left, (term == Term::distance ? left : c));
+    };
+    int64_t d = 0;
+    for (; d + VQOPS_WIDTH <= D; d += VQOPS_WIDTH) {
+        const Vector value = term == Term::square ? Vector{} : load(x + d);
+        VQOPS_UNROLL
+        for (int i = 0; i < VQOPS_WIDTH; i++) add(i, value, load(codes[i] + d));
     }
-    for (int64_t r = 0; r < rows; r += VQOPS_WIDTH) {
-        Vector sum[VQOPS_WIDTH] = {};
-        for (int64_t d = 0; d < stride; d += VQOPS_WIDTH) {
-            const Vector c = load(code + d);
-            VQOPS_UNROLL
-            for (int i = 0; i < VQOPS_WIDTH; i++) {
-                const Vector value = load(x + (r + i) * stride + d), e = cosine ? value : value - c;
-                sum[i] = VQOPS_SUBTRACT_PRODUCT(sum[i], e, (cosine ? c : e));
-            }
-        }
-        const Vector value = sum_each(sum) * VQOPS_BROADCAST(scale);
-        unsigned lanes = unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value * VQOPS_BROADCAST(factor), load(threshold + r))));
-        for (; lanes; lanes &= lanes - 1) {
-            const int i = __builtin_ctz(lanes);
-            offer.candidate(offer.lists, r + i, number, value[i]);
-        }
+    if (d < D) {
+        const Vector value = term == Term::square ? Vector{} : VQOPS_LOAD_SOME(x + d, D - d);
+        VQOPS_UNROLL
+        for (int i = 0; i < VQOPS_WIDTH; i++) add(i, value, VQOPS_LOAD_SOME(codes[i] + d, D - d));
     }
+    return sum_each(sum);
 }
 
-static void direct(const float* x, int64_t rows, int64_t stride, const float* code, bool cosine, float factor,
-                   const float* threshold, int64_t number, const Offer& offer) {
-    (cosine ? direct_to<true> : direct_to<false>)(x, rows, stride, code, factor, threshold, number, offer);
+// Rows against codes [first, first + count), count at most VQOPS_WIDTH, all as they lie in memory: |x - c|^2, for cosine
+// -x.c / |c|. Values whose `factor`-fold does not exceed their row's threshold are offered. A code whose norm float32
+// can't hold is offered to all rows as NaN.
+static void direct(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
+                   bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer) {
+    const float* codes[VQOPS_WIDTH];
+    for (int64_t i = 0; i < VQOPS_WIDTH; i++) codes[i] = code + (i < count ? i : count - 1) * code_stride;
+    unsigned usable = (1u << count) - 1;
+    Vector scale = VQOPS_BROADCAST(1);
+    if (cosine) {
+        const Vector square = -to_codes<Term::square>(nullptr, codes, D);
+        for (unsigned left = usable; left; left &= left - 1) {
+            const int i = __builtin_ctz(left);
+            scale[i] = 1 / __builtin_sqrtf(square[i]);
+            if (square[i] > 0x1p-100f && square[i] < 0x1p100f) continue;
+            usable &= ~(1u << i);
+            for (int64_t r = 0; r < rows; r++) offer.candidate(offer.lists, r, first + i, __builtin_nanf(""));
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const float* row = x + r * D;
+        const Vector value = cosine ? to_codes<Term::product>(row, codes, D) * scale : -to_codes<Term::distance>(row, codes, D);
+        const Vector limit = VQOPS_BROADCAST(threshold[r]);
+        unsigned lanes = unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value * VQOPS_BROADCAST(factor), limit))) & usable;
+        for (; lanes; lanes &= lanes - 1) {
+            const int i = __builtin_ctz(lanes);
+            offer.candidate(offer.lists, r, first + i, value[i]);
+        }
+    }
 }
+#endif
 
 // (x - centre) * scale in the words of the screening pass, and its norms.
 static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
@@ -268,6 +337,23 @@ static CodeFacts measure(const double* code, const double* weights, const double
     return {add_lanes(key), add_lanes(square)};
 }
 
+static void add_rows(const RowSums& task) {
+    const int64_t ahead = 1024 / (task.D + 1) + 1;  // rows of which to ask for early: 4 KB, measured on a Zen 4
+    for (int64_t n = 0; n < task.N; n++) {
+        const uint64_t k = uint64_t(task.indices[n * task.index_stride] - task.first);
+        if (k >= uint64_t(task.count)) continue;
+        const float* row = task.rows + n * task.row_stride;
+        float* sum = task.target[k];
+        const float* next = n + ahead < task.N ? row + ahead * task.row_stride : row;
+        for (int64_t i = 0; i < task.D; i += 16) __builtin_prefetch(next + i);
+        int64_t i = 0;
+        for (; i + VQOPS_WIDTH <= task.D; i += VQOPS_WIDTH)
+            *reinterpret_cast<UnalignedVector*>(sum + i) = load(sum + i) + load(row + i);
+        for (; i < task.D; i++) sum[i] += row[i];
+        if (++task.length[k] == 0) task.fold(task.owner, int64_t(k));
+    }
+}
+
 constexpr Instructions instructions = {
-    VQOPS_NAME, VQOPS_TILE, VQOPS_WIDTH, VQOPS_PAIRS, screen, direct, place_row, exact_cost, exact_distance, exact_dot,
-    measure,    spin,       VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};
+    VQOPS_NAME, VQOPS_TILE,     VQOPS_CODES,   VQOPS_PAIRS, screen,  VQOPS_DIRECT, VQOPS_GROUP, place_row,
+    exact_cost, exact_distance, exact_dot,     measure,     add_rows, spin,        VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};

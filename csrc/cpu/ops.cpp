@@ -85,14 +85,17 @@ SearchShape shape_of(const Tensor& x, const Tensor& codebook, bool cosine) {
 }
 
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
-                const std::string& metric, const OptionalTensor& prepared, const SearchResult& result) {
+                const std::string& metric, const OptionalTensor& prepared, const SearchResult& result,
+                const Gathered* gathered = nullptr) {
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
     const Rows rows = rows_of(op, x), codes = rows_of(op, codebook);
     OptionalTensor packed;
     if (prepared || !is_direct(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
-    search(shape_of(x, codebook, cosine), rows, codes, mask_of(mask), packed ? packed->const_data_ptr() : nullptr, result,
-           threads());
+    const void* memory = packed ? packed->const_data_ptr() : nullptr;
+    const SearchShape shape = shape_of(x, codebook, cosine);
+    if (gathered) search_and_gather(shape, rows, codes, mask_of(mask), memory, result.indices, *gathered, threads());
+    else search(shape, rows, codes, mask_of(mask), memory, result, threads());
 }
 
 Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,
@@ -144,13 +147,13 @@ std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& indices, int
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
     const Tensor& x, const Tensor& codebook, OptionalTensor mask, OptionalTensor weight, std::string metric,
     std::string, bool with_sums, double, bool snapshot, OptionalTensor prepared) {
-    const Tensor indices = nearest(x, codebook, mask, metric, prepared);
     const bool cosine = metric == "cosine";
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
     Tensor quantized = torch::stable::new_empty(x, x.sizes());
     Tensor error = torch::stable::new_empty(x, {x.size(0), x.size(1)}, real_type(x));
-    gather_codes(shape_of(x, codebook, cosine), rows_of("quantize", x), rows_of("quantize", codebook), mask_of(mask),
-                 static_cast<const int64_t*>(indices.const_data_ptr()), quantized.mutable_data_ptr(),
-                 error.mutable_data_ptr(), threads());
+    const Gathered gathered = {quantized.mutable_data_ptr(), error.mutable_data_ptr()};
+    run_search("quantize", x, codebook, mask, metric, prepared,
+               {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr, nullptr}, &gathered);
     Tensor counts = unused(x, ScalarType::Long), sums = unused(x, ScalarType::Float);
     if (with_sums) std::tie(counts, sums) = sums_of("quantize", x, indices, codebook.size(1), weight, cosine);
     Tensor old = torch::stable::new_empty(codebook, snapshot ? codebook.sizes() : torch::headeronly::IntHeaderOnlyArrayRef({0}));

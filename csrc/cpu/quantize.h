@@ -17,8 +17,13 @@ double to_unit(double* row, int64_t padded, int64_t D);
 
 // quantized [H, N, D] of x's dtype and error [H, N] (float64 where x is, else float32). Rows without a code get zeros if
 // they are masked, else NaN.
-void gather_codes(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
-                  const int64_t* indices, void* quantized, void* error, const Parallel& parallel);
+struct Gathered {
+    void *quantized, *error;
+};
+
+// The nearest codes (search.h) and, while a block's rows are still in cache, what stands in their place.
+void search_and_gather(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
+                       const void* packed, int64_t* indices, const Gathered& result, const Parallel& parallel);
 
 // Weighted counts, and sums of the rows of x, or of their units for cosine. weight may be null; counts are then int64.
 struct Sums {

@@ -50,8 +50,7 @@ public:
             std::fill_n(words_.get() + r * stride_, stride_, 0);
             candidates_.threshold[r] = -INFINITY;
         }
-        set_.screen(words_.get(), padded, stride_, packed.panels, packed.panel_count(), packed.depth, packed.start,
-                    candidates_.threshold.data(), {this, offer});
+        set_.screen(words_.get(), padded, stride_, packed.as_read(), candidates_.open(packed.header->screened));
         int64_t open = 0;
         for (int64_t r = 0; r < screened; r++)
             if (!decide(h, rows_[r], r)) rows_[open++] = rows_[r];
@@ -96,14 +95,11 @@ private:
             uint16_t* halves = reinterpret_cast<uint16_t*>(out);
             if (D % 2) halves[D] = 0;
             for (int i = 0; i < 2; i++) halves[2 * depth_ - 2 + i] = charges[i] | 0x8000;
-            radius_[r] = 2.02 * double(from_bfloat16(charges[0]));
-            lost_[r] = 2.02 * double(from_bfloat16(charges[1]));
         } else {
             const float charge = std::nextafter(float(1.02 * double(D + 5) * 0x1p-24 * norm), INFINITY);
             std::memcpy(out + D, &charge, 4);
-            radius_[r] = 2.02 * double(charge);
         }
-        always_[r] = 2 * (decision + 0x1p-120 * double(D) * (1 + norm));
+        candidates_.always[r] = float(2 * (decision + 0x1p-120 * double(D) * (1 + norm)));
         candidates_.start(r);
         return true;
     }
@@ -116,13 +112,6 @@ private:
         for (int64_t i = 0; i < shape_.D; i++)
             given_[i] = float((row[i] - (shape_.cosine ? 0 : packed_->centre[i])) * scale);
         return given_.get();
-    }
-
-    static void offer(void* block, int64_t row, int64_t code, float lower) {
-        Block& b = *static_cast<Block*>(block);
-        if (code >= b.packed_->header->screened) return;  // padding; passes while a row has fewer than k candidates
-        const double charge = b.packed_->charge(code, b.radius_[row], b.lost_[row], b.set_.pairs);
-        b.candidates_.add(row, code, lower, lower + charge + b.packed_->slack[code] + b.always_[row]);
     }
 
     // False: more candidates than the list holds.
@@ -155,16 +144,17 @@ private:
     Candidates candidates_;
     Decision decision_;
     int64_t rows_[kMostRows];
-    double radius_[kMostRows];    // what the upper bound charges for a code's radius,
-    double lost_[kMostRows] = {}; // for what rounding took from it,
-    double always_[kMostRows];    // and whatever the code
 };
 
 }  // namespace
 
 void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const void* memory,
-            const SearchResult& result, const Parallel& parallel) {
-    if (memory == nullptr) return search_direct(shape, x, codebook, mask, result, parallel);
+            const SearchResult& result, const Parallel& parallel, const Follow& follow) {
+    if (memory == nullptr) {
+        search_direct(shape, x, codebook, mask, result, parallel);
+        for (int64_t h = 0; follow && h < shape.H; h++) follow(h, 0, shape.N);
+        return;
+    }
     const int64_t tile = instructions().tile;
     const int64_t fitting = kBlockBytes / (4 * round_up(depth_of(shape.D), 16)) / tile * tile;
     const int64_t share = round_up((shape.H * shape.N + parallel.threads - 1) / parallel.threads, tile);
@@ -178,7 +168,9 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         for (int64_t task; (task = next++) < shape.H * blocks_a_head;) {
             const int64_t h = task / blocks_a_head, begin = task % blocks_a_head * rows;
             const Packed packed(static_cast<const char*>(memory) + h * Packed::bytes(shape.K, shape.D), shape.K, shape.D);
-            block.search(h, begin, std::min(begin + rows, shape.N), packed);
+            const int64_t end = std::min(begin + rows, shape.N);
+            block.search(h, begin, end, packed);
+            if (follow) follow(h, begin, end);
         }
         for (int tier = 0; tier < kTiers; tier++) totals[tier] += block.tiers()[tier];
     });

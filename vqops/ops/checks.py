@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 METRICS = ("euclidean", "cosine")
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 GRADIENTS = ("straight_through", "rotation", "none")
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
-    allowed = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in allowed:
+        if tensor.dtype not in FLOATING:
             raise TypeError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
 
 

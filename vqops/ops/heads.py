@@ -19,7 +19,9 @@ class Heads(NamedTuple):
 
     def rows_back(self, t: Tensor) -> Tensor:
         """[H, N, ...] in the caller's shape."""
-        return t.reshape((*self.rows, *t.shape[2:])) if self.single else t
+        if not self.single:
+            return t
+        return t.squeeze(0) if len(self.rows) == 1 else t.reshape((*self.rows, *t.shape[2:]))
 
     def codes_back(self, t: Tensor) -> Tensor:
         """[H, K, ...] in the caller's shape; an unused output [0] stays."""
@@ -30,4 +32,5 @@ def with_heads(x: Tensor, codebook: Tensor) -> Heads:
     single = codebook.dim() == 2
     if not single:
         return Heads(x, codebook, tuple(x.shape[:-1]), single)
-    return Heads(x.reshape(1, -1, x.shape[-1]), codebook.unsqueeze(0), tuple(x.shape[:-1]), single)
+    rows = x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, -1, x.shape[-1])
+    return Heads(rows, codebook.unsqueeze(0), tuple(x.shape[:-1]), single)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from vqops import triton_kernels
+
 try:
     from vqops import _C  # noqa: F401  importing it registers the compiled kernels
 except ImportError as error:
@@ -12,7 +14,7 @@ except ImportError as error:
         f"or `pip install -e .` to work on the source ({error})"
     ) from error
 
-IMPLEMENTATIONS = ("compiled", "reference")
+IMPLEMENTATIONS = ("compiled", "reference", "triton")
 OPS: list[str] = []
 
 library = torch.library.Library("vqops", "DEF")
@@ -25,6 +27,11 @@ COMPILED = {
 }
 
 
+# What a committed run on a GPU has shown to be correct and the fastest, by op. There has been none, so that on CUDA every op
+# takes the reference; `vqops info` says so.
+DEFAULT_ON_CUDA: dict[str, str] = {}
+
+
 def is_compiled(name: str, device: str) -> bool:
     return f"vqops::{name}_compiled" in COMPILED[device]
 
@@ -35,28 +42,35 @@ def define(
     reference: Callable,
     fake: Callable,
     reference_fake: Callable | None = None,
+    triton_fake: Callable | None = None,
     *,
     fallback: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    triton_backward: Callable | None = None,
 ) -> None:
-    """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`.
+    """Define `vqops::name`, which selects, and an op per implementation: `name_reference`, `name_compiled`, `name_triton`.
 
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported.
-    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake` is for an op
-    whose result has another size in the reference.
+    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake` and
+    `triton_fake` are for an op whose result has another size there.
     """
     OPS.append(name)
-    for op in (name, f"{name}_compiled", f"{name}_reference"):
-        if op.endswith("_compiled") and not any(is_compiled(name, device) for device in COMPILED):
-            continue
+    metas = {name: fake, f"{name}_reference": reference_fake or fake}
+    if any(is_compiled(name, device) for device in COMPILED):
+        metas[f"{name}_compiled"] = fake
+    if triton_kernels.has(name):
+        metas[f"{name}_triton"] = triton_fake or fake
+    for op, meta in metas.items():
         library.define(op + schema)
-        meta = reference_fake if reference_fake and op.endswith("_reference") else fake
         torch.library.register_fake(f"vqops::{op}", meta, lib=library)
         if backward is not None:
-            torch.library.register_autograd(f"vqops::{op}", backward, setup_context=setup_context, lib=library)
+            own = triton_backward if triton_backward and op.endswith("_triton") else backward
+            torch.library.register_autograd(f"vqops::{op}", own, setup_context=setup_context, lib=library)
     library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     library.impl(name, fallback or reference, "CompositeExplicitAutograd")
+    if triton_kernels.has(name):
+        library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
 
 
 def select(name: str, implementation: str | None):
@@ -67,18 +81,26 @@ def select(name: str, implementation: str | None):
         raise ValueError(f"{name}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "compiled" and not any(is_compiled(name, device) for device in COMPILED):
         raise ValueError(f"{name}: there is no compiled implementation; it runs as 'reference'")
+    if implementation == "triton" and not triton_kernels.has(name):
+        raise ValueError(f"{name}: there is no triton implementation, or Triton is not installed (`pip install triton`)")
     return getattr(torch.ops.vqops, f"{name}_{implementation}")
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:
     """What each op can run as on each device, the default first.
 
-    Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference"]}, ...}`.
+    Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference", "triton"]}, ...}`. "triton" is there
+    for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
     """
-    return {
-        name: {device: ["compiled"] * is_compiled(name, device) + ["reference"] for device in COMPILED}
-        for name in OPS
-    }
+    return {name: {device: available(name, device) for device in COMPILED} for name in OPS}
+
+
+def available(name: str, device: str) -> list[str]:
+    compiled, triton = is_compiled(name, device), triton_kernels.runs_on(name, device)
+    every = ["compiled"] * compiled + ["reference"] + ["triton"] * triton
+    if device == "cuda":
+        every.sort(key=lambda each: each != DEFAULT_ON_CUDA.get(name, "reference"))
+    return every
 
 
 def no_second_derivative(name: str) -> Callable:

@@ -112,11 +112,11 @@ def save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, old, indices, mask)
 
 
-def backward(ctx, grad_quantized, _indices, grad_error, *_unused):
+def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op=None):
     x, old, indices, mask = ctx.saved_tensors
     x_needed, codebook_needed = ctx.needs_input_grad[:2]
     codebook_needed = codebook_needed and ctx.codebook_error_scale != 0
-    grad_x, grad_codebook = torch.ops.vqops.quantize_backward(
+    grad_x, grad_codebook = (op or torch.ops.vqops.quantize_backward)(
         grad_quantized,
         grad_error,
         x,
@@ -130,6 +130,10 @@ def backward(ctx, grad_quantized, _indices, grad_error, *_unused):
         codebook_needed,
     )
     return grad_x if x_needed else None, grad_codebook if codebook_needed else None, *[None] * 8
+
+
+def triton_backward(ctx, *gradients):
+    return backward(ctx, *gradients, op=torch.ops.vqops.quantize_backward_triton)
 
 
 def fake_backward(
@@ -159,6 +163,7 @@ define(
     fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
     setup_context=save_for_backward,
     backward=backward,
+    triton_backward=triton_backward,
 )
 define(
     "quantize_backward",

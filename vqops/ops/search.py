@@ -10,6 +10,7 @@ from vqops.ops import reference
 from vqops.ops.checks import METRICS, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
 from vqops.ops.library import define, is_compiled, select
+from vqops.triton_kernels.layout import packed_bytes
 
 LARGEST_K = 32  # of nearest_topk: the list of candidates of a row stays in registers or cache
 
@@ -165,6 +166,11 @@ def fake_prepare(codebook, metric="euclidean"):
     return codebook.new_empty(size if compiled else 0, dtype=torch.uint8)
 
 
+def fake_prepare_triton(codebook, metric="euclidean"):
+    size = 0 if codebook.dtype == torch.float64 else packed_bytes(*codebook.shape)
+    return codebook.new_empty(size, dtype=torch.uint8)
+
+
 def no_gradient(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
 
@@ -184,7 +190,12 @@ define(
     backward=no_backward,
 )
 define(
-    "prepare", "(Tensor codebook, str metric='euclidean') -> Tensor", reference.prepare, fake_prepare, reference.prepare
+    "prepare",
+    "(Tensor codebook, str metric='euclidean') -> Tensor",
+    reference.prepare,
+    fake_prepare,
+    reference_fake=reference.prepare,
+    triton_fake=fake_prepare_triton,
 )
 define(
     "search_statistics",

@@ -1,14 +1,20 @@
 """The codebook and its statistics: search, EMA update, k-means initialisation, replacement of dead codes."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqops.ops import Quantized, ema_update_, quantize
+from vqops.ops import Quantized, code_sums, ema_update_, quantize
+from vqops.ops.checks import check_device, check_floating
 from vqops.ops.reference import TINY
 from vqops.quantizers.kmeans import kmeans
-from vqops.quantizers.ranks import num_ranks, sum_over_ranks
+from vqops.quantizers.ranks import num_ranks, of_fullest_rank, sum_over_ranks
 from vqops.quantizers.rows import random_rows
+
+UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
 
 class Codebook(nn.Module):
@@ -29,16 +35,24 @@ class Codebook(nn.Module):
         eps: float,
         kmeans_init: bool,
         kmeans_iters: int,
+        sync_kmeans: bool,
         use_cosine_sim: bool,
         threshold_ema_dead_code: float,
+        sync_codebook: bool,
+        ema_update: bool,
+        manual_ema_update: bool,
         learnable_codebook: bool,
     ):
         super().__init__()
         self.decay = decay
         self.eps = eps
         self.kmeans_iters = kmeans_iters
+        self.sync_kmeans = sync_kmeans
         self.metric = "cosine" if use_cosine_sim else "euclidean"
         self.threshold_ema_dead_code = threshold_ema_dead_code
+        self.sync = sync_codebook
+        self.ema_update = ema_update
+        self.manual_ema_update = manual_ema_update
         self.learnable_codebook = learnable_codebook
 
         embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim, dtype=torch.float32))
@@ -53,39 +67,63 @@ class Codebook(nn.Module):
             self.register_buffer("embed", embed)
         # `initted` for the host, which would have to wait for the device to read the buffer. False says "perhaps not".
         self.is_initted = not kmeans_init
+        # Counts and sums of this rank that wait for the next update. No buffer, since DDP would send rank 0's to all.
+        self.pending: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def collects(self) -> bool:
+    def collects(self, ema_update: bool | None = None) -> bool:
         """Whether a training step needs the counts and sums of its rows."""
-        return not self.learnable_codebook or self.threshold_ema_dead_code > 0
+        return self.averages(ema_update) or self.threshold_ema_dead_code > 0
 
-    def forward(self, x: Tensor, *, gradient: str, learn: bool, collect: bool) -> Quantized:  # x [H, N, D]
-        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: count and add up the rows."""
-        self.keep_float32_()
-        if not self.is_initted:
-            self.initialise_(x)
-        learn = learn and self.learnable_codebook
+    def averages(self, ema_update: bool | None = None) -> bool:
+        """Whether a training step moves the codes to their averages."""
+        return self.ema_update if ema_update is None else ema_update
+
+    def forward(
+        self,
+        x: Tensor,  # [H, N, D]
+        mask: Tensor | None = None,  # [H, N] bool
+        *,
+        gradient: str,
+        learn: bool,
+        collect: bool,
+    ) -> Quantized:
+        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: counts and sums, too."""
         return quantize(
             x,
-            self.embed if learn else self.embed.detach(),
+            self.codes(learn),
+            mask,
             metric=self.metric,
             gradient=gradient,
             code_sums=collect,
-            codebook_error_scale=float(learn),
+            codebook_error_scale=float(learn and self.learnable_codebook),
         )
 
+    def codes(self, learn: bool) -> Tensor:  # [H, K, D]
+        """The codes; `learn`: with their gradient, if they are learnable."""
+        return self.embed if learn and self.learnable_codebook else self.embed.detach()
+
+    def ready_(self, x: Tensor, mask: Tensor | None) -> None:
+        """Before a search: float32 buffers, and k-means if neither a batch nor a loaded state has decided the codes."""
+        self.keep_float32_()
+        if not self.is_initted:
+            self.initialise_(x, mask)
+
     @torch.no_grad()
-    def initialise_(self, x: Tensor) -> None:
+    def initialise_(self, x: Tensor, mask: Tensor | None) -> None:
         """k-means on the first batch, unless `initted` says that the state came from elsewhere.
 
         A cluster without rows counts as one row: with 0 the first update would divide 0 by 0 + eps and send it to the
-        origin. A first batch without one finite row leaves the codes as they were drawn at construction.
+        origin. A first batch without one valid row leaves the codes as they were drawn at construction. Without
+        sync_kmeans each rank takes its own batch, but all go on with what the one of most rows found.
         """
-        if x.shape[1] == 0 and num_ranks() == 1:
+        if x.shape[1] == 0 and num_ranks(self.sync) == 1:
             return
-        means, counts, total = kmeans(x, self.embed.shape[1], self.kmeans_iters, self.metric)
+        together = self.sync and self.sync_kmeans
+        means, counts = kmeans(x, self.embed.shape[1], self.kmeans_iters, self.metric, mask, together)
+        if num_ranks(self.sync) > 1 and not together:
+            means, counts = of_fullest_rank(counts.sum(-1), means, counts)
+        take = ~self.initted & (counts.sum(-1, keepdim=True) > 0)
         counts = counts.clamp_min(1)
-        take = (~self.initted & (total > 0)).unsqueeze(-1)
         self.cluster_size.copy_(counts.where(take, self.cluster_size))
         take = take.unsqueeze(-1)
         self.embed_avg.copy_((means * counts.unsqueeze(-1)).where(take, self.embed_avg))
@@ -93,28 +131,95 @@ class Codebook(nn.Module):
         self.initted.fill_(True)
         self.is_initted = True
 
+    @contextmanager
+    def restored_on_failure(self):
+        """For the first call, in which k-means changes the state before all that can fail is done."""
+        before = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for name, tensor in before.items():
+                    getattr(self, name).copy_(tensor)
+            self.is_initted = False
+            raise
+
     @torch.no_grad()
-    def update_(self, x: Tensor, found: Quantized) -> None:
+    def statistics(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # x [H, N, D], indices [H, N]
+        """What `quantize` collects, for codes that the caller chose: indices without invalid rows, counts, sums."""
+        indices = indices.masked_fill(~x.isfinite().all(-1), -1)
+        rows = F.normalize(x.float(), dim=-1, eps=TINY) if self.metric == "cosine" else x
+        return indices, *code_sums(rows, indices, self.embed.shape[1], heads=True)
+
+    @torch.no_grad()
+    def update_(
+        self,
+        x: Tensor,  # [H, N, D]
+        indices: Tensor,  # [H, N], -1 for the rows that take no part
+        counts: Tensor,  # [H, K]
+        sums: Tensor,  # [H, K, D]
+        *,
+        ema_update: bool | None = None,
+        weight: UpdateWeight | None = None,
+        accumulate: bool = False,
+    ) -> None:
         """Take a step's statistics of all ranks into the averages, the codes from the averages, and replace dead codes.
 
         If no rank has a valid row, the averages stay as they are: a batch of nothing, or of nothing but NaN, is no
-        evidence that codes die. Everything that can fail comes before any change.
+        evidence that codes die. Everything that can fail comes before any change. With `accumulate`, this rank's
+        statistics are only kept, and the next update adds them to its own.
         """
-        if x.shape[1] == 0 and num_ranks() == 1:
+        if self.pending is not None:
+            counts, sums = counts + self.pending[0], sums + self.pending[1]
+        elif x.shape[1] == 0 and num_ranks(self.sync) == 1:
             return
-        counts, sums = found.counts, found.sums
-        if self.threshold_ema_dead_code > 0:
-            rows = random_rows(x, found.indices >= 0, self.embed.shape[1])
-            counts, sums, vectors = sum_over_ranks(counts, sums, rows.vectors, dtype=torch.float32)
+        if accumulate:
+            self.pending = counts.float(), sums
+            return
+        replace = self.threshold_ema_dead_code > 0
+        if replace:
+            rows = random_rows(x, indices >= 0, self.embed.shape[1], self.sync)
+            counts, sums, vectors = sum_over_ranks(counts, sums, rows.vectors, dtype=torch.float32, sync=self.sync)
         else:
-            counts, sums = sum_over_ranks(counts, sums, dtype=torch.float32)
+            counts, sums = sum_over_ranks(counts, sums, dtype=torch.float32, sync=self.sync)
         step = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
-        embed = None if self.learnable_codebook else self.embed
+        if weight is not None:
+            step = step * self.update_weight(weight, counts, sums)
+        embed = self.embed if self.averages(ema_update) and not self.manual_ema_update else None
         ema_update_(
             self.cluster_size, self.embed_avg, embed, counts, sums, self.decay, self.eps, step, metric=self.metric
         )
-        if self.threshold_ema_dead_code > 0:
+        self.pending = None
+        if replace:
             self.replace_dead_(vectors, rows.distinct)
+
+    def update_weight(self, weight: UpdateWeight, counts: Tensor, sums: Tensor) -> Tensor:  # [H, K]
+        if not isinstance(weight, Tensor):
+            weight = weight(sums, counts)
+        name, (H, K) = "VectorQuantize: ema_update_weight", counts.shape
+        check_floating("VectorQuantize", ema_update_weight=weight)
+        check_device("VectorQuantize", self.embed, ema_update_weight=weight)
+        if tuple(weight.shape) not in ((K,), (H, K)):
+            raise ValueError(f"{name} must have shape [{K}] or [{H}, {K}], got {list(weight.shape)}")
+        return weight.detach().float()
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Set the codes to the ratio of their averages: the step that manual_ema_update leaves to its user."""
+        if self.learnable_codebook:
+            raise RuntimeError("VectorQuantize: update_ema, but learnable_codebook is True: no averages move the codes")
+        self.keep_float32_()
+        nothing = torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_avg)
+        ema_update_(self.cluster_size, self.embed_avg, self.embed, *nothing, 1.0, self.eps, metric=self.metric)
+
+    @torch.no_grad()
+    def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:  # x [H, N, D], mask [H, N] bool
+        """Replace dead codes by random rows of the ranks' joint batch."""
+        valid = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
+        rows = random_rows(x, valid, self.embed.shape[1], self.sync)
+        (vectors,) = sum_over_ranks(rows.vectors, dtype=torch.float32, sync=self.sync)
+        self.keep_float32_()
+        self.replace_dead_(vectors, rows.distinct)
 
     def replace_dead_(self, vectors: Tensor, usable: Tensor) -> None:  # [H, K, D], [H, K]
         """Where a code's average count is below the threshold, restart it from its vector, with that count."""
@@ -135,6 +240,7 @@ class Codebook(nn.Module):
         self.cluster_size.fill_(1)
         self.initted.fill_(True)
         self.is_initted = True
+        self.pending = None
 
     def keep_float32_(self) -> None:
         """Undo casts that bypass `_apply`: an assigned state_dict, FSDP's buffer_dtype, DeepSpeed's zero.Init."""
@@ -148,9 +254,12 @@ class Codebook(nn.Module):
         for name, old in before.items():
             if self._buffers[name].dtype != old.dtype:
                 self._buffers[name] = old.to(self._buffers[name].device)
+        if self.pending is not None:
+            self.pending = tuple(t.to(self.cluster_size.device) for t in self.pending)
         return self
 
     def _load_from_state_dict(self, *arguments):
         super()._load_from_state_dict(*arguments)
         self.keep_float32_()
         self.is_initted = not self.initted.is_meta and bool(self.initted)
+        self.pending = None

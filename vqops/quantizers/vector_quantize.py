@@ -1,12 +1,18 @@
 """VectorQuantize: a discrete bottleneck with an EMA codebook or a learnable one."""
 
-from numbers import Integral
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqops.ops.checks import check_device, check_floating, check_indices
-from vqops.quantizers.codebook import Codebook
+from vqops.ops import Quantized
+from vqops.ops.checks import check_device
+from vqops.quantizers.checkpointing import check_first_run
+from vqops.quantizers.codebook import Codebook, UpdateWeight
+from vqops.quantizers.cross_entropy import mean_cross_entropy
+from vqops.quantizers.layout import Layout
+from vqops.quantizers.losses import mean_error, weighted
+from vqops.quantizers.options import check_counts, check_decay, check_not_both, check_not_negative, refuse
+from vqops.quantizers.topk import quantize_topk
 
 
 class VectorQuantize(nn.Module):
@@ -23,33 +29,65 @@ class VectorQuantize(nn.Module):
     Arguments:
         dim: features of the input.
         codebook_size: number of codes, K.
-        codebook_dim: features of a code; other than dim, it adds linear layers `project_in` and `project_out`.
+        codebook_dim: features of a code, D, by default dim. Where heads * codebook_dim is not dim, linear layers
+            `project_in` and `project_out` stand between.
+        heads: each vector is cut in this many parts, and each part gets a code.
+        separate_codebook_per_head: a codebook [heads, K, D] instead of one [K, D] for all parts.
         decay: of the moving averages, in [0, 1].
         eps: Laplace smoothing of the average counts.
         freeze_codebook: no update of the codes in training; forward's argument of this name overrides it.
         kmeans_init: the first batch decides the first codes, by k-means; without it they are random.
         kmeans_iters: iterations of that k-means.
+        sync_kmeans: k-means on the joint batch of all ranks, with a collective an iteration; False: on the batch of
+            the rank that has most vectors. Either way all ranks start with the same codes.
         use_cosine_sim: the nearest code is the one of largest cosine; vectors and codes have norm 1.
+        layernorm_after_project_in: a LayerNorm after `project_in`, if there is one.
         threshold_ema_dead_code: a code whose average count falls below this restarts from a random vector of the
             batch, with this count; 0 never.
         channel_last: the input is [b, ..., dim]; False: [b, dim, ...].
         accept_image_fmap: the input is [b, dim, h, w], whatever channel_last says.
+        accept_3d_fmap: the input is [b, dim, d, h, w], whatever channel_last says.
         commitment_weight: weight of the loss.
         rotation_trick: how the output's gradient reaches the input: turned and scaled as the input is onto its code
             (True), or as it is (False, straight-through). None: True if dim > 1.
+        sync_codebook: the ranks of a `torch.distributed` job update with their joint batch and keep equal codes. None:
+            whenever there is such a job. False: nothing is exchanged, each rank learns codes of its own.
+        ema_update: the codes follow the averages; None: unless learnable_codebook. Forward's argument of this name
+            overrides it. Without it the codes stay, except that dead ones are replaced.
+        manual_ema_update: steps move the averages, but the codes only when `_codebook.update_ema()` is called.
         learnable_codebook: the codes are a Parameter, moved by the gradient of the loss and not by averages.
+        return_zeros_for_masked_padding: masked positions of the output are zeros; False: the input's values.
+        route_gradients_to_input: False: no gradient of the output reaches the input; it goes to the codes if they are
+            learnable.
 
-    forward returns
-        quantized: shape and dtype of the input (of the projection, if there is one).
-        indices: int64, shape of the input without its feature axis; -1 for vectors with a NaN or Inf, whose quantized
-            values and loss are NaN and which take no part in any update.
-        loss: (), float32 (float64 for float64 input); 0 in eval and for an empty batch.
+    forward takes, besides the input x,
+        indices: int64, shaped as forward returns them. Instead of three values it then returns quantized and the mean
+            cross entropy of these codes, under the softmax of -|z - c_k|, for cosine of z.c_k; -1 is left out.
+        mask: bool, shape of x without its feature axis; False leaves a vector out of everything.
+        lens: [b] integers, for x [b, n, dim]: the mask that keeps the first lens[i] vectors of each sequence.
+        topk: return the codes of the k nearest (at most 32) instead of one, for one head. Nothing is updated.
+        freeze_codebook, ema_update: as above, for this call.
+        return_loss_breakdown: a fourth value, LossBreakdown.
+        ema_update_weight: [K] or [heads, K] in [0, 1], or a function of the sums [H, K, D] and counts [H, K] of all
+            ranks that returns this: scales how far each code's averages move.
+        accum_ema_update: only keep this call's counts and sums, for the next call without it to add to its own.
 
-    In eval nothing is updated and no gradient reaches the input, but a first batch still initialises by k-means. An
-    empty batch, or one without a finite vector on any rank, moves no average. In a `torch.distributed` job all ranks
-    update with the joint batch and keep equal codes; all must call forward in training, in the same order.
+    and returns
+        quantized: shape and dtype of the input (of the projection, if there is one); topk: k before the features, or
+            after all axes if the features come second.
+        indices: int64, shape of the input without its feature axis, then heads (if more than one) or k; -1 for masked
+            vectors and for those with a NaN or Inf, whose quantized values and loss are NaN and which take no part in
+            any update.
+        loss: (), float32 (float64 for float64 input), the mean over vectors that are not masked; 0 in eval and for an
+            empty batch. topk: the shape of the indices, in eval too.
 
-    Raises TypeError or ValueError for arguments or inputs that don't fit, before anything is changed.
+    In eval nothing is updated and no gradient reaches the input, except of the cross entropy; but a first batch still
+    initialises by k-means. An empty batch, or one without a valid vector on any rank, moves no average. In a
+    `torch.distributed` job all ranks must call forward in training, in the same order; an update is one collective, and
+    with dead codes a small one more.
+
+    Raises TypeError or ValueError for arguments or inputs that don't fit, IndexError for indices that are no codes, and
+    RuntimeError when activation checkpointing repeats a step that has updated the codebook, before anything is changed.
 
     Arguments, results and `state_dict` are those of vector-quantize-pytorch; docs/differences.md lists where the
     behaviour differs on purpose. Sources: van den Oord et al. 2017 (arXiv 1711.00937), appendix A.1 for the averages;
@@ -62,67 +100,87 @@ class VectorQuantize(nn.Module):
         codebook_size: int,
         *,
         codebook_dim: int | None = None,
+        heads: int = 1,
+        separate_codebook_per_head: bool = False,
         decay: float = 0.8,
         eps: float = 1e-5,
         freeze_codebook: bool = False,
         kmeans_init: bool = False,
         kmeans_iters: int = 10,
+        sync_kmeans: bool = True,
         use_cosine_sim: bool = False,
+        layernorm_after_project_in: bool = False,
         threshold_ema_dead_code: float = 0,
         channel_last: bool = True,
         accept_image_fmap: bool = False,
+        accept_3d_fmap: bool = False,
         commitment_weight: float = 1.0,
         rotation_trick: bool | None = None,
+        sync_codebook: bool | None = None,
+        ema_update: bool | None = None,
+        manual_ema_update: bool = False,
         learnable_codebook: bool | None = None,
+        return_zeros_for_masked_padding: bool = True,
+        route_gradients_to_input: bool = True,
+        **later,
     ):
+        refuse("VectorQuantize", later)
         super().__init__()
         codebook_dim = dim if codebook_dim is None else codebook_dim
-        for name, value in (
-            ("dim", dim),
-            ("codebook_size", codebook_size),
-            ("codebook_dim", codebook_dim),
-            ("kmeans_iters", kmeans_iters),
-        ):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"VectorQuantize: {name} must be an integer of at least 1, got {value!r}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"VectorQuantize: decay must be in [0, 1], got {decay}")
-        for name, value in (
-            ("eps", eps),
-            ("threshold_ema_dead_code", threshold_ema_dead_code),
-            ("commitment_weight", commitment_weight),
-        ):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"VectorQuantize: {name} must be finite and at least 0, got {value}")
-        if use_cosine_sim and learnable_codebook:
-            raise ValueError("VectorQuantize: use_cosine_sim and learnable_codebook can't both be True")
+        learnable_codebook = bool(learnable_codebook)
+        ema_update = not learnable_codebook if ema_update is None else ema_update
+        check_counts(
+            dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads, kmeans_iters=kmeans_iters
+        )
+        check_decay(decay)
+        check_not_negative(
+            eps=eps, threshold_ema_dead_code=threshold_ema_dead_code, commitment_weight=commitment_weight
+        )
+        check_not_both(use_cosine_sim=use_cosine_sim, learnable_codebook=learnable_codebook)
+        check_not_both(ema_update=ema_update, learnable_codebook=learnable_codebook)
+        check_not_both(accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)
 
         self.dim = dim
         self.codebook_size = codebook_size
+        self.heads = heads
+        self.separate_codebook_per_head = separate_codebook_per_head
         self.freeze_codebook = freeze_codebook
         self.channel_last = channel_last
         self.accept_image_fmap = accept_image_fmap
+        self.accept_3d_fmap = accept_3d_fmap
         self.commitment_weight = commitment_weight
         self.rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
-        self.has_projections = codebook_dim != dim
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.route_gradients_to_input = route_gradients_to_input
 
-        self.project_in = nn.Linear(dim, codebook_dim) if self.has_projections else nn.Identity()
-        self.project_out = nn.Linear(codebook_dim, dim) if self.has_projections else nn.Identity()
+        inner = codebook_dim * heads
+        self.has_projections = inner != dim
+        self.project_in, self.project_out = nn.Identity(), nn.Identity()
+        if self.has_projections:
+            self.project_in, self.project_out = nn.Linear(dim, inner), nn.Linear(inner, dim)
+            if layernorm_after_project_in:
+                self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
         self._codebook = Codebook(
             codebook_dim,
             codebook_size,
+            heads if separate_codebook_per_head else 1,
             decay=decay,
             eps=eps,
             kmeans_init=kmeans_init,
             kmeans_iters=kmeans_iters,
+            sync_kmeans=sync_kmeans,
             use_cosine_sim=use_cosine_sim,
             threshold_ema_dead_code=threshold_ema_dead_code,
-            learnable_codebook=bool(learnable_codebook),
+            sync_codebook=sync_codebook is not False,
+            ema_update=ema_update,
+            manual_ema_update=manual_ema_update,
+            learnable_codebook=learnable_codebook,
         )
 
     @property
-    def codebook(self) -> Tensor:  # [K, D]
-        return self._codebook.embed.squeeze(0)
+    def codebook(self) -> Tensor:  # [K, D], or [heads, K, D] with separate_codebook_per_head
+        embed = self._codebook.embed
+        return embed if self.separate_codebook_per_head else embed.squeeze(0)
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
@@ -130,87 +188,218 @@ class VectorQuantize(nn.Module):
             raise ValueError(
                 f"VectorQuantize: codebook must have shape {list(self.codebook.shape)}, got {list(codes.shape)}"
             )
-        self._codebook.set_(codes.unsqueeze(0))
-
-    def forward(self, x: Tensor, *, freeze_codebook: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        learning = self.training and not frozen
-        self.check_input(x)
-        if learning and self._codebook.collects:
-            self.check_first_run()
-        z = self.project_in(self.features_last(x))
-        if not self.training:
-            z = z.detach()
-        rows = z.reshape(1, -1, z.shape[-1])  # [H, N, D]
-        found = self._codebook(
-            rows,
-            gradient="rotation" if self.rotation_trick else "straight_through",
-            learn=learning,
-            collect=learning and self._codebook.collects,
-        )
-        quantized = self.features_back(self.project_out(found.quantized.view(z.shape)))
-        loss = self.commitment_loss(found.error)
-        # Last, so that nothing that fails before it leaves a trace.
-        if learning and self._codebook.collects:
-            self._codebook.update_(rows.detach(), found)
-        return quantized, found.indices.view(z.shape[:-1]), loss
-
-    def commitment_loss(self, error: Tensor) -> Tensor:  # error [H, N]
-        if not self.training or self.commitment_weight == 0:
-            loss = error.new_zeros(())
-        else:
-            values = error.numel() * self._codebook.embed.shape[-1]
-            loss = error.sum() / max(values, 1) * self.commitment_weight
-        # So that loss.backward() works with a frozen encoder too; a compiled graph can't return such a tensor.
-        if self.training and not torch.compiler.is_compiling() and torch.is_grad_enabled() and not loss.requires_grad:
-            loss.requires_grad_()
-        return loss
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes of indices [b, ...]: [b, ..., D], or [b, D, ...] if the input is [b, dim, ...]. -1 gives zeros."""
-        return self.features_back(self.codes_of(indices))
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What forward returned as quantized with these indices, if the codes have not changed since. -1 gives zeros."""
-        codes = self.codes_of(indices)
-        if self.has_projections:
-            codes = self.project_out(codes.to(self.project_out.weight.dtype))
-            codes = codes.masked_fill((indices < 0).unsqueeze(-1), 0)
-        return self.features_back(codes)
-
-    def codes_of(self, indices: Tensor) -> Tensor:
-        check_indices("VectorQuantize", indices, self.codebook_size)
-        codes = nn.functional.embedding(indices.clamp_min(0), self.codebook)
-        return codes.masked_fill((indices < 0).unsqueeze(-1), 0)
+        self._codebook.set_(codes.view(self._codebook.embed.shape))
 
     @property
-    def features_second(self) -> bool:
-        return self.accept_image_fmap or not self.channel_last
+    def ema_update(self) -> bool:
+        return self._codebook.ema_update
 
-    def features_last(self, x: Tensor) -> Tensor:
-        return x.movedim(1, -1) if self.features_second else x
+    @property
+    def layout(self) -> Layout:
+        image = 2 if self.accept_image_fmap else 3 if self.accept_3d_fmap else None
+        features_second = image is not None or not self.channel_last
+        return Layout(self.dim, self.heads, self.separate_codebook_per_head, features_second, image)
 
-    def features_back(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, 1) if self.features_second else x
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        topk: int | None = None,
+        *,
+        freeze_codebook: bool | None = None,
+        return_loss_breakdown: bool = False,
+        ema_update_weight: UpdateWeight | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+        **later,
+    ) -> tuple[Tensor, ...]:
+        refuse("VectorQuantize.forward", later)
+        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        learning = self.training and not frozen
+        collect = learning and topk is None and self._codebook.collects(ema_update)
+        self.check_call(x, indices, topk, ema_update, ema_update_weight)
+        mask = self.layout.mask(x, mask, lens)
+        if collect:
+            check_first_run(self._codebook.embed.detach())
 
-    def check_input(self, x: Tensor) -> None:
-        check_floating("VectorQuantize", x=x)
-        if self.accept_image_fmap:
-            layout, fits = "[b, dim, h, w]", x.dim() == 4
-        elif not self.channel_last:
-            layout, fits = "[b, dim, ...]", x.dim() >= 2
+        def results():
+            update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
+            return self.quantize(x, indices, mask, topk, learning, collect, return_loss_breakdown, update)
+
+        if self._codebook.is_initted or torch.compiler.is_compiling():
+            return results()
+        with self._codebook.restored_on_failure():
+            return results()
+
+    def quantize(
+        self,
+        x: Tensor,
+        targets: Tensor | None,
+        mask: Tensor | None,  # [*positions]
+        topk: int | None,
+        learning: bool,
+        collect: bool,
+        return_loss_breakdown: bool,
+        update: dict,
+    ) -> tuple[Tensor, ...]:
+        """forward, after its checks."""
+        layout = self.layout
+        z, rows = self.project(x, mask)
+        positions = z.shape[:-1]
+        row_mask = layout.mask_rows(mask)
+        self._codebook.ready_(rows.detach(), row_mask)
+        gradient = "rotation" if self.rotation_trick else "straight_through"
+        if not self.route_gradients_to_input:
+            gradient = "none"
+
+        # In eval only the cross entropy reaches the input.
+        given = rows if self.training else rows.detach()
+        if topk is None:
+            found = self._codebook(given, row_mask, gradient=gradient, learn=learning, collect=collect)
+            quantized = self.routed_to_codes(found, learning) if gradient == "none" else found.quantized
+            quantized = layout.rows_back(quantized, positions)
+            indices = layout.indices_back(found.indices, positions)
+            commitment = mean_error(found.error, row_mask, rows.shape[-1])
         else:
-            layout, fits = "[b, ..., dim]", x.dim() >= 2
-        if not fits or self.features_last(x).shape[-1] != self.dim:
-            raise ValueError(f"VectorQuantize: x must be {layout} with dim={self.dim}, got {list(x.shape)}")
-        check_device("VectorQuantize", x, codebook=self._codebook.embed)
+            k = min(topk, self.codebook_size)
+            codes = self._codebook.codes(learning).squeeze(0)
+            flat = None if mask is None else mask.flatten()
+            found = quantize_topk(given.squeeze(0), codes, k, flat, self._codebook.metric, gradient)
+            quantized = found.quantized.view(*positions, k, -1)
+            indices = found.indices.view(*positions, k)
+            commitment = found.error.view(*positions, k) / rows.shape[-1]
+        quantized = self.output(self.project_out(quantized), mask, x)
 
-    def check_first_run(self) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "VectorQuantize: forward runs again inside backward (activation checkpointing), but the first run has "
-                "updated the codebook already; leave the quantizer out of the checkpointed part, or freeze_codebook"
+        if targets is None:
+            loss, breakdown = weighted(commitment, self.commitment_weight, self.training)
+            results = (quantized, indices, loss, breakdown) if return_loss_breakdown else (quantized, indices, loss)
+        else:
+            codes, targets = self._codebook.codes(learning), layout.index_rows(targets)
+            results = quantized, mean_cross_entropy(rows, codes, targets, row_mask, self._codebook.metric)
+        # Last, so that nothing that fails before it leaves a trace.
+        if collect:
+            self._codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
+        return results
+
+    def project(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The vectors to quantize, as [*positions, heads * D] and as rows [H, N, D]."""
+        given = self.layout.features_last(x)
+        if mask is not None and self.has_projections:
+            # Padding may hold anything, and 0 * NaN in the gradient of the weights is NaN.
+            given = given.masked_fill(~mask.unsqueeze(-1), 0)
+        z = self.project_in(given)
+        return z, self.layout.rows(z)
+
+    def output(self, quantized: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+        """The output in the caller's axes, with its values at masked positions."""
+        layout = self.layout
+        if mask is not None:
+            kept = mask.view(*mask.shape, *[1] * (quantized.dim() - mask.dim()))
+            if not self.return_zeros_for_masked_padding:
+                original = layout.features_last(x).to(quantized.dtype)
+                original = original.view(*mask.shape, *[1] * (quantized.dim() - original.dim()), -1)
+                quantized = torch.where(kept, quantized, original)
+            elif self.has_projections:
+                quantized = quantized.masked_fill(~kept, 0)
+        return layout.features_back(quantized)
+
+    def routed_to_codes(self, found: Quantized, learning: bool) -> Tensor:  # [H, N, D]
+        """The quantized rows, with their gradient to the codes if they are learnable, and else without one."""
+        quantized = found.quantized.detach()
+        if not (learning and self._codebook.learnable_codebook):
+            return quantized
+        codes = self.codes_of(self.layout.heads_last(found.indices).reshape(-1, self.heads))
+        codes = self.layout.heads_first(codes)
+        return quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """The codes of indices [b, ...]: [b, ..., D], or [b, D, ...] if the input is [b, dim, ...]. -1 gives zeros.
+
+        With heads, indices are [b, ..., heads], and their codes stand one behind the other in the features.
+        """
+        self.layout.check_indices(indices, self.codebook_size)
+        return self.layout.features_back(self.joined_codes(indices))
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What forward returned as quantized with these indices, unless the codes have changed. -1 gives zeros."""
+        self.layout.check_indices(indices, self.codebook_size)
+        codes = self.joined_codes(indices)
+        if self.has_projections:
+            codes = self.project_out(codes.to(self.project_out.weight.dtype))
+            missing = (indices < 0).all(-1) if self.heads > 1 else indices < 0
+            codes = codes.masked_fill(missing.unsqueeze(-1), 0)
+        return self.layout.features_back(codes)
+
+    def joined_codes(self, indices: Tensor) -> Tensor:  # [*positions(, heads)] -> [*positions, heads * D]
+        return self.codes_of(indices if self.heads > 1 else indices.unsqueeze(-1)).flatten(-2)
+
+    def codes_of(self, indices: Tensor) -> Tensor:  # [..., heads] -> [..., heads, D], zeros for -1
+        embed = self._codebook.embed
+        place = indices.clamp_min(0)
+        if self.separate_codebook_per_head:
+            place = place + self.codebook_size * torch.arange(self.heads, device=indices.device)
+        return F.embedding(place, embed.flatten(0, 1)).masked_fill((indices < 0).unsqueeze(-1), 0)
+
+    @torch.no_grad()
+    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
+        """A step of the codes with the vectors x and the indices they got, as a training forward makes it.
+
+        x, indices and mask as in forward; index -1 leaves a vector out. Also in eval and with freeze_codebook, since it
+        is asked for. A learnable codebook has nothing to update, unless threshold_ema_dead_code keeps averages.
+        """
+        self.check_call(x, indices, None, None, None)
+        mask = self.layout.mask(x, mask, None)
+        if not self._codebook.collects():
+            return
+        check_first_run(self._codebook.embed.detach())
+        _, rows = self.project(x, mask)
+        self._codebook.keep_float32_()
+        chosen = self.layout.index_rows(indices)
+        if mask is not None:
+            chosen = chosen.masked_fill(~self.layout.mask_rows(mask), -1)
+        self._codebook.update_(rows, *self._codebook.statistics(rows, chosen))
+
+    update_ema_indices = update_indices
+
+    @torch.no_grad()
+    def expire_codes_(self, x: Tensor) -> None:
+        """Replace the codes that threshold_ema_dead_code calls dead by random vectors of x, an input of forward.
+
+        Only in training. All ranks must call it, and get the same codes.
+        """
+        self.layout.check_input(x)
+        check_device("VectorQuantize", x, codebook=self._codebook.embed)
+        if self.training and self._codebook.threshold_ema_dead_code > 0:
+            self._codebook.expire_codes_(self.project(x, None)[1])
+
+    def check_call(
+        self,
+        x: Tensor,
+        indices: Tensor | None,
+        topk: int | None,
+        ema_update: bool | None,
+        ema_update_weight: UpdateWeight | None,
+    ) -> None:
+        self.layout.check_input(x)
+        check_device("VectorQuantize", x, codebook=self._codebook.embed, indices=indices)
+        if indices is not None:
+            self.layout.check_indices(indices, self.codebook_size, self.layout.positions(x))
+        if topk is not None:
+            check_counts(topk=topk)
+            if self.heads > 1:
+                raise ValueError(f"VectorQuantize: topk ranks the codes of one head, got heads={self.heads}")
+            if indices is not None:
+                raise ValueError("VectorQuantize: topk and indices can't both be given")
+        if ema_update and self._codebook.learnable_codebook:
+            raise ValueError("VectorQuantize: ema_update=True, but learnable_codebook=True: no averages move the codes")
+        weight = ema_update_weight
+        if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
+            raise TypeError(
+                f"VectorQuantize: ema_update_weight must be a tensor or a function, got {type(weight).__name__}"
             )
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, codebook_size={self.codebook_size}"
+        heads = f", heads={self.heads}" if self.heads > 1 else ""
+        return f"dim={self.dim}, codebook_size={self.codebook_size}{heads}"

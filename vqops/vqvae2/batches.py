@@ -29,12 +29,22 @@ def window_of(images: Images, image_size: int) -> tuple[int, int]:
 
 
 def training_batches(
-    images: Images, window: tuple[int, int], batch_size: int, steps: int, seed: int, num_workers: int
-) -> DataLoader:  # of uint8 [batch_size, C, *window]
-    """Random crops, one batch a step; each epoch visits the images in a new order."""
+    images: Images,
+    window: tuple[int, int],
+    batch_size: int,
+    steps: int,
+    seed: int,
+    num_workers: int,
+    first_step: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> DataLoader:  # of uint8 [batch_size // part[1], C, *window]
+    """Random crops, one batch a step; each epoch visits the images in a new order.
+
+    The batches are those of steps first_step to steps - 1; of each, this is part[0] of part[1] consecutive ones.
+    """
     return DataLoader(
         Crops(images, window, seed),
-        batch_sampler=ShuffledBatches(len(images), batch_size, steps, seed),
+        batch_sampler=ShuffledBatches(len(images), batch_size, steps, seed, first_step, part),
         num_workers=num_workers,
         collate_fn=stack,
         worker_init_fn=ignore_interrupt,
@@ -44,14 +54,14 @@ def training_batches(
 
 
 def validation_batches(
-    images: Images, window: tuple[int, int], batch_size: int, num_workers: int
+    images: Images, window: tuple[int, int], batch_size: int, num_workers: int, part: tuple[int, int] = (0, 1)
 ) -> DataLoader:  # of uint8 [<= batch_size, C, *window]
-    """The middle of each image, in order."""
+    """The middle of each image, in order; of the batches every part[1]-th, from part[0] on."""
     return DataLoader(
         Crops(images, window),
         batch_sampler=[
             [(index, None) for index in range(start, min(start + batch_size, len(images)))]
-            for start in range(0, len(images), batch_size)
+            for start in range(part[0] * batch_size, len(images), part[1] * batch_size)
         ],
         num_workers=num_workers,
         collate_fn=stack,
@@ -82,23 +92,39 @@ class Crops(Dataset):
 class ShuffledBatches(Sampler):
     """Batches of (image index, number of the draw): epoch after epoch, batches running across their boundaries."""
 
-    def __init__(self, num_images: int, batch_size: int, steps: int, seed: int):
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        first_step: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ):
         self.num_images, self.batch_size, self.steps, self.seed = num_images, batch_size, steps, seed
+        self.first_step, self.part = first_step, part
 
     def __len__(self) -> int:
-        return self.steps
+        return max(self.steps - self.first_step, 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        draws = self.draws()
-        for _ in range(self.steps):
-            yield [next(draws) for _ in range(self.batch_size)]
+        draws = self.draws(self.first_step * self.batch_size)
+        share = self.batch_size // self.part[1]
+        for _ in range(self.first_step, self.steps):
+            batch = [next(draws) for _ in range(self.batch_size)]
+            yield batch[self.part[0] * share : (self.part[0] + 1) * share]
 
-    def draws(self) -> Iterator[tuple[int, int]]:
+    def draws(self, first: int) -> Iterator[tuple[int, int]]:
         random, draw = np.random.default_rng(self.seed), 0
         while True:
-            for index in random.permutation(self.num_images).tolist():
-                yield index, draw
-                draw += 1
+            order = random.permutation(self.num_images)
+            skipped = min(max(first - draw, 0), self.num_images)
+            yield from enumerate_from(draw + skipped, order[skipped:].tolist())
+            draw += self.num_images
+
+
+def enumerate_from(first: int, indices: list[int]) -> Iterator[tuple[int, int]]:
+    return ((index, draw) for draw, index in enumerate(indices, start=first))
 
 
 def extended(image: np.ndarray, window: tuple[int, int]) -> np.ndarray:  # [H, W, C]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.vqvae2.model import VQVAE2, VQVAE2Config, as_float
+from vqops.vqvae2.processes import mean_over_ranks, num_ranks, sum_over_ranks
 
 
 def count_codes(indices: Tensor, codebook_size: int) -> Tensor:  # int64 of any shape, -1 is left out; [K] int64
@@ -29,37 +30,35 @@ def psnr(mse: float) -> float:
 
 
 class TrainingMeter:
-    """Adds up the steps since the last row on the device, so that no step waits for it."""
+    """Adds up the steps since the last row on the device, so that no step waits for it.
+
+    In several processes a row is that of their joint batches.
+    """
 
     def __init__(self, config: VQVAE2Config, device: torch.device):
         self.config, self.device = config, device
         self.restart()
 
     def restart(self) -> None:
-        levels, K = self.config.levels, self.config.codebook_size
-        self.steps = self.images = 0
-        self.loss = torch.zeros((), device=self.device)
-        self.mse = torch.zeros((), device=self.device)
-        self.perplexity = torch.zeros(levels, device=self.device)
-        self.counts = torch.zeros(levels, K, dtype=torch.int64, device=self.device)
+        self.images = 0
+        self.losses, self.counts = [], []  # a tensor a step: [2] loss and MSE, [levels, K]
         self.started = time.perf_counter()
 
     @torch.no_grad()
     def add(self, loss: Tensor, mse: Tensor, indices: tuple[Tensor, ...]) -> None:
-        counts = torch.stack([count_codes(level, self.config.codebook_size) for level in indices])
-        self.steps += 1
         self.images += len(indices[0])
-        self.loss += loss
-        self.mse += mse
-        self.perplexity += torch.stack([perplexity(level) for level in counts])
-        self.counts += counts
+        self.losses.append(torch.stack([loss, mse]))
+        self.counts.append(torch.stack([count_codes(level, self.config.codebook_size) for level in indices]))
 
     def row(self) -> dict[str, float]:
         """Mean loss, MSE and batch perplexity; share of the codes used at least once; images per second. Restarts."""
-        row = {"loss": self.loss.item() / self.steps, "mse": self.mse.item() / self.steps}
-        row |= per_level("perplexity", self.config, (self.perplexity / self.steps).tolist())
-        row |= per_level("used", self.config, (self.counts > 0).float().mean(1).tolist())
-        row["images_per_second"] = self.images / (time.perf_counter() - self.started)
+        counts = sum_over_ranks(torch.stack(self.counts))  # [steps, levels, K]
+        loss, mse = mean_over_ranks(torch.stack(self.losses).mean(0)).tolist()
+        perplexities = torch.stack([torch.stack([perplexity(level) for level in step]) for step in counts])
+        row = {"loss": loss, "mse": mse}
+        row |= per_level("perplexity", self.config, perplexities.mean(0).tolist())
+        row |= per_level("used", self.config, (counts.sum(0) > 0).float().mean(1).tolist())
+        row["images_per_second"] = self.images * num_ranks() / (time.perf_counter() - self.started)
         self.restart()
         return row
 
@@ -70,7 +69,7 @@ def per_level(name: str, config: VQVAE2Config, values: list[float]) -> dict[str,
 
 @torch.no_grad()
 def validate(model: VQVAE2, batches: Iterable[Tensor]) -> dict[str, float]:  # uint8 [B, C, H, W] each
-    """MSE of the clamped reconstructions on [0, 1], and the use of the codes over all batches together."""
+    """MSE of the clamped reconstructions on [0, 1], and the use of the codes over the batches of all processes."""
     was_training = model.training
     model.eval()
     config, device = model.config, next(model.parameters()).device
@@ -83,6 +82,9 @@ def validate(model: VQVAE2, batches: Iterable[Tensor]) -> dict[str, float]:  # u
         values += images.numel()
         counts += torch.stack([count_codes(level, config.codebook_size) for level in output.indices])
     model.train(was_training)
+    counts = sum_over_ranks(counts)
+    if num_ranks() > 1:
+        error, values = sum_over_ranks(torch.tensor([error, values], dtype=torch.float64, device=device)).tolist()
     row = {"val_mse": error / values}
     row |= per_level("val_perplexity", config, [perplexity(level).item() for level in counts])
     return row | per_level("val_used", config, (counts > 0).float().mean(1).tolist())

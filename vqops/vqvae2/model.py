@@ -59,8 +59,8 @@ class VQVAE2(nn.Module):
     """Images to codes and back, in 1 to 3 levels.
 
     Level l + 1 reads the features of level l at half the resolution. Quantization goes from the top down: the codes
-    chosen so far are decoded to the next level's resolution and stand beside its features when its own codes are chosen,
-    so a level encodes what the levels above it left out. The image decoder sees the codes of all levels.
+    chosen so far are decoded to the next level's resolution and stand beside its features when its own codes are
+    chosen, so a level encodes what the levels above it left out. The image decoder sees the codes of all levels.
     """
 
     def __init__(self, config: VQVAE2Config):
@@ -95,7 +95,9 @@ class VQVAE2(nn.Module):
             x = features[level + 1]
             if codes is not None:
                 x = torch.cat([x, self.decoders[level + 1](codes)], dim=1)
-            quantized, index, loss = self.quantizers[level](self.to_codes[level](x))
+            # What is quantized stays float32 under autocast: in bfloat16 vectors and codes fall onto few values.
+            with torch.autocast(x.device.type, enabled=False):
+                quantized, index, loss = self.quantizers[level](self.to_codes[level](x.float()))
             codes = quantized if codes is None else torch.cat([quantized, upsample(codes)], dim=1)
             indices.insert(0, index)
             codebook_loss = codebook_loss + loss.sum()

@@ -20,6 +20,16 @@ def save_reconstructions(path: Path, images: Tensor, reconstructions: Tensor) ->
         write_png(temporary, np.concatenate(rows, axis=0))
 
 
+def save_grid(path: Path, images: Tensor, columns: int) -> None:  # uint8 [B, C, H, W]
+    """Write a PNG of the images, `columns` of them in a row; the last row is filled up with white."""
+    cells = framed(images)
+    missing = -len(cells) % columns
+    cells = np.concatenate([cells, np.full((missing, *cells.shape[1:]), 255, np.uint8)])
+    rows = [np.concatenate(list(cells[start : start + columns]), axis=1) for start in range(0, len(cells), columns)]
+    with atomically(path) as temporary:
+        write_png(temporary, np.concatenate(rows, axis=0))
+
+
 def framed(batch: Tensor) -> np.ndarray:  # uint8 [B, C, H, W]; [B, H', W', C] enlarged, in a white frame
     pixels = batch.cpu().permute(0, 2, 3, 1).numpy()
     enlarge = -(-SHOWN_SIZE // pixels.shape[1])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -11,6 +13,8 @@ from pathlib import Path
 from vqops_cli.options import InputError
 
 MODEL, METRICS, RECONSTRUCTIONS, CURVES = "model.safetensors", "metrics.jsonl", "reconstructions.png", "curves.png"
+CONFIG, TRAIN_STATE, TENSORBOARD = "config.toml", "train_state.pt", "tensorboard"
+UNFINISHED = re.compile(r"\.\d+\..+")  # the names that `atomically` gives
 
 
 def check_output(folder: Path | None, overwrite: bool = False) -> None:
@@ -35,9 +39,29 @@ def create(folder: Path | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with atomically(folder / METRICS):
             pass
-        for name in (MODEL, RECONSTRUCTIONS, CURVES):  # of the run that is being overwritten
+        for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE):  # of the run that is being overwritten
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        remove_unfinished(folder)
     return folder
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Take back what a run that was cut off wrote after its checkpoint at `step`."""
+    with writing_in(folder):
+        for name in (RECONSTRUCTIONS, CURVES):
+            (folder / name).unlink(missing_ok=True)
+        remove_unfinished(folder)
+        lines = [line for line in (folder / METRICS).read_text().splitlines() if line.endswith("}")]  # whole ones
+        with atomically(folder / METRICS) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink()
 
 
 @contextmanager
@@ -61,11 +85,16 @@ def next_run() -> Path:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends without an error."""
+    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+
+    It is on the disk before it takes the place, so that a power failure, too, leaves the old file or the new one.
+    """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         temporary.touch()
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,10 +9,10 @@ from vqops.vqvae2.metrics import psnr
 
 
 class Screen:
-    """A context manager around the steps of a run."""
+    """A context manager around the steps of a run; a quiet one shows nothing."""
 
-    def __init__(self, steps: int):
-        self.console = Console(highlight=False)
+    def __init__(self, steps: int, quiet: bool = False):
+        self.console = Console(highlight=False, quiet=quiet)
         self.bar = Progress(
             "training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn()
         )
@@ -21,7 +21,7 @@ class Screen:
         self.live = Live(Group(self.bar, self.figures), console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Screen":
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self.live.start()
         return self
 

@@ -1,113 +1,243 @@
 """`vqops train`: a VQ-VAE-2 from images to a run folder."""
 
 import math
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from threading import Event
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from vqops.vqvae2 import run_folder
 from vqops.vqvae2.batches import hold_out, training_batches, validation_batches, window_of
+from vqops.vqvae2.board import Board
 from vqops.vqvae2.checkpoint import save_model
 from vqops.vqvae2.images import Images
+from vqops.vqvae2.interruption import interruption
 from vqops.vqvae2.metrics import TrainingMeter, validate
 from vqops.vqvae2.model import VQVAE2, VQVAE2Config, as_float
+from vqops.vqvae2.optimization import WeightAverage, learning_rate, set_learning_rate
 from vqops.vqvae2.photographs import held_out_photographs, training_photographs
 from vqops.vqvae2.pictures import save_curves, save_reconstructions
+from vqops.vqvae2.processes import agree, is_first, num_ranks, pick_device, process_group, rank
 from vqops.vqvae2.screen import Screen
 from vqops.vqvae2.sources import load_images
+from vqops.vqvae2.train_state import TrainState
+from vqops_cli.config import TRANSIENT, read_options, written
 from vqops_cli.options import InputError, TrainOptions
 
 ROW_EVERY = 10  # steps between two rows of metrics
-# The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the inverse
-# of the data's variance, as Sonnet's example does, ended 16 % higher on CIFAR-10 (1500 steps, one level).
+# The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the
+# inverse of the data's variance, as Sonnet's example does, ended 16 % higher on CIFAR-10 (1500 steps, one level).
 RECONSTRUCTION_WEIGHT = 4.0
 # A code is restarted when it is chosen less than this often, as a share of N / K, what equal use would give it.
 RESTART_BELOW = 0.1
+# A level that still uses so few codes after so many steps seldom recovers without help.
+COLLAPSED_PERPLEXITY, COLLAPSED_STEP = 2.0, 300
+# Fields that may differ between a run and its continuation: how long, where and how often, not what.
+MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "num_workers", "device", "out", *TRANSIENT)
 
 
 def train(options: TrainOptions) -> Path:
     """Train a model as the options say and return its run folder.
 
-    Writes metrics.jsonl while it runs; model.safetensors, reconstructions.png and curves.png at the end, also when
-    Ctrl-C ends it early. On the CPU the same options give the same weights, whatever the number of workers.
+    Writes metrics.jsonl while it runs, and train_state.pt and model.safetensors at every checkpoint; at the end, also
+    when Ctrl-C ends it early, reconstructions.png and curves.png. On the CPU the same options give the same weights,
+    whatever the number of workers and however often the run was cut off and resumed. In several processes of
+    `torchrun` each takes its part of the batch.
 
     Raises InputError for anything that cannot be used, before the run folder is created or changed; and if the loss is
     no longer finite.
     """
-    run_folder.check_output(options.out, options.overwrite)
+    options = continued(options) if options.resume else options
+    if is_first() and not options.resume:
+        run_folder.check_output(options.out, options.overwrite)
     device = pick_device(options.device)
-    screen = Screen(options.steps)
+    with process_group(device):
+        return train_here(options, device)
+
+
+def train_here(options: TrainOptions, device: torch.device) -> Path:
+    """What each process does."""
+    if options.batch_size % num_ranks():
+        raise InputError(f"--batch-size {options.batch_size} must be a multiple of the {num_ranks()} processes")
+    screen = Screen(options.steps, quiet=not is_first())
     images, held_out = load_data(options, screen)
     window = window_of(images, options.image_size)
     torch.manual_seed(options.seed)
     model = VQVAE2(network_of(options, images.channels, window))
     model.to(device, memory_format=torch.channels_last)
-    batches = training_batches(images, window, options.batch_size, options.steps, options.seed, options.num_workers)
-    validation = validation_batches(held_out, window, options.batch_size, options.num_workers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    about = {"images": len(images), "image size": list(window)}
+    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about)
+    if options.resume and (checkpoint := options.resume / run_folder.TRAIN_STATE).exists():
+        state.load(checkpoint)
+        finished = (options.resume / run_folder.RECONSTRUCTIONS).exists()  # what a run writes last
+        if state.step >= options.steps and finished:
+            raise InputError(f"{options.resume} has done its {state.step} steps: name more with --steps")
+    part = rank(), num_ranks()
+    batches = training_batches(
+        images, window, options.batch_size, options.steps, options.seed, options.num_workers, state.step, part
+    )
+    validation = validation_batches(held_out, window, options.batch_size, options.num_workers, part)
+    trained = model if num_ranks() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
-    folder = run_folder.create(options.out)
+    folder = start_folder(options, state.step) if is_first() else Path()
     screen.say(f"{len(images)} images, {window[0]} x {window[1]} pixels a crop, on {device}; run folder {folder}")
     with screen, interruption() as interrupted:
-        step = run_steps(model, batches, validation, options, folder, screen, interrupted)
-    save_model(folder / run_folder.MODEL, model, options, step)
-    save_curves(folder / run_folder.CURVES, run_folder.read_rows(folder))
-    shown = next(iter(validation))
-    save_reconstructions(folder / run_folder.RECONSTRUCTIONS, shown, model.reconstruct(shown))
-    if step < options.steps:
-        screen.say(f"interrupted after step {step} of {options.steps}")
-    screen.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
-    screen.say(f"curves: {folder / run_folder.CURVES}")
-    screen.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER")
+        run_steps(trained, state, batches, validation, options, folder, screen, interrupted)
+    if is_first():
+        finish(state, held_out, window, options, folder, screen)
+    return folder
+
+
+def start_folder(options: TrainOptions, step: int) -> Path:
+    """The folder of the run: new, or as it was at the step to go on from; with the options in it."""
+    if options.resume:
+        folder = options.resume
+        run_folder.rewind(folder, step)
+    else:
+        folder = run_folder.create(options.out)
+    with run_folder.writing_in(folder), run_folder.atomically(folder / run_folder.CONFIG) as temporary:
+        temporary.write_text(written(options))
     return folder
 
 
 def run_steps(
-    model: VQVAE2,
+    trained: nn.Module,
+    state: TrainState,
     batches: DataLoader,
     validation: DataLoader,
     options: TrainOptions,
     folder: Path,
     screen: Screen,
     interrupted: Event,
-) -> int:
-    """Train until the batches end or `interrupted` is set; return the number of steps done."""
+) -> None:
+    """Train until the batches end or `interrupted` is set; `trained` is the state's module, or stands for it."""
+    model, optimizer = state.module, state.optimizer
     device = next(model.parameters()).device
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     meter = TrainingMeter(model.config, device)
-    step = 0
-    for step, pixels in enumerate(batches, start=1):
+    board = Board(folder / run_folder.TENSORBOARD, state.step) if is_first() else None
+    collapsed = set()
+    for pixels in batches:
+        step = state.step + 1
+        set_learning_rate(optimizer, learning_rate(options.lr, options.schedule, step, options.steps, options.warmup))
+        warm_up_codebooks(model, step)
         images = as_float(pixels.to(device))
-        output = model(images)
-        mse = F.mse_loss(output.reconstruction, images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            output = trained(images)
+        mse = F.mse_loss(output.reconstruction.float(), images)
         loss = RECONSTRUCTION_WEIGHT * mse + output.codebook_loss
         optimizer.zero_grad()
         loss.backward()
+        if options.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
         optimizer.step()
+        state.average.update(step)
+        state.step = step
         meter.add(loss.detach(), mse.detach(), output.indices)
         screen.step(step)
         validation_is_due = step % options.eval_every == 0 or step == options.steps
-        if step % ROW_EVERY == 0 or validation_is_due or interrupted.is_set():
+        row_is_due = step % ROW_EVERY == 0 or validation_is_due
+        # Several processes must stop at the same step; asking costs a wait, so only where a row costs it too.
+        stop = agree(interrupted.is_set(), device) if row_is_due or num_ranks() == 1 else False
+        if row_is_due or stop:
             row = {"step": step, **meter.row()}
             if not math.isfinite(row["loss"]):
                 raise InputError(
                     f"the loss is {row['loss']} at step {step}: --lr {options.lr} is too high for this data"
                 )
             if validation_is_due:
-                row |= validate(model, validation)
+                with state.average.in_place():
+                    row |= validate(model, validation)
                 meter.restart()
-            run_folder.append_row(folder, row)
+            if board is not None:
+                run_folder.append_row(folder, row)
+                board.row(row)
             screen.row(row)
-        if interrupted.is_set():
+            warn_of_collapse(row, model.config, collapsed, screen)
+        if is_first() and (step % options.checkpoint_every == 0 or step == options.steps or stop):
+            save_checkpoint(state, options, folder)
+        if stop:
             break
-    return step
+    if board is not None:
+        board.close()
+
+
+def warm_up_codebooks(model: VQVAE2, step: int) -> None:
+    """Let the codes follow an encoder that moves fast at first: a decay of (1 + step) / (10 + step) until it is larger.
+
+    The averages of the first batch would otherwise keep codes alive, for hundreds of steps, that the encoder has left
+    behind: on CIFAR-10 the top level passed nothing on between steps 20 and 240.
+    """
+    for quantizer in model.quantizers:
+        quantizer._codebook.decay = min(model.config.decay, (1 + step) / (10 + step))
+
+
+def warn_of_collapse(row: dict[str, float], config: VQVAE2Config, collapsed: set[str], screen: Screen) -> None:
+    """Say it once when a level uses next to none of its codes, and what helps."""
+    for level in config.level_names:
+        perplexity = row[f"perplexity_{level}"]
+        if row["step"] > COLLAPSED_STEP and perplexity < COLLAPSED_PERPLEXITY < config.codebook_size:
+            if level not in collapsed:
+                screen.say(
+                    f"warning: the codes of level {level} have collapsed (perplexity {perplexity:.1f} of "
+                    f"{config.codebook_size}): it passes next to nothing on. A lower --lr, a --warmup, a larger "
+                    f"--batch-size or a smaller --codebook-size can help, and fewer --levels if the images are small."
+                )
+            collapsed.add(level)
+
+
+def save_checkpoint(state: TrainState, options: TrainOptions, folder: Path) -> None:
+    """The state first: whatever happens in between, the run can go on from it."""
+    state.save(folder / run_folder.TRAIN_STATE)
+    with state.average.in_place():
+        save_model(folder / run_folder.MODEL, state.module, options, state.step)
+
+
+def finish(
+    state: TrainState,
+    held_out: Images,
+    window: tuple[int, int],
+    options: TrainOptions,
+    folder: Path,
+    screen: Screen,
+) -> None:
+    """Draw the pictures and say where they are and what comes next."""
+    save_curves(folder / run_folder.CURVES, run_folder.read_rows(folder))
+    shown = next(iter(validation_batches(held_out, window, options.batch_size, num_workers=0)))
+    with state.average.in_place():
+        reconstructions = state.module.eval().reconstruct(shown)
+    save_reconstructions(folder / run_folder.RECONSTRUCTIONS, shown, reconstructions)
+    if state.step < options.steps:
+        screen.say(f"interrupted after step {state.step} of {options.steps}; go on: vqops train --resume {folder}")
+    screen.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
+    screen.say(f"curves: {folder / run_folder.CURVES}")
+    screen.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER, or, on the way to samples,")
+    key = f" --data-key {options.data_key}" if options.data_key else ""
+    screen.say(f"next: vqops extract {folder} --data {options.data or 'PATH'}{key} --out CODES")
+
+
+def continued(options: TrainOptions) -> TrainOptions:
+    """The options as those of a continuation; raises InputError where they do not fit the run."""
+    folder = options.resume
+    if not (folder / run_folder.CONFIG).is_file():
+        raise InputError(f"--resume {folder}: no run of vqops train is there (no {run_folder.CONFIG})")
+    if options.out not in (None, folder):
+        raise InputError(f"--resume {folder} goes on in that folder, --out {options.out} is another")
+    before = read_options(folder / run_folder.CONFIG, TrainOptions)
+    for name in (field.name for field in fields(TrainOptions) if field.name not in MAY_CHANGE):
+        there, here = getattr(before, name), getattr(options, name)
+        if there != here:
+            raise InputError(f"--resume {folder}: {flag(name)} is {there} there and cannot change, got {here}")
+    return replace(options, out=folder)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def network_of(options: TrainOptions, image_channels: int, window: tuple[int, int]) -> VQVAE2Config:
@@ -143,35 +273,3 @@ def load_data(options: TrainOptions, screen: Screen) -> tuple[Images, Images]:
     total = len(images) + len(held_out)
     screen.say(f"{options.data}: held out {len(held_out)} of {total} images (5 %, seed {options.seed}) for validation")
     return images, held_out
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises InputError if there is no such device here."""
-    available = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if name == "auto":
-        name = "cuda" if "cuda:0" in available else "cpu"
-    if ("cuda:0" if name == "cuda" else name) not in available:
-        raise InputError(f"--device {name}: this torch ({torch.__version__}) has {', '.join(available)}")
-    return torch.device(name)
-
-
-@contextmanager
-def interruption() -> Iterator[Event]:
-    """An event that Ctrl-C sets, so that a step is never left half done; a second Ctrl-C interrupts at once."""
-    interrupted = Event()
-    if threading.current_thread() is not threading.main_thread():  # only that one gets Ctrl-C
-        yield interrupted
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def remember(number: int, frame: object) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)

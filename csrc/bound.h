@@ -1,0 +1,92 @@
+// The error bound of the fp16 screening pass, each constant with its cause in csrc/cuda/exactness.md.
+#pragma once
+
+#include "host_device.h"
+
+namespace vqops {
+
+// X = s (x - m), C = s (c - m) with a centre m and a power of two s; for cosine X = s x and C = c / |c| - m.
+// Stored: X' and C', float16 times a power of two a row and a code. t = |C|^2 / 2 - X.C orders the codes.
+constexpr double kFarCode = 0x1p30;       // |C| beyond: compared in float64 with every row
+constexpr double kFarRow = 0x1p40;        // |X| beyond: compared in float64 with every code
+constexpr double kSmallestRadius = 0x1p-24;
+constexpr int kSmallestExponent = -46;    // of a norm, for the powers of two
+constexpr float kAbsentStart = 0x1p120f;  // more than any start: a code that is left out
+constexpr float kAlwaysStart = -0x1p100f; // less than any start: a code that stays a candidate of every row
+
+// Of the tensor cores, relative to |X'| |C'|, for a depth that is a multiple of 16.
+VQOPS_HOST_DEVICE double accumulation(int64_t depth) { return 1.5 * double(depth + 16) * 0x1p-23; }
+
+// Of the float64 decision: relative to |X|^2 + 2 (|C|^2 / 2), for cosine to |X|.
+VQOPS_HOST_DEVICE double decision(int64_t D, bool cosine) {
+    return cosine ? 4 * double(D + 16) * 0x1p-53 : 1.01 * double(D / 8 + 8) * 0x1p-53;
+}
+
+// What a row brings to its bounds.
+struct RowBound {
+    float radius;  // times the code's radius: taken from the lower bound
+    float spread;  // times the code's radius: from the lower to the upper bound
+    float rest;    // from the lower to the upper bound
+};
+
+// norm: |X|. error: |X - X'|. worst: the largest (|C - C'| + accumulation |C'|) / radius of a code.
+VQOPS_HOST_DEVICE RowBound row_bound(double norm, double error, double worst, int64_t D, bool cosine) {
+    const double stored = (norm + error) * (1 + 0x1p-40);
+    const double radius = 1.02 * (error + 0x1p-45 * norm + stored * (worst + 0x1p-21));
+    const double rest = decision(D, cosine) * (cosine ? norm : norm * norm) + 0x1p-90 * (1 + norm);
+    return {float(radius * (1 + 0x1p-20)), float(2.04 * radius + stored * 0x1p-20), float(2.05 * rest)};
+}
+
+// What a code brings. half: |C|^2 / 2, 0 for cosine.
+VQOPS_HOST_DEVICE float code_start(double half, int64_t D) {
+    return float(half * (1 - 0x1p-20 - 2.02 * decision(D, false)));
+}
+VQOPS_HOST_DEVICE float code_slack(double half, int64_t D) {
+    return float(half * (3 * 0x1p-20 + 4.04 * decision(D, false)));
+}
+
+// Lower bound of t less its decision's error, from the accumulated product in units of `unit`.
+VQOPS_HOST_DEVICE float lower_bound(float product, float unit, float start, float code_radius, float row_radius) {
+    return fmaf(-row_radius, code_radius, fmaf(-unit, product, start));
+}
+
+// Upper bound of t and its decision's error, from the lower one.
+VQOPS_HOST_DEVICE float upper_bound(float lower, float slack, float code_radius, const RowBound& row) {
+    return fmaf(row.spread, code_radius, lower) + (slack + row.rest);
+}
+
+// 2^exponent as a double.
+VQOPS_HOST_DEVICE double power_of_two(int exponent) {
+    const uint64_t bits = uint64_t(exponent + 1023) << 52;
+    double value;
+    memcpy(&value, &bits, 8);
+    return value;
+}
+
+// floor(log2(value)) for positive normal numbers; -1023 for 0 and denormals.
+VQOPS_HOST_DEVICE int exponent_of(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    return int(bits >> 52 & 0x7ff) - 1023;
+}
+
+// The exponent of the power of two that a vector of this norm is divided by: its elements stay below 2^15.
+VQOPS_HOST_DEVICE int unit_exponent(double norm) {
+    const int exponent = exponent_of(norm);
+    return (exponent > kSmallestExponent ? exponent : kSmallestExponent) - 14;
+}
+
+// Floats in the order of integers, for an atomic minimum.
+VQOPS_HOST_DEVICE int32_t ordered(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+VQOPS_HOST_DEVICE float from_ordered(int32_t bits) {
+    bits = bits < 0 ? bits ^ 0x7fffffff : bits;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+}  // namespace vqops

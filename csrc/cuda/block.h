@@ -1,0 +1,145 @@
+// One block of threads on a GPU. tests/native/emulated_block.h is the same on the CPU: a kernel's body is written once,
+// and tests run it there.
+//
+// A kernel is a struct: its members are the arguments, `Shared` its shared memory, `operator()(block, shared)` its body.
+// The body is a sequence of steps; between them only values that all threads agree on may steer it:
+//     each(f)       f(thread) for every thread, then a barrier
+//     own(f)        the same without the barrier, for what touches registers and the thread's own memory alone
+//     agreed(v)     a value of shared memory, read by all before anybody goes on to change it
+//     registers<T>  one T a thread, that lives across steps: r[thread]
+//     sum<L>        the sum over groups of L neighbours, in a fixed tree, given to each of them; for L = 8 that of distance.h
+//     multiply_add  a 16 x 8 x 16 product on the tensor cores, whose operands lie in the registers of 32 threads
+// What touches shared memory another thread reads or writes in the same step is wrong.
+#pragma once
+
+#include "../numbers.h"
+
+namespace vqops::cuda {
+
+template <int n>
+struct Doubles {
+    double v[n];
+};
+
+// A thread's share of the operands and of the result of multiply_add. With g = lane / 4 and t = lane mod 4, two float16
+// a word, the lower one first (PTX manual, "Matrix Fragments for mma.m16n8k16"):
+//     Left     rows g, g + 8, g, g + 8 at depths 2t, 2t, 2t + 8, 2t + 8
+//     Right    code g at depths 2t, 2t + 8
+//     Products row g at codes 2t and 2t + 1, row g + 8 at the same
+template <int tiles>
+struct Left {
+    uint32_t v[tiles][4];
+};
+template <int tiles>
+struct Right {
+    uint32_t v[tiles][2];
+};
+template <int rows, int codes>
+struct Products {
+    float v[rows][codes][4];
+};
+
+#ifdef __CUDACC__
+
+// The bodies are empty for the host, which never calls them.
+struct DeviceBlock {
+    int64_t index;
+
+    template <class T>
+    struct Registers {
+        T value;
+        __host__ __device__ __forceinline__ T& operator[](int) { return value; }
+    };
+
+    template <class T>
+    VQOPS_HOST_DEVICE Registers<T> registers() const {
+        return {};
+    }
+
+    template <class F>
+    VQOPS_HOST_DEVICE void each(F f) const {
+#ifdef __CUDA_ARCH__
+        f(int(threadIdx.x));
+        __syncthreads();
+#endif
+    }
+
+    template <class F>
+    VQOPS_HOST_DEVICE void own(F f) const {
+#ifdef __CUDA_ARCH__
+        f(int(threadIdx.x));
+#endif
+    }
+
+    template <class T>
+    VQOPS_HOST_DEVICE T agreed(const T& value) const {
+        const T read = value;
+#ifdef __CUDA_ARCH__
+        __syncthreads();
+#endif
+        return read;
+    }
+
+    template <int L, class T>
+    VQOPS_HOST_DEVICE void sum(Registers<T>& r) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+        for (int offset = L / 2; offset > 0; offset /= 2) r.value += __shfl_xor_sync(0xffffffff, r.value, offset);
+#endif
+    }
+
+    template <int L, int n>
+    VQOPS_HOST_DEVICE void sum(Registers<Doubles<n>>& r) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+        for (int i = 0; i < n; i++)
+#pragma unroll
+            for (int offset = L / 2; offset > 0; offset /= 2)
+                r.value.v[i] += __shfl_xor_sync(0xffffffff, r.value.v[i], offset);
+#endif
+    }
+
+    // c[row_tile][code_tile] += a[row_tile] b[code_tile]^T, all in float16 but the sum.
+    template <int rows, int codes>
+    VQOPS_HOST_DEVICE void multiply_add(Registers<Products<rows, codes>>& c, Registers<Left<rows>>& a,
+                                        Registers<Right<codes>>& b) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+        for (int i = 0; i < rows; i++)
+#pragma unroll
+            for (int j = 0; j < codes; j++) {
+                float* const d = c.value.v[i][j];
+                const uint32_t *const x = a.value.v[i], *const y = b.value.v[j];
+                asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                    "{%0, %1, %2, %3};"
+                    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                    : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
+            }
+#endif
+    }
+
+    template <class T>
+    VQOPS_HOST_DEVICE T fetch_add(T* place, T value) const {
+#ifdef __CUDA_ARCH__
+        return atomicAdd(place, value);
+#else
+        return value;
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void lower(int32_t* place, int32_t value) const {
+#ifdef __CUDA_ARCH__
+        atomicMin(place, value);
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void raise(int32_t* place, int32_t value) const {
+#ifdef __CUDA_ARCH__
+        atomicMax(place, value);
+#endif
+    }
+};
+
+#endif
+
+}  // namespace vqops::cuda

@@ -1,0 +1,149 @@
+// Launches on a GPU, and tensors as the kernels take them.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../common.h"
+#include "../numbers.h"
+#include "block.h"
+#include "memory.h"
+#include "runs.h"
+
+namespace vqops::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+    STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    DeviceBlock block = {int64_t(blockIdx.x)};
+    kernel(block, *reinterpret_cast<typename Kernel::Shared*>(memory));
+}
+
+// Runs on the device of `on` and its current stream, without a synchronisation.
+class Gpu {
+public:
+    explicit Gpu(const Tensor& on) : guard_(on.get_device_index()), on_(on) {
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "vqops: this torch has no CUDA");
+        void* stream = nullptr;
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream) == 0,
+                        "vqops: torch has no current stream");
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+
+    template <class Kernel>
+    void launch(const Kernel& kernel) const {
+        const int64_t blocks = kernel.blocks();
+        if (blocks == 0) return;
+        STD_TORCH_CHECK(blocks <= INT32_MAX, "vqops: the input is too large, it takes ", blocks, " blocks");
+        const size_t shared = kernel.shared_bytes();
+        if (shared > 48 * 1024)
+            check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "vqops");
+        run<Kernel><<<unsigned(blocks), Kernel::kThreads, shared, stream_>>>(kernel);
+        check(cudaGetLastError(), "vqops");
+    }
+
+    void sort(const Sorted& sorted) const;  // sort.cu
+    void clear(void* data, int64_t bytes) const { check(cudaMemsetAsync(data, 0, size_t(bytes), stream_), "vqops"); }
+
+    // Workspace that torch takes back when the stream is done with it.
+    Tensor allocate(int64_t bytes) const { return torch::stable::new_empty(on_, {bytes}, ScalarType::Byte); }
+
+private:
+    torch::stable::accelerator::DeviceGuard guard_;
+    const Tensor& on_;
+    cudaStream_t stream_ = nullptr;
+};
+
+size_t sort_bytes(int64_t rows, int64_t codes);  // sort.cu
+
+// Workspace of sums by code.
+template <class T>
+struct SumsWork {
+    SumsWork(const Gpu& gpu, const char* op, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms = 0)
+        : memory_(gpu.allocate(bytes(op, H, N, K, columns, norms))) {
+        Memory memory(memory_.mutable_data_ptr());
+        take(memory, H, N, K, columns, norms);
+    }
+    Sorted sorted{};
+    T *partial = nullptr, *norm = nullptr;
+
+private:
+    int64_t bytes(const char* op, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms) {
+        STD_TORCH_CHECK(H * N < INT32_MAX && H * K < INT32_MAX, op, ": x may have up to 2^31 rows, and as many codes");
+        Memory dry;
+        take(dry, H, N, K, columns, norms);
+        return dry.size;
+    }
+    void take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms) {
+        sorted = Sorted::take(memory, H, N, K, sort_bytes(H * N, H * K));
+        partial = memory.take<T>(sorted.slots() * columns);
+        norm = memory.take<T>(norms);
+    }
+    Tensor memory_;
+};
+
+inline DType dtype_of(const char* op, const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float: return DType::float32;
+        case ScalarType::Double: return DType::float64;
+        case ScalarType::Half: return DType::float16;
+        case ScalarType::BFloat16: return DType::bfloat16;
+        default: STD_TORCH_CHECK(false, op, ": values must be float32, float64, float16 or bfloat16");
+    }
+}
+
+inline Rows rows_of(const char* op, const Tensor& t) {
+    return {t.const_data_ptr(), dtype_of(op, t), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 1};
+}
+
+inline RowMask mask_of(const OptionalTensor& mask) {
+    if (!mask) return {};
+    return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
+}
+
+// Indices that are no code count as -1; Python has asserted on the device that there are none.
+inline Indices indices_of(const char* op, const Tensor& indices, const Tensor& x, int64_t K) {
+    STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == x.size(0) && indices.size(1) == x.size(1) &&
+                        indices.scalar_type() == ScalarType::Long,
+                    op, ": indices must be int64 [H, N]");
+    return {static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0), indices.stride(1), K};
+}
+
+inline ScalarType real_type(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor unused(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
+
+// counts is int64, or float32 for weights; null where nobody counts.
+template <class T>
+SumsOut<T> sums_out(const SumsWork<T>& work, int64_t D, const Tensor& sums, const Tensor* counts) {
+    const bool weighted = counts && counts->scalar_type() == ScalarType::Float;
+    return {D,
+            D + weighted,
+            sums.mutable_data_ptr(),
+            dtype_of("sums", sums),
+            counts && !weighted ? static_cast<int64_t*>(counts->mutable_data_ptr()) : nullptr,
+            weighted ? static_cast<float*>(counts->mutable_data_ptr()) : nullptr,
+            work.partial};
+}
+
+// body(T()) with the type of the values.
+template <class Body>
+void with_type(DType type, const Body& body) {
+    switch (type) {
+        case DType::float32: return body(float());
+        case DType::float64: return body(double());
+        case DType::float16: return body(Float16());
+        case DType::bfloat16: return body(BFloat16());
+    }
+}
+
+}  // namespace vqops::cuda
+
+// An op of its own only: what the plain op runs on CUDA is decided by measurements, and there are none.
+#define VQOPS_CUDA_KERNEL(name) m.impl(#name "_compiled", TORCH_BOX(&vqops::cuda::name))

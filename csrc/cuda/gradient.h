@@ -1,0 +1,185 @@
+// The backward of a quantizer's bottleneck.
+//
+// Gradient: 32 neighbouring threads a row (8 where D <= 32), columns dealt out among them, sums over a row by shuffles.
+//   registers     the row's three to six dot products; its columns are read again for each pass, from the first cache
+//   bytes         x and the incoming gradient once from memory, the code from L2; grad_x written once
+// No rotation matrix is built. The codebook's gradient is a sum by code, in the order of code_sums (runs.h).
+#pragma once
+
+#include "../distance.h"
+#include "runs.h"
+
+namespace vqops::cuda {
+
+enum class Passing { none, straight_through, rotation };
+
+template <class T, class Real>
+struct GradientInputs {
+    int64_t H, N, D;
+    Typed<T> x;          // [H, N, D]
+    Typed<T> quantized;  // gradient of quantized [H, N, D]; data null where nothing came
+    Rows error;          // gradient of error [H, N]; data null where nothing came
+    Rows codebook;       // [H, K, D]
+    Indices indices;
+    RowMask mask;
+    Passing passing;
+    bool cosine;
+    double codebook_error_scale;
+};
+
+// What the passes over a row share.
+template <class Real>
+struct RowState {
+    int64_t h, n, k;
+    bool kept;            // neither masked nor beyond the last row
+    Real norm;            // max(|x|, 1e-6); x is divided by it for cosine
+    Real x_norm, q_norm;  // of the row as quantized, and of its code
+    Real along_w, along_v;
+    Real error;  // gradient of the row's error
+};
+
+template <class T, class Real, int L>
+struct Gradient {
+    static constexpr int kThreads = 256, kRows = kThreads / L;
+    struct Shared {};
+    GradientInputs<T, Real> in;
+    T* grad_x;   // [H, N, D], or null for
+    Real* norm;  // [H, N], max(|x|, 1e-6), which the codebook's gradient takes for cosine
+
+    size_t shared_bytes() const { return 0; }
+    int64_t blocks() const { return (in.H * in.N + kRows - 1) / kRows; }
+
+    VQOPS_HOST_DEVICE Real start(const RowState<Real>& row, int64_t i) const {
+        const Real value = Real(in.x.at(in.x.offset(row.h, row.n), i));
+        return in.cosine ? value / row.norm : value;
+    }
+    VQOPS_HOST_DEVICE Real code(const RowState<Real>& row, int64_t i) const {
+        return row.k < 0 ? Real(NAN) : Real(in.codebook.at(in.codebook.offset(row.h, row.k), i));
+    }
+    VQOPS_HOST_DEVICE Real incoming(const RowState<Real>& row, int64_t i) const {
+        return Real(in.quantized.at(in.quantized.offset(row.h, row.n), i));
+    }
+
+    // u + v of the rotation that takes u = x / |x| to v = q / |q| (arXiv 2410.06424, section 4.2).
+    VQOPS_HOST_DEVICE Real u(const RowState<Real>& row, int64_t i) const { return start(row, i) / row.x_norm; }
+    VQOPS_HOST_DEVICE Real v(const RowState<Real>& row, int64_t i) const {
+        const Real smallest = Real(kSmallestNorm);
+        return code(row, i) / (row.q_norm > smallest ? row.q_norm : smallest);
+    }
+
+    // The gradient of start(row, i).
+    VQOPS_HOST_DEVICE Real outgoing(const RowState<Real>& row, int64_t i) const {
+        Real g = 0;
+        if (in.quantized.data && in.passing != Passing::none) {
+            g = incoming(row, i);
+            if (in.passing == Passing::rotation)
+                g = (g - row.along_w * (u(row, i) + v(row, i)) + row.along_v * u(row, i)) * (row.q_norm / row.x_norm);
+        }
+        return in.error.data ? g + 2 * (start(row, i) - code(row, i)) * row.error : g;
+    }
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
+        const bool rotation = grad_x && in.quantized.data && in.passing == Passing::rotation;
+        const Real smallest = Real(kSmallestNorm);
+        auto rows = block.template registers<RowState<Real>>();
+        auto a = block.template registers<Real>(), b = block.template registers<Real>(),
+             c = block.template registers<Real>();
+        block.own([&](int t) {
+            RowState<Real>& row = rows[t];
+            const int64_t i = block.index * kRows + t / L;
+            const bool exists = i < in.H * in.N;
+            row.h = exists ? i / in.N : 0, row.n = exists ? i - row.h * in.N : 0;
+            row.kept = exists && in.mask.keeps(row.h, row.n);
+            row.k = row.kept ? in.indices.at(row.h, row.n) : -1;
+            row.error = row.kept && in.error.data ? Real(in.error.at(in.error.offset(row.h, row.n), 0)) : 0;
+            a[t] = b[t] = 0;
+            row.norm = 1;
+            for (int64_t d = t % L; d < in.D && row.kept; d += L) {
+                if (in.cosine || rotation) {
+                    const Real x = Real(in.x.at(in.x.offset(row.h, row.n), d));
+                    a[t] += x * x;
+                }
+                if (rotation) b[t] += code(row, d) * code(row, d);
+            }
+        });
+        block.template sum<L>(a);
+        block.template sum<L>(b);
+        block.own([&](int t) {
+            RowState<Real>& row = rows[t];
+            const Real length = std::sqrt(a[t]);
+            row.norm = length > smallest || length != length ? length : smallest;
+            row.x_norm = in.cosine ? length / row.norm : length;
+            if (row.x_norm < smallest) row.x_norm = smallest;
+            row.q_norm = std::sqrt(b[t]);
+            a[t] = b[t] = c[t] = 0;
+            for (int64_t d = t % L; d < in.D && row.kept && rotation; d += L) {
+                const Real g = incoming(row, d), along = v(row, d), w = u(row, d) + along;
+                a[t] += w * w, b[t] += w * g, c[t] += along * g;
+            }
+            if (norm && row.kept && t % L == 0) norm[row.h * in.N + row.n] = row.norm;
+        });
+        if (!grad_x) return;
+        if (rotation) {
+            block.template sum<L>(a);
+            block.template sum<L>(b);
+            block.template sum<L>(c);
+        }
+        block.own([&](int t) {
+            RowState<Real>& row = rows[t];
+            const Real w_norm = std::sqrt(a[t]) < smallest ? smallest : std::sqrt(a[t]);
+            row.along_w = 2 * b[t] / (w_norm * w_norm), row.along_v = 2 * c[t];
+            a[t] = 0;
+            for (int64_t d = t % L; d < in.D && row.kept && in.cosine; d += L) a[t] += start(row, d) * outgoing(row, d);
+        });
+        if (in.cosine) block.template sum<L>(a);
+        block.own([&](int t) {
+            const RowState<Real>& row = rows[t];
+            if (block.index * kRows + t / L >= in.H * in.N) return;
+            const Real along = row.norm > smallest ? a[t] : Real(0);
+            for (int64_t d = t % L; d < in.D; d += L) {
+                Real g = 0;
+                if (row.kept) g = outgoing(row, d);
+                if (row.kept && in.cosine) g = (g - along * start(row, d)) / row.norm;
+                grad_x[(row.h * in.N + row.n) * in.D + d] = rounded<T>(g);
+            }
+        });
+    }
+};
+
+// What a row adds to the gradient of its code.
+template <class T, class Real>
+struct Pull {
+    GradientInputs<T, Real> in;
+    const Real* norm;
+
+    VQOPS_HOST_DEVICE Real code(int64_t h, int64_t k, int64_t column) const {
+        return Real(in.codebook.at(in.codebook.offset(h, k), column));
+    }
+    VQOPS_HOST_DEVICE Real at(int64_t row, int64_t h, int64_t n, int64_t column, Real q) const {
+        Real x = Real(in.x.at(in.x.offset(h, n), column));
+        if (in.cosine) x /= norm[row];
+        const Real error = Real(in.error.at(in.error.offset(h, n), 0));
+        return 2 * (x - q) * error * Real(-in.codebook_error_scale);
+    }
+};
+
+template <class Device, class T, class Real>
+void gradient_of_rows(Device& device, const GradientInputs<T, Real>& in, T* grad_x, Real* norm) {
+    if (in.D <= 32) device.launch(Gradient<T, Real, 8>{in, grad_x, norm});
+    else device.launch(Gradient<T, Real, 32>{in, grad_x, norm});
+}
+
+// grad_codebook [H, K, D]; `in.error` must be there. `norm` [H, N] is workspace for cosine, else null.
+template <class Device, class T, class Real>
+void gradient_of_codes(Device& device, const GradientInputs<T, Real>& in, const Sorted& sorted,
+                       const SumsOut<Real>& out, Real* norm) {
+    GradientInputs<T, Real> all = in;  // the indices alone say which rows count
+    all.mask.data = nullptr;
+    if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), norm);
+    sort_by_code(device, sorted, in.indices);
+    device.launch(SumRuns<Pull<T, Real>, Real>{sorted, out, {in, norm}});
+    device.launch(Fold<Real>{sorted, out});
+}
+
+}  // namespace vqops::cuda

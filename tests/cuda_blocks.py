@@ -1,0 +1,122 @@
+"""The bodies of the CUDA kernels, compiled for the CPU by the C++ compiler and run thread by thread, called by ctypes."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).parent / "native" / "cuda_blocks.cpp"
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
+PASSING = ("none", "straight_through", "rotation")
+P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", P), ("dtype", I), ("head_stride", L), ("row_stride", L), ("stride", L)]
+
+
+class Indices(ctypes.Structure):
+    _fields_ = [("data", P), ("head_stride", L), ("row_stride", L), ("K", L)]
+
+
+class RowMask(ctypes.Structure):
+    _fields_ = [("data", P), ("head_stride", L), ("row_stride", L)]
+
+
+class EmaState(ctypes.Structure):
+    _fields_ = [
+        *[(name, L) for name in "HKD"],
+        *[(name, P) for name in ("size", "average", "codes", "counts", "weighted", "sums", "weight", "decay", "total")],
+        ("eps", ctypes.c_float),
+        ("cosine", ctypes.c_bool),
+    ]
+
+
+def rows(t):
+    if t is None:
+        return ctypes.byref(Rows())
+    strides = t.stride() if t.dim() == 3 else (*t.stride(), 1)
+    return ctypes.byref(Rows(t.data_ptr(), DTYPES.index(t.dtype), *strides))
+
+
+def indices_of(t, K):
+    return ctypes.byref(Indices(t.data_ptr(), *t.stride(), K))
+
+
+def mask_of(t):
+    return ctypes.byref(RowMask() if t is None else RowMask(t.data_ptr(), *t.stride()))
+
+
+def pointer(t):
+    return P(None if t is None else t.data_ptr())
+
+
+def error_type(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Kernels:
+    """The ops as the kernels run them; `descending` runs blocks and threads last to first."""
+
+    def __init__(self, library, descending):
+        self.library, self.descending = library, int(descending)
+
+    def code_sums(self, x, indices, K, weight=None):
+        H, N, D = x.shape
+        sums = x.new_full((H, K, D), torch.nan, dtype=torch.float32)
+        counts = x.new_full((H, K), -7, dtype=torch.int64 if weight is None else torch.float32)
+        separate = (counts, None) if weight is None else (None, counts)
+        self.library.code_sums(
+            self.descending, *map(L, (H, N, K, D)), rows(x), rows(weight), indices_of(indices, K),
+            pointer(sums), *map(pointer, separate),
+        )  # fmt: skip
+        return counts, sums
+
+    def finalize(self, x, codebook, indices, mask=None, weight=None, metric="euclidean", code_sums=False):
+        (H, N, D), K = x.shape, codebook.shape[1]
+        quantized, error = torch.full(x.shape, 7, dtype=x.dtype), torch.full((H, N), 7, dtype=error_type(x))
+        sums = x.new_full((H, K, D), torch.nan, dtype=torch.float32)
+        counts = x.new_full((H, K), -7, dtype=torch.int64 if weight is None else torch.float32)
+        separate = (counts, None) if weight is None else (None, counts)
+        self.library.finalize(
+            self.descending, *map(L, (H, N, K, D)), rows(x), rows(codebook), rows(weight), indices_of(indices, K),
+            mask_of(mask), metric == "cosine", code_sums, pointer(quantized), pointer(error), pointer(sums),
+            *map(pointer, separate),
+        )  # fmt: skip
+        return quantized, error, counts, sums
+
+    def ema_update_(self, size, average, embed, counts, sums, decay, eps=1e-5, weight=None, metric="euclidean"):
+        H, K, D = average.shape
+        whole = counts.dtype == torch.int64
+        total = torch.full((H,), torch.nan)
+        both = (counts, None) if whole else (None, counts)
+        arrays = map(pointer, (size, average, embed, *both, sums, weight, decay, total))
+        state = EmaState(H, K, D, *arrays, eps, metric == "cosine")
+        self.library.ema_update(self.descending, ctypes.byref(state))
+
+    def quantize_backward(
+        self, grad_quantized, grad_error, x, codebook, indices, mask, metric, passing, scale, _, codebook_needed
+    ):
+        (H, N, D), K = x.shape, codebook.shape[1]
+        grad_x = torch.full(x.shape, 7, dtype=x.dtype)
+        grad_codebook = torch.full(codebook.shape, 7, dtype=codebook.dtype) if codebook_needed else None
+        self.library.gradient(
+            self.descending, *map(L, (H, N, K, D)), rows(grad_quantized), rows(grad_error), rows(x), rows(codebook),
+            indices_of(indices, K), mask_of(mask), metric == "cosine", PASSING.index(passing), F(scale),
+            pointer(grad_x), pointer(grad_codebook),
+        )  # fmt: skip
+        return grad_x, grad_codebook
+
+
+def build(folder: Path) -> ctypes.CDLL | None:
+    """None without a C++ compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return None
+    target = folder / "cuda_blocks.so"
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))

@@ -1,0 +1,131 @@
+// The bodies of the CUDA kernels on the CPU, block by block and thread by thread (emulated_block.h), for ctypes.
+// Built and called by tests/test_cuda_kernels.py.
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+
+#include "../../csrc/cuda/code_sums.h"
+#include "../../csrc/cuda/ema.h"
+#include "../../csrc/cuda/finalize.h"
+#include "../../csrc/cuda/gradient.h"
+#include "emulated_block.h"
+
+using namespace vqops::cuda;
+
+namespace {
+
+struct Emulator {
+    bool descending;  // blocks and threads
+    int adder = 16;
+
+    template <class Kernel>
+    void launch(const Kernel& kernel) {
+        // Shared memory starts with what the last block left; here with what shows.
+        const size_t bytes = std::max<size_t>(kernel.shared_bytes(), sizeof(typename Kernel::Shared));
+        const std::unique_ptr<double[]> memory(new double[(bytes + 7) / 8]);
+        const int64_t blocks = kernel.blocks();
+        for (int64_t i = 0; i < blocks; i++) {
+            std::fill_n(memory.get(), (bytes + 7) / 8, NAN);
+            EmulatedBlock block = {descending ? blocks - 1 - i : i, Kernel::kThreads, descending, adder};
+            kernel(block, *reinterpret_cast<typename Kernel::Shared*>(memory.get()));
+        }
+    }
+
+    void sort(const Sorted& s) {
+        std::vector<uint32_t> place(s.rows());
+        std::iota(place.begin(), place.end(), 0);
+        std::stable_sort(place.begin(), place.end(), [&](uint32_t a, uint32_t b) { return s.key[a] < s.key[b]; });
+        for (int64_t i = 0; i < s.rows(); i++) s.keys[i] = s.key[place[i]], s.order[i] = s.row[place[i]];
+    }
+};
+
+// Workspace of sums by code, poisoned.
+template <class T>
+struct Space {
+    Space(int64_t H, int64_t N, int64_t K, int64_t columns) {
+        Memory dry;
+        take(dry, H, N, K, columns);
+        data.assign(dry.size / 4, 0x7fc0dead);
+        Memory memory(data.data());
+        take(memory, H, N, K, columns);
+    }
+    void take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t columns) {
+        sorted = Sorted::take(memory, H, N, K, 0);
+        partial = memory.take<T>(sorted.slots() * columns);
+    }
+    std::vector<uint32_t> data;
+    Sorted sorted{};
+    T* partial = nullptr;
+};
+
+template <class Body>
+void with_type(DType type, Body body) {
+    switch (type) {
+        case DType::float32: return body(float());
+        case DType::float64: return body(double());
+        case DType::float16: return body(Float16());
+        case DType::bfloat16: return body(BFloat16());
+    }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void code_sums(int descending, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* weight,
+                      const Indices* indices, float* sums, int64_t* counts, float* weights) {
+    const int64_t columns = D + (weight->data ? 1 : 0);
+    Space<float> space(H, N, K, columns);
+    const Sorted& sorted = space.sorted;
+    const SumsOut<float> out = {D, columns, sums, DType::float32, counts, weights, space.partial};
+    Emulator device = {descending != 0};
+    with_type(x->dtype, [&](auto zero) {
+        using T = decltype(zero);
+        CodeSums<T>{x->as<T>(), *weight, *indices, sorted, out}.run(device);
+    });
+}
+
+EXPORT void finalize(int descending, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook,
+                     const Rows* weight, const Indices* indices, const RowMask* mask, int cosine, int with_sums,
+                     void* quantized, void* error, float* sums, int64_t* counts, float* weights) {
+    const int64_t columns = D + (weight->data ? 1 : 0);
+    Space<float> space(H, N, K, columns);
+    const Sorted& sorted = space.sorted;
+    const SumsOut<float> out = {D, columns, sums, DType::float32, counts, weights, space.partial};
+    Emulator device = {descending != 0};
+    with_type(x->dtype, [&](auto zero) {
+        using T = decltype(zero);
+        using Real = typename ErrorOf<T>::type;
+        finalize(device, Finalize<T>{H, N, D, x->as<T>(), *codebook, *weight, *indices, *mask, cosine != 0,
+                                     with_sums != 0, static_cast<T*>(quantized), static_cast<Real*>(error), sorted, out});
+    });
+}
+
+EXPORT void ema_update(int descending, const EmaState* state) {
+    Emulator device = {descending != 0};
+    ema_update(device, *state);
+}
+
+EXPORT void gradient(int descending, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* quantized,
+                     const Rows* error, const Rows* x, const Rows* codebook, const Indices* indices,
+                     const RowMask* mask, int cosine, int passing, double scale, void* grad_x, void* grad_codebook) {
+    Emulator device = {descending != 0};
+    const bool wide = x->dtype == DType::float64 || codebook->dtype == DType::float64;
+    const auto run = [&](auto typed, auto reals) {
+        using T = decltype(typed);
+        using Real = decltype(reals);
+        const GradientInputs<T, Real> in = {H, N, D, x->as<T>(), quantized->as<T>(), *error, *codebook, *indices,
+                                            *mask, Passing(passing), cosine != 0, scale};
+        if (grad_x) gradient_of_rows(device, in, static_cast<T*>(grad_x), static_cast<Real*>(nullptr));
+        if (!grad_codebook) return;
+        Space<Real> space(H, N, K, D);
+        std::vector<Real> norm(H * N, NAN);
+        const SumsOut<Real> out = {D, D, grad_codebook, codebook->dtype, nullptr, nullptr, space.partial};
+        gradient_of_codes(device, in, space.sorted, out, norm.data());
+    };
+    with_type(x->dtype, [&](auto typed) {
+        if (wide) run(typed, double());
+        else run(typed, float());
+    });
+}

@@ -1,0 +1,111 @@
+// A block of csrc/cuda/block.h on the CPU. The threads of a step run one after another, in ascending or in descending
+// order: a result that depends on the order is a race.
+#pragma once
+
+#include <vector>
+
+#include "../../csrc/cuda/block.h"
+
+namespace vqops::cuda {
+
+struct EmulatedBlock {
+    int64_t index;
+    int threads;
+    bool descending;
+    int adder;  // products that multiply_add adds at once
+
+    template <class T>
+    struct Registers {
+        std::vector<T> values;
+        T& operator[](int thread) { return values[thread]; }
+    };
+
+    template <class T>
+    Registers<T> registers() const {
+        return {std::vector<T>(threads)};
+    }
+
+    template <class F>
+    void each(F f) const {
+        for (int i = 0; i < threads; i++) f(descending ? threads - 1 - i : i);
+    }
+
+    template <class F>
+    void own(F f) const {
+        each(f);
+    }
+
+    template <class T>
+    T agreed(const T& value) const {
+        return value;
+    }
+
+    template <int L, class T>
+    void sum(Registers<T>& r) const {
+        for (int offset = L / 2; offset > 0; offset /= 2) {
+            const std::vector<T> old = r.values;
+            for (int t = 0; t < threads; t++) r.values[t] = old[t] + old[t ^ offset];
+        }
+    }
+
+    template <int L, int n>
+    void sum(Registers<Doubles<n>>& r) const {
+        for (int offset = L / 2; offset > 0; offset /= 2) {
+            const std::vector<Doubles<n>> old = r.values;
+            for (int t = 0; t < threads; t++)
+                for (int i = 0; i < n; i++) r.values[t].v[i] = old[t].v[i] + old[t ^ offset].v[i];
+        }
+    }
+
+    template <int rows, int codes>
+    void multiply_add(Registers<Products<rows, codes>>& c, const Registers<Left<rows>>& a,
+                      const Registers<Right<codes>>& b) const {
+        const auto half = [](uint32_t word, int place) { return double(real(Float16{uint16_t(word >> 16 * place)})); };
+        for (int warp = 0; warp < threads; warp += 32)
+            for (int i = 0; i < rows; i++)
+                for (int j = 0; j < codes; j++) {
+                    double left[16][16], right[8][16];
+                    for (int lane = 0; lane < 32; lane++)
+                        for (int place = 0; place < 2; place++) {
+                            const int g = lane / 4, t = 2 * (lane % 4) + place;
+                            const uint32_t *x = a.values[warp + lane].v[i], *y = b.values[warp + lane].v[j];
+                            left[g][t] = half(x[0], place), left[g + 8][t] = half(x[1], place);
+                            left[g][t + 8] = half(x[2], place), left[g + 8][t + 8] = half(x[3], place);
+                            right[g][t] = half(y[0], place), right[g][t + 8] = half(y[1], place);
+                        }
+                    for (int lane = 0; lane < 32; lane++)
+                        for (int e = 0; e < 4; e++) {
+                            float& sum = c.values[warp + lane].v[i][j][e];
+                            const double *x = left[lane / 4 + 8 * (e / 2)], *y = right[2 * (lane % 4) + e % 2];
+                            for (int d = 0; d < 16; d += adder) sum = add_truncated(sum, x + d, y + d);
+                        }
+                }
+    }
+
+    // sum + x.y as tensor cores are modelled in exactness.md: every term is cut to the last bit of a float32 as large as
+    // the largest one, and the sum of what is left is cut to float32.
+    float add_truncated(float sum, const double* x, const double* y) const {
+        double largest = std::fabs(double(sum));
+        for (int d = 0; d < adder; d++) largest = std::fmax(largest, std::fabs(x[d] * y[d]));
+        if (!(largest > 0 && std::isfinite(largest))) return float(sum + 0.0);
+        const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
+        double total = std::trunc(sum / unit);
+        for (int d = 0; d < adder; d++) total += std::trunc(x[d] * y[d] / unit);
+        total *= unit;
+        float cut = float(total);
+        if (std::fabs(double(cut)) > std::fabs(total)) cut = std::nextafter(cut, 0.0f);
+        return cut;
+    }
+
+    template <class T>
+    T fetch_add(T* place, T value) const {
+        const T old = *place;
+        *place += value;
+        return old;
+    }
+
+    void lower(int32_t* place, int32_t value) const { *place = *place < value ? *place : value; }
+    void raise(int32_t* place, int32_t value) const { *place = *place > value ? *place : value; }
+};
+
+}  // namespace vqops::cuda

@@ -1,0 +1,101 @@
+"""The CUDA kernels compiled for every architecture, without a GPU: they load and register, and what their machine code
+needs. Slow: minutes of compilation.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
+OPS = ("code_sums", "ema_update_", "quantize_backward")
+CPU_STUB = """
+extern "C" const char* vqops_cpu_compiled() { return "stub"; }
+extern "C" const char* vqops_cpu_instruction_set() { return "stub"; }
+"""
+REGISTERED = """
+import json, torch
+from vqops import _C
+names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+print(json.dumps([_C.cuda, sorted(name for name in names if name.startswith("vqops::"))]))
+"""
+
+pytestmark = pytest.mark.slow
+
+
+def find_cuobjdump():
+    """In the toolkit, or in Triton, which brings one."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    try:
+        import triton
+    except ImportError:
+        return found
+    return found or shutil.which("cuobjdump", path=str(Path(triton.__file__).parent / "backends/nvidia/bin"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a package with the CUDA kernels alone."""
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("no CUDA toolkit")
+    source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
+    shutil.copy(ROOT / "setup.py", source)
+    shutil.copytree(ROOT / "vqops", source / "vqops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "csrc", source / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    (source / "csrc/stub.cpp").write_text(CPU_STUB)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "VQOPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "", "PATH": path}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(source / "vqops", target / "vqops", dirs_exist_ok=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def usage(built):
+    """(architecture, kernel, registers, stack, local) of every kernel."""
+    (library,) = (built / "vqops").glob("_C*.so")
+    tool = find_cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    text = subprocess.run([tool, "--dump-resource-usage", library], check=True, capture_output=True, text=True).stdout
+    found, architecture = [], None
+    for line in text.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            kernel = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", line):
+            found.append((architecture, kernel, *map(int, match.groups())))
+    return found
+
+
+def test_registers_beside_the_reference_and_not_in_its_place(built):
+    command = [sys.executable, "-c", REGISTERED]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, names = json.loads(done.stdout)
+    assert all(architecture in said for architecture in ARCHITECTURES)
+    assert names == sorted(f"vqops::{op}_compiled" for op in OPS)
+
+
+def ours(usage):
+    return [row for row in usage if "vqops4cuda" in row[1] and "cub" not in row[1]]
+
+
+def test_every_architecture_has_every_kernel(usage):
+    kernels = [{kernel for a, kernel, *_ in ours(usage) if a == architecture} for architecture in ARCHITECTURES]
+    assert len(kernels[0]) > 10
+    assert all(other == kernels[0] for other in kernels[1:])
+
+
+def test_nothing_spills(usage):
+    assert not [row for row in ours(usage) if row[3] or row[4]]

@@ -1,0 +1,196 @@
+"""The bodies of the CUDA kernels, run on the CPU block by block and thread by thread, against the reference.
+
+What this can't show: that nvcc's code does the same, the sort (here std::stable_sort), and anything about time. Each test
+runs the threads of a step ascending and descending: a race between them would show as a difference.
+"""
+
+import math
+
+import pytest
+import torch
+from cuda_blocks import Kernels, build
+from torch.testing import assert_close
+
+from vqops.ops import reference
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    library = build(tmp_path_factory.mktemp("cuda"))
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return library
+
+
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def kernels(request, library):
+    return Kernels(library, request.param)
+
+
+def equal(found, expected):
+    assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# Number of rows of each code, so that runs of 256 end before, at and behind the last row.
+COUNTS = {
+    "random": None,
+    "one code": [0, 1500, 0],
+    "runs": [255, 256, 257, 512, 513, 0, 1],
+    "no rows": [0, 0],
+    "every row its own": [1] * 70,
+}
+
+
+def grouped(counts, H=1, left_out=5):
+    if counts is None:
+        return torch.randint(-1, 11, (H, 700)), 11
+    codes = torch.cat([torch.full((count,), k) for k, count in enumerate(counts)] + [torch.full((left_out,), -1)])
+    return torch.stack([codes[torch.randperm(len(codes))] for _ in range(H)]), len(counts)
+
+
+class TestCodeSums:
+    @pytest.mark.parametrize("name", COUNTS)
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_the_order_of_the_reference(self, kernels, name, weighted):
+        indices, K = grouped(COUNTS[name], H=2)
+        x = torch.randn(*indices.shape, 9)
+        weight = torch.rand(indices.shape) if weighted else None
+        equal(kernels.code_sums(x, indices, K, weight), reference.code_sums(x, indices, K, weight))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("D", [1, 64, 67, 130])
+    def test_dtypes_and_strides(self, kernels, dtype, D):
+        x = torch.randn(2, D, 300).mT.to(dtype)
+        indices = torch.randint(-1, 3, (300, 2)).mT
+        equal(kernels.code_sums(x, indices, 3), reference.code_sums(x, indices, 3))
+
+    def test_rows_left_out_are_not_read(self, kernels):
+        x, indices = torch.randn(1, 40, 4), torch.randint(0, 3, (1, 40))
+        x[0, 5], indices[0, 5] = torch.nan, -1
+        assert kernels.code_sums(x, indices, 3)[1].isfinite().all()
+
+    def test_an_index_that_is_no_code_reads_and_writes_nothing(self, kernels):
+        x, indices = torch.randn(1, 40, 4), torch.randint(0, 3, (1, 40))
+        known = indices.clone()
+        indices[0, 5], known[0, 5] = 3, -1
+        equal(kernels.code_sums(x, indices, 3), reference.code_sums(x, known, 3))
+
+
+class TestFinalize:
+    def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
+        expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
+        quantized, indices, error, counts, sums, _ = expected
+        found = kernels.finalize(x, codebook, indices, mask, weight, metric, code_sums=True)
+        equal(found, (quantized, error, counts, sums))
+        equal(kernels.finalize(x, codebook, indices, mask, metric=metric)[:2], (quantized, error))
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_dtypes(self, kernels, dtype, metric):
+        x, c = torch.randn(2, 300, 13).to(dtype), torch.randn(2, 7, 13)
+        self.check(kernels, x, c, torch.rand(2, 300) > 0.2, torch.rand(2, 300), metric)
+        self.check(kernels, x, c.to(dtype), metric=metric)
+        self.check(kernels, x, c.double(), metric=metric)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 0, 3, 4), (1, 65, 2, 64), (1, 40, 3, 200), (3, 90, 5, 65)])
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    def test_shapes(self, kernels, shape, metric):
+        H, N, K, D = shape
+        self.check(kernels, torch.randn(H, N, D), torch.randn(H, K, D), metric=metric)
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    def test_one_code_has_all_rows(self, kernels, metric):
+        self.check(kernels, torch.randn(1, 1300, 6), torch.randn(1, 1, 6), weight=torch.rand(1, 1300), metric=metric)
+
+    def test_strides(self, kernels):
+        x, c = torch.randn(8, 2, 300).permute(1, 2, 0), torch.randn(8, 2, 6).permute(1, 2, 0)
+        self.check(kernels, x, c, (torch.rand(300, 2) > 0.2).mT)
+
+    def test_rows_that_are_no_numbers(self, kernels):
+        x, c = torch.randn(1, 60, 6), torch.randn(1, 5, 6)
+        x[0, 3], x[0, 9, 2] = math.nan, math.inf
+        self.check(kernels, x, c, torch.arange(60)[None] > 5)
+
+
+class TestGradient:
+    def check(
+        self, kernels, dtype, codebook_dtype=None, metric="euclidean", passing="rotation", D=13, spoil=False, **on
+    ):
+        codebook_dtype = codebook_dtype or dtype
+        x, c = torch.randn(2, 90, D).to(dtype), torch.randn(2, 5, D).to(codebook_dtype)
+        if spoil:
+            x[0, 0], x[0, 1], c[0, 0] = 0, math.nan, 0
+        mask = torch.rand(2, 90) > 0.2
+        g = torch.randn(2, 90, D).to(dtype) if on.get("quantized", True) else None
+        e = torch.randn(2, 90, dtype=torch.promote_types(dtype, torch.float32)) if on.get("error", True) else None
+        indices = reference.nearest(x, c, mask, metric)
+        arguments = (g, e, x, c, indices, mask, metric, passing, 0.5)
+        expected = reference.quantize_backward(*arguments, True, e is not None)
+        found = kernels.quantize_backward(*arguments, True, e is not None)
+        loose = {"rtol": 2e-5, "atol": 2e-5} if dtype == codebook_dtype == torch.float32 else {}
+        assert_close(found[0], expected[0], equal_nan=True, **loose)
+        if e is not None:
+            assert_close(found[1], expected[1], equal_nan=True, **loose)
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    @pytest.mark.parametrize("passing", ["none", "straight_through", "rotation"])
+    def test_passing(self, kernels, metric, passing):
+        self.check(kernels, torch.float32, metric=metric, passing=passing)
+        self.check(kernels, torch.float64, metric=metric, passing=passing, D=70)
+        self.check(kernels, torch.float64, metric=metric, passing=passing, error=False)
+        self.check(kernels, torch.float64, metric=metric, passing=passing, quantized=False)
+        self.check(kernels, torch.float64, metric=metric, passing=passing, spoil=True)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_dtypes(self, kernels, dtype):
+        self.check(kernels, dtype)
+        self.check(kernels, dtype, torch.float32, "cosine")
+
+    def test_expanded_gradients_and_strides(self, kernels):
+        x, c = torch.randn(8, 1, 90).permute(1, 2, 0), torch.randn(1, 5, 8)
+        g, e = torch.randn(()).expand(x.shape), torch.randn(()).expand(1, 90)
+        arguments = (g, e, x, c, reference.nearest(x, c), None, "euclidean", "rotation", 1.0, True, True)
+        assert_close(kernels.quantize_backward(*arguments), reference.quantize_backward(*arguments))
+
+    def test_a_code_of_many_rows(self, kernels):
+        x, c, indices = torch.randn(1, 1000, 3), torch.randn(1, 1, 3), torch.zeros(1, 1000, dtype=torch.int64)
+        arguments = (None, torch.rand(1, 1000), x, c, indices, None, "euclidean", "none", 1.0, True, True)
+        equal(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1])
+
+
+class TestEmaUpdate:
+    def state(self, H=2, K=9, D=70, weighted=False):
+        size, average, embed = torch.rand(H, K) * 20, torch.randn(H, K, D), torch.randn(H, K, D)
+        counts = torch.rand(H, K) * 9 if weighted else torch.randint(0, 30, (H, K))
+        return [size, average, embed, counts, torch.randn(H, K, D)]
+
+    def check(self, kernels, state, *options):
+        found, expected = [[None if t is None else t.clone() for t in state] for _ in range(2)]
+        kernels.ema_update_(*found, *options)
+        reference.ema_update_(*expected, *options)
+        for a, b in zip(found[:3], expected[:3], strict=True):
+            if a is not None:  # torch.lerp may fuse its multiply-add
+                assert_close(a, b, rtol=1e-6, atol=1e-6)
+        return found
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    @pytest.mark.parametrize("decay", [0.0, 0.4, 0.99, 1.0])
+    def test_steps(self, kernels, metric, decay):
+        self.check(kernels, self.state(), torch.tensor(decay), 1e-5, None, metric)
+        self.check(kernels, self.state(weighted=True, D=3), torch.tensor(decay), 1e-5, torch.rand(2, 9), metric)
+
+    def test_without_a_codebook(self, kernels):
+        state = self.state()
+        state[2] = None
+        self.check(kernels, state, torch.tensor(0.9))
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    def test_nothing_poisons_a_code(self, kernels, metric):
+        state = self.state(D=130)
+        state[4][0, 1, 129], state[4][1, 2, 0] = math.nan, math.inf
+        state[0][1], state[3][1] = 0, 0
+        found = self.check(kernels, state, torch.tensor(0.5), 1e-5, None, metric)
+        equal(found[1][0, 1], state[1][0, 1])
+        assert all(t.isfinite().all() for t in found[:3])

@@ -1,0 +1,153 @@
+"""quantize and its gradient, code_sums and ema_update_ of Triton in the interpreter, against the reference."""
+
+import math
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
+pytest.importorskip("triton")
+
+import vqops
+from vqops.triton_kernels import interpreted
+
+if not interpreted():
+    pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
+
+from vqops.triton_kernels import code_sums as kernels
+
+METRICS = ("euclidean", "cosine")
+EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def both(op, *arguments, **named):
+    return (op(*arguments, implementation=each, **named) for each in ("triton", "reference"))
+
+
+def awkward(H, N, K, D):
+    x, codebook = torch.randn(H, N, D), torch.randn(H, K, D)
+    x[0, 1, 0], x[0, 2], codebook[0, 1, 0] = math.nan, 0, math.inf
+    return x, codebook
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("H, N, K, D", [(1, 1500, 3, 5), (2, 200, 40, 70), (1, 600, 1, 300), (1, 1, 7, 1)])
+def test_sums_in_order(H, N, K, D, weighted):
+    x, indices = torch.randn(N, H, D).transpose(0, 1), torch.randint(-1, K, (H, N))
+    x[:, 0] = math.nan  # not read, since
+    indices[:, 0] = -1
+    weight = torch.rand(H, N) if weighted else None
+    for found, expected in zip(*both(vqops.code_sums, x, indices, K, weight, heads=True), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sums_of_other_dtypes(dtype):
+    x, indices = torch.randn(300, 12).to(dtype), torch.randint(0, 9, (300,))
+    for found, expected in zip(*both(vqops.code_sums, x, indices, 9), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("K", [1, 30])
+def test_atomic_sums(K):
+    x, indices, weight = torch.randn(2, 700, 20), torch.randint(-1, K, (2, 700)), torch.rand(2, 700)
+    one_hot = (indices[..., None] == torch.arange(K)).double()
+    counts, sums = kernels.atomic(x, indices, K)
+    assert counts.equal(one_hot.sum(1).long())
+    error = (sums - one_hot.mT @ x.double()).abs()
+    assert (error <= counts[..., None] * 2.0**-24 * (one_hot.mT @ x.double().abs())).all()
+    weighted = one_hot * weight[..., None].double()
+    mass, sums = kernels.atomic(x, indices, K, weight)
+    assert ((mass - weighted.sum(1)).abs() <= counts * 2.0**-24 * weighted.sum(1)).all()
+    error = (sums - weighted.mT @ x.double()).abs()
+    assert (error <= (counts[..., None] + 1) * 2.0**-24 * (weighted.mT @ x.double().abs())).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ema_update(metric, weighted):
+    H, K, D = 2, 50, 70
+    state = [torch.rand(H, K) * 5, torch.randn(H, K, D), torch.randn(H, K, D)]
+    counts, sums = torch.randint(0, 9, (H, K)), torch.randn(H, K, D)
+    sums[0, 0, 3], sums[1, 4, 0] = math.inf, math.nan
+    state[0][0, 7], state[1][0, 7] = 0, 0
+    weight = torch.rand(H, K) if weighted else None
+    results = []
+    for each in ("triton", "reference"):
+        buffers = [t.clone() for t in state]
+        vqops.ema_update_(*buffers, counts, sums, 0.9, weight=weight, metric=metric, implementation=each)
+        vqops.ema_update_(*buffers[:2], None, counts, sums, torch.tensor(0.3), implementation=each)
+        results.append(buffers)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+    assert results[0][1][0, 0].equal(state[1][0, 0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_quantize(dtype, metric):
+    x, codebook = awkward(2, 80, 30, 20)
+    x, mask, weight = x.to(dtype), torch.rand(2, 80) > 0.2, torch.rand(2, 80)
+    for arguments in ((None, None), (mask, None), (mask, weight)):
+        found, expected = both(vqops.quantize, x, codebook, *arguments, metric, code_sums=True)
+        for name in found._fields:
+            close = EXACT if name in ("indices", "quantized", "counts") else {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), **close)
+
+
+def test_quantize_without_rows():
+    found = vqops.quantize(torch.empty(0, 4), torch.randn(3, 4), code_sums=True, implementation="triton")
+    assert found.quantized.shape == (0, 4) and found.counts.tolist() == [0, 0, 0] and not found.sums.any()
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients(dtype, metric, gradient):
+    H, N, K, D = 2, 60, 20, 9
+    start, codes = awkward(H, N, K, D)
+    start, codes, mask = start.to(dtype), codes.to(dtype), torch.rand(H, N) > 0.2
+    g, e = torch.randn(H, N, D, dtype=dtype), torch.randn(H, N, dtype=dtype)
+    results = []
+    for each in ("triton", "reference"):
+        x, codebook = start.clone().requires_grad_(), codes.clone().requires_grad_()
+        out = vqops.quantize(x, codebook, mask, None, metric, gradient, False, 0.75, implementation=each)
+        keep = out.quantized.isfinite().all(-1)
+        loss = (out.quantized * g)[keep].sum() + (out.error * e)[keep].sum()
+        codes_before = codebook.detach().clone()
+        with torch.no_grad():
+            codebook.add_(1)  # an update between forward and backward
+        results.append(torch.autograd.grad(loss, (x, codebook)))
+        assert codes_before.shape == codes.shape
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-11}
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True, **close)
+    assert results[0][1].any()
+
+
+def test_gradient_of_one_output():
+    x, codebook = torch.randn(30, 5, requires_grad=True), torch.randn(8, 5)
+    out = vqops.quantize(x, codebook, implementation="triton")
+    g = torch.randn(5).expand(30, 5)
+    (found,) = torch.autograd.grad(out.quantized, x, g, retain_graph=True)
+    assert found.equal(g)
+    (found,) = torch.autograd.grad(out.error, x, torch.ones(()).expand(30))
+    torch.testing.assert_close(found, 2 * (x - out.quantized).detach())
+
+
+def test_gradient_op():
+    arguments = torch.randn(1, 9, 3), torch.randn(1, 9), torch.randn(1, 9, 3), torch.randn(1, 4, 3)
+    indices = torch.randint(-1, 4, (1, 9))
+    for needed in ((True, True), (False, True), (True, False), (False, False)):
+        found, expected = (
+            op(*arguments, indices, None, "euclidean", "rotation", 0.5, *needed)
+            for op in (torch.ops.vqops.quantize_backward_triton, torch.ops.vqops.quantize_backward_reference)
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -1,0 +1,259 @@
+"""The Triton search in Triton's interpreter: the same indices, bit for bit, as the compiled CPU kernels."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
+pytest.importorskip("triton")
+
+import vqops
+from vqops.triton_kernels import interpreted, layout
+
+if not interpreted():
+    pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
+
+from triton.runtime import interpreter
+
+from vqops.triton_kernels import search as kernels
+
+METRICS = ("euclidean", "cosine")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def check(x, codebook, mask=None, metric="euclidean"):
+    """Same indices as the compiled kernels; returns the rows a tier."""
+    expected = vqops.nearest(x, codebook, mask, metric, implementation="compiled")
+    found = vqops.nearest(x, codebook, mask, metric, implementation="triton")
+    assert found.dtype == torch.int64
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    if mask is None:
+        tiers = vqops.search_statistics(x, codebook, metric, implementation="triton")
+        assert tiers.sum() == expected.numel() and tiers[3] == (expected < 0).sum()
+        return tiers.tolist()
+
+
+def test_by_hand():
+    codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    x = torch.tensor([[1.0, 5.0], [3.0, -5.0], [2.0, 1.0]])  # the last is as far from both
+    assert vqops.nearest(x, codebook, implementation="triton").tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "N, K, D", [(1, 1, 1), (100, 2, 1), (130, 100, 20), (64, 1500, 8), (16, 5000, 16), (40, 129, 64), (33, 65, 130), (20, 70, 300)]
+)
+def test_shapes(N, K, D, metric):
+    check(torch.randn(N, D) + 3, torch.randn(K, D) + 3, metric=metric)
+
+
+@pytest.mark.parametrize("codes", FLOATS)
+@pytest.mark.parametrize("rows", FLOATS)
+def test_dtypes(rows, codes):
+    check(torch.randn(40, 12).to(rows), torch.randn(90, 12).to(codes))
+
+
+def test_no_rows():
+    assert vqops.nearest(torch.randn(0, 4), torch.randn(3, 4), implementation="triton").shape == (0,)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_heads_masks_and_strides(metric):
+    x = torch.randn(20, 3, 60).permute(1, 2, 0)  # [3, 60, 20], D is not the last in memory
+    codebook = torch.randn(40, 3, 20).transpose(0, 1)
+    mask = torch.rand(60, 3).T > 0.3
+    check(x, codebook, metric=metric)
+    check(x, codebook, mask, metric)
+    check(x.double(), codebook, mask, metric)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_values_that_are_no_numbers(metric, dtype):
+    x, codebook = torch.randn(2, 30, 5).to(dtype), torch.randn(2, 20, 5).to(dtype)
+    x[0, 3, 2], x[1, 7, 0], x[1, 8, 4] = math.nan, math.inf, -math.inf
+    codebook[0, 0, 1], codebook[0, 5, 0] = math.nan, math.inf
+    codebook[1] = math.nan
+    check(x, codebook, metric=metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_ties_go_to_the_lowest_index(metric):
+    codebook = torch.randn(60, 8)
+    codebook = torch.cat([codebook, codebook.flip(0), codebook])
+    x = (codebook[:30] + codebook[30:60]) / 2
+    certified, *_ = check(torch.cat([x, codebook]), codebook, metric=metric)
+    assert certified > 180  # a repeat costs nothing
+
+
+def test_a_tie_between_different_codes():
+    codebook = torch.randint(-4, 5, (64, 6)).float()
+    certified, decided, scanned, none = check(torch.randint(-4, 5, (100, 6)).float() / 2, codebook)
+    assert decided > 5
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_identical_codes(metric):
+    x, codebook = torch.randn(50, 7), torch.ones(100, 7)
+    assert check(x, codebook, metric=metric) == [50, 0, 0, 0]
+
+
+def test_zero_rows_and_codes():
+    x, codebook = torch.randn(40, 6), torch.randn(50, 6)
+    x[::3], codebook[::7] = 0, -0.0
+    codebook[0] = math.nan
+    check(x, codebook, metric="cosine")
+    check(x, codebook)
+    check(x, torch.zeros(50, 6), metric="cosine")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_collapsed_codebook_far_from_the_origin(metric):
+    mean = 10 * torch.randn(16)
+    x, codebook = mean + 1e-3 * torch.randn(100, 16), mean + 1e-3 * torch.randn(80, 16)
+    certified, decided, scanned, _ = check(x, codebook, metric=metric)
+    assert metric == "cosine" or scanned == 0
+
+
+def test_more_codes_within_rounding_than_a_list_holds():
+    codebook = torch.randn(1, 8) + 2.0**-20 * torch.randn(100, 8)
+    x = torch.randn(40, 8) * 100
+    assert check(x, codebook)[2] > 10
+
+
+@pytest.mark.parametrize("size", [1e15, 1e-15, 1e38])
+def test_one_huge_code(size):
+    x, codebook = torch.randn(80, 10), torch.randn(60, 10)
+    codebook[17] *= size
+    x[:5] *= size
+    x[5] = codebook[17]
+    certified, *_ = check(x, codebook)
+    assert certified > 60
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-20, 1e20, 1e37])
+def test_scales(scale):
+    x, codebook = torch.randn(50, 9) * scale, torch.randn(70, 9) * scale
+    check(x, codebook)
+    check(x, torch.randn(70, 9))
+    check(x, codebook, metric="cosine")
+
+
+def test_heavy_tails():
+    x, codebook = torch.randn(100, 12).pow(5), torch.randn(200, 12).pow(5)
+    certified, *_ = check(x, codebook)
+    assert certified > 50
+
+
+def test_rows_beyond_what_fp16_can_hold_next_to_their_codes():
+    x = torch.randn(60, 4) * 10.0 ** torch.arange(60)[:, None].sub(30).float()
+    check(x, torch.randn(90, 4))
+    check(x, torch.randn(90, 4), metric="cosine")
+
+
+def test_most_rows_are_certified():
+    certified, decided, scanned, _ = check(torch.randn(128, 64), torch.randn(1024, 64))
+    assert certified > 110 and scanned == 0
+
+
+def test_long_rows():
+    check(torch.randn(8, 2048) + 1, torch.randn(96, 2048) + 1)
+
+
+def test_rows_more_than_2_31_elements_apart():
+    distance = 2**31 + 64
+    memory = torch.empty(distance + 64, dtype=torch.float16)  # 4 GB of addresses, of which two pages are touched
+    x = memory.as_strided((2, 64), (distance, 1))
+    x.copy_(torch.randn(2, 64))
+    check(x, torch.randn(40, 64))
+
+
+def test_prepared_codebook():
+    codebook, x = torch.randn(3, 50, 20), torch.randn(3, 70, 20)
+    for metric in METRICS:
+        prepared = vqops.prepare(codebook, metric, implementation="triton")
+        assert prepared.packed.numel() == layout.packed_bytes(3, 50, 20)
+        found = vqops.nearest(x, prepared, metric=metric, implementation="triton")
+        assert found.equal(vqops.nearest(x, codebook, metric=metric))
+    codebook.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        vqops.nearest(x, prepared, metric="cosine", implementation="triton")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("D", [5, 300])
+def test_bounds_of_a_prepared_codebook(D, metric):
+    codebook = torch.randn(1, 60, D) * torch.logspace(-6, 6, 60)[:, None] + 2
+    codebook[0, 9], codebook[0, 20] = codebook[0, 4], math.nan
+    packed = layout.unpack(vqops.prepare(codebook, metric, implementation="triton").packed, 1, 60, D)
+    exact = codebook[0].double()
+    if metric == "cosine":
+        exact = exact / exact.norm(dim=-1, keepdim=True)
+    exact = (exact - packed.centre[0].double()) * 2.0 ** packed.header[0, 1].item()
+    stored = packed.codes[0, :60, :D].double() * packed.unit[0, :60, None].double()
+    radius, worst = packed.radius[0, :60].double(), packed.header[0, 2].view(torch.float32).double()
+    there = exact.isfinite().all(-1) & (torch.arange(60) != 9)
+    assert (packed.start[0, 0, :60] == 2.0**70).equal(~there)  # the repeat, too
+    assert packed.start[1, 0, 9] == packed.start[1, 0, 4] and packed.start[1, 0, 20] == 2.0**70
+    assert (exact.norm(dim=-1) <= radius)[there].all() and (stored.norm(dim=-1) <= radius)[there].all()
+    assert ((exact - stored).norm(dim=-1) <= worst * radius)[there].all()
+    assert 2.0**-14 < worst < 2.0**-11
+    half = exact.square().sum(-1) / 2 if metric == "euclidean" else torch.zeros(60)
+    assert (packed.start[0, 0, :60] <= half)[there].all()
+    assert packed.header[0, 0] == 0 and packed.header[0, 3].view(torch.float32) == packed.radius[0, :60][there].min()
+
+
+def truncated_dot(group):
+    """A matrix product as a pessimistic tensor core adds: in groups, each term cut to 24 bits at the largest's exponent."""
+
+    def cut(values, exponent):
+        unit = np.ldexp(1.0, exponent - 24)
+        return np.trunc(values / unit) * unit
+
+    def dot(a, b, accumulator):
+        total = accumulator.astype(np.float64)
+        for start in range(0, a.shape[1], group):
+            terms = a[:, None, start : start + group].astype(np.float64) * b[start : start + group].T[None].astype(np.float64)
+            terms = np.concatenate([terms, total[..., None]], -1)
+            exponent = np.frexp(np.abs(terms).max(-1))[1]
+            total = cut(terms, exponent[..., None]).sum(-1)
+            total = cut(total, np.frexp(np.abs(total))[1])
+        return total
+
+    return dot
+
+
+@pytest.mark.parametrize("group", [4, 8, 16])
+def test_bound_of_a_truncating_sum(group):
+    D = 2048
+    a = 1 + np.random.default_rng(0).random((4, D)) * 2.0**-3  # same sign: every cut goes the same way
+    b = (1 + np.random.default_rng(1).random((D, 8)) * 2.0**-3).astype(np.float16)
+    a = a.astype(np.float16)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    error = np.abs(truncated_dot(group)(a, b, np.zeros((4, 8))) - exact)
+    norms = np.linalg.norm(a.astype(np.float64), axis=1)[:, None] * np.linalg.norm(b.astype(np.float64), axis=0)
+    accumulation = kernels.kappa(D) - 2.0**-17  # the rest of kappa is for other roundings
+    assert (error <= accumulation * norms).all()
+    assert (error > 20 * 2.0**-24 * norms).all()  # far more than rounding to nearest would lose
+
+
+@pytest.mark.parametrize("D", [64, 320])
+def test_search_on_a_truncating_tensor_core(D, monkeypatch):
+    model = truncated_dot(4)
+
+    def create_dot(self, a, b, d, *_):
+        return interpreter.TensorHandle(model(a.data, b.data, d.data).astype(np.float32), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    mean = 20 * torch.rand(D)
+    x, codebook = torch.rand(16, D), torch.rand(40, D)
+    check(x + mean, codebook + mean)
+    check(x, codebook, metric="cosine")

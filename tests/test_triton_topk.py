@@ -1,0 +1,61 @@
+"""nearest_topk of Triton in the interpreter, against the compiled CPU kernels."""
+
+import math
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
+pytest.importorskip("triton")
+
+import vqops
+from vqops.triton_kernels import interpreted
+
+if not interpreted():
+    pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
+
+METRICS = ("euclidean", "cosine")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def check(x, codebook, k, mask=None, metric="euclidean"):
+    expected = vqops.nearest_topk(x, codebook, k, mask, metric, implementation="compiled")
+    found = vqops.nearest_topk(x, codebook, k, mask, metric, implementation="triton")
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-12, equal_nan=True)
+
+
+def test_by_hand():
+    codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
+    indices, distances = vqops.nearest_topk(torch.tensor([[0.0, 1.0]]), codebook, 3, implementation="triton")
+    assert indices.tolist() == [[0, 2, 1]] and distances.tolist() == [[1, 4, 17]]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("N, K, D, k", [(1, 1, 1, 1), (60, 300, 12, 5), (20, 40, 70, 32), (9, 700, 300, 3)])
+def test_shapes(N, K, D, k, metric):
+    check(torch.randn(N, D) + 1, torch.randn(K, D) + 1, k, metric=metric)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype):
+    check(torch.randn(30, 6).to(dtype), torch.randn(50, 6).to(dtype), 4)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_heads_masks_repeats_and_no_numbers(metric):
+    x, codebook = torch.randn(2, 40, 5), torch.randn(2, 30, 5)
+    codebook[0, 10:20] = codebook[0, 3]
+    codebook[1, 4:] = math.nan
+    x[0, 3], x[0, 4, 0], x[1, 2, 1] = 0, math.nan, math.inf
+    check(x, codebook, 12, metric=metric)
+    check(x, codebook, 12, torch.rand(2, 40) > 0.3, metric)
+
+
+def test_more_codes_within_rounding_than_a_list_holds():
+    check(torch.randn(20, 8) * 100, torch.randn(1, 8) + 2.0**-20 * torch.randn(150, 8), 3)

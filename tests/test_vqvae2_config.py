@@ -1,0 +1,66 @@
+"""Options from a TOML file, a preset, a run and flags: what overrides what, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from vqops_cli.config import read_options, written
+from vqops_cli.options import InputError, TrainOptions
+from vqops_cli.parsing import parsed
+from vqops_cli.presets import PRESETS
+
+
+def test_options_survive_the_file(tmp_path):
+    options = TrainOptions(data='a "quoted"\\path', lr=1e-5, levels=3, codebook="gradient", out=Path("runs/ü"))
+    (tmp_path / "x.toml").write_text(written(options))
+    assert read_options(tmp_path / "x.toml", TrainOptions) == options
+
+
+def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text("lr = 1\nimage_size = 20\nout = 'runs/x'\n")
+    preset = PRESETS["fashion"]
+    options = parsed("train", ["--preset", "fashion", "--config", str(path), "--image-size", "24"])
+    assert (options.channels, options.lr, options.image_size) == (preset["channels"], 1.0, 24)
+    assert options.out == Path("runs/x")
+    assert parsed("train", [f"--config={path}"]).image_size == 20
+    assert parsed("train", []) == TrainOptions()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_options(name):
+    assert parsed("train", ["--preset", name]) == replace(TrainOptions(**PRESETS[name]), preset=name)
+
+
+def test_resume_takes_the_options_of_the_run(tmp_path):
+    (tmp_path / "config.toml").write_text(written(TrainOptions(lr=0.5, steps=7)))
+    options = parsed("train", ["--resume", str(tmp_path), "--steps", "9"])
+    assert (options.lr, options.steps, options.resume) == (0.5, 9, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lr = ", "not a TOML file"),
+        ("colour = 1", "there is no option 'colour', only data, "),
+        ("overwrite = true", "there is no option 'overwrite'"),
+        ("lr = '1'", "lr must be of another type, got '1'"),
+        ("steps = 1.5", "steps must be of another type"),
+        ("steps = true", "steps must be of another type"),
+        ("levels = 4", "levels must be 1, 2, 3, got 4"),
+        ("levels = true", "levels must be 1, 2, 3, got True"),
+        ("steps = 0", "--steps must be at least 1, got 0"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, text, message):
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        parsed("train", ["--config", str(tmp_path / "x.toml")])
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.toml: cannot be read"):
+        parsed("train", ["--config", str(tmp_path / "nowhere.toml")])

@@ -1,0 +1,241 @@
+"""The prior: its likelihood, that it sees nothing it should not, and that drawing with a cache is drawing without."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("safetensors")
+
+from vqops.vqvae2 import Codes, CodesMeta, Prior, PriorConfig, load_prior, train_prior
+from vqops.vqvae2.draw import choose, draw, draw_levels
+from vqops.vqvae2.prior import Cache, nats_per_code
+from vqops_cli.options import InputError
+from vqops_cli.prior_options import DrawOptions, TrainPriorOptions
+
+K, NAMES, SIZES = 11, ("bottom", "middle", "top"), ((4, 6), (2, 3), (1, 2))
+LEVELS = ["bottom", "middle", "top"]
+DRAW = DrawOptions(run=Path("run"), prior=(Path("prior"),), out=Path("out"))
+
+
+def small_prior(level: str, trained: bool = True) -> Prior:
+    """`trained`: with a head that is not zero, as if it had been trained."""
+    torch.manual_seed(0)
+    config = PriorConfig(level, NAMES, SIZES, K, ("cat", "dog"), width=16, layers=2, heads=2)
+    prior = Prior(config).eval()
+    if trained:
+        for parameter in prior.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def random_codes(batch: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, K, (batch, *size), generator=generator) for size in SIZES]
+
+
+def inputs_of(prior: Prior, batch: int = 3):
+    own, *above = random_codes(batch)[prior.config.position :]
+    return own, tuple(above), torch.arange(batch) % 3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_at_first_every_code_is_as_likely(level):
+    prior = small_prior(level, trained=False)
+    assert_close(nats_per_code(prior, *inputs_of(prior)).item(), math.log(K), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_code_sees_those_before_it_and_nothing_else(level):
+    prior = small_prior(level)
+    own, above, labels = inputs_of(prior)
+    logits = prior(own, above, labels)
+    for position in range(prior.config.length):
+        changed = own.flatten(1).clone()
+        changed[:, position] = (changed[:, position] + 1) % K
+        moved = (prior(changed.view_as(own), above, labels) - logits).abs().amax(dim=(0, 2))
+        assert moved[: position + 1].max() == 0
+        assert position + 1 == len(moved) or moved[position + 1 :].min() > 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_class_and_every_level_above_matter(level):
+    prior = small_prior(level)
+    own, above, labels = inputs_of(prior)
+    logits = prior(own, above, labels)
+    assert not torch.allclose(prior(own, above, (labels + 1) % 3), logits)
+    for number in range(len(above)):
+        others = tuple((codes + 1) % K if n == number else codes for n, codes in enumerate(above))
+        assert not torch.allclose(prior(own, others, labels), logits)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_cached_logits_are_the_uncached_ones(level):
+    prior = small_prior(level)
+    own, above, labels = inputs_of(prior)
+    expected = prior(own, above, labels)
+    before, addend = prior.context(above, labels)
+    cache = Cache(prior.config.layers)
+    for position in range(prior.config.length):
+        assert_close(prior.step(before, position, addend, cache), expected[:, position], rtol=1e-4, atol=1e-5)
+        before = prior.codes(own.flatten(1)[:, position])[:, None]
+
+
+# Drawing
+
+
+def test_drawn_codes_follow_the_logits():
+    """The likeliest code of each position, found by the whole forward pass; with guidance those of the two passes."""
+    prior = small_prior("bottom")
+    _, above, labels = inputs_of(prior)
+    for guidance in (1.0, 2.5):
+        options = replace(DRAW, temperature=0.0, guidance=guidance)
+        drawn = draw(prior, above, labels, options, torch.Generator())
+        logits = prior(drawn, above, labels)
+        without = prior(drawn, above, torch.full_like(labels, prior.no_class))
+        guided = without + guidance * (logits - without)
+        assert torch.equal(guided.argmax(-1), drawn.flatten(1))
+
+
+def test_draws_have_the_probabilities_of_the_prior():
+    prior = small_prior("top")
+    count = 4000
+    labels = torch.zeros(count, dtype=torch.int64)
+    drawn = draw(prior, (), labels, DRAW, torch.Generator().manual_seed(0))
+    first = prior(drawn[:1], (), labels[:1])[0, 0].softmax(-1)
+    shares = torch.bincount(drawn[:, 0, 0], minlength=K) / count
+    assert (shares - first).abs().max() < 5 * (0.25 / count) ** 0.5
+
+
+def test_given_rows_are_kept():
+    priors = [small_prior(level) for level in LEVELS]
+    given = tuple(codes[:, : codes.shape[1] // 2] for codes in random_codes())
+    drawn = draw_levels(priors, torch.zeros(3, dtype=torch.int64), DRAW, torch.Generator().manual_seed(0), given)
+    assert [tuple(codes.shape[1:]) for codes in drawn] == list(SIZES)
+    for codes, known in zip(drawn, given, strict=True):
+        assert torch.equal(codes[:, : known.shape[1]], known)
+
+
+def test_seed_decides_the_draw():
+    prior, labels = small_prior("top"), torch.zeros(50, dtype=torch.int64)
+    once, again, other = (draw(prior, (), labels, DRAW, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+
+
+@pytest.mark.parametrize(
+    "settings, allowed",
+    [
+        ({}, {0, 1, 2}),
+        ({"top_k": 2}, {0, 2}),
+        ({"top_k": 9}, {0, 1, 2}),
+        ({"top_p": 0.49}, {2}),
+        ({"top_p": 0.51}, {0, 2}),
+    ],
+    ids=str,
+)
+def test_likeliest_codes(settings, allowed):
+    logits = torch.tensor([[0.3, 0.2, 0.5]]).log().expand(400, -1)
+    drawn = choose(logits, 1.0, settings.get("top_k", 0), settings.get("top_p", 1.0), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == allowed
+
+
+def test_temperature():
+    logits = torch.tensor([[0.3, 0.2, 0.5]]).log().expand(4000, -1)
+    assert choose(logits, 0.0, 0, 1.0, torch.Generator()).unique().tolist() == [2]
+    drawn = choose(logits, 0.5, 0, 1.0, torch.Generator().manual_seed(0))
+    expected = torch.tensor([0.3, 0.2, 0.5]).square()
+    assert_close(torch.bincount(drawn) / 4000, expected / expected.sum(), rtol=0, atol=0.04)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory) -> Path:
+    """Codes with a structure to learn: the class says the top codes, those the bottom ones, and a row repeats."""
+    folder = tmp_path_factory.mktemp("codes")
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 200)
+    top = (labels * 4)[:, None, None] + random.integers(0, 2, (200, 2, 2))
+    bottom = np.repeat(np.repeat(top, 2, axis=1), 2, axis=2) + 1
+    meta = CodesMeta(200, 0, (3, 16, 16), K, ("bottom", "top"), ((4, 4), (2, 2)), "sha", "data", "", "", ("a", "b"))
+    written = Codes.create(folder, meta, labels)
+    written.write(0, (torch.from_numpy(bottom), torch.from_numpy(top)))
+    written.mark(200)
+    return folder
+
+
+def options_of(codes: Path, out: Path, **changes) -> TrainPriorOptions:
+    options = TrainPriorOptions(codes, "bottom", out, steps=60, width=16, layers=2, heads=2, lr=1e-2, warmup=5)
+    return replace(options, eval_every=20, device="cpu", **changes)
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("level, reachable", [("top", math.log(2)), ("bottom", 0.0)])
+def test_training_learns_class_and_levels_above(codes, tmp_path, capsys, level, reachable):
+    """The top codes are one of two given the class; the bottom ones are certain given the top ones."""
+    out = train_prior(replace(options_of(codes, tmp_path / "prior", level=level), steps=120))
+    rows = rows_of(out)
+    assert rows[-1]["val_nats_per_code"] < reachable + 0.15
+    prior, description = load_prior(out)
+    assert description["val_nats_per_code"] == min(row.get("val_nats_per_code", 9) for row in rows)
+    assert (description["model"], description["image_shape"]) == ("sha", [3, 16, 16])
+    assert not prior.training
+    said = capsys.readouterr().out
+    bits = description["val_nats_per_code"] * prior.config.length / math.log(2) / (3 * 16 * 16)
+    assert f"{bits:.4f} bits per dimension" in said
+    assert said.splitlines()[-1].startswith("next: vqops sample RUN --prior ")
+
+
+def test_same_seed_same_prior(codes, tmp_path):
+    options = options_of(codes, tmp_path / "a", dropout=0.2)
+    once, again = (load_prior(train_prior(replace(options, steps=3, out=tmp_path / name)))[0] for name in "ab")
+    for left, right in zip(once.parameters(), again.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_early_stop_keeps_the_best(tmp_path, capsys):
+    """Codes without any structure, few enough to learn by heart: held-out codes only get less likely."""
+    meta = CodesMeta(40, 0, (3, 16, 16), K, ("bottom",), ((4, 4),), "sha", "data", "", "", ())
+    written = Codes.create(tmp_path, meta, None)
+    written.write(0, (torch.from_numpy(np.random.default_rng(0).integers(0, K, (40, 4, 4))),))
+    written.mark(40)
+    options = replace(options_of(tmp_path, tmp_path / "prior", dropout=0.0, patience=2), steps=2000, width=32)
+    rows = rows_of(train_prior(options))
+    held_out = [row["val_nats_per_code"] for row in rows if "val_nats_per_code" in row]
+    assert rows[-1]["step"] < 2000
+    assert load_prior(tmp_path / "prior")[1]["val_nats_per_code"] == min(held_out) < held_out[-1]
+    assert "no better for 2 measurements" in capsys.readouterr().out
+
+
+def test_refusals(codes, tmp_path):
+    def refused(message, **changes):
+        with pytest.raises(InputError, match=message):
+            train_prior(replace(options_of(codes, tmp_path / "prior"), **changes))
+
+    refused("has no level middle, only bottom, top", level="middle")
+    refused("no codes are there", codes=tmp_path)
+    refused("is not empty", out=codes)
+    with pytest.raises(InputError, match="--width must be a multiple of twice --heads 2, got 18"):
+        replace(options_of(codes, tmp_path), width=18)
+    with pytest.raises(InputError, match="no prior is there"):
+        load_prior(tmp_path)
+    assert not (tmp_path / "prior").exists()
+
+
+def test_incomplete_codes_are_refused(codes, tmp_path):
+    meta = json.loads((codes / "meta.json").read_text()) | {"done": 100}
+    for name in ("bottom.npy", "top.npy", "labels.npy"):
+        (tmp_path / name).write_bytes((codes / name).read_bytes())
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="100 of 200 images are done, extract the rest"):
+        train_prior(options_of(tmp_path, tmp_path / "prior"))

@@ -1,0 +1,250 @@
+"""A run that is cut off, anywhere, and resumed ends bit for bit as one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+
+from vqops.vqvae2 import run_folder, train, train_state
+from vqops_cli.config import read_options
+from vqops_cli.options import InputError, TrainOptions
+
+TINY = TrainOptions(
+    steps=8,
+    batch_size=4,
+    image_size=12,
+    channels=8,
+    codebook_size=16,
+    code_dim=4,
+    eval_every=5,
+    checkpoint_every=2,
+    schedule="cosine",
+    warmup=3,
+    grad_clip=0.05,
+    weight_ema=0.9,
+    device="cpu",
+)
+KILLS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Larger than the crops, and no multiple of the batch, so that the place in the epoch shows."""
+    path = tmp_path_factory.mktemp("data") / "images.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (23, 20, 16), dtype=np.uint8))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    return train(replace(TINY, data=data, out=tmp_path_factory.mktemp("whole") / "run"))
+
+
+def state_of(run: Path) -> dict:
+    return torch.load(run / "train_state.pt", weights_only=True)
+
+
+def check_equal(a: object, b: object, where: str = "state") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            check_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for number, (left, right) in enumerate(zip(a, b, strict=True)):
+            check_equal(left, right, f"{where}[{number}]")
+    else:
+        assert a == b, where
+
+
+def check_same_run(run: Path, whole: Path) -> None:
+    """Weights, averages, optimizer, codebooks, random state; the model file; the steps of the metrics."""
+    check_equal(state_of(run), state_of(whole))
+    assert "exp_avg" in str(state_of(run)["optimizer"])
+    steps, expected = ([json.loads(line)["step"] for line in (x / "metrics.jsonl").open()] for x in (run, whole))
+    assert steps == sorted(set(steps))
+    assert set(expected) <= set(steps)
+    assert [name for name in os.listdir(run) if name.startswith(".")] == []
+
+
+class Killed(BaseException):
+    """Ends a run where it is raised, as a signal would, but leaves the test running."""
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_cut_off_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypatch, codebook, step):
+    options = replace(TINY, data=data, codebook=codebook)
+    whole = train(replace(options, out=tmp_path / "whole"))
+    adam_step, calls = torch.optim.Adam.step, []
+
+    def step_and_die(optimizer, *arguments):
+        calls.append(optimizer)
+        if len(calls) == step:
+            raise Killed
+        return adam_step(optimizer, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.Adam, "step", step_and_die)
+        train(replace(options, out=tmp_path / "run"))
+    torch.rand(step)  # another random state than that of the run
+    assert train(replace(options, resume=tmp_path / "run")) == tmp_path / "run"
+    check_same_run(tmp_path / "run", whole)
+
+
+def test_interrupted_run_can_be_resumed_and_lengthened(data, whole, tmp_path, monkeypatch):
+    shorter = train(replace(TINY, data=data, schedule="constant", steps=5, out=tmp_path / "run"))
+    train(replace(TINY, data=data, schedule="constant", resume=shorter))
+    check_same_run(shorter, train(replace(TINY, data=data, schedule="constant", out=tmp_path / "whole")))
+    assert read_options(shorter / "config.toml", TrainOptions).steps == TINY.steps
+
+
+@pytest.mark.parametrize("dies_after", ["half the bytes", "all bytes", "the replacement"])
+def test_kill_during_a_write_leaves_the_checkpoint_before_or_after(data, whole, tmp_path, monkeypatch, dies_after):
+    """At each checkpoint in turn; the run loses at most the two steps between checkpoints."""
+    save, replaced = torch.save, os.replace
+
+    for victim in (1, 2, 3):
+        run, saves = tmp_path / f"run{victim}", []
+
+        def dying_save(state, path, saves=saves, victim=victim):
+            saves.append(state["step"])
+            save(state, path)
+            if len(saves) == victim and dies_after != "the replacement":
+                if dies_after == "half the bytes":
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                (path.parent / f".99{victim}.train_state.pt").write_bytes(path.read_bytes())  # a kill cleans nothing up
+                raise Killed
+
+        def dying_replace(source, target, saves=saves, victim=victim):
+            replaced(source, target)
+            if len(saves) == victim and dies_after == "the replacement" and Path(target).name == "train_state.pt":
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train_state.torch, "save", dying_save)
+            patch.setattr(run_folder.os, "replace", dying_replace)
+            train(replace(TINY, data=data, out=run))
+        kept = state_of(run)["step"] if (run / "train_state.pt").exists() else 0
+        assert kept == (saves[-1] if dies_after == "the replacement" else (victim - 1) * 2)
+        train(replace(TINY, data=data, resume=run))
+        check_same_run(run, whole)
+
+
+KILLER = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+import torch
+from vqops.vqvae2 import train
+from vqops_cli.config import read_options
+from vqops_cli.options import TrainOptions
+
+config, run, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+options = replace(read_options(config, TrainOptions), out=run)
+delays, lived = random.Random(0), 0.3
+for attempt in range(kills + 1):
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        there = (run / "config.toml").exists()
+        train(replace(options, resume=run, out=None) if there else replace(options, overwrite=True))
+        os._exit(0)
+    if attempt < kills:
+        time.sleep(delays.uniform(0, lived))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    lived = min(1.3 * lived, 20)  # so that the run ends on a slow machine too
+print(attempt, status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_many_times(data, whole, tmp_path):
+    """kill -9 at random moments, from the first file on; what was forked is a fresh process but for its imports."""
+    config = tmp_path / "options.toml"
+    config.write_text((whole / "config.toml").read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(config), str(tmp_path / "run"), str(KILLS)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    kills, status = map(int, done.stdout.split())
+    assert status == 0, done.stderr
+    assert kills >= 2
+    check_same_run(tmp_path / "run", whole)
+
+
+def test_run_cut_off_before_its_pictures_draws_them(data, whole, tmp_path, monkeypatch):
+    def die(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(import_module("vqops.vqvae2.train"), "save_reconstructions", die)
+        train(replace(TINY, data=data, out=tmp_path / "run"))
+    run = train(replace(TINY, data=data, resume=tmp_path / "run"))
+    assert (run / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()
+
+
+# Refused, with the run as it was
+
+
+def refused(message: str, **changes) -> None:
+    with pytest.raises(InputError, match=message):
+        train(replace(TINY, **changes))
+
+
+def test_what_does_not_fit_the_run_is_refused(data, whole, tmp_path):
+    before = {name: (whole / name).read_bytes() for name in os.listdir(whole) if (whole / name).is_file()}
+    refused("no run of vqops train is there", data=data, resume=tmp_path)
+    refused("has done its 8 steps: name more with --steps", data=data, resume=whole)
+    refused("--lr is 0.0003 there and cannot change, got 0.1", data=data, resume=whole, lr=0.1, steps=20)
+    refused("--out .*other is another", data=data, resume=whole, out=tmp_path / "other")
+    assert before == {name: (whole / name).read_bytes() for name in before}
+
+
+def test_damaged_checkpoint_and_other_data_are_refused(data, tmp_path):
+    path = tmp_path / "images.npy"
+    path.write_bytes(Path(data).read_bytes())
+    run = train(replace(TINY, data=str(path), steps=1, out=tmp_path / "run"))
+    np.save(path, np.zeros((9, 20, 16), np.uint8))
+    refused("written with images 22, now it is 8", data=str(path), resume=run)
+    path.write_bytes(Path(data).read_bytes())
+    (run / "train_state.pt").write_bytes((run / "train_state.pt").read_bytes()[:500])
+    refused("train_state.pt: not a readable checkpoint", data=str(path), resume=run)
+
+
+def test_ctrl_c_is_not_lost_between_checkpoints(data, whole, tmp_path, monkeypatch):
+    adam_step, calls = torch.optim.Adam.step, []
+
+    def step_and_press_ctrl_c(optimizer, *arguments):
+        calls.append(optimizer)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return adam_step(optimizer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", step_and_press_ctrl_c)
+        run = train(replace(TINY, data=data, out=tmp_path / "run"))
+    assert state_of(run)["step"] == 3
+    train(replace(TINY, data=data, resume=run))
+    check_same_run(run, whole)

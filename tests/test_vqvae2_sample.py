@@ -1,0 +1,145 @@
+"""`vqops sample` and `vqops complete`, on a whole chain of tiny models: what they write and what they refuse."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("safetensors")
+
+from vqops.vqvae2 import complete, extract, load_model, sample, train, train_prior
+from vqops.vqvae2.sample import upper_codes
+from vqops_cli.options import InputError, TrainOptions
+from vqops_cli.prior_options import CompleteOptions, ExtractOptions, SampleOptions, TrainPriorOptions
+
+DARK, LIGHT = 40, 220
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """Dark and light images of 14 x 16 pixels, told apart by their label, through every step up to the priors."""
+    folder = tmp_path_factory.mktemp("chain")
+    labels = np.arange(80) % 2
+    noise = np.random.default_rng(0).integers(-30, 30, (80, 14, 16))
+    images = (np.where(labels, LIGHT, DARK)[:, None, None] + noise).clip(0, 255).astype(np.uint8)
+    np.savez(folder / "images.npz", x=images, y=np.where(labels, "light", "dark"))
+    for number in (0, 1):
+        Image.fromarray(images[number]).save(folder / f"{number}.png")
+    data = {"data": str(folder / "images.npz"), "data_key": "x", "device": "cpu"}
+    sizes = {"image_size": 16, "channels": 8, "codebook_size": 8, "code_dim": 4}
+    train(TrainOptions(**data, **sizes, steps=150, batch_size=16, lr=3e-3, out=folder / "run"))
+    extract(ExtractOptions(run=folder / "run", out=folder / "codes", label_key="y", **data))
+    for level in ("top", "bottom"):
+        options = TrainPriorOptions(folder / "codes", level, folder / level, steps=60, width=16, layers=1, heads=2)
+        train_prior(replace(options, lr=1e-2, warmup=5, eval_every=30, device="cpu"))
+    return folder
+
+
+def options_of(kind: type, chain: Path, out: Path, **changes):
+    return kind(run=chain / "run", prior=(chain / "bottom", chain / "top"), out=out, device="cpu", **changes)
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def test_samples_are_of_their_class(chain, tmp_path, capsys):
+    sample(options_of(SampleOptions, chain, tmp_path / "out", classes=("dark", "light"), count=6, batch_size=4))
+    names = [f"{n:05}-{('dark', 'light')[n % 2]}.png" for n in range(6)]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*names, "grid.png"])
+    pictures = [picture(tmp_path / "out" / name) for name in names]
+    assert {image.shape for image in pictures} == {(14, 16)}
+    brightness = [image.mean() for image in pictures]
+    assert max(brightness[0::2]) < (DARK + LIGHT) / 2 < min(brightness[1::2])
+    said = capsys.readouterr().out
+    assert "codes/s" in said
+    assert "next: vqops complete" in said
+
+
+def test_seed_decides_the_images(chain, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        sample(options_of(SampleOptions, chain, tmp_path / name, count=5, seed=seed))
+    once, again, other = ([picture(tmp_path / name / f"{n:05}.png") for n in range(5)] for name in "abc")
+    np.testing.assert_array_equal(once, again)
+    assert not np.array_equal(once, other)
+
+
+def test_guidance_and_temperature_run_to_the_end(chain, tmp_path):
+    likely = {"guidance": 2.0, "top_k": 4, "top_p": 0.9}
+    sample(options_of(SampleOptions, chain, tmp_path / "a", count=3, classes=("dark",), **likely))
+    sample(options_of(SampleOptions, chain, tmp_path / "b", count=3, temperature=0.0))
+    likeliest = [picture(tmp_path / "b" / f"{n:05}.png") for n in range(3)]
+    np.testing.assert_array_equal(likeliest[0], likeliest[1])
+
+
+def test_completions_keep_the_upper_half(chain, tmp_path, capsys):
+    out = tmp_path / "out"
+    complete(options_of(CompleteOptions, chain, out, images=(chain / "0.png", chain / "1.png"), count=2))
+    assert sorted(os.listdir(out)) == ["0-0.png", "0-1.png", "1-0.png", "1-1.png", "grid.png"]
+    dark, light = ([picture(out / f"{number}-{n}.png")[:6].mean() for n in (0, 1)] for number in (0, 1))
+    assert max(dark) < (DARK + LIGHT) / 2 < min(light)
+    assert picture(out / "grid.png").shape[1] == 4 * (16 * 10 + 4)  # image, what is kept, two completions
+    assert "next: " in capsys.readouterr().out
+
+
+def test_codes_of_the_upper_half_do_not_depend_on_the_lower(chain):
+    model = load_model(chain / "run")
+    pixels = torch.randint(0, 256, (2, 1, 14, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    changed = pixels.clone()
+    changed[:, :, 8:] = 255 - changed[:, :, 8:]
+    for here, there, rows in zip(upper_codes(model, pixels), upper_codes(model, changed), (2, 1), strict=True):
+        assert here.shape[1] == rows
+        assert torch.equal(here, there)
+
+
+# Refused
+
+
+def test_refusals(chain, tmp_path):
+    def refused(message, action, **changes):
+        kind = {sample: SampleOptions, complete: CompleteOptions}[action]
+        extra = {"images": (chain / "0.png",)} if action is complete else {}
+        with pytest.raises(InputError, match=message):
+            action(replace(options_of(kind, chain, tmp_path / "out", **extra), **changes))
+
+    refused("--class red: the priors do not know it, only dark, light", sample, classes=("red",))
+    refused("names none of level top", sample, prior=(chain / "bottom",))
+    refused("names two priors of level top", sample, prior=(chain / "top", chain / "top"))
+    refused("no prior is there", sample, prior=(chain, chain / "top"))
+    refused("no such file", sample, run=tmp_path)
+    refused("is not empty", sample, out=chain)
+    refused("--class names 2 classes", complete, classes=("dark", "light"))
+    refused("two files of one name", complete, images=(chain / "0.png", chain / "0.png"))
+    Image.new("L", (4, 4)).save(tmp_path / "small.png")
+    refused("small.png is 4 x 4, at least 16 x 14 is needed", complete, images=(tmp_path / "small.png",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_priors_of_another_model_are_refused(chain, tmp_path):
+    data = {"data": str(chain / "images.npz"), "data_key": "x", "device": "cpu"}
+    sizes = {"image_size": 16, "channels": 8, "codebook_size": 8, "code_dim": 4}
+    run = train(TrainOptions(**data, **sizes, steps=1, batch_size=16, out=tmp_path / "run"))
+    with pytest.raises(InputError, match="learned the codes of another model"):
+        sample(replace(options_of(SampleOptions, chain, tmp_path / "out"), run=run))
+
+
+@pytest.mark.parametrize(
+    "flag, value, allowed",
+    [
+        ("temperature", -1, "at least 0"),
+        ("top_k", -1, "at least 0"),
+        ("top_p", 0, "above 0"),
+        ("count", 0, "at least 1"),
+    ],
+)
+def test_values_out_of_range(flag, value, allowed):
+    options = {"run": Path("run"), "prior": (Path("a"),), "out": Path("b"), flag: value}
+    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} must be {allowed}"):
+        SampleOptions(**options)
+    with pytest.raises(InputError, match="--prior names no folder"):
+        SampleOptions(Path("run"), (), Path("out"))

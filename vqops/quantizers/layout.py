@@ -1,0 +1,93 @@
+"""From the caller's axes to the rows [H, N, D] of the ops, and back."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqops.ops.checks import check_device, check_floating, check_indices
+
+
+class Layout(NamedTuple):
+    """Where the features are, how many axes of positions there are, and how the heads share the features.
+
+    positions: the axes of x without its features, e.g. (b, n) or (b, h, w); masks have them, and indices before heads.
+    Heads with a codebook each are the H of the ops; heads that share one are rows of H = 1, a position's in turn.
+    """
+
+    dim: int
+    heads: int
+    separate: bool  # a codebook per head
+    features_second: bool
+    spatial: int | None  # axes of positions besides the batch; None: any number
+
+    @property
+    def axes(self) -> str:
+        names = {2: "h, w", 3: "d, h, w", None: "..."}[self.spatial]
+        return f"[b, dim, {names}]" if self.features_second else f"[b, {names}, dim]"
+
+    def check_input(self, x: Tensor) -> None:
+        check_floating("VectorQuantize", x=x)
+        fits = x.dim() >= 2 if self.spatial is None else x.dim() == self.spatial + 2
+        if not fits or self.features_last(x).shape[-1] != self.dim:
+            raise ValueError(f"VectorQuantize: x must be {self.axes} with dim={self.dim}, got {list(x.shape)}")
+
+    def positions(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(self.features_last(x).shape[:-1])
+
+    def mask(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:  # bool [*positions]
+        """Which positions to quantize, from the caller's mask or lens."""
+        positions = self.positions(x)
+        check_device("VectorQuantize", x, mask=mask, lens=lens)
+        if lens is not None:
+            if mask is not None:
+                raise ValueError("VectorQuantize: mask and lens can't both be given")
+            if len(positions) != 2:
+                raise ValueError(f"VectorQuantize: lens needs [b, n] vectors, got {list(positions)}; use mask")
+            if lens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+                raise TypeError(f"VectorQuantize: lens must be integers, got {lens.dtype}")
+            if tuple(lens.shape) != positions[:1]:
+                raise ValueError(f"VectorQuantize: lens must have shape {list(positions[:1])}, got {list(lens.shape)}")
+            return torch.arange(positions[1], device=x.device) < lens.unsqueeze(-1)
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"VectorQuantize: mask must be bool, True for vectors to quantize, got {mask.dtype}")
+            if tuple(mask.shape) != positions:
+                raise ValueError(f"VectorQuantize: mask must have shape {list(positions)}, got {list(mask.shape)}")
+        return mask
+
+    def check_indices(self, indices: Tensor, num_codes: int, positions: tuple[int, ...] | None = None) -> None:
+        check_indices("VectorQuantize", indices, num_codes)
+        heads, given = [self.heads] * (self.heads > 1), list(indices.shape)
+        if positions is not None and given != [*positions, *heads]:
+            raise ValueError(f"VectorQuantize: indices must have shape {[*positions, *heads]}, got {given}")
+        if heads and given[-1:] != heads:
+            raise ValueError(f"VectorQuantize: indices must end in an axis of heads={self.heads}, got {given}")
+
+    def features_last(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1) if self.features_second else x
+
+    def features_back(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1) if self.features_second else x
+
+    def rows(self, z: Tensor) -> Tensor:  # [*positions, heads * D] -> [H, N, D]
+        D = z.shape[-1] // self.heads
+        return self.heads_first(z.reshape(-1, self.heads, D))
+
+    def rows_back(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, D] -> [*positions, heads * D]
+        return self.heads_last(rows).reshape(*positions, self.heads * rows.shape[-1])
+
+    def mask_rows(self, mask: Tensor | None) -> Tensor | None:  # [*positions] -> [H, N]
+        return mask if mask is None else self.heads_first(mask.reshape(-1, 1).expand(-1, self.heads))
+
+    def index_rows(self, indices: Tensor) -> Tensor:  # [*positions] with heads > 1 [*positions, heads] -> [H, N]
+        return self.heads_first(indices.reshape(-1, self.heads))
+
+    def indices_back(self, indices: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N] -> [*positions(, heads)]
+        return self.heads_last(indices).reshape(*positions, *[self.heads] * (self.heads > 1))
+
+    def heads_first(self, t: Tensor) -> Tensor:  # [n, heads, ...] -> [H, N, ...]
+        return t.transpose(0, 1) if self.separate else t.reshape(1, -1, *t.shape[2:])
+
+    def heads_last(self, t: Tensor) -> Tensor:  # [H, N, ...] -> [n, heads, ...], or the same values in this order
+        return t.transpose(0, 1) if self.separate else t

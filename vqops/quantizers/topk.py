@@ -1,0 +1,60 @@
+"""Quantization to each of the k nearest codes, for a beam search over codes."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqops.ops import nearest_topk
+from vqops.ops.reference import TINY
+
+
+class QuantizedTopk(NamedTuple):
+    quantized: Tensor  # [N, k, D], dtype of x
+    indices: Tensor  # [N, k] int64
+    error: Tensor  # [N, k] float32 (float64 for float64 x)
+
+
+def quantize_topk(
+    x: Tensor,  # [N, D]
+    codebook: Tensor,  # [K, D]
+    k: int,  # at most 32
+    mask: Tensor | None,  # [N] bool
+    metric: str,
+    gradient: str,
+) -> QuantizedTopk:
+    """What `vqops.quantize` gives, for the k nearest codes of each vector instead of one.
+
+    Gradients are those of `vqops.quantize` with codebook_error_scale=1; for "none", the output's goes to the codebook.
+    Everything is gathered, of size N x k x D.
+    """
+    indices, _ = nearest_topk(x.detach(), codebook.detach(), k, mask, metric)
+    real = torch.promote_types(x.dtype, torch.float32)
+    start = x.to(real).unsqueeze(-2)
+    if metric == "cosine":
+        start = F.normalize(start, dim=-1, eps=TINY)
+    q = F.embedding(indices.clamp_min(0), codebook).to(real)
+    absent = torch.where(indices < 0, math.nan, 0.0).to(real)
+    if mask is not None:
+        off = ~mask[:, None]
+        absent = absent.masked_fill(off, 0)
+        start = start.masked_fill(off.unsqueeze(-1), 0)
+        q = q.masked_fill(off.unsqueeze(-1), 0)
+    error = (start - q).square().sum(-1) + absent
+    if gradient != "none":
+        q = q.detach()
+        moved = start if gradient == "straight_through" else rotated(start, q)
+        q = q + (moved - moved.detach())  # adds zero: the value is the code's to the last bit
+    return QuantizedTopk((q + absent.unsqueeze(-1)).to(x.dtype), indices, error)
+
+
+def rotated(x: Tensor, q: Tensor) -> Tensor:
+    """x turned and scaled onto q, with the turn and the scale held constant (arXiv 2410.06424, section 4.2)."""
+    with torch.no_grad():
+        x_norm, q_norm = x.norm(dim=-1, keepdim=True).clamp_min(TINY), q.norm(dim=-1, keepdim=True)
+        u, v = x / x_norm, q / q_norm.clamp_min(TINY)
+        w = F.normalize(u + v, dim=-1, eps=TINY)
+        scale = q_norm / x_norm
+    return (x - 2 * w * (w * x).sum(-1, keepdim=True) + 2 * v * (u * x).sum(-1, keepdim=True)) * scale

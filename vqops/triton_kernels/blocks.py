@@ -1,0 +1,90 @@
+"""Block sizes of every kernel, in one place. Not measured on a GPU yet: chosen from what compiles without spills.
+
+The limits: 255 registers a thread, and 99 KB of shared memory a block on sm_86, sm_89 and sm_120 (163 KB and more on
+sm_80, sm_90 and sm_100).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from vqops.triton_kernels.layout import STEP, WHOLE, padded_dimensions
+
+
+class Screen(NamedTuple):
+    """One program of the screening pass: `rows` of x against all codes, `codes` at a time."""
+
+    rows: int
+    codes: int
+    step: int  # dimensions at a time; whole rows where D allows
+    warps: int
+    stages: int
+
+
+# The first whose D and shared memory (KB a block) suffice. 128 x 64 scores on 8 warps leave 32 to a thread, beside two bounds
+# a slot; twice that spills.
+SCREEN = [
+    (128, 99, Screen(128, 64, 128, 8, 3)),
+    (WHOLE, 163, Screen(128, 64, WHOLE, 8, 3)),
+    (WHOLE, 99, Screen(64, 64, WHOLE, 4, 2)),
+    (math.inf, 99, Screen(128, 64, STEP, 8, 3)),
+]
+ROWS = 128  # rows are padded to a multiple: the largest block of the screening pass
+
+
+class Sizes(NamedTuple):
+    """Of the other kernels: what one program takes at a time."""
+
+    centre: int  # dimensions whose median is taken
+    codes: int  # codes prepared
+    values: int  # of rows rounded to fp16
+    decide: int  # rows decided, each among up to 16 codes
+    scan: tuple[int, int]  # rows and codes compared in float64
+
+
+ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32))
+INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128))  # an operation costs the same there
+PROGRAMS_A_PROCESSOR = 4  # of the kernels that walk a queue
+
+
+def sizes(device: torch.device) -> Sizes:
+    return ON_GPU if device.type == "cuda" else INTERPRETED
+
+
+def row_blocks(D: int, device: torch.device) -> tuple[int, int]:
+    """Rows and dimensions at a time of the pass that rounds rows to fp16."""
+    step = min(padded_dimensions(D), STEP)
+    return min(ROWS, sizes(device).values // step), step
+
+
+def tile(D: int, device: torch.device) -> tuple[int, int]:
+    """Rows and dimensions at a time of kernels at memory speed that may walk a row in steps."""
+    step = min(max(16, 1 << (D - 1).bit_length()), 256)
+    return max(1, sizes(device).values // step), step
+
+
+def whole_rows(D: int, device: torch.device) -> tuple[int, int]:
+    """Rows at a time, and the power of two that holds one, of kernels at memory speed that need rows whole."""
+    width = max(16, 1 << (D - 1).bit_length())
+    return max(1, sizes(device).values // width), width
+
+
+def screen_blocks(D: int, shared: int) -> Screen:
+    """For rows of D dimensions on a device with `shared` bytes of shared memory a block."""
+    width = padded_dimensions(D)
+    block = next(block for most, needed, block in SCREEN if width <= most and shared >= needed * 1024)
+    return block._replace(step=min(block.step, width))
+
+
+def shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def queue_programs(device: torch.device) -> int:
+    """Programs of a kernel that walks a queue whose length only the device knows."""
+    if device.type != "cuda":
+        return 1
+    return PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

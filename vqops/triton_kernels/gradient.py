@@ -1,0 +1,133 @@
+"""Gradient: one pass over the rows, each of which needs only itself and its code. Read: the gradient and x once, codes from
+cache. Written: grad_x once. No rotation matrix is built. A gradient of the codebook adds a row of differences each, which
+are then summed as in code_sums.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vqops.ops.reference import TINY
+from vqops.triton_kernels.blocks import whole_rows
+from vqops.triton_kernels.code_sums import runs_of, sum_in_order
+from vqops.triton_kernels.lanes import stored_as
+
+SMALLEST = tl.constexpr(TINY)
+
+
+@triton.jit
+def length(v):
+    """The norm of each row, with correctly rounded root."""
+    square = tl.sum(v * v, 1)
+    if v.dtype == tl.float64:
+        root = tl.sqrt(square)
+    else:
+        root = tl.sqrt_rn(square)
+    return root
+
+
+@triton.jit
+def over(v, divisor):
+    """v / divisor, correctly rounded: float32 division is approximate by default."""
+    if v.dtype == tl.float64:
+        result = v / divisor[:, None]
+    else:
+        result = tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape))
+    return result
+
+
+@triton.jit
+def gradient_kernel(
+    grad_quantized, grad_error, x, codebook, indices, mask, grad_x, pull, rows, N, D,
+    g_h_stride, g_n_stride, g_i_stride, e_h_stride, e_n_stride, h_stride, n_stride, i_stride,
+    c_h_stride, c_k_stride, c_i_stride, mask_h_stride, mask_n_stride,
+    WIDE: tl.constexpr, COSINE: tl.constexpr, ROTATE: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    if WIDE:
+        real: tl.constexpr = tl.float64
+    else:
+        real: tl.constexpr = tl.float32
+    row = tl.program_id(0).to(tl.int64) * A + tl.arange(0, A)
+    inside = row < rows
+    h = row // N
+    n = row - h * N
+    keeps = inside
+    if mask is not None:
+        keeps &= tl.load(mask + h * mask_h_stride + n * mask_n_stride, mask=inside, other=0) != 0
+    k = tl.load(indices + row, mask=inside, other=-1)
+    i = tl.arange(0, BD).to(tl.int64)[None, :]
+    there = keeps[:, None] & (i < D)
+    least = tl.full((A,), SMALLEST, real)
+    given = tl.load(x + (h * h_stride + n * n_stride)[:, None] + i * i_stride, mask=there, other=0.0).to(real)
+    norm = tl.maximum(length(given), least)
+    if COSINE:
+        given = over(given, norm)
+    coded = there & (k >= 0)[:, None]
+    q = tl.load(codebook + (h * c_h_stride + k * c_k_stride)[:, None] + i * c_i_stride, mask=coded, other=0.0).to(real)
+    q = tl.where(there & (k < 0)[:, None], float("nan"), q)
+    g = tl.zeros((A, BD), real)
+    if grad_quantized is not None:
+        at = grad_quantized + (h * g_h_stride + n * g_n_stride)[:, None] + i * g_i_stride
+        g = tl.load(at, mask=there, other=0.0).to(real)
+        if ROTATE:
+            # g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose
+            # of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
+            x_norm = tl.maximum(length(given), least)
+            q_norm = length(q)
+            u = over(given, x_norm)
+            v = over(q, tl.maximum(q_norm, least))
+            w = over(u + v, tl.maximum(length(u + v), least))
+            g = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
+            g = over(g * q_norm[:, None], x_norm)
+    if grad_error is not None:
+        factor = tl.load(grad_error + h * e_h_stride + n * e_n_stride, mask=keeps, other=0.0).to(real)
+        difference = 2 * (given - q) * factor[:, None]
+        g += difference
+        if pull is not None:
+            tl.store(pull + row[:, None] * D + i, -difference, mask=coded)
+    if grad_x is not None:
+        if COSINE:  # through x / max(|x|, 1e-6)
+            along = tl.where(norm > least, tl.sum(given * g, 1), 0.0)
+            g = over(g - along[:, None] * given, norm)
+        g = tl.where(keeps[:, None], g, 0.0)
+        tl.store(grad_x + row[:, None] * D + i, stored_as(g, grad_x.dtype.element_ty), mask=inside[:, None] & (i < D))
+
+
+def quantize_backward(
+    grad_quantized,
+    grad_error,
+    x,
+    codebook,
+    indices,
+    mask=None,
+    metric="euclidean",
+    gradient="straight_through",
+    codebook_error_scale=0.0,
+    x_needed=True,
+    codebook_needed=False,
+):
+    H, N, D = x.shape
+    real = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    indices = indices.contiguous()
+    grad_x = x.new_empty((H, N, D)) if x_needed else None
+    pulled = codebook_needed and grad_error is not None and indices.numel() > 0
+    pull = x.new_empty((H, N, D), dtype=real) if pulled else None
+    g = None if gradient == "none" else grad_quantized
+    rows, width = whole_rows(D, x.device)
+    with torch.cuda.device_of(x):
+        if indices.numel() and (x_needed or pulled):
+            gradient_kernel[(triton.cdiv(H * N, rows),)](
+                g, grad_error, x, codebook, indices, mask, grad_x, pull, H * N, N, D,
+                *strides(g, 3), *strides(grad_error, 2), *x.stride(), *codebook.stride(), *strides(mask, 2),
+                real == torch.float64, metric == "cosine", gradient == "rotation", rows, width,
+                num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        grad_codebook = codebook.new_zeros(codebook.shape) if codebook_needed else codebook.new_empty(0)
+        if pulled:
+            sums = sum_in_order(pull, runs_of(indices, codebook.shape[1]), codebook.shape[1], dtype=real)
+            grad_codebook = sums.mul_(codebook_error_scale).to(codebook.dtype)
+    return x.new_empty(0) if grad_x is None else grad_x, grad_codebook
+
+
+def strides(tensor, dimensions: int) -> tuple[int, ...]:
+    return (0,) * dimensions if tensor is None else tensor.stride()

@@ -1,0 +1,156 @@
+"""The prior of one level's codes: a decoder-only transformer over their grid, row by row.
+
+The levels above and the class condition it. Sources: Razavi et al. 2019 (arXiv:1906.00446) for a prior a level, with a
+transformer in place of PixelSNAIL; Ho and Salimans 2022 (arXiv:2207.12598) for the hidden classes of training.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """What defines the network; it is saved with the weights. Levels are listed from bottom to top."""
+
+    level: str  # the level that it draws
+    level_names: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]  # h, w of the codes of each level
+    codebook_size: int  # K
+    classes: tuple[str, ...] = ()
+    width: int = 192
+    layers: int = 4
+    heads: int = 4
+    dropout: float = 0.1
+
+    @property
+    def position(self) -> int:
+        return self.level_names.index(self.level)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.sizes[self.position]
+
+    @property
+    def length(self) -> int:  # T
+        return math.prod(self.size)
+
+    @property
+    def levels_above(self) -> int:
+        return len(self.level_names) - 1 - self.position
+
+
+class Cache:
+    """Keys and values of the positions so far, of each layer: [B, heads, T, width / heads]."""
+
+    def __init__(self, layers: int):
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys[layer] is not None:
+            keys = torch.cat([self.keys[layer], keys], dim=2)
+            values = torch.cat([self.values[layer], values], dim=2)
+        self.keys[layer], self.values[layer] = keys, values
+        return keys, values
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        C = config.width
+        self.heads, self.dropout = config.heads, config.dropout
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.project = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+
+    def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:  # x [B, T, C]
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        # With a cache T is 1, and the position sees all before it; without one, position t sees 0 to t.
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=cache is None)
+        x = x + F.dropout(self.project(attended.transpose(1, 2).reshape(B, T, C)), dropout)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), dropout)
+
+
+class Prior(nn.Module):
+    """p(codes of one level | codes of the levels above, class), as logits of each code given those before it.
+
+    Position t takes in the code at t - 1 (at 0: the class), its own row and column, and what a few convolutions make of
+    the levels above at its place. The last class stands for "not said".
+    """
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.config = config
+        C, K = config.width, config.codebook_size
+        height, width = config.size
+        self.codes = nn.Embedding(K, C)
+        self.classes = nn.Embedding(len(config.classes) + 1, C)
+        self.rows, self.columns = nn.Embedding(height, C), nn.Embedding(width, C)
+        self.above = nn.ModuleList(nn.Embedding(K, C) for _ in range(config.levels_above))
+        self.condition = nn.Sequential(
+            nn.Conv2d(C, C, 3, padding=1), nn.GELU(), nn.Conv2d(C, C, 3, padding=1), nn.GELU(), nn.Conv2d(C, C, 1)
+        ) if config.levels_above else None  # fmt: skip
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, K)
+        self.apply(initialise)
+        for layer in self.layers:  # so that the sum over the layers does not grow with their number
+            for last in (layer.project, layer.mlp[-1]):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.layers))
+        nn.init.zeros_(self.head.weight)  # every code is as likely as any other at first: the loss is ln K
+
+    @property
+    def no_class(self) -> int:
+        return len(self.config.classes)
+
+    def context(self, above: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What does not depend on the level's own codes: the first input [B, 1, C] and an addend a position [B, T, C].
+
+        above: codes [B, h, w] of the levels above, nearest first; labels [B], `no_class` for "not said".
+        """
+        height, width = self.config.size
+        places = self.rows.weight[:, None] + self.columns.weight[None]  # [h, w, C]
+        addend = places.flatten(0, 1).expand(len(labels), -1, -1)
+        if self.condition is not None:
+            maps = [embed(codes).permute(0, 3, 1, 2) for embed, codes in zip(self.above, above, strict=True)]
+            maps = sum(F.interpolate(one, size=(height, width), mode="nearest") for one in maps)
+            addend = addend + (maps + self.condition(maps)).flatten(2).transpose(1, 2)
+        return self.classes(labels)[:, None], addend
+
+    def forward(self, codes: Tensor, above: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Logits [B, T, K] of all codes [B, h, w] at once."""
+        first, addend = self.context(above, labels)
+        before = self.codes(codes.flatten(1)[:, :-1])
+        x = F.dropout(torch.cat([first, before], dim=1) + addend, self.config.dropout, self.training)
+        return self.transform(x, None)
+
+    def step(self, before: Tensor, position: int, addend: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, K] at one position; `before` is the input that leads to it, [B, 1, C]."""
+        return self.transform(before + addend[:, position : position + 1], cache)[:, 0]
+
+    def transform(self, x: Tensor, cache: Cache | None) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cache, number)
+        return self.head(self.norm(x))
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def nats_per_code(prior: Prior, codes: Tensor, above: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood over images and positions."""
+    logits = prior(codes, above, labels)
+    return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())

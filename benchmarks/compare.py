@@ -83,7 +83,8 @@ def measured(python: str, folder: Path, options: list[str]) -> dict[str, float]:
     """Medians in milliseconds by row."""
     with tempfile.TemporaryDirectory() as out:
         run([python, "-m", SUITE.name, *options, "--out", out], folder, "the suite fails")
-        rows = [json.loads(line) for path in sorted(Path(out).glob("*.jsonl")) for line in path.read_text().splitlines()]
+        lines = [line for path in sorted(Path(out).glob("*.jsonl")) for line in path.read_text().splitlines()]
+    rows = map(json.loads, lines)
     return {label(row): row["p50_ms"] for row in rows if "p50_ms" in row and row["method"].startswith("vqops")}
 
 

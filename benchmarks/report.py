@@ -71,7 +71,7 @@ def number(value: float) -> str:
 
 
 def times(row: dict) -> str:
-    return f"{number(row['p50_ms'])} ({number(row['p20_ms'])}–{number(row['p80_ms'])})"
+    return f"{number(row['p50_ms'])} ({number(row['p20_ms'])}-{number(row['p80_ms'])})"
 
 
 def size(row: dict) -> list[str]:
@@ -81,7 +81,7 @@ def size(row: dict) -> list[str]:
 def wrong(row: dict) -> str:
     if not row.get("wrong"):
         return ""
-    return f" · {row['wrong']} wrong of {row['checked']}"
+    return f"; {row['wrong']} wrong of {row['checked']}"
 
 
 def peer_columns(cases: dict, heads: list[str], describe: Callable[[dict], list[str]], share: str = "") -> str:
@@ -99,12 +99,12 @@ def peer_columns(cases: dict, heads: list[str], describe: Callable[[dict], list[
         if prepared:
             line.append(ratio_cell(found.get("vqops, prepared")))
         lines.append(line + [ratio_cell(found.get(peer)) for peer in peers])
-    heads = [*heads, "vqops ms: p50 (p20–p80)", *([share] if share else []), *(["prepared"] if prepared else [])]
+    heads = [*heads, "vqops ms: p50 (p20-p80)", *([share] if share else []), *(["prepared"] if prepared else [])]
     return table(heads + [SHORT.get(peer, peer) for peer in peers], lines)
 
 
 def ratio_cell(row: dict | None) -> str:
-    return "–" if row is None else f"{number(row['times_vqops'])} ×{wrong(row)}"
+    return "-" if row is None else f"{number(row['times_vqops'])} x{wrong(row)}"
 
 
 SIZE = ["shape", "N", "D", "K"]
@@ -114,19 +114,20 @@ def machine(device: Device, figures: str) -> str:
     """What was measured, where, with what."""
     lines = []
     rows = {stage: device.rows(stage) for stage in STAGES}
+    every = [row for found in rows.values() for row in found]
     first = rows["search"][0]
     threads = "thread" if first["threads"] == 1 else "threads"
     clock = next(row["clock"] for row in rows["search"] if "clock" in row)
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     lines.append(f"{device.name} ({first['instructions']}), {first['threads']} {threads}, {clock} time, {versions}.")
-    commits = dict.fromkeys(row["commit"] for found in rows.values() for row in found)
+    commits = dict.fromkeys(row["commit"] for row in every)
     lines.append(f"Sources measured: commit {', '.join(f'`{commit}`' for commit in commits)}.")
     loads = [found[0]["load"] for found in rows.values() if found and found[0].get("load") is not None]
     if loads:
         lines.append(f"Programs that wanted to run when a stage began: {min(loads)} to {max(loads)}.")
     skipped = {row["method"]: row["left_out"] for row in rows["search"] + rows["steps"] if "left_out" in row}
     skipped = {method: why for method, why in skipped.items() if "float32" not in why and "takes no" not in why}
-    failed = [f"{row['method']} ({row['shape']}): {row['failed']}" for row in sum(rows.values(), []) if "failed" in row]
+    failed = [f"{row['method']} ({row['shape']}): {row['failed']}" for row in every if "failed" in row]
     if skipped:
         lines.append(f"Left out: {'; '.join(dict.fromkeys(skipped.values()))}.")
     if failed:
@@ -181,7 +182,8 @@ def statistics(device: Device, figures: str) -> str:
     update = by_case(device.rows("statistics", "ema_update_"))
     parts = [peer_columns(cases, SIZE, size, "share of copy")]
     if update:
-        parts += ["`ema_update_`:", peer_columns(update, ["shape", "D", "K"], lambda row: [*size(row)[:1], *size(row)[2:]])]
+        codes = peer_columns(update, ["shape", "D", "K"], lambda row: [row["shape"], *size(row)[2:]], "share of copy")
+        parts += ["`ema_update_`:", codes]
     return "\n\n".join(parts)
 
 
@@ -216,7 +218,7 @@ def exactness(device: Device, figures: str) -> str:
         data = "codes 1000 times smaller" if "spread" in row else f"all values + {row['offset']:g}"
         cases.setdefault((row["shape"], data), {})[row["method"]] = row
     lines = [
-        [*key, *(f"{number(100 * found[m]['wrong'] / found[m]['checked'])} %" if m in found else "–" for m in methods)]
+        [*key, *(f"{number(100 * found[m]['wrong'] / found[m]['checked'])} %" if m in found else "-" for m in methods)]
         for key, found in cases.items()
     ]
     return table(["shape", "data", *(SHORT.get(method, method) for method in methods)], lines)
@@ -234,8 +236,8 @@ def growth(device: Device, figures: str) -> str:
 
 def threads(device: Device, figures: str) -> str:
     rows = [row for row in device.rows("growing", "nearest") if row["axis"] == "threads"]
-    lines = [[row["method"], str(row["threads"]), times(row), f"{number(row['times_one_thread'])} ×"] for row in rows]
-    return table(["method", "threads", "wall ms: p50 (p20–p80)", "as fast as one thread"], lines)
+    lines = [[row["method"], str(row["threads"]), times(row), f"{number(row['times_one_thread'])} x"] for row in rows]
+    return table(["method", "threads", "wall ms: p50 (p20-p80)", "as fast as one thread"], lines)
 
 
 def memory(device: Device, figures: str) -> str:
@@ -264,8 +266,16 @@ def losses(device: Device, figures: str) -> str:
                     continue
                 milliseconds = f"{number(row['p50_ms'])} against {number(found['vqops']['p50_ms'])} ms"
                 op = f"{row['op']}, {row['dtype']}" if row["dtype"] != "float32" else row["op"]
-                took = f"{name} took {number(row['times_vqops'])} × our time ({milliseconds})"
+                took = f"{name} took {number(row['times_vqops'])} x our time ({milliseconds})"
                 lines.append(f"- {op}, {row['shape']}: {took}{wrong(row)}.")
+    for op in ("nearest", "training step"):
+        rows = device.rows("memory", op)
+        largest = [row for row in rows if (row["N"], row["K"]) == (rows[-1]["N"], rows[-1]["K"])]
+        ours = next((row["extra_mb"] for row in largest if row["method"] == "vqops"), 0.0)
+        for row in largest:
+            if row["extra_mb"] < ours:
+                took = f"{row['method']} took {number(row['extra_mb'])} against {number(ours)} MB"
+                lines.append(f"- memory of {op}, N = {row['N']}, D = {row['D']}, K = {row['K']}: {took}.")
     return "\n".join(lines) or "- In none of these cases was a peer faster."
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
 sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
 
-from benchmarks import baselines, cases, compare, correctness, growth, memory
-from benchmarks.__main__ import main
-from benchmarks.measure import measure
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks import baselines, cases, compare, correctness, growth, memory  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.measure import measure  # noqa: E402
+from benchmarks.shapes import SHAPES, Shape  # noqa: E402
 
 TINY = Shape("tiny", "", 96, 6, 20, 1, 1)
 
@@ -101,11 +103,11 @@ def test_wrong_sums_codes_and_gradients_are_refused(op):
 
 def test_equal_distances_are_right_and_near_misses_are_counted():
     codebook = torch.tensor([[0.0], [2.0], [5.0]])
-    x = torch.tensor([[1.0], [3.4], [5.0]])
+    x = torch.tensor([[1.0], [3.25], [5.0]])
     exact = torch.tensor([0, 1, 2])
     assert correctness.wrong_indices(torch.tensor([1, 1, 2]), exact, x, codebook) == (0, 0.0)
     wrong, excess = correctness.wrong_indices(torch.tensor([0, 2, 2]), exact, x, codebook)
-    assert wrong == 1 and excess == pytest.approx(1.6**2 / 1.4**2 - 1)
+    assert wrong == 1 and excess == pytest.approx(1.75**2 / 1.25**2 - 1)
 
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="no /proc/self/clear_refs")
@@ -200,7 +202,7 @@ def test_a_changed_number_is_noticed(regenerated):
 
     page = regenerated / "docs" / "benchmarks.md"
     right = page.read_text()
-    changed = re.sub(r"(\d\.\d\d) ×", "9.99 ×", right, count=1)
+    changed = re.sub(r"(\d\.\d\d) x", "9.99 x", right, count=1)
     assert changed != right
     page.write_text(changed)
     report.main(regenerated)
@@ -218,4 +220,4 @@ def test_prose_holds_no_measured_number():
     from benchmarks.report import MARKED
 
     prose = MARKED.sub("", (ROOT / "docs" / "benchmarks.md").read_text())
-    assert re.findall(r"\d[\d.]*\s*(?:×|%|ms\b|[KMG]i?B\b|GFLOP|times\b)", prose) == []
+    assert re.findall(r"\d[\d.]*\s*(?:x\b(?! \d)|%|ms\b|[KMG]i?B\b|GFLOP|times\b)", prose) == []

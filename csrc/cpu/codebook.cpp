@@ -161,6 +161,23 @@ private:
 
 }  // namespace
 
+float charge_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words) {
+    const double rounding = 1 + 1e-5 + double(D) * 0x1p-23, underflow = double(D) * 0x1p-70;
+    const double norm = std::sqrt(double(norms.square)) * rounding + underflow;
+    if (instructions().pairs) {
+        const double lost = std::sqrt(double(norms.lost)) * rounding + underflow + 1.01 * kUnit * norm;
+        const double held = norm + lost;  // at least the norm of the rounded row
+        const uint16_t radius = up_to_bfloat16(float(1.02 * (lost + double(D + 6) * kUnit * held)));
+        if (D % 2) words[D / 2] &= 0xffff;
+        words[packed.depth - 1] = (radius | uint32_t(up_to_bfloat16(float(1.02 * held))) << 16) ^ 0x80008000;
+    } else {
+        const float radius = std::nextafter(float(1.02 * double(D + 5) * kUnit * norm), INFINITY);
+        std::memcpy(words + D, &radius, 4);
+    }
+    const double decision = packed.header->decision * (cosine ? norm : norm * norm);
+    return float(2 * (decision + 0x1p-120 * double(D) * (1 + norm)));
+}
+
 void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
                    const Parallel& parallel) {
     const Codes codes{rows, h, K, D, cosine};

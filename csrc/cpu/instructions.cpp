@@ -13,6 +13,11 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 says so of what its own header leaves undefined on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #define VQOPS_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define VQOPS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -42,6 +47,30 @@ namespace portable {
 #include "instructions.inl"
 #include "undefine.inl"
 }  // namespace portable
+
+#if defined(VQOPS_BF16_MODEL)
+// For tests on any processor: the screening pass of avx512_bf16 with a scalar model of its instruction.
+namespace bf16_model {
+#include "bf16_model.inl"
+#define VQOPS_NAME "bf16_model"
+#define VQOPS_WIDTH 4
+#define VQOPS_TILE 3
+#define VQOPS_CODES 16
+#define VQOPS_PAIRS 1
+#define VQOPS_ADD_PAIRS(sum, x, c) add_pairs(sum, x, c)
+#define VQOPS_BROADCAST(value) (Vector{value, value, value, value})
+#define VQOPS_LANES Mask
+#define VQOPS_LESS_EQUAL(a, b) ((a) <= (b))
+#define VQOPS_ANY(lanes) ((lanes)[0] | (lanes)[1] | (lanes)[2] | (lanes)[3])
+#define VQOPS_BITS(lanes) \
+    (((lanes)[0] & 1) | ((lanes)[1] & 2) | ((lanes)[2] & 4) | ((lanes)[3] & 8))
+#define VQOPS_SUBTRACT_PRODUCT(sum, a, b) ((sum) - (a) * (b))
+#define VQOPS_DIRECT portable::direct
+#define VQOPS_GROUP 4
+#include "instructions.inl"
+#include "undefine.inl"
+}  // namespace bf16_model
+#endif
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -112,6 +141,7 @@ namespace avx512 {
 #endif
 // The same with vdpbf16ps, which multiplies and adds two dimensions at once.
 namespace avx512_bf16 {
+#define VQOPS_ADD_PAIRS(sum, x, c) _mm512_dpbf16_ps(sum, __m512bh(x), __m512bh(c))
 #define VQOPS_NAME "avx512_bf16"
 #define VQOPS_WIDTH 16
 #define VQOPS_TILE 14
@@ -176,6 +206,9 @@ std::vector<Choice> compiled() {
         {&avx2::instructions, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
         {&portable::instructions, true},
+#if defined(VQOPS_BF16_MODEL)
+        {&bf16_model::instructions, std::getenv("VQOPS_CPU") != nullptr},  // only by name
+#endif
     };
 }
 
@@ -189,12 +222,13 @@ const Instructions& choose() {
         }
         throw std::runtime_error(std::string("VQOPS_CPU=") + wanted + ", but it must be one of: " + compiled_instructions());
     }
-    for (size_t i = 0; i < choices.size(); i++) {
-        if (!choices[i].supported) continue;
-        const Instructions& set = *choices[i].set;
-        if (!set.pairs || multiply_add_rate(set) > kWorthPairs * multiply_add_rate(*choices[i + 1].set)) return set;
+    const Instructions* best = &portable::instructions;
+    for (auto choice = choices.rbegin(); choice != choices.rend(); choice++) {
+        const Instructions& set = *choice->set;
+        if (!choice->supported) continue;
+        if (!set.pairs || multiply_add_rate(set) > kWorthPairs * multiply_add_rate(*best)) best = &set;
     }
-    return portable::instructions;
+    return *best;
 }
 
 }  // namespace

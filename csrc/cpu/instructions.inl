@@ -10,6 +10,7 @@
 //   VQOPS_LOAD_SOME(p, n)                a vector of the n < VQOPS_WIDTH floats at p, and zeros
 //   VQOPS_DIRECT, VQOPS_GROUP            the direct search, and how many codes it takes together
 //   VQOPS_PAIRS     1: the screening pass takes bfloat16, two dimensions a 32-bit word; 0: float
+//   VQOPS_ADD_PAIRS(sum, x, c)           with pairs, the sum and the products of both halves
 // Nothing but <cstdint> and intrinsics may be used here: an inline function of another header would be compiled for this
 // target and could be linked into code that runs everywhere.
 
@@ -26,10 +27,11 @@ VQOPS_INLINE Vector load(const float* p) { return *reinterpret_cast<const Unalig
 // A word of the screening pass, and what it does with one: x is stored negated where the instruction can only add.
 #if VQOPS_PAIRS
 typedef uint32_t Word;
-typedef __m512i Words;
-VQOPS_INLINE Words broadcast_word(Word value) { return _mm512_set1_epi32(int(value)); }
-VQOPS_INLINE Words load_words(const Word* p) { return _mm512_loadu_si512(p); }
-VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return _mm512_dpbf16_ps(sum, __m512bh(x), __m512bh(c)); }
+typedef uint32_t Words __attribute__((vector_size(4 * VQOPS_WIDTH)));
+typedef uint32_t UnalignedWords __attribute__((vector_size(4 * VQOPS_WIDTH), aligned(4), may_alias));
+VQOPS_INLINE Words broadcast_word(Word value) { return Words{} + value; }
+VQOPS_INLINE Words load_words(const Word* p) { return *reinterpret_cast<const UnalignedWords*>(p); }
+VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return VQOPS_ADD_PAIRS(sum, x, c); }
 #else
 typedef float Word;
 typedef Vector Words;
@@ -45,11 +47,9 @@ VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return VQOPS_SUBTRACT_P
 // Those words are the coefficients of the bound, so the lower bound has them subtracted once.
 VQOPS_INLINE Vector charges(Word row, Words codes) {
 #if VQOPS_PAIRS
-    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
-    const Vector radius = Vector(_mm512_slli_epi32(codes, 16)), lost = Vector(_mm512_and_si512(codes, high));
-    const Words both = broadcast_word(row ^ 0x80008000);
-    return (radius * Vector(_mm512_slli_epi32(both, 16)) + lost * Vector(_mm512_and_si512(both, high))) *
-           VQOPS_BROADCAST(2.02f);
+    const Word both = row ^ 0x80008000;
+    const Words radius = broadcast_word(both << 16), lost = broadcast_word(both & 0xffff0000);
+    return (Vector(codes << 16) * Vector(radius) + Vector(codes & 0xffff0000) * Vector(lost)) * VQOPS_BROADCAST(2.02f);
 #else
     return codes * VQOPS_BROADCAST(2.02f * row);
 #endif
@@ -189,7 +189,7 @@ static float spin(int64_t steps, float value) {
         VQOPS_UNROLL
         for (int v = 0; v < kVectors; v++) sum[r][v] = VQOPS_BROADCAST(value * float(r * kVectors + v));
     }
-    const Words factor = Words(VQOPS_BROADCAST(value));
+    const Words factor = (Words)VQOPS_BROADCAST(value);
     for (int64_t i = 0; i < steps; i++) {
         VQOPS_UNROLL
         for (int r = 0; r < VQOPS_TILE; r++) {
@@ -284,7 +284,7 @@ static void direct(const float* x, int64_t rows, int64_t D, const float* code, i
 
 // (x - centre) * scale in the words of the screening pass, and its norms.
 static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
-#if VQOPS_PAIRS
+#if VQOPS_PAIRS && VQOPS_WIDTH == 16
     uint16_t* to = static_cast<uint16_t*>(out);
     Vector sum = {}, lost = {};
     for (int64_t i = 0; i < D; i += 16) {
@@ -298,6 +298,17 @@ static RowNorms place_row(const float* x, const float* centre, float scale, int6
         lost += rest * rest;
     }
     return {_mm512_reduce_add_ps(sum), _mm512_reduce_add_ps(lost)};
+#elif VQOPS_PAIRS
+    uint16_t* to = static_cast<uint16_t*>(out);
+    float sum = 0, lost = 0;
+    for (int64_t i = 0; i < D; i++) {
+        const float value = (centre[i] - x[i]) * scale;
+        to[i] = to_pair(value);
+        const float rest = value - __builtin_bit_cast(float, uint32_t(to[i]) << 16);
+        sum += value * value;
+        lost += rest * rest;
+    }
+    return {sum, lost};
 #else
     float* to = static_cast<float*>(out);
     Vector sum = {};

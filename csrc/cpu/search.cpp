@@ -82,24 +82,7 @@ private:
             else decision_.write_none(h, n, false);
             return false;
         }
-        // exactness.md: |x'| rounded up, the coefficients of |c'| and of what rounding took from it, and the terms that no
-        // code changes.
-        const double rounding = 1 + 1e-5 + double(D) * 0x1p-23, underflow = double(D) * 0x1p-70;
-        const double norm = std::sqrt(double(norms.square)) * rounding + underflow;
-        const double decision = packed_->header->decision * (shape_.cosine ? norm : norm * norm);
-        if (set_.pairs) {
-            const double lost = std::sqrt(double(norms.lost)) * rounding + underflow + 1.01 * 0x1p-24 * norm;
-            const double held = norm + lost;  // at least the norm of the rounded row
-            const uint16_t charges[2] = {up_to_bfloat16(float(1.02 * (lost + double(D + 6) * 0x1p-24 * held))),
-                                         up_to_bfloat16(float(1.02 * held))};
-            uint16_t* halves = reinterpret_cast<uint16_t*>(out);
-            if (D % 2) halves[D] = 0;
-            for (int i = 0; i < 2; i++) halves[2 * depth_ - 2 + i] = charges[i] | 0x8000;
-        } else {
-            const float charge = std::nextafter(float(1.02 * double(D + 5) * 0x1p-24 * norm), INFINITY);
-            std::memcpy(out + D, &charge, 4);
-        }
-        candidates_.always[r] = float(2 * (decision + 0x1p-120 * double(D) * (1 + norm)));
+        candidates_.always[r] = charge_row(norms, *packed_, D, shape_.cosine, out);
         candidates_.start(r);
         return true;
     }

@@ -13,3 +13,4 @@
 #undef VQOPS_LOAD_SOME
 #undef VQOPS_DIRECT
 #undef VQOPS_GROUP
+#undef VQOPS_ADD_PAIRS

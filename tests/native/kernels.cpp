@@ -2,6 +2,7 @@
 // index checked against a plain double loop. Built and run by tests/test_sanitizers.py.
 
 #include <cmath>
+#include <cstring>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -15,6 +16,15 @@
 #include "../../csrc/cpu/search.h"
 
 using namespace vqops;
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+__attribute__((target("avx512f,avx512bf16"))) static float hardware_pair(float sum, uint32_t x, uint32_t c) {
+    const __m512 added =
+        _mm512_dpbf16_ps(_mm512_set1_ps(sum), __m512bh(_mm512_set1_epi32(int(x))), __m512bh(_mm512_set1_epi32(int(c))));
+    return _mm512_cvtss_f32(added);
+}
+#endif
 
 namespace {
 
@@ -59,7 +69,8 @@ struct Case {
     const char* name;
     int64_t H, N, K, D;
     float x_scale, c_scale, offset;
-    int repeat;      // each code stands this many times
+    int repeat;      // each code stands this many times, all but the first moved by
+    float spread;    // this much
     bool specials;   // NaN, Inf, huge, zero and denormal rows and codes
 };
 
@@ -71,7 +82,7 @@ void run(const Case& test, bool cosine) {
     for (float& value : x) value = normal(random) * test.x_scale + test.offset;
     for (int64_t k = 0; k < H * K; k++)
         for (int64_t i = 0; i < D; i++)
-            c[k * D + i] = k % test.repeat ? c[(k - 1) * D + i] : normal(random) * test.c_scale + test.offset;
+            c[k * D + i] = k % test.repeat ? c[(k - 1) * D + i] + normal(random) * test.spread : normal(random) * test.c_scale + test.offset;
     if (test.specials) {
         const float values[] = {NAN, INFINITY, 3e38f, 0, 1e-42f, -1e30f};
         for (int s = 0; s < 6; s++) {
@@ -91,7 +102,7 @@ void run(const Case& test, bool cosine) {
     for (int64_t h = 0; h < H; h++)
         pack_codebook(codes, h, K, D, cosine, static_cast<char*>(memory) + h * Packed::bytes(K, D), parallel);
 
-    std::vector<int64_t> indices(H * N), tiers(kTiers);
+    std::vector<int64_t> indices(H * N), tiers(kTiers), again(H * N);
     search(shape, rows, codes, kept, memory, {indices.data(), 1, nullptr, tiers.data()}, parallel);
     const int64_t most = std::min<int64_t>(K, 5);
     std::vector<int64_t> several(H * N * most);
@@ -116,7 +127,10 @@ void run(const Case& test, bool cosine) {
 
     std::vector<float> quantized(H * N * D), error(H * N), sums(H * K * D), average(H * K * D), size(H * K, 1);
     std::vector<int64_t> counts(H * K);
-    gather_codes(shape, rows, codes, kept, indices.data(), quantized.data(), error.data(), parallel);
+    search_and_gather(shape, rows, codes, kept, memory, again.data(), {quantized.data(), error.data()}, parallel);
+    expect(again == indices, "indices of quantize", test.name, 0);
+    search_and_gather(shape, rows, codes, kept, nullptr, again.data(), {quantized.data(), error.data()}, parallel);
+    expect(again == indices, "indices without preparation", test.name, 0);
     const Indices chosen = {indices.data(), N, 1};
     expect(sum_codes(shape, rows, chosen, nullptr, {counts.data(), sums.data()}, parallel) < 0, "range", test.name, 0);
     const Rows g = {quantized.data(), DType::float32, N * D, D, 1}, e = {error.data(), DType::float32, N, 1, 1};
@@ -131,6 +145,61 @@ void run(const Case& test, bool cosine) {
                   test.name, 2);
 }
 
+// The screening pass alone: every lower bound is at most the exact t = |c|^2 / 2 - x.c (scaled and centred), and the upper
+// bound that follows from it at least that. The inputs are what rounds worst: halfway between two bfloat16, of equal sign,
+// with partial sums that grow past the powers of two, or so small that products underflow.
+void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
+    const int64_t N = instructions().tile, K = 64;
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal;
+    for (const int64_t D : {1, 2, 7, 64, 511}) {
+        std::vector<float> x(N * D), c(K * D);
+        const auto fill = [&](std::vector<float>& values, float scale) {
+            for (float& value : values) {
+                value = normal(random) * scale;
+                if (positive) value = std::fabs(value);
+                if (halfway) value = from_bfloat16(to_bfloat16(value)) * (1 + 0x1p-8f - 0x1p-23f);
+            }
+        };
+        fill(x, x_scale), fill(c, c_scale);
+        const Rows codes = {c.data(), DType::float32, K * D, D, 1};
+        std::vector<char> packed_memory(Packed::bytes(K, D) + 64);
+        void* memory = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(packed_memory.data()) + 63) / 64 * 64);
+        pack_codebook(codes, 0, K, D, false, memory, two_threads());
+        const Packed packed(memory, K, D);
+        const int64_t stride = round_up(packed.depth, 16);
+        std::vector<uint32_t> words(N * stride, 0);
+        std::vector<float> threshold(N, INFINITY);
+        std::vector<float> always(N);
+        for (int64_t n = 0; n < N; n++) {
+            const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, &words[n * stride]);
+            always[n] = charge_row(norms, packed, D, false, &words[n * stride]);
+        }
+        struct Seen {
+            const float *x, *c;
+            const Packed* packed;
+            int64_t D, count;
+        } seen = {x.data(), c.data(), &packed, D, 0};
+        const auto candidate = [](void* self, int64_t row, int64_t code, float lower, float upper) {
+            Seen& s = *static_cast<Seen*>(self);
+            const int64_t k = s.packed->code[code];
+            long double t = 0;
+            for (int64_t i = 0; i < s.D; i++) {
+                const long double scale = s.packed->header->scale, m = s.packed->centre[i];
+                const long double X = (s.x[row * s.D + i] - m) * scale, C = (s.c[k * s.D + i] - m) * scale;
+                t += C * C / 2 - X * C;
+            }
+            expect(lower <= t, "lower bound", "bounds", k);
+            expect(upper >= t, "upper bound", "bounds", k);
+            s.count++;
+        };
+        const OpenCodes open = {threshold.data(), always.data(), nullptr, nullptr, nullptr, 0, 0,
+                                int32_t(packed.header->screened), &seen, nullptr, candidate};
+        instructions().screen(words.data(), N, stride, packed.as_read(), open);
+        expect(seen.count == N * packed.header->screened, "codes were left out", "bounds", seen.count);
+    }
+}
+
 // All 65536 half-precision patterns survive a round trip; NaN stays NaN.
 void conversions() {
     for (uint32_t bits = 0; bits < 65536; bits++) {
@@ -142,21 +211,60 @@ void conversions() {
     }
 }
 
+#if defined(VQOPS_BF16_MODEL)
+#include "../../csrc/cpu/bf16_model.inl"
+#endif
+
+// The model of vdpbf16ps is the instruction, bit for bit, where there is one.
+void model() {
+#if defined(VQOPS_BF16_MODEL) && defined(__x86_64__)
+    if (!__builtin_cpu_supports("avx512bf16")) return;
+    std::mt19937 random(3);
+    for (int64_t n = 0; n < 200000; n++) {
+        // Exponents close together, so that sums round; some denormal, some of extreme exponents.
+        const auto half = [&] {
+            const uint32_t exponent = n % 4 ? 120 + random() % 16 : n % 8 ? random() % 4 : 60 + random() % 8;
+            return (random() & 1) << 15 | exponent << 7 | (random() & 127);
+        };
+        const uint32_t x = half() | half() << 16, c = half() | half() << 16;
+        float sum = from_bfloat16(uint16_t(half())) * (1 + float(random() % 65536) * 0x1p-24f);
+        if (n % 16 == 5) sum = std::ldexp(sum, -60);
+        const float modelled = add_pair(sum, x, c), found = hardware_pair(sum, x, c);
+        expect(std::memcmp(&modelled, &found, 4) == 0, "vdpbf16ps", "model", n);
+    }
+#endif
+}
+
 }  // namespace
 
 int main() {
     const Case cases[] = {
-        {"plain", 2, 131, 70, 13, 1, 1, 0, 1, false},       {"one code", 1, 9, 1, 1, 1, 1, 0, 1, false},
-        {"no rows", 1, 0, 5, 3, 1, 1, 0, 1, false},         {"one dimension", 1, 40, 33, 1, 1, 1, 0, 1, false},
-        {"far off", 1, 60, 40, 9, 1, 1, 1e4f, 1, false},    {"repeated", 1, 50, 96, 8, 1, 1, 0, 3, false},
-        {"identical", 1, 50, 200, 8, 1, 1, 0, 200, false},  {"collapsed", 1, 50, 300, 8, 1e-7f, 1e-7f, 1, 1, false},
-        {"zero codebook", 1, 30, 40, 8, 1, 0, 0, 1, false}, {"specials", 1, 40, 40, 17, 1, 1, 0, 1, true},
-        {"denormal", 1, 40, 40, 8, 1e-41f, 1e-41f, 0, 1, false},
-        {"huge rows", 1, 20, 40, 8, 1e30f, 1, 0, 1, false}, {"deep", 1, 7, 20, 3000, 1, 1, 0, 1, false},
+        {"plain", 2, 131, 70, 13, 1, 1, 0, 1, 0, false},
+        {"one code", 1, 9, 1, 1, 1, 1, 0, 1, 0, false},
+        {"no rows", 1, 0, 5, 3, 1, 1, 0, 1, 0, false},
+        {"one dimension", 1, 40, 33, 1, 1, 1, 0, 1, 0, false},
+        {"several panels", 1, 200, 300, 34, 1, 1, 0, 1, 0, false},
+        {"far off", 1, 60, 40, 9, 1, 1, 1e4f, 1, 0, false},
+        {"repeated", 1, 50, 96, 8, 1, 1, 0, 3, 0, false},
+        {"identical", 1, 50, 200, 8, 1, 1, 0, 200, 0, false},
+        {"clusters", 1, 120, 200, 8, 1, 1, 0, 50, 1e-4f, false},
+        {"tight clusters", 1, 120, 200, 8, 1, 1, 0, 50, 1e-7f, false},
+        {"collapsed", 1, 50, 300, 8, 1e-7f, 1e-7f, 1, 1, 0, false},
+        {"zero codebook", 1, 30, 40, 8, 1, 0, 0, 1, 0, false},
+        {"specials", 1, 40, 40, 17, 1, 1, 0, 1, 0, true},
+        {"denormal", 1, 40, 40, 8, 1e-41f, 1e-41f, 0, 1, 0, false},
+        {"huge rows", 1, 20, 40, 8, 1e30f, 1, 0, 1, 0, false},
+        {"tiny rows", 1, 50, 300, 6, 1e-20f, 1, 0, 1, 0, false},
+        {"deep", 1, 7, 20, 3000, 1, 1, 0, 1, 0, false},
     };
     for (const Case& test : cases)
         for (const bool cosine : {false, true}) run(test, cosine);
+    for (const bool halfway : {false, true})
+        for (const bool positive : {false, true})
+            for (const float scale : {1.0f, 1e-18f, 1e15f}) bounds(scale, 1, halfway, positive);
+    bounds(1e-20f, 1e-20f, false, false);
     conversions();
+    model();
     std::printf("%s: %d failures\n", instructions().name, failures);
     return failures != 0;
 }

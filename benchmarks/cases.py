@@ -67,10 +67,10 @@ def nearest(
     shape: Shape, device: str, dtype=torch.float32, offset: float = 0.0, spread: float = 1.0, every: bool = False
 ) -> Case:
     x, codebook = shape.data(device, dtype, offset, spread)
-    exact = exact_indices(shape, device, dtype, offset, spread)
     rounding_only = offset == 0 and dtype not in HALVES  # else plain PyTorch may be far off, which is what is counted
 
     def check(found: Tensor) -> dict:
+        exact = exact_indices(shape, device, dtype, offset, spread)
         rows = slice(0, len(exact))
         wrong, excess = correctness.wrong_indices(found[rows].to(x.device), exact, x[rows], codebook)
         if excess > correctness.GROSS and rounding_only:

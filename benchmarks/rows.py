@@ -12,7 +12,7 @@ import torch
 import vqops
 from vqops import _C
 
-PEERS = ("vqops", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "triton")
+PEERS = ("vqops", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "flash-kmeans", "triton")
 
 
 def environment() -> dict:

@@ -1,0 +1,223 @@
+"""The benchmark suite measures what it says, and the documentation says what it measured."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
+sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
+
+from benchmarks import baselines, cases, compare, correctness, growth, memory  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.measure import measure  # noqa: E402
+from benchmarks.shapes import SHAPES, Shape  # noqa: E402
+
+TINY = Shape("tiny", "", 96, 6, 20, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def plain_memory(seeded_and_poisoned):
+    """As users run: no filling of fresh memory."""
+    torch.use_deterministic_algorithms(False)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
+def test_a_run_writes_whole_rows(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    main(["--quick", "--stage", "search", "--shape", "RQ-VAE", "--out", str(tmp_path)])
+    assert torch.get_num_threads() == threads
+    rows = {row["method"]: row for row in rows_of(tmp_path)}
+    for name in ("vqops", "addmm + argmin", "cdist + argmin"):
+        row = rows[name]
+        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["checked"] == row["N"] == SHAPES["RQ-VAE"].N("cpu") and row["share_of_ceiling"] > 0
+        assert {"device", "versions", "commit", "threads", "clock", "load", "extra_mb", "dtype", "shape"} <= row.keys()
+    assert rows["vqops"]["wrong"] == 0 and rows["vqops"]["times_vqops"] == 1
+    assert rows["ceiling: gemm"]["gflops"] > 0
+    assert rows["flash-kmeans"]["left_out"] == "flash-kmeans needs a GPU"
+    assert "flash-kmeans needs a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        cases.nearest,
+        cases.code_sums,
+        cases.ema_update,
+        cases.quantize_forward,
+        cases.quantize_backward,
+        lambda *given: cases.quantize_backward(*given, "rotation"),
+        cases.training_step,
+        cases.evaluation,
+    ],
+)
+def test_every_method_of_a_case_passes_its_check(make):
+    case = make(TINY, "cpu")
+    done = []
+    for name, prepare in case.methods.items():
+        if name.startswith("torch.compile"):
+            continue
+        try:
+            found = case.check(prepare()())
+        except baselines.Unavailable:
+            continue
+        assert not found.get("wrong"), name
+        done.append(name)
+    assert done[0] == "vqops" and len(done) >= 2 - (make is cases.evaluation)
+
+
+def test_a_wrong_result_is_reported_and_not_timed():
+    case = cases.nearest(TINY, "cpu")
+    case.methods = {
+        "vqops": case.methods["vqops"],
+        "farthest": lambda: lambda: torch.cdist(*TINY.data("cpu")).argmax(1),
+        "no index": lambda: lambda: torch.full((96,), 20),
+        "halves": lambda: lambda: torch.zeros(48, dtype=torch.int64),
+    }
+    rows = {row["method"]: row for row in measure(case, 0.0, 64)}
+    assert rows["vqops"]["p50_ms"] > 0
+    for name in ("farthest", "no index", "halves"):
+        assert "WrongResult" in rows[name]["failed"] and "p50_ms" not in rows[name]
+
+
+@pytest.mark.parametrize("op", [cases.code_sums, cases.ema_update, cases.quantize_backward])
+def test_wrong_sums_codes_and_gradients_are_refused(op):
+    case = op(TINY, "cpu")
+    found = case.methods["vqops"]()()
+    last = found[-1] if isinstance(found, tuple) else found
+    last.view(-1)[3] += 0.1
+    with pytest.raises(correctness.WrongResult):
+        case.check(found)
+
+
+def test_equal_distances_are_right_and_near_misses_are_counted():
+    codebook = torch.tensor([[0.0], [2.0], [5.0]])
+    x = torch.tensor([[1.0], [3.25], [5.0]])
+    exact = torch.tensor([0, 1, 2])
+    assert correctness.wrong_indices(torch.tensor([1, 1, 2]), exact, x, codebook) == (0, 0.0)
+    wrong, excess = correctness.wrong_indices(torch.tensor([0, 2, 2]), exact, x, codebook)
+    assert wrong == 1 and excess == pytest.approx(1.75**2 / 1.25**2 - 1)
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="no /proc/self/clear_refs")
+def test_peak_memory_sees_what_is_freed_before_the_call_ends():
+    def call():
+        return torch.ones(32, 2**18).sum()  # 32 MB
+
+    call()
+    extra = memory.peak_extra_mb(call)
+    if extra is None:
+        pytest.skip("this system lets no process reset its peak")
+    assert 30 < extra < 48
+    assert memory.peak_extra_mb(lambda: None) < 8
+
+
+def test_exponents_and_laws_are_those_of_the_data():
+    assert growth.exponent([(n, 3e-4 * n**1.5) for n in (64, 128, 512, 4096)]) == pytest.approx(1.5)
+    law = growth.law([(N, K, 8.0 * N * K + 64 * N + 1e5) for N, K in growth.GRID])
+    assert (law["bytes_per_NK"], law["bytes_per_N"], law["bytes_per_K"]) == (8.0, 64.0, 0.0)
+    n = law["largest_N_equal_K"]
+    assert 8 * n**2 + 64 * n + 512 * n == pytest.approx(growth.LIMIT_GIB * 2**30, rel=0.02)
+
+
+def test_changes_are_called_so_only_where_all_pairs_agree():
+    runs = [({"a": 1.0, "b": 1.0, "c": 1.0, "gone": 1.0}, {"a": 2.0, "b": 0.5, "c": c}) for c in (1.1, 0.9, 1.2)]
+    found = {change.row: change for change in compare.changes(runs)}
+    assert {row: change.verdict for row, change in found.items()} == {"a": "slower", "b": "faster", "c": "="}
+    assert (found["c"].ratio, found["c"].low, found["c"].high) == (1.1, 0.9, 1.2)
+    assert "0.90-1.20" in compare.printed(list(found.values()))
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """Two revisions: the tests of the first pass, those of the second fail."""
+    folder = tmp_path / "repository"
+    (folder / "tests").mkdir(parents=True)
+
+    def git(*arguments):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+    git("init", "-q")
+    for tag, passes in (("good", True), ("bad", False)):
+        (folder / "tests" / "test_it.py").write_text(f"def test_it():\n    assert {passes}\n")
+        git("add", "-A")
+        git("commit", "-qm", tag)
+        git("tag", tag)
+    return folder
+
+
+def test_comparison_refuses_revisions_whose_tests_fail(repository, monkeypatch):
+    monkeypatch.setattr(compare, "built", lambda folder, revision: sys.executable)
+    with pytest.raises(SystemExit, match="the tests of bad fail"):
+        compare.main(["good", "bad", "--repository", str(repository)])
+    with pytest.raises(SystemExit, match="nowhere can't be checked out"):
+        compare.main(["good", "nowhere", "--repository", str(repository)])
+    left = subprocess.check_output(["git", "worktree", "list"], cwd=repository, text=True)
+    assert len(left.splitlines()) == 1
+
+
+def test_comparison_prints_each_row(repository, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "built", lambda folder, revision: sys.executable)
+    options = ["--quick", "--stage", "search", "--shape", "RQ-VAE", "--method", "^vqops$"]
+    compare.main(["good", "good", "--repeats", "1", "--repository", str(repository), "--", *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].endswith("nearest RQ-VAE 1024 32 256 float32 forward vqops 1")
+
+
+# The documentation
+
+
+@pytest.fixture
+def regenerated(tmp_path) -> Path:
+    pytest.importorskip("matplotlib")
+    from benchmarks import report
+
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    report.main(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "README.md"])
+def test_every_number_is_in_the_results(regenerated, page):
+    assert (regenerated / page).read_text() == (ROOT / page).read_text(), "run python -m benchmarks.report"
+
+
+def test_a_changed_number_is_noticed(regenerated):
+    from benchmarks import report
+
+    page = regenerated / "docs" / "benchmarks.md"
+    right = page.read_text()
+    changed = re.sub(r"(\d\.\d\d) x", "9.99 x", right, count=1)
+    assert changed != right
+    page.write_text(changed)
+    report.main(regenerated)
+    assert page.read_text() == right
+
+
+def test_figures_are_those_that_the_pages_show(regenerated):
+    shown = re.findall(r"\]\((figures/benchmarks[^)]*)\)", (ROOT / "docs" / "benchmarks.md").read_text())
+    assert shown
+    for figure in shown:
+        assert (ROOT / "docs" / figure).stat().st_size > 0 and (regenerated / "docs" / figure).stat().st_size > 0
+
+
+def test_prose_holds_no_measured_number():
+    from benchmarks.report import MARKED
+
+    prose = MARKED.sub("", (ROOT / "docs" / "benchmarks.md").read_text())
+    assert re.findall(r"\d[\d.]*\s*(?:x\b(?! \d)|%|ms\b|[KMG]i?B\b|GFLOP|times\b)", prose) == []

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "../../csrc/cpu/codebook.h"
+#include "../../csrc/cpu/row_buffer.h"
+#include "../../csrc/decide.h"
 #include "../../csrc/cpu/ema.h"
 #include "../../csrc/cpu/gradient.h"
 #include "../../csrc/cpu/quantize.h"
@@ -45,18 +47,8 @@ Parallel two_threads() {
             }};
 }
 
-// The cost of csrc/exact.h in the plainest form.
 double cost(const float* x, const float* c, int64_t D, bool cosine) {
-    double p[8] = {}, square[8] = {};
-    for (int64_t i = 0; i < D; i++) {
-        const double e = double(x[i]) - c[i];
-        p[i % 8] += cosine ? double(x[i]) * c[i] : e * e;
-        square[i % 8] += double(c[i]) * c[i];
-    }
-    const auto tree = [](const double* s) { return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])); };
-    if (!cosine) return tree(p);
-    const double norm = std::sqrt(tree(square));
-    return norm > 0 ? -tree(p) / norm : 0;
+    return cosine ? cosine_cost(exact_product(x, c, D), exact_product(c, c, D)) : exact_distance(x, c, D);
 }
 
 bool finite(const float* row, int64_t D) {
@@ -200,6 +192,26 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
     }
 }
 
+// The vector forms of what decides are the scalar forms, bit for bit, at every length.
+void exact() {
+    std::mt19937 random(2);
+    std::normal_distribution<float> normal;
+    for (int64_t D = 1; D < 70; D++) {
+        std::vector<float> x(D), c(D);
+        const AlignedRow wide_x(D), wide_c(D);
+        for (int64_t i = 0; i < D; i++) {
+            wide_x.data[i] = x[i] = normal(random) * std::exp(3 * normal(random));
+            wide_c.data[i] = c[i] = normal(random);
+        }
+        const Instructions& set = instructions();
+        expect(set.exact_distance(x.data(), c.data(), D) == exact_distance(x.data(), c.data(), D), "floats", "exact", D);
+        for (const bool cosine : {false, true})
+            expect(set.exact_cost(wide_x.data, wide_c.data, wide_x.padded, cosine) == cost(x.data(), c.data(), D, cosine),
+                   "doubles", "exact", D);
+        expect(set.dot(wide_x.data, wide_c.data, wide_x.padded) == exact_product(x.data(), c.data(), D), "dot", "exact", D);
+    }
+}
+
 // All 65536 half-precision patterns survive a round trip; NaN stays NaN.
 void conversions() {
     for (uint32_t bits = 0; bits < 65536; bits++) {
@@ -263,6 +275,7 @@ int main() {
         for (const bool positive : {false, true})
             for (const float scale : {1.0f, 1e-18f, 1e15f}) bounds(scale, 1, halfway, positive);
     bounds(1e-20f, 1e-20f, false, false);
+    exact();
     conversions();
     model();
     std::printf("%s: %d failures\n", instructions().name, failures);

@@ -1,6 +1,6 @@
-// The arithmetic that decides, in plain scalar form for any compiler and device: what float64 compares, who wins a tie, and
-// how counts are smoothed. vqops/ops/reference.py is its specification. csrc/exact.h has the same distances in vectors for
-// CPUs; tests/native/kernels.cpp holds them equal bit for bit.
+// The arithmetic that decides, in plain scalar form for any compiler and device: what float64 compares, who wins a tie,
+// and how counts are smoothed. vqops/ops/reference.py is its specification. csrc/exact.h has the same distances in
+// vectors for CPUs; tests/native/kernels.cpp holds them equal bit for bit.
 //
 // Multiply and add round separately: build with -ffp-contract=off, CUDA with -fmad=false.
 #pragma once

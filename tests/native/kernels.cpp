@@ -72,9 +72,13 @@ void run(const Case& test, bool cosine) {
     const int64_t H = test.H, N = test.N, K = test.K, D = test.D;
     std::vector<float> x(H * N * D), c(H * K * D);
     for (float& value : x) value = normal(random) * test.x_scale + test.offset;
-    for (int64_t k = 0; k < H * K; k++)
-        for (int64_t i = 0; i < D; i++)
-            c[k * D + i] = k % test.repeat ? c[(k - 1) * D + i] + normal(random) * test.spread : normal(random) * test.c_scale + test.offset;
+    for (int64_t k = 0; k < H * K; k++) {
+        for (int64_t i = 0; i < D; i++) {
+            const bool again = k % test.repeat != 0;
+            c[k * D + i] = normal(random) * (again ? test.spread : test.c_scale);
+            c[k * D + i] += again ? c[(k - 1) * D + i] : test.offset;
+        }
+    }
     if (test.specials) {
         const float values[] = {NAN, INFINITY, 3e38f, 0, 1e-42f, -1e30f};
         for (int s = 0; s < 6; s++) {
@@ -137,9 +141,9 @@ void run(const Case& test, bool cosine) {
                   test.name, 2);
 }
 
-// The screening pass alone: every lower bound is at most the exact t = |c|^2 / 2 - x.c (scaled and centred), and the upper
-// bound that follows from it at least that. The inputs are what rounds worst: halfway between two bfloat16, of equal sign,
-// with partial sums that grow past the powers of two, or so small that products underflow.
+// The screening pass alone: every lower bound is at most the exact t = |c|^2 / 2 - x.c (scaled and centred), and the
+// upper bound that follows from it at least that. The inputs are what rounds worst: halfway between two bfloat16, of
+// equal sign, with partial sums that grow past the powers of two, or so small that products underflow.
 void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
     const int64_t N = instructions().tile, K = 64;
     std::mt19937 random(5);
@@ -164,8 +168,9 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
         std::vector<float> threshold(N, INFINITY);
         std::vector<float> always(N);
         for (int64_t n = 0; n < N; n++) {
-            const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, &words[n * stride]);
-            always[n] = charge_row(norms, packed, D, false, &words[n * stride]);
+            uint32_t* out = &words[n * stride];
+            const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, out);
+            always[n] = charge_row(norms, packed, D, false, out);
         }
         struct Seen {
             const float *x, *c;
@@ -204,11 +209,12 @@ void exact() {
             wide_c.data[i] = c[i] = normal(random);
         }
         const Instructions& set = instructions();
-        expect(set.exact_distance(x.data(), c.data(), D) == exact_distance(x.data(), c.data(), D), "floats", "exact", D);
+        const float *a = x.data(), *b = c.data();
+        expect(set.exact_distance(a, b, D) == exact_distance(a, b, D), "floats", "exact", D);
         for (const bool cosine : {false, true})
-            expect(set.exact_cost(wide_x.data, wide_c.data, wide_x.padded, cosine) == cost(x.data(), c.data(), D, cosine),
-                   "doubles", "exact", D);
-        expect(set.dot(wide_x.data, wide_c.data, wide_x.padded) == exact_product(x.data(), c.data(), D), "dot", "exact", D);
+            expect(set.exact_cost(wide_x.data, wide_c.data, wide_x.padded, cosine) == cost(a, b, D, cosine), "doubles",
+                   "exact", D);
+        expect(set.dot(wide_x.data, wide_c.data, wide_x.padded) == exact_product(a, b, D), "dot", "exact", D);
     }
 }
 

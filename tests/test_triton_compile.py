@@ -46,9 +46,9 @@ def check(kernels: list[dict], architecture: int) -> None:
             assert "cosine" in facts["case"] or not facts["machine_fused_double"], where
 
 
-@pytest.mark.parametrize("architecture", [89, 90])
-def test_a_search(architecture):
-    kernels = compiled(architecture, "nearest, D=64")
+@pytest.mark.parametrize("architecture, cases", [(89, "nearest, D=64"), (90, "nearest, D=64;one of everything")])
+def test_a_search(architecture, cases):
+    kernels = compiled(architecture, cases)
     check(kernels, architecture)
     assert "screen_kernel" in {facts["kernel"] for facts in kernels}
 

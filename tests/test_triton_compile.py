@@ -40,7 +40,7 @@ def check(kernels: list[dict], architecture: int) -> None:
             assert TENSOR_CORES[architecture] in facts["tensor_cores"], where
             assert facts["spills"] == 0, where
         else:
-            assert facts["spills"] <= 4, where  # the routines for float64 division and roots save a register or two
+            assert facts["spills"] <= 8, where  # the routines for float64 division and roots save a few registers
         if facts["kernel"] in DECISIONS:
             assert not facts["fused_double"], where
             assert "cosine" in facts["case"] or not facts["machine_fused_double"], where

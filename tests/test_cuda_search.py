@@ -1,6 +1,6 @@
 """The bodies of the CUDA search on the CPU, with a model of the tensor cores that errs as much as they may.
 
-Every index must be the reference's: a bound that is too narrow shows as a wrong one, one too wide as rows in slow tiers.
+Every index must be the reference's: a bound too narrow shows as a wrong one, a bound too wide as rows in slow tiers.
 """
 
 import pytest
@@ -12,6 +12,10 @@ from torch.testing import assert_close
 from vqops.ops import reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+SEVERAL = ["normal", "heads", "integers", "identical", "zero_rows", "one_of_all", "no_rows"]
+SEVERAL += ["no_finite_code", "not_finite_rows", "not_finite_codes"]
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +87,7 @@ def test_repeated_codes_are_left_out(kernels):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("name", ["normal", "heads", "integers", "no_finite_code", "not_finite_rows", "not_finite_codes",
-                                  "identical", "zero_rows", "one_of_all", "no_rows"])  # fmt: skip
+@pytest.mark.parametrize("name", SEVERAL)
 def test_several_nearest(kernels, name, metric):
     x, c = SEARCHES[name]()
     x, mask, k = x[:, :40], torch.rand(x.shape[:2])[:, :40] > 0.2, min(5, c.shape[1])

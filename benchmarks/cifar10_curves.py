@@ -4,7 +4,8 @@
     python benchmarks/cifar10_curves.py                draw what is recorded
 
 The .npz holds x_train and x_val, uint8 [N, 32, 32, 3]. A record is JSON lines: what was run where, then the metrics of
-`vqops train`. known.jsonl holds points of other implementations: step, MSE on [0, 1] of the training batches, perplexity.
+`vqops train`. known.jsonl holds points of other implementations: step, MSE on [0, 1] of the training batches,
+perplexity.
 """
 
 import json

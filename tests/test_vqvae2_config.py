@@ -31,11 +31,11 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
 
 
 def test_lists_of_words():
-    options = parsed("sample", "run --prior a b --class cat dog --count 3 --out out".split())
+    options = parsed("sample", ["run", "--prior", "a", "b", "--class", "cat", "dog", "--count", "3", "--out", "out"])
     assert (options.run, options.prior, options.classes) == (Path("run"), (Path("a"), Path("b")), ("cat", "dog"))
-    options = parsed("complete", "run --prior a --images x.png y.png --out out".split())
+    options = parsed("complete", ["run", "--prior", "a", "--images", "x.png", "y.png", "--out", "out"])
     assert options.images == (Path("x.png"), Path("y.png"))
-    assert parsed("compare", "--bottleneck none vq --out out".split()).bottleneck == ("none", "vq")
+    assert parsed("compare", ["--bottleneck", "none", "vq", "--out", "out"]).bottleneck == ("none", "vq")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -81,6 +81,7 @@ def test_only_the_first_process_speaks_and_writes(runs):
     ]  # fmt: skip
 
 
+@pytest.mark.slow  # two more starts of two processes; resuming itself is tested with one
 def test_two_processes_resume(runs):
     """With the flags of the run read from its folder."""
     _, two, _ = runs

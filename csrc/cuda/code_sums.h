@@ -1,4 +1,5 @@
-// Sums of the rows that have each code. Bytes: 4 D N read (float32), 8 N of indices, 24 N and two passes of the sort.
+// Sums of the rows that have each code, by runs.h. Bytes: 4 D N read (float32), 8 N of indices, 24 N and two passes of the
+// sort. Never run on a GPU.
 #pragma once
 
 #include "runs.h"

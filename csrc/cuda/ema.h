@@ -4,7 +4,7 @@
 //   TotalSizes    a block a head: the sizes in float64, in a fixed order
 //   MoveCodes     a block a code: reads average, writes the code
 // Bytes: 16 K D and 4 K D more where the averages do not stay in L2. A code with all its columns in one block, so that
-// what is not finite in one column keeps all of them.
+// what is not finite in one column keeps all of them. Never run on a GPU.
 #pragma once
 
 #include "../ema_step.h"

@@ -5,7 +5,7 @@
 //   shared        a tile of x and of the codes; eight partial sums a row, in float64 (distance.h)
 //   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once
 // Phases of a tile: all threads load it and write the codes; eight threads a row add up the error; a thread a column
-// adds up the sums, rows in order.
+// adds up the sums, rows in order. Never run on a GPU; the sizes are guesses.
 #pragma once
 
 #include "../distance.h"

@@ -1,5 +1,5 @@
-// Sums of the rows that have each code, by runs.h. Bytes: 4 D N read (float32), 8 N of indices, 24 N and two passes of the
-// sort. Never run on a GPU.
+// Sums of the rows that have each code, by runs.h. Never run on a GPU.
+// Bytes: 4 D N read (float32), 8 N of indices, 24 N and two passes of the sort.
 #pragma once
 
 #include "runs.h"

@@ -96,7 +96,8 @@ struct MoveCodes {
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const int64_t k = block.index, D = state.D;
-        const float size = smoothed_size(state.size[k], state.total[uint32_t(k) / uint32_t(state.K)], float(state.K), state.eps);
+        const float total = state.total[uint32_t(k) / uint32_t(state.K)];
+        const float size = smoothed_size(state.size[k], total, float(state.K), state.eps);
         const float* const average = state.average + k * D;
         block.each([&](int t) {
             double square = 0;

@@ -87,7 +87,8 @@ struct Finalize {
             });
         }
         block.own([&](int t) {
-            if (t < rows) error[shared.row[t]] = Real(shared.code_offset[t] < 0 ? shared.absent[t] : tree(shared.part[t]));
+            const bool lost = t < rows && shared.code_offset[t] < 0;
+            if (t < rows) error[shared.row[t]] = Real(lost ? shared.absent[t] : tree(shared.part[t]));
             if (t != 0 || !with_sums || out.columns == D) return;
             float sum = 0;
             for (int r = 0; r < rows; r++) sum += shared.weight[r];

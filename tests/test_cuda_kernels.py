@@ -198,7 +198,7 @@ class TestEmaUpdate:
 
 @pytest.mark.slow
 def test_under_sanitizers():
-    """No access beyond workspace, shared memory and its arrays, nothing undefined: the same tests, in another process."""
+    """No access beyond workspace, shared memory and its arrays, nothing undefined: these tests, in another process."""
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs gcc for its sanitizers")

@@ -1,13 +1,14 @@
 // One block of threads on a GPU. tests/native/emulated_block.h is the same on the CPU: a kernel's body is written once,
 // and tests run it there.
 //
-// A kernel is a struct: its members are the arguments, `Shared` its shared memory, `operator()(block, shared)` its body.
+// A kernel is a struct: its members are the arguments, `Shared` is its shared memory, `operator()(block, shared)` its
+// body.
 // The body is a sequence of steps; between them only values that all threads agree on may steer it:
 //     each(f)       f(thread) for every thread, then a barrier
 //     own(f)        the same without the barrier, for what touches registers and the thread's own memory alone
 //     agreed(v)     a value of shared memory, read by all before anybody goes on to change it
 //     registers<T>  one T a thread, that lives across steps: r[thread]
-//     sum<L>        the sum over groups of L neighbours, in a fixed tree, given to each of them; for L = 8 that of distance.h
+//     sum<L>        the sum over groups of L neighbours, in a fixed tree, given to each of them; L = 8: distance.h's
 //     multiply_add  a 16 x 8 x 16 product on the tensor cores, whose operands lie in the registers of 32 threads
 // What touches shared memory another thread reads or writes in the same step is wrong.
 #pragma once

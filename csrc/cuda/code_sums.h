@@ -1,4 +1,5 @@
-// Sums of the rows that have each code. Bytes: 4 D N read (float32), 8 N of indices, 24 N and two passes of the sort.
+// Sums of the rows that have each code, by runs.h. Never run on a GPU.
+// Bytes: 4 D N read (float32), 8 N of indices, 24 N and two passes of the sort.
 #pragma once
 
 #include "runs.h"

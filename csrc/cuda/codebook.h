@@ -5,7 +5,7 @@
 //   Marks    8 threads a code: the lowest index of each of two hashes, by which repeated codes are found
 //   Pack     32 threads a code: the code centred, scaled, rounded; read two to four times, from cache
 // Everything is computed in float64: the codebook is small next to the search. Any centre is correct, any hash is, too:
-// a repeat that is missed is one more candidate.
+// a repeat that is missed is one more candidate. Never run on a GPU.
 #pragma once
 
 #include "../bound.h"

@@ -4,7 +4,7 @@
 //   TotalSizes    a block a head: the sizes in float64, in a fixed order
 //   MoveCodes     a block a code: reads average, writes the code
 // Bytes: 16 K D and 4 K D more where the averages do not stay in L2. A code with all its columns in one block, so that
-// what is not finite in one column keeps all of them.
+// what is not finite in one column keeps all of them. Never run on a GPU.
 #pragma once
 
 #include "../ema_step.h"
@@ -96,7 +96,8 @@ struct MoveCodes {
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const int64_t k = block.index, D = state.D;
-        const float size = smoothed_size(state.size[k], state.total[uint32_t(k) / uint32_t(state.K)], float(state.K), state.eps);
+        const float total = state.total[uint32_t(k) / uint32_t(state.K)];
+        const float size = smoothed_size(state.size[k], total, float(state.K), state.eps);
         const float* const average = state.average + k * D;
         block.each([&](int t) {
             double square = 0;

@@ -5,7 +5,7 @@
 //   shared        a tile of x and of the codes; eight partial sums a row, in float64 (distance.h)
 //   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once
 // Phases of a tile: all threads load it and write the codes; eight threads a row add up the error; a thread a column
-// adds up the sums, rows in order.
+// adds up the sums, rows in order. Never run on a GPU; the sizes are guesses.
 #pragma once
 
 #include "../distance.h"
@@ -87,7 +87,8 @@ struct Finalize {
             });
         }
         block.own([&](int t) {
-            if (t < rows) error[shared.row[t]] = Real(shared.code_offset[t] < 0 ? shared.absent[t] : tree(shared.part[t]));
+            const bool lost = t < rows && shared.code_offset[t] < 0;
+            if (t < rows) error[shared.row[t]] = Real(lost ? shared.absent[t] : tree(shared.part[t]));
             if (t != 0 || !with_sums || out.columns == D) return;
             float sum = 0;
             for (int r = 0; r < rows; r++) sum += shared.weight[r];

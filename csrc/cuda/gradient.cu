@@ -14,7 +14,8 @@ template <class T, class Real>
 void run_gradient(const Gpu& gpu, const GradientInputs<T, Real>& in, const Tensor& grad_x, const Tensor& grad_codebook,
                   int64_t K) {
     const char* op = "quantize_backward";
-    if (grad_x.numel()) gradient_of_rows(gpu, in, static_cast<T*>(grad_x.mutable_data_ptr()), static_cast<Real*>(nullptr));
+    Real* const no_norms = nullptr;
+    if (grad_x.numel()) gradient_of_rows(gpu, in, static_cast<T*>(grad_x.mutable_data_ptr()), no_norms);
     if (!grad_codebook.numel()) return;
     const SumsWork<Real> work(gpu, op, in.H, in.N, K, in.D, in.cosine ? in.H * in.N : 0);
     gradient_of_codes(gpu, in, work.sorted, sums_out(work, in.D, grad_codebook, nullptr), work.inverse);
@@ -33,8 +34,8 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     STD_TORCH_CHECK(H * N < INT32_MAX, op, ": x may have up to 2^31 rows");
     const Gpu gpu(x);
     Tensor grad_x = x_needed ? torch::stable::new_empty(x, x.sizes()) : unused(x, x.scalar_type());
-    Tensor grad_codebook =
-        codebook_needed ? torch::stable::new_empty(codebook, codebook.sizes()) : unused(codebook, codebook.scalar_type());
+    Tensor grad_codebook = codebook_needed ? torch::stable::new_empty(codebook, codebook.sizes())
+                                           : unused(codebook, codebook.scalar_type());
     if (codebook_needed && !grad_error) torch::stable::zero_(grad_codebook);
     // quantized has x's dtype, and so has its gradient, unless a caller of this op gives another.
     const OptionalTensor g = grad_quantized && grad_quantized->scalar_type() != x.scalar_type()

@@ -4,6 +4,7 @@
 //   registers     the row's three to six dot products; its columns are read again for each pass, from the first cache
 //   bytes         x and the incoming gradient once from memory, the code from L2; grad_x written once
 // No rotation matrix is built. The codebook's gradient is a sum by code, in the order of code_sums (runs.h).
+// Never run on a GPU.
 #pragma once
 
 #include "../distance.h"

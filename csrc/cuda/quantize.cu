@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
                                   static_cast<Real*>(error.mutable_data_ptr()), work ? work->sorted : Sorted{},
                                   work ? sums_out(*work, D, sums, &counts) : SumsOut<float>{}});
     });
-    Tensor old = torch::stable::new_empty(codebook, snapshot ? codebook.sizes() : torch::headeronly::IntHeaderOnlyArrayRef({0}));
+    Tensor old = snapshot ? torch::stable::new_empty(codebook, codebook.sizes())
+                          : unused(codebook, codebook.scalar_type());
     if (snapshot) torch::stable::copy_(old, codebook);
     return {quantized, indices, error, counts, sums, old};
 }

@@ -133,7 +133,8 @@ struct SumsOut {
     T* partial;          // [slots, columns]
 
     template <class Block>
-    VQOPS_HOST_DEVICE void write(const Block& block, const Sorted& sorted, const Run& run, int64_t column, T sum) const {
+    VQOPS_HOST_DEVICE void write(const Block& block, const Sorted& sorted, const Run& run, int64_t column,
+                                 T sum) const {
         if (run.code == sorted.codes()) return;
         if (column == 0 && run.first) {
             if (counts) counts[run.code] = sorted.count(run.code);

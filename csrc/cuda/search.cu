@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor> nearest_topk(const Tensor& x, const Tensor& codebook,
     STD_TORCH_CHECK(k >= 1 && k <= codebook.size(1), "nearest_topk: k must be from 1 to K, got ", k);
     Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Long);
     Tensor distances = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, real_type(x));
-    run_search("nearest_topk", x, codebook, mask, metric, prepared, static_cast<int64_t*>(indices.mutable_data_ptr()), k,
-               &distances, nullptr);
+    run_search("nearest_topk", x, codebook, mask, metric, prepared,
+               static_cast<int64_t*>(indices.mutable_data_ptr()), k, &distances, nullptr);
     return {indices, distances};
 }
 

@@ -182,7 +182,8 @@ private:
                     const int word = t + j * kThreads;
                     if (word >= kTileCodes * words) break;
                     const int64_t code = int64_t(tile) * kTileCodes + word / words;
-                    ahead[t].v[j] = *reinterpret_cast<const Word*>(codes.codes + code * width() + part * depth + word % words * 8);
+                    const uint16_t* const from = codes.codes + code * width() + part * depth + word % words * 8;
+                    ahead[t].v[j] = *reinterpret_cast<const Word*>(from);
                 }
             });
         };
@@ -206,7 +207,8 @@ private:
                 if (part + 1 < parts) fetch(tile, part + 1);
                 else if (tile + 1 < tiles) fetch(tile + 1, 0);
                 for (int step = 0; step < depth; step += 16) {
-                    block.own([&](int t) { take_fragments(shared, x, t, part * depth + step, step, left[t], right[t]); });
+                    const int64_t from = part * depth + step;
+                    block.own([&](int t) { take_fragments(shared, x, t, from, step, left[t], right[t]); });
                     block.multiply_add(products, left, right);
                 }
                 if (part + 1 < parts) block.each([](int) {});
@@ -258,7 +260,8 @@ private:
                     for (int e = 0; e < 2; e++) {
                         const int c = j * 8 + t % 4 * 2 + e;
                         float& value = products.v[i][j][2 * half + e];
-                        value = lower_bound(value, row_unit * shared.unit[c], shared.start[c], shared.radius[c], bound.radius);
+                        value = lower_bound(value, row_unit * shared.unit[c], shared.start[c], shared.radius[c],
+                                            bound.radius);
                         least = fminf(least, upper_bound(value, shared.slack[c], shared.radius[c], bound));
                     }
                 block.lower(&shared.threshold[r], ordered(least));
@@ -323,8 +326,8 @@ private:
                 sums[t].v[0] = sums[t].v[1] = 0;
                 if (base + t / kLanes >= pairs) return;
                 const int pair = shared.pair[base + t / kLanes], r = pair / kCapacity;
-                add_lane(in, in.x.offset(h, first + r), in.codebook.offset(h, shared.code[r][pair % kCapacity]), t % kLanes,
-                         sums[t].v);
+                const int64_t code = in.codebook.offset(h, shared.code[r][pair % kCapacity]);
+                add_lane(in, in.x.offset(h, first + r), code, t % kLanes, sums[t].v);
             });
             block.template sum<kLanes>(sums);
             block.each([&](int t) {

@@ -101,8 +101,9 @@ EXPORT void finalize(int descending, int64_t H, int64_t N, int64_t K, int64_t D,
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         using Real = typename ErrorOf<T>::type;
+        T* const codes = static_cast<T*>(quantized);
         finalize(device, Finalize<T>{H, N, D, x->as<T>(), *codebook, *weight, *indices, *mask, cosine != 0,
-                                     with_sums != 0, static_cast<T*>(quantized), static_cast<Real*>(error), sorted, out});
+                                     with_sums != 0, codes, static_cast<Real*>(error), sorted, out});
     });
 }
 
@@ -163,8 +164,8 @@ EXPORT void bounds(int adder, int64_t N, int64_t K, int64_t D, const Rows* x, co
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K), width = padded(D);
     std::vector<double> memory(bytes / 8, NAN);
     std::vector<int32_t> marks(2 * slots);
-    const Preparation in = {1, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes, marks.data(),
-                            slots};
+    char* const place = reinterpret_cast<char*>(memory.data());
+    const Preparation in = {1, K, D, *codebook, cosine != 0, place, bytes, marks.data(), slots};
     pack_codebook(device, in);
     const Packed packed = in.head(0);
     const double scale = *packed.scale;

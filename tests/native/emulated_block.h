@@ -82,8 +82,8 @@ struct EmulatedBlock {
                 }
     }
 
-    // sum + x.y as tensor cores are modelled in exactness.md: every term is cut to the last bit of a float32 as large as
-    // the largest one, and the sum of what is left is cut to float32.
+    // sum + x.y as tensor cores are modelled in exactness.md: every term is cut to the last bit of a float32 as large
+    // as the largest one, and the sum of what is left is cut to float32.
     float add_truncated(float sum, const double* x, const double* y) const {
         double largest = std::fabs(double(sum));
         for (int d = 0; d < adder; d++) largest = std::fmax(largest, std::fabs(x[d] * y[d]));

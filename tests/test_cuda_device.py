@@ -1,0 +1,126 @@
+"""What only a GPU can show of the compiled CUDA kernels: the tensor cores' error, capture, streams, no synchronisation.
+
+The common suites run them as `compiled-cuda`. None of this has met a GPU yet.
+"""
+
+import pytest
+import torch
+from conftest import available
+
+import vqops
+from vqops.ops import reference
+
+ops = torch.ops.vqops
+
+
+@pytest.fixture(autouse=True)
+def device():
+    available("compiled", "cuda")
+    return torch.device("cuda")
+
+
+def same_indices(x, codebook, metric="euclidean"):
+    found = vqops.nearest(x.cuda(), codebook.cuda(), metric=metric, implementation="compiled")
+    assert torch.equal(found.cpu(), reference.nearest(x, codebook, None, metric))
+
+
+@pytest.mark.parametrize("D", [16, 64, 256, 1024])
+def test_products_of_one_sign(D):
+    """Every truncation in the tensor cores goes the same way; codes in pairs, a few bits apart."""
+    x, c = 1 + torch.rand(1, 512, D), 1 + torch.rand(1, 256, D)
+    c = torch.cat([c, c * (1 + 2.0**-22 * torch.randint(-4, 5, (1, 256, 1)))], 1)
+    same_indices(x - 3, c)
+    same_indices(x, c, "cosine")
+
+
+@pytest.mark.parametrize("D", [16, 64, 256])
+def test_one_large_term_first(D):
+    """Small products are cut below the last bit of the large one."""
+    x, c = torch.rand(1, 512, D) * 2.0**-9, torch.rand(1, 256, D) * 2.0**-9
+    x[..., 0] = c[..., 0] = 1
+    same_indices(x, c)
+    same_indices(x, c, "cosine")
+
+
+@pytest.mark.parametrize("D", [16, 64, 256, 1024])
+def test_accumulation_is_what_exactness_md_says(D):
+    """The float16 product itself, as cuBLAS runs it on the same tensor cores, against float64."""
+    for x, c in (torch.rand(2, 512, D), torch.randn(2, 512, D)):
+        x, c = x.cuda().half(), c.cuda().half()
+        found = torch.mm(x, c.mT, out_dtype=torch.float32).double()
+        exact, size = x.double() @ c.double().mT, x.double().norm(dim=1)[:, None] * c.double().norm(dim=1)
+        assert ((found - exact).abs() <= 1.5 * (D + 16) * 2.0**-23 * size).all()
+
+
+def step(x, codebook, g, size, average, decay):
+    result = ops.quantize_compiled(x, codebook, None, None, "euclidean", "rotation", True)
+    quantized, indices, error, counts, sums, old = result
+    gradient, _ = ops.quantize_backward_compiled(g, error, x, old, indices, None, "euclidean", "rotation")
+    ops.ema_update__compiled(size, average, codebook, counts, sums, decay)
+    return quantized, indices, error, counts, sums, gradient
+
+
+def arguments(device, N=5000, D=48, K=300):
+    x, g = torch.randn(2, 1, N, D, device=device)
+    codebook = torch.randn(1, K, D, device=device)
+    return x, codebook, g, torch.ones(1, K, device=device), codebook.clone(), torch.tensor(0.9, device=device)
+
+
+def test_a_step_does_not_synchronise(device):
+    given = arguments(device)
+    step(*given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_can_be_captured(device):
+    given = arguments(device)
+    step(*(t.clone() for t in given))
+    captured = [t.clone() for t in given]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(*captured)
+    for target, source in zip(captured, given, strict=True):
+        target.copy_(source)
+    graph.replay()
+    for a, b in zip(found, step(*given), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_gives_the_same_bits_again(device):
+    given = arguments(device, N=200_000)
+    first, second = (step(*(t.clone() for t in given)) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_runs_on_the_current_stream(device):
+    x, codebook, *_ = arguments(device)
+    expected = ops.nearest_compiled(x, codebook)
+    torch.cuda.synchronize()
+    stream, given = torch.cuda.Stream(), torch.zeros_like(x)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        given.copy_(x)  # on another stream the search would read zeros
+        found = ops.nearest_compiled(given, codebook)
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+def test_addresses_beyond_2_31_elements(device):
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB")
+    x = torch.zeros(1, (1 << 31) // 64 + 1000, 64, device=device, dtype=torch.bfloat16)
+    codebook = torch.randn(1, 40, 64, device=device)
+    x[0, -1000:] = codebook[0, torch.arange(1000, device=device) % 40]
+    found = ops.nearest_compiled(x, codebook)
+    assert torch.equal(found[0, -1000:], torch.arange(1000, device=device) % 40)
+
+
+def test_a_prepared_codebook_gives_the_same(device):
+    x, codebook, *_ = arguments(device)
+    packed = ops.prepare_compiled(codebook)
+    assert torch.equal(ops.nearest_compiled(x, codebook, None, "euclidean", packed), ops.nearest_compiled(x, codebook))

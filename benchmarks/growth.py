@@ -24,7 +24,7 @@ AXES = {
 }
 METHODS = ("vqops", "addmm + argmin", "cdist + argmin", "faiss IndexFlatL2")
 FITTED = 4  # the exponent is that of the longest times: below them the fixed cost of a call shows
-GRID = [(N, K) for N in (4096, 8192, 12288) for K in (1024, 4096, 8192)]  # at D = 64
+GRID = [(N, K) for N in (4096, 8192) for K in (1024, 2048, 4096)]  # at D = 64
 LIMIT_GIB = 16
 
 

@@ -1,4 +1,4 @@
-"""The bodies of the CUDA kernels, compiled for the CPU by the C++ compiler and run thread by thread, called by ctypes."""
+"""The bodies of the CUDA kernels, compiled by the C++ compiler, run thread by thread on the CPU, called by ctypes."""
 
 import ctypes
 import os
@@ -87,6 +87,18 @@ class Kernels:
             *map(pointer, separate),
         )  # fmt: skip
         return quantized, error, counts, sums
+
+    def search(self, x, codebook, k=1, mask=None, metric="euclidean", row_tiles=2, adder=16, distances=False):
+        """Indices, distances or None, and rows by tier."""
+        (H, N, D), K = x.shape, codebook.shape[1]
+        indices = torch.full((H, N, k), -7)
+        found = torch.full((H, N, k), 7, dtype=error_type(x)) if distances else None
+        tiers = torch.zeros(4, dtype=torch.int64)
+        self.library.search(
+            self.descending, row_tiles, adder, *map(L, (H, N, K, D)), rows(x), rows(codebook), mask_of(mask),
+            metric == "cosine", pointer(indices), L(k), pointer(found), DTYPES.index(error_type(x)), pointer(tiers),
+        )  # fmt: skip
+        return indices, found, tiers
 
     def ema_update_(self, size, average, embed, counts, sums, decay, eps=1e-5, weight=None, metric="euclidean"):
         H, K, D = average.shape

@@ -51,9 +51,9 @@ def test_train_help_lists_every_flag(capsys):
         vqops_cli.main(["train", "--help"])
     assert stop.value.code == 0
     flags = (
-        "preset config data data-key val-data val-key image-size levels codebook steps batch-size lr schedule warmup "
-        "grad-clip weight-ema precision seed codebook-size code-dim channels decay commitment eval-every "
-        "checkpoint-every num-workers device out overwrite resume"
+        "preset config data data-key val-data val-key image-size levels bottleneck codebook steps batch-size lr "
+        "schedule warmup grad-clip weight-ema precision seed codebook-size code-dim channels decay commitment "
+        "eval-every checkpoint-every num-workers device out overwrite resume"
     )
     text = capsys.readouterr().out
     assert [flag for flag in flags.split() if f"--{flag} " not in text] == []

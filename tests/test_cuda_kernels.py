@@ -1,7 +1,7 @@
 """The bodies of the CUDA kernels, run on the CPU block by block and thread by thread, against the reference.
 
-What this can't show: that nvcc's code does the same, the sort (here std::stable_sort), and anything about time. Each test
-runs the threads of a step ascending and descending: a race between them would show as a difference.
+What this can't show: that nvcc's code does the same, the sort (here std::stable_sort), and anything about time. Each
+test runs the threads of a step ascending and descending: a race between them would show as a difference.
 """
 
 import math

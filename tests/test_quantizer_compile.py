@@ -24,9 +24,7 @@ CASES = {
     "k_means": ({"kmeans_init": True, "kmeans_iters": 3}, {}),
     "dead_codes": ({"threshold_ema_dead_code": 2}, {}),
     "heads": (FIRST | {"heads": 2, "codebook_dim": 2}, {}),
-    "separate_heads": (
-        FIRST | IMAGE | {"heads": 2, "codebook_dim": 3, "separate_codebook_per_head": True, "use_cosine_sim": True}, {}
-    ),
+    "separate_heads": ({"heads": 2, "separate_codebook_per_head": True, "rotation_trick": False}, {}),
     "mask": (FIRST | {"heads": 2, "layernorm_after_project_in": True}, {"mask": MASK, "return_loss_breakdown": True}),
     "lens": (
         {"learnable_codebook": True, "route_gradients_to_input": False, "return_zeros_for_masked_padding": False},
@@ -36,12 +34,15 @@ CASES = {
     "indices": (FIRST | {"heads": 2, "codebook_dim": 3}, {"indices": CODES}),
     "manual": ({"manual_ema_update": True}, {"ema_update_weight": torch.linspace(0, 1, 16)}),
     "everything": (
-        FIRST | IMAGE | {"use_cosine_sim": True, "heads": 2, "codebook_dim": 3, "rotation_trick": False},
+        FIRST | IMAGE | {"use_cosine_sim": True, "heads": 2, "codebook_dim": 3, "separate_codebook_per_head": True},
         {"mask": MASK.view(2, 5, 5)},
     ),
 }
-SLOW = {"learnable", "cosine", "k_means", "dead_codes", "heads", "lens", "manual"}
-EVERY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+
+
+def cases(*fast: str):
+    """All cases; those that are not `fast` are slow."""
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def step(vq, x, **arguments):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases("ema", "mask", "indices", "everything"))
 def test_training_is_one_graph_from_the_first_call(name, backend):
     eager, arguments = quantizer(name)
     other = copy.deepcopy(eager)
@@ -99,7 +100,7 @@ def test_inductor_with_its_own_random_numbers():
     assert vq._codebook.initted and vq.codebook.isfinite().all()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases("topk", "everything"))
 def test_eval_is_one_graph_from_the_first_call(name):
     eager, arguments = quantizer(name)
     other = copy.deepcopy(eager.eval())
@@ -168,7 +169,7 @@ def test_activation_checkpointing_of_an_update_is_an_error(within, backend):
     assert_close(expected, x.grad)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", cases("mask", "topk", "indices", "everything"))
 def test_export_in_eval(name):
     vq, arguments = quantizer(name)
     x = batch(vq)
@@ -185,7 +186,7 @@ def test_export_in_eval(name):
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["heads", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("heads", marks=pytest.mark.slow), "everything"])
 def test_export_before_the_first_batch(name):
     """k-means goes into the graph; what it leads to depends on random numbers, so only the shapes are known."""
     vq, arguments = quantizer(name)

@@ -19,8 +19,8 @@ EMA, DEAD = {"decay": 0.9}, {"threshold_ema_dead_code": 1.5}
 KMEANS = {"kmeans_init": True, "kmeans_iters": 4}
 HEADS = {"heads": 2, "codebook_dim": 2}
 SEPARATE = HEADS | {"separate_codebook_per_head": True}
-NAN, COMPILED, OTHER_SEED, MASKED, ACCUMULATED, WEIGHTED, GIVEN, EXPIRED = (
-    "nan", "compiled", "other seed", "masked", "accumulated", "weighted", "given indices", "expired"
+NAN, COMPILED, OTHER_SEED, MASKED, ACCUMULATED, WEIGHTED, GIVEN, EXPIRED, WRAPPED, EVAL = (
+    "nan", "compiled", "other seed", "masked", "accumulated", "weighted", "given indices", "expired", "in DDP", "eval"
 )
 
 # name: options, rows of each rank, specialities
@@ -47,6 +47,7 @@ CASES = {
     "manual": (EMA | DEAD | {"manual_ema_update": True}, (30, 20), ()),
     "only dead codes": (DEAD | {"ema_update": False}, (30, 20), (OTHER_SEED,)),
     "given indices": (EMA | DEAD | SEPARATE, (30, 20), (GIVEN, MASKED)),
+    "in DDP": (EMA | DEAD | KMEANS | {"codebook_dim": 3}, (30, 40), (WRAPPED, OTHER_SEED)),
     "expired": (DEAD | SEPARATE, (0, 20), (EXPIRED, OTHER_SEED)),
     "everything": (
         EMA | DEAD | KMEANS | HEADS | {"use_cosine_sim": True, "codebook_dim": 3}, (60, 35), (NAN, MASKED, OTHER_SEED)
@@ -55,6 +56,7 @@ CASES = {
 # Without one batch: k-means on the rows of the fullest rank, or nothing exchanged at all.
 APART = {
     "k-means apart": (EMA | KMEANS | DEAD | {"sync_kmeans": False}, (20, 60), (OTHER_SEED,)),
+    "k-means in eval": (KMEANS | {"sync_kmeans": False}, (20, 60), (OTHER_SEED, EVAL)),
     "heads apart": (EMA | KMEANS | DEAD | SEPARATE | {"sync_kmeans": False}, (0, 60), (OTHER_SEED, MASKED)),
     "codebook apart": (EMA | KMEANS | DEAD | {"sync_codebook": False}, (40, 60), ()),
 }
@@ -89,13 +91,16 @@ def call(vq, special, x: torch.Tensor, number: int) -> None:
         vq(x, **arguments)
 
 
-def train(name: str, rank: int | None, rows_of=torch.cat) -> dict:
+def train(name: str, rank: int | None, rows_of=torch.cat, seed: int = 0) -> dict:
     """The state after the steps, as one of the ranks or (None) as one process with the joint batch."""
     options, _, special = (CASES | APART)[name]
     torch.manual_seed(0)
     vq = VectorQuantize(DIM, CODES, **options)
     run = torch.compile(vq, fullgraph=True, backend="aot_eager") if COMPILED in special and rank is not None else vq
-    torch.manual_seed(rank if rank and OTHER_SEED in special else 0)
+    if WRAPPED in special and rank is not None:
+        run = torch.nn.parallel.DistributedDataParallel(vq)
+    vq.train(EVAL not in special)
+    torch.manual_seed(rank if rank and OTHER_SEED in special else seed)
     collectives = 0
     all_reduce = dist.all_reduce
 
@@ -150,6 +155,14 @@ def test_ranks_stay_equal_with_dead_codes_whatever_the_flags(ranks, name):
     for key, value in first.items():
         assert torch.as_tensor(value).equal(torch.as_tensor(second[key])), key
     assert first["_codebook.initted"] and len(first["_codebook.embed"][0].unique(dim=0)) == CODES
+
+
+def test_k_means_of_the_fullest_rank(ranks):
+    alone = train("k-means in eval", None, rows_of=lambda rows: rows[1], seed=1)
+    for states in ranks:
+        for key, value in states["k-means in eval"].items():
+            if key != "collectives":
+                assert_close(value, alone[key])
 
 
 def test_a_codebook_a_rank(ranks):

@@ -180,6 +180,11 @@ def test_an_index_of_minus_one_leaves_the_other_heads():
     vq = VectorQuantize(DIM, CODES, **HEADS["shared"]).eval()
     codes = vq.get_codes_from_indices(torch.tensor([[3, -1], [-1, -1]]))
     assert torch.equal(codes[0, :3], vq.codebook[3]) and not codes[0, 3:].any() and not codes[1].any()
+    vq = VectorQuantize(DIM, CODES, **HEADS["separate"]).eval()
+    indices = torch.tensor([[3, -1, 2], [-1, -1, -1]])
+    expected = vq.project_out(vq.get_codes_from_indices(indices))[0]
+    output = vq.get_output_from_indices(indices)
+    assert torch.equal(output[0], expected) and not output[1].any()
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -303,8 +308,10 @@ def test_cross_entropy_in_blocks(metric, dtype, monkeypatch):
         assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_cross_entropy_far_from_the_origin():
-    x, codebook = torch.randn(1, 50, 4) + 1000, torch.randn(1, 20, 4) + 1000
+@pytest.mark.parametrize("scale, offset, huge", [(1, 1000, 0), (1e-4, 0, 0), (1, 0, 1e15), (1e-3, 10, 1e15)])
+def test_cross_entropy_of_awkward_values(scale, offset, huge):
+    x, codebook = (torch.randn(1, n, 4) * scale + offset for n in (50, 20))
+    codebook[0, 7] += huge
     targets = torch.randint(20, (1, 50))
     given = x.clone().requires_grad_()
     entropy = cross_entropy.code_cross_entropy(given, codebook, targets, "euclidean")
@@ -314,6 +321,24 @@ def test_cross_entropy_far_from_the_origin():
     expected.sum().backward()
     assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
     assert_close(given.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_cross_entropy_without_the_values_that_are_no_numbers(metric):
+    x, codebook = torch.randn(1, 9, 4), torch.randn(1, 6, 4)
+    codebook[0, 2] = torch.inf
+    codebook[0, 4, 1] = torch.nan
+    targets = torch.tensor([[0, 1, 3, 5, 0, 1, 3, 2, 0]])
+    x[0, 8, 1] = torch.nan
+    leaves = [t.clone().requires_grad_() for t in (x, codebook)]
+    entropy = cross_entropy.code_cross_entropy(*leaves, targets, metric)
+    entropy.sum().backward()
+    rest = codebook[:, [0, 1, 3, 5]]
+    expected = plain(x, rest, torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 0]]), metric)
+    assert_close(entropy[0, :7], expected[0, :7])
+    assert entropy[0, 7] == torch.inf and entropy[0, 8].isnan()
+    assert leaves[0].grad[0, :8].isfinite().all() and leaves[0].grad[0, 8].isnan().all()
+    assert leaves[1].grad.isfinite().all()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -214,7 +214,7 @@ def test_expired_codes_restart_from_the_vectors(heads, use_cosine_sim):
     vq._codebook.cluster_size[:, ::2] = 1
     before = state(vq)
     x = torch.randn(2, DIM, 5, 6)
-    x[0, 0, 0, 0] = torch.nan
+    x[:, 0, :, ::2] = torch.nan
     vq.eval().expire_codes_(x)
     assert_same(vq, before, rtol=0, atol=0)
     vq.train().expire_codes_(x)

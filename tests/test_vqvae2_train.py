@@ -343,7 +343,9 @@ def test_reconstruct_writes_each_image_at_its_own_size(run, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "b.png"]
     with Image.open(tmp_path / "out" / "b.png") as image:
         assert (image.size, image.mode) == ((33, 5), "L")  # the model is grey
-    assert "a.png  mse 0." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a.png  mse 0." in said
+    assert said.splitlines()[-1] == f"next: vqops extract {run} --data PATH --out CODES"
 
 
 def test_reconstruction_is_the_models(run, tmp_path):

@@ -1,10 +1,11 @@
-"""Compiles every Triton kernel that a set of calls would launch, without a GPU, and prints what came out as JSON lines.
+"""Compiles every Triton kernel that a set of calls would launch, without a GPU, and prints what came out as JSON
+lines.
 
     python tests/triton_compiler.py 90
     python tests/triton_compiler.py 90 nearest
 
-Calls the ops on CPU tensors with the launch replaced by a compilation, so that arguments, block sizes and options are those
-of a real launch on that architecture.
+Calls the ops on CPU tensors with the launch replaced by a compilation, so that arguments, block sizes and options are
+those of a real launch on that architecture.
 """
 
 import json
@@ -31,7 +32,9 @@ LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block
 def specialized(kernel, args, kwargs):
     """Signature, constants and divisibility, as Triton's own launch derives them."""
     signature, constants, attributes = {}, {}, {}
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {
+        k: v for k, v in kwargs.items() if k in kernel.arg_names
+    }
     for place, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
@@ -73,16 +76,16 @@ class Compiler:
             usage = tool("cuobjdump", "--dump-resource-usage", file.name)
             machine_code = tool("cuobjdump", "--dump-sass", file.name)
         ptx = compiled.asm["ptx"]
-        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL"))
         return {
-            "registers": registers,
-            "spilled": max(stack, local),
+            "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+            "spills": len(re.findall(r"\bSTL\b", machine_code)),
             "shared": compiled.metadata.shared,
             "shared_limit": LARGEST_SHARED[self.target.arch] * 1024,
             "tensor_cores": sorted(set(TENSOR_CORES.findall(machine_code))),
             "wgmma": "wgmma.mma_async" in ptx,
             "flushes_denormals": ".ftz" in ptx,
-            "fused_double": "fma.rn.f64" in ptx or "DFMA" in re.sub(r"(?s)__internal.*", "", machine_code),
+            "fused_double": "fma.rn.f64" in ptx,
+            "machine_fused_double": "DFMA" in machine_code,  # also in divisions and roots
         }
 
 
@@ -125,7 +128,14 @@ def calls() -> dict:
             rows, codes = tensors(D)
             arguments = rows, error, rows, codes, indices, None, metric, "rotation", 1.0, True, True
             cases[f"quantize_backward, D={D}, {metric}"] = partial(gradient.quantize_backward, *arguments)
-        state = torch.zeros(1, 512), codebook.clone(), codebook.clone(), torch.zeros(1, 512), codebook, torch.tensor(0.9)
+        state = (
+            torch.zeros(1, 512),
+            codebook.clone(),
+            codebook.clone(),
+            torch.zeros(1, 512),
+            codebook,
+            torch.tensor(0.9),
+        )
         cases[f"ema_update_, {metric}"] = partial(ema.ema_update_, *state, metric=metric)
     cases["code_sums, atomic"] = partial(code_sums.atomic, x, indices, 512, error)
     return cases

@@ -8,6 +8,7 @@ import torch
 
 import vqops
 from vqops import _C
+from vqops.ops.library import DEFAULT_ON_CUDA
 
 
 def report() -> str:
@@ -27,8 +28,14 @@ def report() -> str:
     devices = list(next(iter(implementations.values())))
     ops = [["op", *(f"on {device}" for device in devices)]]
     ops += [[op, *(", ".join(by_device[device]) for device in devices)] for op, by_device in implementations.items()]
-    parts = [table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), "Each op takes the first."]
-    return "\n\n".join(parts)
+    note = "Each op takes the first. " + on_cuda()
+    return "\n\n".join([table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), note])
+
+
+def on_cuda() -> str:
+    if DEFAULT_ON_CUDA:
+        return f"Runs on a GPU have confirmed {', '.join(sorted(DEFAULT_ON_CUDA))}; the rest take the reference there."
+    return "No kernel has been confirmed on a GPU yet: on CUDA the others are chosen with implementation=."
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ COMMANDS = {
     "train-prior": "train a transformer on the codes of one level",
     "sample": "draw images from the priors",
     "complete": "draw the lower half of images",
+    "evaluate": "measure a model: error, use of the codes, likelihood, classification accuracy score",
+    "compare": "train autoencoder, VAE, discrete VAE and VQ-VAE on the same images, side by side",
     "info": "what was built, and which implementation each op takes on this machine",
 }
 EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage", "tomli")  # what vqops[train] brings

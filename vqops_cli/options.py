@@ -47,6 +47,9 @@ class TrainOptions:
     levels: Literal[1, 2, 3] = 2
     """2 is VQ-VAE-2, 1 is VQ-VAE. The bottom level has a code per 4 x 4 pixels, each further one a code per 2 x 2 codes
     of the level below."""
+    bottleneck: Literal["vq", "none", "gaussian", "gumbel"] = "vq"
+    """What stands between encoder and decoder at each level: vector quantization; nothing (an autoencoder); a Gaussian
+    with a KL loss (a VAE); a Gumbel softmax over --codebook-size codes, cooling down (a discrete VAE)."""
     codebook: Literal["ema", "gradient"] = "ema"
     """How the codes learn: moving averages of the vectors assigned to them, or the gradient of the codebook loss."""
     steps: int = 1000
@@ -111,6 +114,8 @@ class TrainOptions:
         require(self, "decay", 0 <= self.decay < 1, "at least 0 and below 1")
         require(self, "commitment", 0 <= self.commitment < float("inf"), "at least 0")
         require(self, "levels", self.levels in (1, 2, 3), "1, 2 or 3")
+        allowed = "vq, none, gaussian or gumbel"
+        require(self, "bottleneck", self.bottleneck in ("vq", "none", "gaussian", "gumbel"), allowed)
         require(self, "codebook", self.codebook in ("ema", "gradient"), "ema or gradient")
         require(self, "device", DEVICE_PATTERN.fullmatch(self.device), "auto, cpu, cuda, cuda:N or mps")
 

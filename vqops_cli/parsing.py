@@ -10,6 +10,7 @@ from pathlib import Path
 import tyro
 
 from vqops_cli.config import read_options, read_values
+from vqops_cli.evaluate_options import CompareOptions, EvaluateOptions
 from vqops_cli.options import ReconstructOptions, TrainOptions
 from vqops_cli.presets import preset_values
 from vqops_cli.prior_options import CompleteOptions, ExtractOptions, SampleOptions, TrainPriorOptions
@@ -21,6 +22,8 @@ OPTIONS = {
     "train-prior": TrainPriorOptions,
     "sample": SampleOptions,
     "complete": CompleteOptions,
+    "evaluate": EvaluateOptions,
+    "compare": CompareOptions,
 }
 
 

@@ -29,7 +29,7 @@ struct CodeSums {
     };
 
     template <class Device>
-    void run(Device& device) const {
+    void run(const Device& device) const {
         sort_by_code(device, sorted, indices);
         device.launch(SumRuns<Value, float>{sorted, out, {x, weight, out.D}});
         device.launch(Fold<float>{sorted, out});

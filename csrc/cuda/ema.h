@@ -96,7 +96,7 @@ struct MoveCodes {
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const int64_t k = block.index, D = state.D;
-        const float size = smoothed_size(state.size[k], state.total[k / state.K], float(state.K), state.eps);
+        const float size = smoothed_size(state.size[k], state.total[uint32_t(k) / uint32_t(state.K)], float(state.K), state.eps);
         const float* const average = state.average + k * D;
         block.each([&](int t) {
             double square = 0;
@@ -123,7 +123,7 @@ struct MoveCodes {
 };
 
 template <class Device>
-void ema_update(Device& device, const EmaState& state) {
+void ema_update(const Device& device, const EmaState& state) {
     device.launch(MoveAverages{state});
     if (!state.codes) return;
     device.launch(TotalSizes{state});

@@ -62,7 +62,8 @@ struct Finalize {
         const int rows = int(run.end - run.begin);
         block.each([&](int t) {
             if (t >= rows) return;
-            const int64_t row = with_sums ? sorted.order[run.begin + t] : run.begin + t, h = row / N, n = row - h * N;
+            const int64_t row = with_sums ? sorted.order[run.begin + t] : run.begin + t;
+            const int64_t h = uint32_t(row) / uint32_t(N), n = row - h * N;
             const int64_t k = indices.at(h, n);
             shared.row[t] = uint32_t(row);
             shared.x_offset[t] = x.offset(h, n);
@@ -160,7 +161,7 @@ private:
 };
 
 template <class Device, class T>
-void finalize(Device& device, const Finalize<T>& kernel) {
+void finalize(const Device& device, const Finalize<T>& kernel) {
     if (kernel.with_sums) sort_by_code(device, kernel.sorted, kernel.indices);
     device.launch(kernel);
     if (kernel.with_sums) device.launch(Fold<float>{kernel.sorted, kernel.out});

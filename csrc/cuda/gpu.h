@@ -47,7 +47,9 @@ public:
     }
 
     void sort(const Sorted& sorted) const;  // sort.cu
-    void clear(void* data, int64_t bytes) const { check(cudaMemsetAsync(data, 0, size_t(bytes), stream_), "vqops"); }
+    void fill(void* data, int byte, int64_t bytes) const {
+        check(cudaMemsetAsync(data, byte, size_t(bytes), stream_), "vqops");
+    }
 
     // Workspace that torch takes back when the stream is done with it.
     Tensor allocate(int64_t bytes) const { return torch::stable::new_empty(on_, {bytes}, ScalarType::Byte); }
@@ -69,7 +71,7 @@ struct SumsWork {
         take(memory, H, N, K, columns, norms);
     }
     Sorted sorted{};
-    T *partial = nullptr, *norm = nullptr;
+    T *partial = nullptr, *inverse = nullptr;
 
 private:
     int64_t bytes(const char* op, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms) {
@@ -81,7 +83,7 @@ private:
     void take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms) {
         sorted = Sorted::take(memory, H, N, K, sort_bytes(H * N, H * K));
         partial = memory.take<T>(sorted.slots() * columns);
-        norm = memory.take<T>(norms);
+        inverse = memory.take<T>(norms);
     }
     Tensor memory_;
 };

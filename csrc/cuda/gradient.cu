@@ -17,7 +17,7 @@ void run_gradient(const Gpu& gpu, const GradientInputs<T, Real>& in, const Tenso
     if (grad_x.numel()) gradient_of_rows(gpu, in, static_cast<T*>(grad_x.mutable_data_ptr()), static_cast<Real*>(nullptr));
     if (!grad_codebook.numel()) return;
     const SumsWork<Real> work(gpu, op, in.H, in.N, K, in.D, in.cosine ? in.H * in.N : 0);
-    gradient_of_codes(gpu, in, work.sorted, sums_out(work, in.D, grad_codebook, nullptr), work.norm);
+    gradient_of_codes(gpu, in, work.sorted, sums_out(work, in.D, grad_codebook, nullptr), work.inverse);
 }
 
 }  // namespace
@@ -30,6 +30,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
     const int64_t H = x.size(0), N = x.size(1), D = x.size(2), K = codebook.size(1);
+    STD_TORCH_CHECK(H * N < INT32_MAX, op, ": x may have up to 2^31 rows");
     const Gpu gpu(x);
     Tensor grad_x = x_needed ? torch::stable::new_empty(x, x.sizes()) : unused(x, x.scalar_type());
     Tensor grad_codebook =

@@ -43,8 +43,8 @@ struct Gradient {
     static constexpr int kThreads = 256, kRows = kThreads / L;
     struct Shared {};
     GradientInputs<T, Real> in;
-    T* grad_x;   // [H, N, D], or null for
-    Real* norm;  // [H, N], max(|x|, 1e-6), which the codebook's gradient takes for cosine
+    T* grad_x;      // [H, N, D], or null for
+    Real* inverse;  // [H, N], 1 / max(|x|, 1e-6), which the codebook's gradient takes for cosine
 
     size_t shared_bytes() const { return 0; }
     int64_t blocks() const { return (in.H * in.N + kRows - 1) / kRows; }
@@ -89,7 +89,7 @@ struct Gradient {
             RowState<Real>& row = rows[t];
             const int64_t i = block.index * kRows + t / L;
             const bool exists = i < in.H * in.N;
-            row.h = exists ? i / in.N : 0, row.n = exists ? i - row.h * in.N : 0;
+            row.h = exists ? uint32_t(i) / uint32_t(in.N) : 0, row.n = exists ? i - row.h * in.N : 0;
             row.kept = exists && in.mask.keeps(row.h, row.n);
             row.k = row.kept ? in.indices.at(row.h, row.n) : -1;
             row.error = row.kept && in.error.data ? Real(in.error.at(in.error.offset(row.h, row.n), 0)) : 0;
@@ -117,7 +117,7 @@ struct Gradient {
                 const Real g = incoming(row, d), along = v(row, d), w = u(row, d) + along;
                 a[t] += w * w, b[t] += w * g, c[t] += along * g;
             }
-            if (norm && row.kept && t % L == 0) norm[row.h * in.N + row.n] = row.norm;
+            if (inverse && row.kept && t % L == 0) inverse[row.h * in.N + row.n] = 1 / row.norm;
         });
         if (!grad_x) return;
         if (rotation) {
@@ -151,34 +151,34 @@ struct Gradient {
 template <class T, class Real>
 struct Pull {
     GradientInputs<T, Real> in;
-    const Real* norm;
+    const Real* inverse;
 
     VQOPS_HOST_DEVICE Real code(int64_t h, int64_t k, int64_t column) const {
         return Real(in.codebook.at(in.codebook.offset(h, k), column));
     }
     VQOPS_HOST_DEVICE Real at(int64_t row, int64_t h, int64_t n, int64_t column, Real q) const {
         Real x = Real(in.x.at(in.x.offset(h, n), column));
-        if (in.cosine) x /= norm[row];
+        if (in.cosine) x *= inverse[row];
         const Real error = Real(in.error.at(in.error.offset(h, n), 0));
         return 2 * (x - q) * error * Real(-in.codebook_error_scale);
     }
 };
 
 template <class Device, class T, class Real>
-void gradient_of_rows(Device& device, const GradientInputs<T, Real>& in, T* grad_x, Real* norm) {
-    if (in.D <= 32) device.launch(Gradient<T, Real, 8>{in, grad_x, norm});
-    else device.launch(Gradient<T, Real, 32>{in, grad_x, norm});
+void gradient_of_rows(const Device& device, const GradientInputs<T, Real>& in, T* grad_x, Real* inverse) {
+    if (in.D <= 32) device.launch(Gradient<T, Real, 8>{in, grad_x, inverse});
+    else device.launch(Gradient<T, Real, 32>{in, grad_x, inverse});
 }
 
-// grad_codebook [H, K, D]; `in.error` must be there. `norm` [H, N] is workspace for cosine, else null.
+// grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for cosine, else null.
 template <class Device, class T, class Real>
-void gradient_of_codes(Device& device, const GradientInputs<T, Real>& in, const Sorted& sorted,
-                       const SumsOut<Real>& out, Real* norm) {
+void gradient_of_codes(const Device& device, const GradientInputs<T, Real>& in, const Sorted& sorted,
+                       const SumsOut<Real>& out, Real* inverse) {
     GradientInputs<T, Real> all = in;  // the indices alone say which rows count
     all.mask.data = nullptr;
-    if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), norm);
+    if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
     sort_by_code(device, sorted, in.indices);
-    device.launch(SumRuns<Pull<T, Real>, Real>{sorted, out, {in, norm}});
+    device.launch(SumRuns<Pull<T, Real>, Real>{sorted, out, {in, inverse}});
     device.launch(Fold<Real>{sorted, out});
 }
 

@@ -1,17 +1,16 @@
 // One allocation cut in pieces. A first walk over the pieces, without memory, gives its size.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "../host_device.h"
 
 namespace vqops::cuda {
 
 class Memory {
 public:
-    explicit Memory(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+    VQOPS_HOST_DEVICE explicit Memory(void* base = nullptr) : base_(static_cast<char*>(base)) {}
 
     template <class T>
-    T* take(int64_t count) {
+    VQOPS_HOST_DEVICE T* take(int64_t count) {
         const int64_t offset = size;
         size += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
         return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;

@@ -232,7 +232,7 @@ struct Fold {
 
 // Rows by code. `device.sort` sorts keys with their rows, stably.
 template <class Device>
-void sort_by_code(Device& device, const Sorted& sorted, const Indices& indices) {
+void sort_by_code(const Device& device, const Sorted& sorted, const Indices& indices) {
     device.launch(Keys{sorted, indices});
     device.sort(sorted);
     device.launch(Starts{sorted});

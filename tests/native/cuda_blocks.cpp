@@ -9,6 +9,7 @@
 #include "../../csrc/cuda/ema.h"
 #include "../../csrc/cuda/finalize.h"
 #include "../../csrc/cuda/gradient.h"
+#include "../../csrc/cuda/search.h"
 #include "emulated_block.h"
 
 using namespace vqops::cuda;
@@ -20,7 +21,7 @@ struct Emulator {
     int adder = 16;
 
     template <class Kernel>
-    void launch(const Kernel& kernel) {
+    void launch(const Kernel& kernel) const {
         // Shared memory starts with what the last block left; here with what shows.
         const size_t bytes = std::max<size_t>(kernel.shared_bytes(), sizeof(typename Kernel::Shared));
         const std::unique_ptr<double[]> memory(new double[(bytes + 7) / 8]);
@@ -32,7 +33,9 @@ struct Emulator {
         }
     }
 
-    void sort(const Sorted& s) {
+    void fill(void* data, int byte, int64_t bytes) const { memset(data, byte, bytes); }
+
+    void sort(const Sorted& s) const {
         std::vector<uint32_t> place(s.rows());
         std::iota(place.begin(), place.end(), 0);
         std::stable_sort(place.begin(), place.end(), [&](uint32_t a, uint32_t b) { return s.key[a] < s.key[b]; });
@@ -120,12 +123,33 @@ EXPORT void gradient(int descending, int64_t H, int64_t N, int64_t K, int64_t D,
         if (grad_x) gradient_of_rows(device, in, static_cast<T*>(grad_x), static_cast<Real*>(nullptr));
         if (!grad_codebook) return;
         Space<Real> space(H, N, K, D);
-        std::vector<Real> norm(H * N, NAN);
+        std::vector<Real> inverse(H * N, NAN);
         const SumsOut<Real> out = {D, D, grad_codebook, codebook->dtype, nullptr, nullptr, space.partial};
-        gradient_of_codes(device, in, space.sorted, out, norm.data());
+        gradient_of_codes(device, in, space.sorted, out, inverse.data());
     };
     with_type(x->dtype, [&](auto typed) {
         if (wide) run(typed, double());
         else run(typed, float());
     });
 }
+
+// row_tiles and adder as in search.h and emulated_block.h.
+EXPORT void search(int descending, int row_tiles, int adder, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
+                   const Rows* codebook, const RowMask* mask, int cosine, int64_t* indices, int64_t k, void* distances,
+                   DType dtype, Count* tiers) {
+    Emulator device = {descending != 0, adder};
+    const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K);
+    std::vector<double> memory(H * bytes / 8, NAN);
+    std::vector<int32_t> marks(H * 2 * slots), how_many(H, -1);
+    std::vector<uint32_t> left(H * N);
+    const Preparation packed = {H, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes,
+                                marks.data(), slots};
+    if (row_tiles) pack_codebook(device, packed);
+    const SearchOutputs out = {indices, k, distances, dtype, tiers, left.data(), how_many.data()};
+    with_type(x->dtype, [&](auto zero) {
+        using T = decltype(zero);
+        search(device, SearchInputs<T>{H, N, K, D, x->as<T>(), *codebook, *mask, cosine != 0}, out, packed, row_tiles);
+    });
+}
+
+EXPORT int64_t packed_bytes(int64_t H, int64_t K, int64_t D) { return H * Packed::bytes(K, D); }

@@ -27,8 +27,8 @@ COMPILED = {
 }
 
 
-# What a committed run on a GPU has shown to be correct and the fastest, by op. There has been none, so that on CUDA every op
-# takes the reference; `vqops info` says so.
+# The implementation that an op takes on CUDA, where a committed run on a GPU has shown it to be correct and fastest.
+# There has been no such run, so that every op takes the reference; `vqops info` says so.
 DEFAULT_ON_CUDA: dict[str, str] = {}
 
 
@@ -42,6 +42,7 @@ def define(
     reference: Callable,
     fake: Callable,
     reference_fake: Callable | None = None,
+    compiled_fake: Callable | None = None,
     triton_fake: Callable | None = None,
     *,
     fallback: Callable | None = None,
@@ -49,16 +50,16 @@ def define(
     backward: Callable | None = None,
     triton_backward: Callable | None = None,
 ) -> None:
-    """Define `vqops::name`, which selects, and an op per implementation: `name_reference`, `name_compiled`, `name_triton`.
+    """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`, ...
 
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported.
-    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake` and
-    `triton_fake` are for an op whose result has another size there.
+    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake`,
+    `compiled_fake` and `triton_fake` are for an op whose result has another size there.
     """
     OPS.append(name)
     metas = {name: fake, f"{name}_reference": reference_fake or fake}
     if any(is_compiled(name, device) for device in COMPILED):
-        metas[f"{name}_compiled"] = fake
+        metas[f"{name}_compiled"] = compiled_fake or fake
     if triton_kernels.has(name):
         metas[f"{name}_triton"] = triton_fake or fake
     for op, meta in metas.items():
@@ -71,6 +72,8 @@ def define(
     library.impl(name, fallback or reference, "CompositeExplicitAutograd")
     if triton_kernels.has(name):
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
+    if name in DEFAULT_ON_CUDA:
+        library.impl(name, getattr(torch.ops.vqops, f"{name}_{DEFAULT_ON_CUDA[name]}"), "CUDA")
 
 
 def select(name: str, implementation: str | None):
@@ -82,15 +85,15 @@ def select(name: str, implementation: str | None):
     if implementation == "compiled" and not any(is_compiled(name, device) for device in COMPILED):
         raise ValueError(f"{name}: there is no compiled implementation; it runs as 'reference'")
     if implementation == "triton" and not triton_kernels.has(name):
-        raise ValueError(f"{name}: there is no triton implementation, or Triton is not installed (`pip install triton`)")
+        raise ValueError(f"{name}: there is no triton implementation, or no Triton (`pip install triton`)")
     return getattr(torch.ops.vqops, f"{name}_{implementation}")
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:
     """What each op can run as on each device, the default first.
 
-    Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference", "triton"]}, ...}`. "triton" is there
-    for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+    Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference", "triton"]}, ...}`. "triton" is
+    there for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
     """
     return {name: {device: available(name, device) for device in COMPILED} for name in OPS}
 

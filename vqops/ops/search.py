@@ -166,6 +166,20 @@ def fake_prepare(codebook, metric="euclidean"):
     return codebook.new_empty(size if compiled else 0, dtype=torch.uint8)
 
 
+def fake_prepare_compiled(codebook, metric="euclidean"):
+    if codebook.device.type != "cuda":
+        return fake_prepare(codebook, metric)
+    return codebook.new_empty(packed_bytes_on_cuda(*codebook.shape), dtype=torch.uint8)
+
+
+def packed_bytes_on_cuda(H: int, K: int, D: int) -> int:
+    """The layout is that of csrc/cuda/codebook.h."""
+    codes = (K + 63) // 64 * 64
+    width = next((most for most in (16, 32) if most >= D), (D + 63) // 64 * 64)
+    pieces = (4, 4, 4 * D, *[4 * codes] * 4, 2 * codes * width)
+    return H * sum((size + 255) // 256 * 256 for size in pieces)
+
+
 def fake_prepare_triton(codebook, metric="euclidean"):
     size = 0 if codebook.dtype == torch.float64 else packed_bytes(*codebook.shape)
     return codebook.new_empty(size, dtype=torch.uint8)
@@ -195,6 +209,7 @@ define(
     reference.prepare,
     fake_prepare,
     reference_fake=reference.prepare,
+    compiled_fake=fake_prepare_compiled,
     triton_fake=fake_prepare_triton,
 )
 define(

@@ -1,4 +1,4 @@
-"""Activation checkpointing repeats a forward within backward, where a step that updates the codebook must not run again."""
+"""Activation checkpointing repeats a forward within backward, where a step that updates the codebook must not run."""
 
 import torch
 from torch import Tensor

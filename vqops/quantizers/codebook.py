@@ -134,7 +134,7 @@ class Codebook(nn.Module):
     @contextmanager
     def restored_on_failure(self):
         """For the first call, in which k-means changes the state before all that can fail is done."""
-        before = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        before = {name: getattr(self, name).detach().clone() for name in ("embed", *self._buffers)}
         try:
             yield
         except BaseException:

@@ -1,7 +1,5 @@
 """Cross entropy of given codes under the distances to all codes, without a matrix of distances."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from vqops.ops.library import no_second_derivative
 from vqops.ops.reference import TINY, blocks
 
-ROWS, CODES = 1024, 2048  # of one block of distances: 8 MB in float32
+ROWS, CODES = 1024, 1024  # of one block of distances: 8 MB in float64
 
 
 def mean_cross_entropy(
@@ -39,18 +37,35 @@ def code_cross_entropy(
 ) -> Tensor:  # [H, N] float32 (float64 for float64 x), 0 without a target
     """-log softmax_k(l)[target] with l_k = -|x - c_k|, or x.c_k for "cosine" (of vectors that the caller normalised).
 
-    The softmax is summed block by block of at most 1024 x 2048 distances, and its backward computes them again: memory
+    The softmax is summed block by block of at most 1024 x 1024 distances, and its backward computes them again: memory
     grows with N + K. The gradient to the codebook is that of its values at the time of the call. A code that is not
     finite has probability 0. Second derivatives raise NotImplementedError.
     """
     return torch.ops.vqops.code_cross_entropy(x, codebook, targets, metric)[0]
 
 
-def logits(x: Tensor, codes: Tensor, metric: str) -> Tensor:  # [n, D], [k, D] -> [n, k]
-    # Distances by differences: the expansion of the square cancels for data far from the origin.
-    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
-    values = x @ codes.mT if metric == "cosine" else -distances(x, codes)
-    return values.masked_fill_(~codes.isfinite().all(-1), -torch.inf)
+class Codes:
+    """The codes of one head in float64 and, for distances, around a centre: |x|^2 - 2 x.c + |c|^2 cancels far from 0.
+
+    The centre is the median of each coordinate, which one huge code does not move.
+    """
+
+    def __init__(self, codes: Tensor, metric: str):  # [K, D]
+        self.wrong = ~codes.isfinite().all(1)
+        self.values = codes.double().masked_fill(self.wrong.unsqueeze(1), 0)
+        self.euclidean = metric == "euclidean"
+        middle = self.values.sort(0).values[len(codes) // 2]
+        self.centre = middle if self.euclidean else torch.zeros_like(middle)
+        self.values = self.values - self.centre
+        self.square = self.values.square().sum(1)
+
+    def logits(self, x: Tensor, codes: slice, dtype: torch.dtype) -> Tensor:  # x [n, D] around the centre -> [n, k]
+        if self.euclidean:
+            square = x.square().sum(1, keepdim=True) + self.square[codes]
+            values = -square.addmm_(x, self.values[codes].mT, alpha=-2).clamp_min_(0).sqrt_()
+        else:
+            values = x @ self.values[codes].mT
+        return values.to(dtype).masked_fill_(self.wrong[codes], -torch.inf)
 
 
 def real_dtype(t: Tensor) -> torch.dtype:
@@ -64,18 +79,23 @@ def forward(x: Tensor, codebook: Tensor, targets: Tensor, metric: str) -> tuple[
     entropy, total = x.new_zeros(H, N, dtype=real), x.new_full((H, N), -torch.inf, dtype=real)
     with torch.autocast(x.device.type, enabled=False):
         for h in range(H):
-            c = codebook[h].to(real)
+            head = Codes(codebook[h], metric)
             for rows in blocks(N, ROWS):
-                given, target = x[h, rows].to(real), targets[h, rows]
+                given, target = x[h, rows].double() - head.centre, targets[h, rows]
                 right = torch.full_like(entropy[h, rows], -torch.inf)
                 for codes in blocks(K, CODES):
-                    values = logits(given, c[codes], metric)
+                    values = head.logits(given, codes, real)
                     total[h, rows] = torch.logaddexp(total[h, rows], values.logsumexp(1))
-                    here = (target >= codes.start) & (target < codes.stop)
-                    place = (target - codes.start).clamp(0, values.shape[1] - 1).unsqueeze(1)
+                    here, place = position(target, codes)
                     right = values.gather(1, place).squeeze(1).where(here, right)
                 entropy[h, rows] = (total[h, rows] - right).masked_fill(target < 0, 0)
     return entropy, total, codebook.clone(memory_format=torch.contiguous_format)
+
+
+def position(target: Tensor, codes: slice) -> tuple[Tensor, Tensor]:  # [n] bool, [n, 1] int64
+    """Which targets are in the block of codes, and where; 0 for the others."""
+    here = (target >= codes.start) & (target < codes.stop)
+    return here, (target - codes.start).where(here, 0).unsqueeze(1)
 
 
 @forward.register_fake
@@ -96,35 +116,33 @@ def backward(
     x_needed: bool,
     codebook_needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over codes and rows are in float64: a x - sum_k a_k c_k cancels where x is far from the origin."""
+    """a x - sum_k a_k c_k cancels near a code, so the sums over codes and rows are in float64, too."""
     (H, N, _), K, real = x.shape, codebook.shape[1], real_dtype(x)
     grad_x = torch.zeros(x.shape if x_needed else 0, dtype=torch.float64, device=x.device)
     grad_c = torch.zeros(codebook.shape if codebook_needed else 0, dtype=torch.float64, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         for h in range(H):
-            c = codebook[h].to(real)
+            head = Codes(codebook[h], metric)
             for rows in blocks(N, ROWS):
-                given, target = x[h, rows].to(real), targets[h, rows]
+                given, target = x[h, rows].double() - head.centre, targets[h, rows]
                 scale = grad[h, rows].to(real).masked_fill(target < 0, 0).unsqueeze(1)
                 for codes in blocks(K, CODES):
-                    values, block = logits(given, c[codes], metric), c[codes].double()
-                    here = (target >= codes.start) & (target < codes.stop)
-                    place = (target - codes.start).clamp(0, values.shape[1] - 1).unsqueeze(1)
+                    values, block = head.logits(given, codes, real), head.values[codes]
+                    here, place = position(target, codes)
                     pull = (values - total[h, rows].unsqueeze(1)).exp_().mul_(scale)
                     pull.scatter_add_(1, place, -scale.where(here.unsqueeze(1), 0))
-                    block = block.masked_fill(~block.isfinite(), 0)
-                    if metric == "euclidean":  # d(-|x - c|) / dx = (c - x) / |x - c|, taken as 0 where x = c
+                    if head.euclidean:  # d(-|x - c|) / dx = (c - x) / |x - c|, taken as 0 where x = c
                         pull = (pull / -values).masked_fill_(values == 0, 0)
                     pull = pull.double()
                     if x_needed:
                         grad_x[h, rows] += pull @ block
-                        if metric == "euclidean":
+                        if head.euclidean:
                             grad_x[h, rows] -= pull.sum(1, keepdim=True) * given
                     if codebook_needed:  # to which a row that is not finite sends nothing
                         finite = given.isfinite().all(1, keepdim=True)
                         pull = pull.masked_fill(~finite, 0)
-                        grad_c[h, codes] += pull.mT @ given.double().masked_fill(~finite, 0)
-                        if metric == "euclidean":
+                        grad_c[h, codes] += pull.mT @ given.masked_fill(~finite, 0)
+                        if head.euclidean:
                             grad_c[h, codes] -= pull.sum(0).unsqueeze(1) * block
     return grad_x.to(x.dtype), grad_c.to(codebook.dtype)
 

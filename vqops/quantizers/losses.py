@@ -24,11 +24,10 @@ def mean_error(error: Tensor, mask: Tensor | None, dim: int) -> Tensor:  # error
 def weighted(commitment: Tensor, weight: float, training: bool) -> tuple[Tensor, LossBreakdown]:
     """The loss, and its terms.
 
-    A mean () is 0 in eval. The losses of candidates [*positions, k] are for ranking them, and so are there in eval too,
-    then with a weight of 1 instead of 0.
+    The losses of candidates [*positions, k] are for ranking them, in eval too, then with a weight of 1 instead of 0.
     """
     nothing = commitment.new_zeros(())
-    if (weight == 0) if training else (commitment.dim() == 0):
+    if training and weight == 0:
         commitment = torch.zeros_like(commitment)
     loss = commitment * (weight or 1.0)
     # So that loss.backward() works with a frozen encoder too; a compiled graph can't return such a tensor.

@@ -82,9 +82,10 @@ class VectorQuantize(nn.Module):
             empty batch. topk: the shape of the indices, in eval too.
 
     In eval nothing is updated and no gradient reaches the input, except of the cross entropy; but a first batch still
-    initialises by k-means. An empty batch, or one without a valid vector on any rank, moves no average. In a
-    `torch.distributed` job all ranks must call forward in training, in the same order; an update is one collective, and
-    with dead codes a small one more.
+    initialises by k-means. An empty batch, or one without a valid vector on any rank, moves no average.
+
+    In a `torch.distributed` job all ranks must call forward in training and for the first batch, in the same order. A
+    step is one collective, with dead codes a small one more; k-means one an iteration.
 
     Raises TypeError or ValueError for arguments or inputs that don't fit, IndexError for indices that are no codes, and
     RuntimeError when activation checkpointing repeats a step that has updated the codebook, before anything is changed.
@@ -261,7 +262,8 @@ class VectorQuantize(nn.Module):
             quantized = self.routed_to_codes(found, learning) if gradient == "none" else found.quantized
             quantized = layout.rows_back(quantized, positions)
             indices = layout.indices_back(found.indices, positions)
-            commitment = mean_error(found.error, row_mask, rows.shape[-1])
+            error = found.error
+            commitment = mean_error(error, row_mask, rows.shape[-1]) if self.training else error.new_zeros(())
         else:
             k = min(topk, self.codebook_size)
             codes = self._codebook.codes(learning).squeeze(0)

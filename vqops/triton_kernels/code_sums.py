@@ -1,9 +1,10 @@
 """Count and add up the rows of each code, in one of two orders.
 
-In the reference's order: a stable sort of the indices, then a program adds up to 256 rows of a code, in order, for several
-codes side by side, and another those runs, in order. x is read once; partial sums are one a run. The same bits on every device.
-By atomic additions: a program reads a block of rows and adds each to its code. Nothing is sorted, but the order and so the
-last bits vary, and rows that share a code wait for each other.
+In the reference's order: a stable sort of the indices, then a program adds up to 256 rows of a code, in order, for
+several codes side by side, and another those runs, in order. x is read once; partial sums are one a run. The same bits
+on every device.
+By atomic additions: a program reads a block of rows and adds each to its code. Nothing is sorted, but the order and so
+the last bits vary, and rows that share a code wait for each other.
 """
 
 from typing import NamedTuple
@@ -130,11 +131,10 @@ def sum_in_order(x, runs: Runs, K: int, weight=None, divisor=None, dtype=torch.f
 
 
 def ordered(x, indices, num_codes, weight=None, divisor=None):
-    H, N, _ = x.shape
     runs = runs_of(indices, num_codes)
     sums = sum_in_order(x, runs, num_codes, weight, divisor)
     if weight is None:
-        return runs.start.diff().view(H, num_codes), sums
+        return runs.start.diff().view(sums.shape[:2]), sums
     return sum_in_order(weight.unsqueeze(-1), runs, num_codes).squeeze(-1), sums
 
 

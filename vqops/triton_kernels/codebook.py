@@ -1,8 +1,8 @@
 """Preparation of a codebook for the screening pass: centre, scale, repeats, and the codes as fp16 with their bounds.
 
-Four kernels: the centre (a program a slice of dimensions), the scale (a program a head), keys that find repeats, packing
-(each reads its codes two to four times, from cache). Float64 throughout: the codebook is small next
-to the search. exactness.md has the proof of the bounds.
+Four kernels: the centre (a program a slice of dimensions), the scale (a program a head), keys that find repeats,
+packing (each reads its codes two to four times, from cache). Float64 throughout: the codebook is small next to the
+search. exactness.md has the proof of the bounds.
 """
 
 import torch
@@ -14,18 +14,21 @@ from vqops.triton_kernels.blocks import sizes
 from vqops.triton_kernels.layout import (
     HEADER,
     STEP,
+    packed_bytes,
     padded_codes,
     padded_dimensions,
-    packed_bytes,
     unpack,
 )
 
 SAMPLE = 32  # codes that the centre and the scale are taken from
 LARGEST_INT = 2**31 - 1
 
-ABSENT = tl.constexpr(2.0**70)  # `start` of a code left out: more than any other reaches, and finite in every row's unit
-FAR = tl.constexpr(2.0**30)  # codes further from the centre, in units of the typical code, are left out; see exactness.md
-SMALLEST = tl.constexpr(2.0**-24)  # radius: so that a code at the centre has a relative error, too
+# `start` of a code left out: more than any other reaches, and finite in every row's unit.
+ABSENT = tl.constexpr(2.0**70)
+# Codes further from the centre, in units of the typical code, are left out; see exactness.md.
+FAR = tl.constexpr(2.0**30)
+# Radius: so that a code at the centre has a relative error, too.
+SMALLEST = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def norm_of(c, i_stride, known, D, COSINE: tl.constexpr, BD: tl.constexpr):
-    """For codes at c [M, 1]: what to divide them by (their norm for cosine, 1 for a zero code), NaN where not finite."""
+    """For codes at c [M, 1]: what to divide them by (cosine: their norm, 1 if it is 0), NaN where not finite."""
     square = tl.zeros((c.shape[0],), tl.float64)
     for start in range(0, D, BD):
         i = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
@@ -256,17 +259,28 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     slots = 4 * max(16, 1 << (K - 1).bit_length())
     table = codebook.new_full((H, 2, slots), LARGEST_INT, dtype=torch.int32)
     dimensions, codes = sizes(codebook.device)[:2]
+    launch = {"num_warps": 4, "enable_fp_fusion": True}
     with torch.cuda.device_of(codebook):
         centre_kernel[(triton.cdiv(D, dimensions), H)](
-            codebook, packed.centre, K, D, every, *strides, cosine, SAMPLE, step, dimensions, num_warps=8
+            codebook,
+            packed.centre,
+            K,
+            D,
+            every,
+            *strides,
+            cosine,
+            SAMPLE,
+            step,
+            dimensions,
+            **launch | {"num_warps": 8},
         )
         scale_kernel[(H,)](
-            codebook, packed.centre, packed.header, K, D, every, *strides, cosine, SAMPLE, HEADER, step, num_warps=4
+            codebook, packed.centre, packed.header, K, D, every, *strides, cosine, SAMPLE, HEADER, step, **launch
         )
-        keys_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, num_warps=4)
+        keys_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, **launch)
         pack_kernel[(triton.cdiv(padded_codes(K), codes), H)](
             codebook, table, packed.header, packed.centre, packed.start[0], packed.start[1], packed.radius, packed.unit,
             packed.codes, K, D, slots, *strides, decision_error(D, False), cosine, HEADER, padded_codes(K), width,
-            codes, step, num_warps=4,
+            codes, step, **launch,
         )  # fmt: skip
     return memory

@@ -1,7 +1,7 @@
 """The float64 comparison of the codes that bounds left open (`decide`), or of all codes (`scan`): the precise tier.
 
-Both walk a queue of rows with a fixed number of programs; its length stays on the device. Costs of [rows, codes] at a time
-are eight float64 sums each, in registers, over the dimensions in order (lanes.py).
+Both walk a queue of rows with a fixed number of programs; its length stays on the device. Costs of [rows, codes] at a
+time are eight float64 sums each, in registers, over the dimensions in order (lanes.py).
 """
 
 import triton
@@ -78,7 +78,7 @@ def scan_kernel(
     COSINE: tl.constexpr, RANKED: tl.constexpr, QUEUED: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
     SLOTS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Rows queued from the back or, not QUEUED, all rows of head program_id(1). SHARED: a block's rows are of one head."""
+    """Rows queued from the back or, not QUEUED, all rows of head program_id(1). SHARED: rows of one head a block."""
     size = N
     if QUEUED:
         size = tl.load(counters + 1)
@@ -98,10 +98,7 @@ def scan_kernel(
         start = (x + h * h_stride + n * n_stride)[:, None]
         square, finite = row_facts(start, i_stride, live[:, None], D)
         usable = live & finite
-        if SHARED:
-            head = (codebook + tl.max(h, 0) * c_h_stride)[None, None]
-        else:
-            head = (codebook + h * c_h_stride)[:, None]
+        head = (codebook + tl.max(h, 0) * c_h_stride)[None, None] if SHARED else (codebook + h * c_h_stride)[:, None]
         previous = tl.zeros((A,), tl.float64)
         previous_code = tl.full((A,), -1, tl.int32)
         for t in range(0, top):

@@ -1,5 +1,5 @@
-"""EMA: two passes, since the smoothing needs the total of all cluster sizes. Each is at memory speed: the averages are read
-twice (once from cache) and written once, and so are the codes.
+"""EMA: two passes, since the smoothing needs the total of all cluster sizes. Each is at memory speed: the averages are
+read twice (once from cache) and written once, and so are the codes.
 """
 
 import torch
@@ -28,13 +28,17 @@ def average_kernel(
     step = 1.0 - tl.load(decay) + tl.zeros((M,), tl.float32)
     if weight is not None:
         step *= tl.load(weight + k, mask=known, other=0.0).to(tl.float32)
-    moved_size = lerp(tl.load(size + k, mask=known, other=0.0), tl.load(counts + k, mask=known, other=0).to(tl.float32), step)
+    moved_size = lerp(
+        tl.load(size + k, mask=known, other=0.0), tl.load(counts + k, mask=known, other=0).to(tl.float32), step
+    )
     zero = moved_size * 0.0
     for start in range(0, D, BD):
         i = start + tl.arange(0, BD)[None, :]
         inside = known[:, None] & (i < D)
         at = k[:, None] * D + i
-        moved = lerp(tl.load(average + at, mask=inside, other=0.0), tl.load(sums + at, mask=inside, other=0.0), step[:, None])
+        moved = lerp(
+            tl.load(average + at, mask=inside, other=0.0), tl.load(sums + at, mask=inside, other=0.0), step[:, None]
+        )
         zero += tl.sum(moved * 0.0, 1)
     finite = known & (zero == 0)
     tl.store(size + k, moved_size, mask=finite)
@@ -42,7 +46,9 @@ def average_kernel(
         i = start + tl.arange(0, BD)[None, :]
         inside = finite[:, None] & (i < D)
         at = k[:, None] * D + i
-        moved = lerp(tl.load(average + at, mask=inside, other=0.0), tl.load(sums + at, mask=inside, other=0.0), step[:, None])
+        moved = lerp(
+            tl.load(average + at, mask=inside, other=0.0), tl.load(sums + at, mask=inside, other=0.0), step[:, None]
+        )
         tl.store(average + at, moved, mask=inside)
 
 

@@ -1,6 +1,6 @@
-"""Gradient: one pass over the rows, each of which needs only itself and its code. Read: the gradient and x once, codes from
-cache. Written: grad_x once. No rotation matrix is built. A gradient of the codebook adds a row of differences each, which
-are then summed as in code_sums.py.
+"""Gradient: one pass over the rows, each of which needs only itself and its code. Read: the gradient and x once, codes
+from cache. Written: grad_x once. No rotation matrix is built. A gradient of the codebook adds a row of differences
+each, which are then summed as in code_sums.py.
 """
 
 import torch
@@ -19,21 +19,14 @@ SMALLEST = tl.constexpr(TINY)
 def length(v):
     """The norm of each row, with correctly rounded root."""
     square = tl.sum(v * v, 1)
-    if v.dtype == tl.float64:
-        root = tl.sqrt(square)
-    else:
-        root = tl.sqrt_rn(square)
-    return root
+    return tl.sqrt(square) if v.dtype == tl.float64 else tl.sqrt_rn(square)
 
 
 @triton.jit
 def over(v, divisor):
     """v / divisor, correctly rounded: float32 division is approximate by default."""
-    if v.dtype == tl.float64:
-        result = v / divisor[:, None]
-    else:
-        result = tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape))
-    return result
+    divisor = tl.broadcast_to(divisor[:, None], v.shape)
+    return v / divisor if v.dtype == tl.float64 else tl.div_rn(v, divisor)
 
 
 @triton.jit
@@ -70,8 +63,8 @@ def gradient_kernel(
         at = grad_quantized + (h * g_h_stride + n * g_n_stride)[:, None] + i * g_i_stride
         g = tl.load(at, mask=there, other=0.0).to(real)
         if ROTATE:
-            # g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose
-            # of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
+            # g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the
+            # transpose of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
             x_norm = tl.maximum(length(given), least)
             q_norm = length(q)
             u = over(given, x_norm)

@@ -25,7 +25,7 @@ def add_lanes(p):
 
 @triton.jit
 def cost_of(square, dot, norm_square, COSINE: tl.constexpr):
-    """What the nearest code minimises: |x - c|^2, or -x.c / |c| with 0 for a zero code and inf where float64 overflows."""
+    """What the nearest code minimises: |x - c|^2, or -x.c / |c|: 0 for a zero code, inf where float64 overflows."""
     if COSINE:
         norm = tl.sqrt(norm_square)
         score = -dot / tl.where(norm > 0, norm, 1.0)
@@ -56,10 +56,7 @@ def costs(x, x_stride, live, c, c_stride, known, D, COSINE: tl.constexpr):
             p += e * e
     finite = tl.sum(number, 2) == 0
     total = add_lanes(p)
-    if COSINE:
-        norm_square = tl.broadcast_to(add_lanes(norm), total.shape)
-    else:
-        norm_square = total
+    norm_square = tl.broadcast_to(add_lanes(norm), total.shape) if COSINE else total
     return cost_of(total, total, norm_square, COSINE), finite
 
 

@@ -24,7 +24,7 @@ HEADER = 32  # int32 a head; [0] the lowest index of a finite code, [1] exponent
 
 
 def padded_dimensions(D: int) -> int:
-    return next((width for width in (16, 32, 64, 128, WHOLE) if D <= width), (D + STEP - 1) // STEP * STEP)
+    return next((width for width in (16, 32, 64, 128, WHOLE) if width >= D), (D + STEP - 1) // STEP * STEP)
 
 
 def padded_codes(K: int) -> int:
@@ -66,4 +66,3 @@ def unpack(memory: Tensor, H: int, K: int, D: int) -> Packed:  # uint8, packed_b
         views.append(memory[offset : offset + size_of(dtype, shape)].view(dtype)[: math.prod(shape)].view(shape))
         offset += size_of(dtype, shape)
     return Packed(*views)
-

@@ -1,14 +1,15 @@
 """Search: the nearest code of each row, certified exact.
 
-Screening, one program: a block of rows of x against all K codes, in tiles.
-  registers      x of the block's rows as fp16, centred and scaled (D <= 256), and two least bounds a slot of the tile
-  shared memory  stages of codes as fp16
-Read: x once, the packed codebook once a block. Written: one index a row, and for the few rows that the bound leaves open
-their candidates (at most 16) and a place in a queue. Operations: 2 N K D' on tensor cores; 3 multiply-adds, 3 minima and
-one bit operation a score.
-A slot is a column of the tile. It keeps the least lower bound of its codes in a group of 16 tiles, with the number of the
-tile in its low bits, and the second least. After each group the slots that may hold the nearest code join the row's list.
-The queue is decided in float64 (decision.py) by programs of a fixed grid, so that nothing waits for the host.
+Rows are rounded to fp16 first, in a pass at memory speed. Screening, one program: a block of rows against all K codes,
+in tiles.
+  registers      two least bounds a slot of the tile
+  shared memory  the rows (D <= 256), and stages of codes
+Read: the rows once, the packed codebook once a block. Written: one index a row, and for the few rows that the bound
+leaves open their candidates, at most 16, and a place in a queue. Operations: 2 N K D' on tensor cores; three
+multiplications or additions, three minima and two bit operations a score.
+A slot is a column of the tile. It keeps the least lower bound of its codes in a group of 16 tiles, with the number of
+the tile in its low bits, and the second least. After each group the slots that may hold the nearest code join the row's
+list. The queue is decided in float64 (decision.py) by programs of a fixed grid, so that nothing waits for the host.
 exactness.md has the proof.
 """
 
@@ -64,8 +65,8 @@ def rows_kernel(
 ):  # fmt: skip
     """Rows as fp16, centred and each in its own power of two, with the constants of their bounds; memory speed.
 
-    facts[4]: the coefficient of a code's radius in the lower bound, that in the margin, the row's unit, the margin whatever
-    the code. Rows that need no screening get their index here.
+    facts[4]: the coefficient of a code's radius in the lower bound, that in the margin, the row's unit, the margin
+    whatever the code. Rows that need no screening get their index here.
     """
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -92,10 +93,7 @@ def rows_kernel(
     usable = keep & (finite != 0)
     fits = usable & (largest <= LARGEST)
     exponent = 14 - exponent_of(largest)
-    if COSINE:
-        exponent = tl.minimum(tl.maximum(exponent, -126), 126)
-    else:
-        exponent = tl.minimum(tl.maximum(exponent, -30), 54)
+    exponent = tl.minimum(tl.maximum(exponent, -126 if COSINE else -30), 126 if COSINE else 54)
     lift = power_of_two(exponent)
     square = tl.zeros((BN,), tl.float32)
     lost = tl.zeros((BN,), tl.float32)
@@ -131,10 +129,11 @@ def rows_kernel(
     screened = (settled == 0) & (scanned == 0)
     at = h * padded + n
     total = tl.num_programs(1).to(tl.int64) * padded
-    tl.store(facts + at, slope, mask=n < padded)
-    tl.store(facts + total + at, 2.02 * slope + norm * 2.0**-19, mask=n < padded)
-    tl.store(facts + 2 * total + at, weight, mask=n < padded)
-    tl.store(facts + 3 * total + at, constant + 2.0**-90, mask=n < padded)
+    # Other rows pass through the screening, too, and must stay finite there.
+    tl.store(facts + at, tl.where(screened, slope, 0.0), mask=n < padded)
+    tl.store(facts + total + at, tl.where(screened, 2.02 * slope + norm * 2.0**-19, 0.0), mask=n < padded)
+    tl.store(facts + 2 * total + at, tl.where(screened, weight, 1.0), mask=n < padded)
+    tl.store(facts + 3 * total + at, tl.where(screened, constant + 2.0**-90, 0.0), mask=n < padded)
     state = tl.where(screened, SCREENED, tl.where(settled, SETTLED, SCANNED))
     state = tl.where(keep & (usable == 0), LOST, state)
     tl.store(states + at, state.to(tl.int8), mask=n < padded)
@@ -272,8 +271,8 @@ def round_rows(x, packed: Packed, mask, metric, ranked, indices, counters) -> Ro
     rows, step = row_blocks(D, x.device)
     rows_kernel[(triton.cdiv(padded, rows), H)](
         x, mask, packed.centre, packed.header, halves, facts, states, indices, counters, N, padded, D,
-        *x.stride(), *mask_strides, kappa(D), decision_error(D, cosine), cosine, ranked, mask is not None, HEADER, width,
-        rows, step, num_warps=4, enable_fp_fusion=True,
+        *x.stride(), *mask_strides, kappa(D), decision_error(D, cosine), cosine, ranked, mask is not None, HEADER,
+        width, rows, step, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return Rows(halves, facts, states, padded)
 

@@ -1,8 +1,9 @@
 """The k nearest codes of each row, in order, certified.
 
 Two passes over the codes. The first keeps the least upper bound a slot (a column of the tile): the k-th least of these
-holds k different codes, so no code above it matters. The second collects every code whose lower bound does not exceed it,
-at most four or so times k a row; more go to the scan. Both ranked in float64 (decision.py). Bounds as in search.py.
+holds k different codes, so no code above it matters. The second collects every code whose lower bound does not exceed
+it, at most four or so times k a row; more go to the scan. Both ranked in float64 (decision.py). Bounds as in
+search.py.
 """
 
 import torch
@@ -59,7 +60,7 @@ def topk_kernel(
         bound, around, start = tile_bounds(x, begin, radius, unit, codes, at, slope, weight, WIDTH, BN, BK, BD)
         least = tl.minimum(least, bound + (around * reach[:, None] + start * 2.0**-15))
     threshold = tl.full((BN,), -HUGE, tl.float32)
-    for _ in range(0, top):
+    for _turn in range(0, top):
         threshold = tl.min(tl.where(least > threshold[:, None], least, HUGE), 1)
     threshold = tl.minimum(threshold + constant, 2.0**69 * weight)  # below the bounds of codes left out
 
@@ -68,7 +69,7 @@ def topk_kernel(
     slot = tl.arange(0, BK)[None, :]
     for tile in range(0, tiles):
         at = codes_before + tile * BK
-        bound, _, _ = tile_bounds(x, begin, radius, unit, codes, at, slope, weight, WIDTH, BN, BK, BD)
+        bound, _around, _start = tile_bounds(x, begin, radius, unit, codes, at, slope, weight, WIDTH, BN, BK, BD)
         following = tl.min(tl.where(bound <= threshold[:, None], slot, BK), 1)
         joins = usable & (following < BK) & (count <= CANDIDATES)
         while tl.max(joins.to(tl.int32), 0) > 0:
@@ -104,9 +105,9 @@ def nearest_topk(x, codebook, k, mask=None, metric="euclidean", prepared=None):
         block = screen_blocks(D, shared_memory(x.device))
         codes, width = packed.codes.shape[1:]
         topk_kernel[(rows.padded // block.rows, H)](
-            rows.halves, rows.facts, rows.states, packed.start[1], packed.radius, packed.unit, packed.codes, lists, queue,
-            counters, N, rows.padded, codes // block.codes, k, codes, width, ENTRY, candidates, block.rows, block.codes,
-            block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+            rows.halves, rows.facts, rows.states, packed.start[1], packed.radius, packed.unit, packed.codes, lists,
+            queue, counters, N, rows.padded, codes // block.codes, k, codes, width, ENTRY, candidates, block.rows,
+            block.codes, block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
         )  # fmt: skip
         decide(x, codebook, metric, indices, distances, lists, queue, counters, k)
         scan(x, codebook, None, metric, indices, distances, queue, counters, k)

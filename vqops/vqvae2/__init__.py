@@ -2,6 +2,8 @@
 
 from vqops.vqvae2.checkpoint import load_model, save_model
 from vqops.vqvae2.codes import Codes, CodesMeta
+from vqops.vqvae2.compare import compare
+from vqops.vqvae2.evaluate import evaluate
 from vqops.vqvae2.extract import extract
 from vqops.vqvae2.model import VQVAE2, VQVAE2Config, VQVAE2Output
 from vqops.vqvae2.prior import Prior, PriorConfig
@@ -19,7 +21,9 @@ __all__ = [
     "PriorConfig",
     "VQVAE2Config",
     "VQVAE2Output",
+    "compare",
     "complete",
+    "evaluate",
     "extract",
     "load_model",
     "load_prior",

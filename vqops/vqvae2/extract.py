@@ -34,6 +34,8 @@ def extract(options: ExtractOptions) -> Path:
     device = pick_device(options.device)
     path = model_path(options.run)
     model = load_model(options.run, device)
+    if not model.config.discrete:
+        raise InputError(f"{options.run}: a model with --bottleneck {model.config.bottleneck} has no codes to extract")
     images = load_images(options.data, options.data_key, channels=model.config.image_channels)
     labels, classes = load_labels(options.data, options.label_key, len(images))
     image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size

@@ -45,19 +45,21 @@ class TrainingMeter:
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, loss: Tensor, mse: Tensor, indices: tuple[Tensor, ...]) -> None:
-        self.images += len(indices[0])
+    def add(self, loss: Tensor, mse: Tensor, indices: tuple[Tensor, ...], images: int) -> None:
+        self.images += images
         self.losses.append(torch.stack([loss, mse]))
-        self.counts.append(torch.stack([count_codes(level, self.config.codebook_size) for level in indices]))
+        if self.config.discrete:
+            self.counts.append(torch.stack([count_codes(level, self.config.codebook_size) for level in indices]))
 
     def row(self) -> dict[str, float]:
         """Mean loss, MSE and batch perplexity; share of the codes used at least once; images per second. Restarts."""
-        counts = sum_over_ranks(torch.stack(self.counts))  # [steps, levels, K]
         loss, mse = mean_over_ranks(torch.stack(self.losses).mean(0)).tolist()
-        perplexities = torch.stack([torch.stack([perplexity(level) for level in step]) for step in counts])
         row = {"loss": loss, "mse": mse}
-        row |= per_level("perplexity", self.config, perplexities.mean(0).tolist())
-        row |= per_level("used", self.config, (counts.sum(0) > 0).float().mean(1).tolist())
+        if self.config.discrete:
+            counts = sum_over_ranks(torch.stack(self.counts))  # [steps, levels, K]
+            perplexities = torch.stack([torch.stack([perplexity(level) for level in step]) for step in counts])
+            row |= per_level("perplexity", self.config, perplexities.mean(0).tolist())
+            row |= per_level("used", self.config, (counts.sum(0) > 0).float().mean(1).tolist())
         row["images_per_second"] = self.images * num_ranks() / (time.perf_counter() - self.started)
         self.restart()
         return row
@@ -80,11 +82,14 @@ def validate(model: VQVAE2, batches: Iterable[Tensor]) -> dict[str, float]:  # u
         output = model(images)
         error += F.mse_loss(output.reconstruction.clamp(0, 1), images, reduction="sum").item()
         values += images.numel()
-        counts += torch.stack([count_codes(level, config.codebook_size) for level in output.indices])
+        for level, indices in enumerate(output.indices):
+            counts[level] += count_codes(indices, config.codebook_size)
     model.train(was_training)
     counts = sum_over_ranks(counts)
     if num_ranks() > 1:
         error, values = sum_over_ranks(torch.tensor([error, values], dtype=torch.float64, device=device)).tolist()
     row = {"val_mse": error / values}
+    if not config.discrete:
+        return row
     row |= per_level("val_perplexity", config, [perplexity(level).item() for level in counts])
     return row | per_level("val_used", config, (counts > 0).float().mean(1).tolist())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqops import VectorQuantize
+from vqops.vqvae2.bottlenecks import Gaussian, Gumbel, Plain, in_channels
 
 LEVEL_NAMES = {1: ("bottom",), 2: ("bottom", "top"), 3: ("bottom", "middle", "top")}
 BOTTOM_STRIDE, UPPER_STRIDE = 4, 2
@@ -33,10 +34,17 @@ class VQVAE2Config:
     decay: float = 0.99
     commitment: float = 0.25
     restart_below: tuple[float, ...] = ()  # per level: a code with a smaller EMA count is replaced; () for none
+    bottleneck: str = "vq"  # or "none", "gaussian", "gumbel"
+    image_values: int = 0  # C x H x W of the training images, which the KL of "gaussian" and "gumbel" is shared by
 
     @property
     def level_names(self) -> tuple[str, ...]:
         return LEVEL_NAMES[self.levels]
+
+    @property
+    def discrete(self) -> bool:
+        """Whether there are codes with indices."""
+        return self.bottleneck in ("vq", "gumbel")
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -51,7 +59,7 @@ class VQVAE2Config:
 
 class VQVAE2Output(NamedTuple):
     reconstruction: Tensor  # [B, C, H, W], not clamped
-    indices: tuple[Tensor, ...]  # per level [B, *config.code_sizes(H, W)[level]] int64
+    indices: tuple[Tensor, ...]  # per level [B, *config.code_sizes(H, W)[level]] int64; () without a codebook
     codebook_loss: Tensor  # [] summed over the levels, commitment weight included
 
 
@@ -71,7 +79,8 @@ class VQVAE2(nn.Module):
             encoder(C if level else config.image_channels, C, UPPER_STRIDE if level else BOTTOM_STRIDE)
             for level in range(L)
         )
-        self.to_codes = nn.ModuleList(nn.Conv2d(C if level == L - 1 else C + D, D, kernel_size=1) for level in range(L))
+        out = in_channels(config.bottleneck, D, config.codebook_size)
+        self.to_codes = nn.ModuleList(nn.Conv2d(C if level == L - 1 else C + D, out, 1) for level in range(L))
         self.quantizers = nn.ModuleList(quantizer(config, level) for level in range(L))
         # decoders[0] makes the image; decoders[l] what level l - 1 is conditioned on
         self.decoders = nn.ModuleList(
@@ -99,7 +108,8 @@ class VQVAE2(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 quantized, index, loss = self.quantizers[level](self.to_codes[level](x.float()))
             codes = quantized if codes is None else torch.cat([quantized, upsample(codes)], dim=1)
-            indices.insert(0, index)
+            if index is not None:
+                indices.insert(0, index)
             codebook_loss = codebook_loss + loss.sum()
         return codes, tuple(indices), codebook_loss
 
@@ -126,8 +136,14 @@ def as_float(pixels: Tensor) -> Tensor:  # uint8; float32 in [0, 1]
     return pixels.float() / 255
 
 
-def quantizer(config: VQVAE2Config, level: int) -> VectorQuantize:
-    """The codebook of one level: started by k-means on the first batch, moved by EMA or by its gradient."""
+def quantizer(config: VQVAE2Config, level: int) -> nn.Module:
+    """The bottleneck of one level; a codebook starts by k-means on the first batch and moves by EMA or its gradient."""
+    if config.bottleneck == "none":
+        return Plain()
+    if config.bottleneck == "gaussian":
+        return Gaussian(config.image_values)
+    if config.bottleneck == "gumbel":
+        return Gumbel(config.code_dim, config.codebook_size, config.image_values)
     learned = config.codebook == "gradient"
     return VectorQuantize(
         config.code_dim,

@@ -57,6 +57,7 @@ def save_curves(path: Path, rows: list[dict[str, float]]) -> None:
     for axes in (errors, perplexities, used):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     with atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -35,6 +35,8 @@ def reconstruct(options: ReconstructOptions) -> None:
                 write_png(temporary, reconstruction[0].permute(1, 2, 0).numpy())
             mse = (pixels.float() - reconstruction.float()).div(255).square().mean().item()
             console.print(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)", soft_wrap=True, markup=False)
+    following = "vqops extract RUN --data PATH --out CODES" if model.config.discrete else "vqops compare --out FOLDER"
+    console.print(f"next: {following.replace('RUN', str(options.run))}", soft_wrap=True, markup=False)
 
 
 def output_paths(images: tuple[Path, ...], folder: Path) -> list[Path]:

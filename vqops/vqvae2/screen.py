@@ -45,4 +45,5 @@ class Screen:
 def summary(row: dict[str, float]) -> str:
     levels = [key.removeprefix("used_") for key in row if key.startswith("used_")]
     codes = "  ".join(f"{name} {row[f'perplexity_{name}']:.0f} ({row[f'used_{name}']:.0%} used)" for name in levels)
-    return f"loss {row['loss']:.4f}  mse {row['mse']:.5f}  perplexity {codes}  {row['images_per_second']:.0f} images/s"
+    codes = f"perplexity {codes}  " if codes else ""
+    return f"loss {row['loss']:.4f}  mse {row['mse']:.5f}  {codes}{row['images_per_second']:.0f} images/s"

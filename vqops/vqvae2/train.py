@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from vqops import VectorQuantize
 from vqops.vqvae2 import run_folder
 from vqops.vqvae2.batches import hold_out, training_batches, validation_batches, window_of
 from vqops.vqvae2.board import Board
+from vqops.vqvae2.bottlenecks import Gumbel
 from vqops.vqvae2.checkpoint import save_model
 from vqops.vqvae2.images import Images
 from vqops.vqvae2.interruption import interruption
@@ -33,9 +35,8 @@ ROW_EVERY = 10  # steps between two rows of metrics
 # The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the
 # inverse of the data's variance, as Sonnet's example does, ended 16 % higher on CIFAR-10 (1500 steps, one level).
 RECONSTRUCTION_WEIGHT = 4.0
-# A code is restarted when it is chosen less than this often, as a share of N / K, what equal use would give it. With 0.1
-# the top level of CIFAR-10 lay collapsed until step 230, and two levels ended at 0.00454 after 1500 steps, not 0.00408.
-RESTART_BELOW = 0.5
+# A code is restarted when it is chosen less than this often, as a share of N / K, what equal use would give it.
+RESTART_BELOW = 0.1
 # A level that still uses so few codes after so many steps seldom recovers without help.
 COLLAPSED_PERPLEXITY, COLLAPSED_STEP = 2.0, 300
 # Fields that may differ between a run and its continuation: how long, where and how often, not what.
@@ -126,7 +127,7 @@ def run_steps(
     for pixels in batches:
         step = state.step + 1
         set_learning_rate(optimizer, learning_rate(options.lr, options.schedule, step, options.steps, options.warmup))
-        warm_up_codebooks(model, step)
+        set_bottlenecks(model, step, options.steps)
         images = as_float(pixels.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             output = trained(images)
@@ -139,7 +140,7 @@ def run_steps(
         optimizer.step()
         state.average.update(step)
         state.step = step
-        meter.add(loss.detach(), mse.detach(), output.indices)
+        meter.add(loss.detach(), mse.detach(), output.indices, len(images))
         screen.step(step)
         validation_is_due = step % options.eval_every == 0 or step == options.steps
         row_is_due = step % ROW_EVERY == 0 or validation_is_due
@@ -168,19 +169,22 @@ def run_steps(
         board.close()
 
 
-def warm_up_codebooks(model: VQVAE2, step: int) -> None:
+def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:
     """Let the codes follow an encoder that moves fast at first: a decay of (1 + step) / (10 + step) until it is larger.
 
     The averages of the first batch would otherwise keep codes alive, for hundreds of steps, that the encoder has left
     behind: on CIFAR-10 the top level passed nothing on between steps 20 and 240.
     """
-    for quantizer in model.quantizers:
-        quantizer._codebook.decay = min(model.config.decay, (1 + step) / (10 + step))
+    for bottleneck in model.quantizers:
+        if isinstance(bottleneck, VectorQuantize):
+            bottleneck._codebook.decay = min(model.config.decay, (1 + step) / (10 + step))
+        elif isinstance(bottleneck, Gumbel):
+            bottleneck.anneal(step / steps)
 
 
 def warn_of_collapse(row: dict[str, float], config: VQVAE2Config, collapsed: set[str], screen: Screen) -> None:
     """Say it once when a level uses next to none of its codes, and what helps."""
-    for level in config.level_names:
+    for level in config.level_names if config.discrete else ():
         perplexity = row[f"perplexity_{level}"]
         if row["step"] > COLLAPSED_STEP and perplexity < COLLAPSED_PERPLEXITY < config.codebook_size:
             if level not in collapsed:
@@ -218,6 +222,8 @@ def finish(
     screen.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
     screen.say(f"curves: {folder / run_folder.CURVES}")
     screen.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER, or, on the way to samples,")
+    if not state.module.config.discrete:
+        return
     key = f" --data-key {options.data_key}" if options.data_key else ""
     screen.say(f"next: vqops extract {folder} --data {options.data or 'PATH'}{key} --out CODES")
 
@@ -251,7 +257,11 @@ def network_of(options: TrainOptions, image_channels: int, window: tuple[int, in
         codebook=options.codebook,
         decay=options.decay,
         commitment=options.commitment,
+        bottleneck=options.bottleneck,
+        image_values=image_channels * math.prod(window),
     )
+    if options.bottleneck != "vq":
+        return config
     vectors = [options.batch_size * height * width for height, width in config.code_sizes(*window)]
     return replace(config, restart_below=tuple(RESTART_BELOW * N / options.codebook_size for N in vectors))
 

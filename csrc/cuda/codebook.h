@@ -1,0 +1,340 @@
+// A codebook prepared for the screening pass: centre, scale, and its codes as float16 with what their bounds need.
+//
+//   Centre   a block 64 dimensions: the median of a sample of 32 codes, which no single code can move
+//   Scale    a block a head: a power of two that brings the sample's median distance from the centre to [1, 2)
+//   Marks    8 threads a code: the lowest index of each of two hashes, by which repeated codes are found
+//   Pack     32 threads a code: the code centred, scaled, rounded; read two to four times, from cache
+// Everything is computed in float64: the codebook is small next to the search. Any centre is correct, any hash is, too:
+// a repeat that is missed is one more candidate.
+#pragma once
+
+#include "../bound.h"
+#include "../distance.h"
+#include "block.h"
+#include "memory.h"
+
+namespace vqops::cuda {
+
+constexpr int kTileCodes = 64;  // codes of a tile of the search; the packed codebook is a multiple of it
+constexpr int kSample = 32;
+constexpr int32_t kUnmarked = 0x7f7f7f7f;  // memset writes it
+
+VQOPS_HOST_DEVICE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Dimensions as stored: whole steps of the loop over them, of 64, 32 or 16.
+VQOPS_HOST_DEVICE int64_t padded(int64_t D) { return D > 32 ? round_up(D, 64) : D > 16 ? 32 : 16; }
+
+// One head.
+struct Packed {
+    float *scale, *worst;                    // [1] twice; worst: the largest relative error of a code (row_bound)
+    float *centre;                           // [D]
+    float *start, *slack, *radius, *unit;    // [K'], see bound.h; K' is K rounded up to whole tiles
+    uint16_t* codes;                         // [K', D'] float16, C / unit
+
+    VQOPS_HOST_DEVICE static Packed take(Memory& memory, int64_t K, int64_t D) {
+        const int64_t codes = round_up(K, kTileCodes);
+        Packed p;
+        p.scale = memory.take<float>(1), p.worst = memory.take<float>(1), p.centre = memory.take<float>(D);
+        p.start = memory.take<float>(codes), p.slack = memory.take<float>(codes);
+        p.radius = memory.take<float>(codes), p.unit = memory.take<float>(codes);
+        p.codes = memory.take<uint16_t>(codes * padded(D));
+        return p;
+    }
+
+    static int64_t bytes(int64_t K, int64_t D) {
+        Memory dry;
+        take(dry, K, D);
+        return dry.size;
+    }
+};
+
+// A codebook to pack, and where to: the heads one behind the other.
+struct Preparation {
+    int64_t H, K, D;
+    Rows codebook;  // [H, K, D]
+    bool cosine;
+    char* memory;    // [H, stride]
+    int64_t stride;  // Packed::bytes(K, D)
+    int32_t* marks;  // [H, 2, slots], kUnmarked
+    int64_t slots;   // a power of two, at least 2 K
+
+    VQOPS_HOST_DEVICE Packed head(int64_t h) const {
+        Memory here(memory + h * stride);
+        return Packed::take(here, K, D);
+    }
+
+    VQOPS_HOST_DEVICE int64_t sampled(int i) const { return K > kSample ? K / kSample * i : i; }
+    VQOPS_HOST_DEVICE int sample() const { return K < kSample ? int(K) : kSample; }
+
+    // What the square of a code's elements says: what to divide it by, NaN if it is not finite, inf if it overflows.
+    VQOPS_HOST_DEVICE double divisor_of(double square, double zero) const {
+        if (zero != 0) return NAN;
+        if (!cosine) return 1;
+        return square > 0 ? std::sqrt(square) : 1;
+    }
+};
+
+constexpr int64_t slots_of(int64_t K) {
+    int64_t slots = 16;
+    while (slots < 2 * K) slots *= 2;
+    return slots;
+}
+
+// The median of the finite ones of `count` values, by their ranks; 0 if there is none.
+template <class At>
+VQOPS_HOST_DEVICE double median(int count, const At& at) {
+    int finite = 0;
+    for (int a = 0; a < count; a++) finite += std::isfinite(at(a)) ? 1 : 0;
+    for (int a = 0; a < count; a++) {
+        if (!std::isfinite(at(a))) continue;
+        int rank = 0;
+        for (int b = 0; b < count; b++) rank += at(b) < at(a) || (at(b) == at(a) && b < a) ? 1 : 0;
+        if (rank == finite / 2) return at(a);
+    }
+    return 0;
+}
+
+struct Centre {
+    static constexpr int kThreads = 256, kColumns = 64;
+    struct Shared {
+        double divisor[kSample];
+        double value[kSample][kColumns];
+    };
+    Preparation in;
+
+    size_t shared_bytes() const { return sizeof(Shared); }
+    VQOPS_HOST_DEVICE uint32_t slices() const { return uint32_t((in.D + kColumns - 1) / kColumns); }
+    int64_t blocks() const { return in.H * slices(); }
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
+        const int64_t h = uint32_t(block.index) / slices(), left = uint32_t(block.index) % slices() * kColumns;
+        const int count = in.sample();
+        auto sums = block.template registers<Doubles<2>>();
+        block.own([&](int t) {  // 8 threads a code
+            sums[t].v[0] = sums[t].v[1] = 0;
+            if (t / 8 >= count) return;
+            const int64_t code = in.codebook.offset(h, in.sampled(t / 8));
+            for (int64_t i = t % 8; i < in.D; i += 8) {
+                const double value = in.codebook.at(code, i);
+                sums[t].v[0] += value * value, sums[t].v[1] += 0 * value;
+            }
+        });
+        block.template sum<8>(sums);
+        block.each([&](int t) {
+            if (t % 8 == 0) shared.divisor[t / 8] = in.divisor_of(sums[t].v[0], sums[t].v[1]);
+        });
+        block.each([&](int t) {
+            const int64_t i = left + t % kColumns;
+            for (int s = t / kColumns; s < count; s += kThreads / kColumns)
+                if (i < in.D)
+                    shared.value[s][t % kColumns] =
+                        in.codebook.at(in.codebook.offset(h, in.sampled(s)), i) / shared.divisor[s];
+        });
+        block.own([&](int t) {
+            if (t >= kColumns || left + t >= in.D) return;
+            const float value = float(median(count, [&](int s) { return shared.value[s][t]; }));
+            in.head(h).centre[left + t] = std::isfinite(value) ? value : 0;
+        });
+    }
+};
+
+struct Scale {
+    static constexpr int kThreads = 256;
+    struct Shared {
+        double distance[kSample];
+    };
+    Preparation in;
+
+    size_t shared_bytes() const { return sizeof(Shared); }
+    int64_t blocks() const { return in.H; }
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
+        const Packed packed = in.head(block.index);
+        const int count = in.sample();
+        auto sums = block.template registers<Doubles<2>>();
+        block.own([&](int t) {
+            sums[t].v[0] = sums[t].v[1] = 0;
+            if (t / 8 >= count || in.cosine) return;
+            const int64_t code = in.codebook.offset(block.index, in.sampled(t / 8));
+            for (int64_t i = t % 8; i < in.D; i += 8) {
+                const double e = in.codebook.at(code, i) - packed.centre[i];
+                sums[t].v[0] += e * e;
+            }
+        });
+        block.template sum<8>(sums);
+        block.each([&](int t) {
+            const double distance = std::sqrt(sums[t].v[0]);
+            if (t % 8 == 0) shared.distance[t / 8] = distance > 0 ? distance : HUGE_VAL;
+        });
+        block.own([&](int t) {
+            if (t != 0) return;
+            const double typical = median(count, [&](int s) { return shared.distance[s]; });
+            int exponent = typical > 0 ? -exponent_of(typical) : 0;
+            exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+            *packed.scale = float(power_of_two(exponent));
+            *packed.worst = 0;
+        });
+    }
+};
+
+// Two hashes of a code, sums over its elements of both signs of zero alike.
+struct Hash {
+    uint32_t one, two;
+};
+
+VQOPS_HOST_DEVICE void add_to_hash(Hash& hash, double value, int64_t i) {
+    const double plain = value + 0.0;
+    uint64_t bits;
+    memcpy(&bits, &plain, 8);
+    const uint32_t odd = uint32_t(2 * i + 1), low = uint32_t(bits), high = uint32_t(bits >> 32);
+    hash.one += (high ^ (high >> 15) ^ low * 0x27d4eb2f) * (odd * 0x9e3779b1);
+    hash.two += (high ^ (high >> 11) ^ low * 0x165667b1) * (odd * 0x85ebca77);
+}
+
+VQOPS_HOST_DEVICE Hash mixed(Hash hash) {
+    hash.one = (hash.one ^ (hash.one >> 16)) * 0x85ebca6b, hash.two = (hash.two ^ (hash.two >> 16)) * 0xc2b2ae35;
+    return {hash.one ^ (hash.one >> 13), hash.two ^ (hash.two >> 13)};
+}
+
+struct Marks {
+    static constexpr int kThreads = 256, kCodes = kThreads / 8;
+    struct Shared {};
+    Preparation in;
+
+    size_t shared_bytes() const { return 0; }
+    int64_t blocks() const { return in.H * ((in.K + kCodes - 1) / kCodes); }
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
+        const uint32_t across = uint32_t((in.K + kCodes - 1) / kCodes), h = uint32_t(block.index) / across;
+        auto one = block.template registers<uint32_t>(), two = block.template registers<uint32_t>();
+        const int64_t first = uint32_t(block.index) % across * kCodes;
+        const auto code_of = [&](int t) { return first + t / 8; };
+        block.own([&](int t) {
+            Hash hash = {0, 0};
+            const int64_t k = code_of(t);
+            for (int64_t i = t % 8; i < in.D && k < in.K; i += 8)
+                add_to_hash(hash, in.codebook.at(in.codebook.offset(h, k), i), i);
+            one[t] = hash.one, two[t] = hash.two;
+        });
+        block.template sum<8>(one);
+        block.template sum<8>(two);
+        block.own([&](int t) {
+            if (t % 8 != 0 || code_of(t) >= in.K) return;
+            const Hash hash = mixed({one[t], two[t]});
+            int32_t* const marks = in.marks + 2 * h * in.slots;
+            block.lower(&marks[hash.one & (in.slots - 1)], int32_t(code_of(t)));
+            block.lower(&marks[in.slots + (hash.two & (in.slots - 1))], int32_t(code_of(t)));
+        });
+    }
+};
+
+struct Pack {
+    static constexpr int kThreads = 128, kCodes = kThreads / 32;
+    struct Shared {};
+    Preparation in;
+
+    size_t shared_bytes() const { return 0; }
+    int64_t blocks() const { return in.H * (round_up(in.K, kTileCodes) / kCodes); }
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
+        const uint32_t across = uint32_t(round_up(in.K, kTileCodes) / kCodes), h = uint32_t(block.index) / across;
+        const int64_t first = uint32_t(block.index) % across * kCodes, width = padded(in.D);
+        const Packed packed = in.head(h);
+        auto one = block.template registers<uint32_t>(), two = block.template registers<uint32_t>();
+        auto sums = block.template registers<Doubles<2>>();
+        auto found = block.template registers<Doubles<3>>();
+        auto divisors = block.template registers<double>(), lost = block.template registers<double>();
+        const auto code_of = [&](int t) { return first + t / 32; };
+        const auto element = [&](int64_t k, int64_t i) { return in.codebook.at(in.codebook.offset(h, k), i); };
+        const auto centred = [&](int t, int64_t i) {
+            return (element(code_of(t), i) / divisors[t] - packed.centre[i]) * double(*packed.scale);
+        };
+
+        block.own([&](int t) {
+            Hash hash = {0, 0};
+            sums[t].v[0] = sums[t].v[1] = 0;
+            for (int64_t i = t % 32; i < in.D && code_of(t) < in.K; i += 32) {
+                const double value = element(code_of(t), i);
+                sums[t].v[0] += value * value, sums[t].v[1] += 0 * value;
+                add_to_hash(hash, value, i);
+            }
+            one[t] = hash.one, two[t] = hash.two;
+        });
+        block.template sum<32>(one);
+        block.template sum<32>(two);
+        block.template sum<32>(sums);
+
+        // found: elements that differ from each marked code, and |C|^2.
+        block.own([&](int t) {
+            const int64_t k = code_of(t);
+            divisors[t] = in.divisor_of(sums[t].v[0], sums[t].v[1]);
+            found[t].v[0] = found[t].v[1] = found[t].v[2] = 0;
+            if (k >= in.K) return;
+            const Hash hash = mixed({one[t], two[t]});
+            const int32_t* const marks = in.marks + 2 * h * in.slots;
+            const int64_t a = marks[hash.one & (in.slots - 1)], b = marks[in.slots + (hash.two & (in.slots - 1))];
+            for (int64_t i = t % 32; i < in.D; i += 32) {
+                const double value = element(k, i), C = centred(t, i);
+                found[t].v[0] += a >= k || element(a, i) != value ? 1 : 0;
+                found[t].v[1] += b >= k || element(b, i) != value ? 1 : 0;
+                found[t].v[2] += C * C;
+            }
+        });
+        block.template sum<32>(found);
+
+        const auto is_near = [&](int t) {
+            return code_of(t) < in.K && divisors[t] < HUGE_VAL && std::sqrt(found[t].v[2]) <= kFarCode;
+        };
+        block.own([&](int t) {
+            const bool near = is_near(t);
+            const int exponent = near ? unit_exponent(std::sqrt(found[t].v[2])) : 0;
+            lost[t] = 0;
+            for (int64_t i = t % 32; i < width; i += 32) {
+                const double scaled = near && i < in.D ? centred(t, i) * power_of_two(-exponent) : 0.0;
+                const Float16 half = rounded<Float16>(scaled);
+                const double e = scaled - real(half);
+                lost[t] += e * e;
+                packed.codes[code_of(t) * width + i] = half.bits;
+            }
+        });
+        block.template sum<32>(lost);
+
+        block.own([&](int t) {
+            if (t % 32 != 0) return;
+            const int64_t k = code_of(t);
+            const bool finite = k < in.K && divisors[t] == divisors[t];
+            const bool repeat = k < in.K && (found[t].v[0] == 0 || found[t].v[1] == 0);
+            packed.start[k] = finite && !repeat ? kAlwaysStart : kAbsentStart;
+            packed.slack[k] = finite && !repeat ? -4 * kAlwaysStart : 0;
+            packed.radius[k] = packed.unit[k] = 0;
+            if (!is_near(t) || repeat) return;
+            const double norm = std::sqrt(found[t].v[2]), half = in.cosine ? 0 : found[t].v[2] / 2;
+            const double unit = power_of_two(unit_exponent(norm));
+            const double error = std::sqrt(lost[t]) * unit * (1 + 0x1p-40) + norm * 0x1p-45 + 0x1p-100 +
+                                 (in.cosine ? double(in.D + 16) * 0x1p-51 : 0);
+            const double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
+            const float radius = float(around * (1 + 0x1p-20));
+            const float worst = float((error + accumulation(width) * (norm + error)) / radius * (1 + 0x1p-20));
+            packed.start[k] = code_start(half, in.D), packed.slack[k] = code_slack(half, in.D);
+            packed.radius[k] = radius, packed.unit[k] = float(unit);
+            int32_t bits;  // positive floats are in the order of their bits
+            memcpy(&bits, &worst, 4);
+            block.raise(reinterpret_cast<int32_t*>(packed.worst), bits);
+        });
+    }
+};
+
+template <class Device>
+void pack_codebook(const Device& device, const Preparation& in) {
+    device.fill(in.marks, kUnmarked & 0xff, in.H * 2 * in.slots * int64_t(sizeof(int32_t)));
+    device.launch(Centre{in});
+    device.launch(Scale{in});
+    device.launch(Marks{in});
+    device.launch(Pack{in});
+}
+
+}  // namespace vqops::cuda

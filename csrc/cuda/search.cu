@@ -1,0 +1,134 @@
+#include "search_ops.h"
+
+#include "search.h"
+
+namespace vqops::cuda {
+namespace {
+
+// Marks and lists of a search, beside the packed codebook: 4 bytes a row, 16 to 32 a code.
+struct SearchWork {
+    int32_t *marks = nullptr, *how_many = nullptr;
+    uint32_t* left = nullptr;
+
+    static SearchWork take(Memory& memory, int64_t H, int64_t N, int64_t K) {
+        SearchWork work;
+        work.marks = memory.take<int32_t>(H * 2 * slots_of(K));
+        work.how_many = memory.take<int32_t>(H);
+        work.left = memory.take<uint32_t>(H * N);
+        return work;
+    }
+
+    static int64_t bytes(int64_t H, int64_t N, int64_t K) {
+        Memory dry;
+        take(dry, H, N, K);
+        return dry.size;
+    }
+};
+
+Preparation preparation(const char* op, const Tensor& codebook, bool cosine, const Tensor& packed, int32_t* marks) {
+    const int64_t H = codebook.size(0), K = codebook.size(1), D = codebook.size(2);
+    return {H, K, D, rows_of(op, codebook), cosine, static_cast<char*>(packed.mutable_data_ptr()), Packed::bytes(K, D),
+            marks, slots_of(K)};
+}
+
+int64_t packed_bytes(const Tensor& codebook) {
+    return codebook.size(0) * Packed::bytes(codebook.size(1), codebook.size(2));
+}
+
+// The largest block of Screen that fits the GPU, or 0.
+template <class T>
+int row_tiles(const Screen<T, 2>& two, const Screen<T, 1>& one) {
+    int device = 0, most = 0;
+    check(cudaGetDevice(&device), "vqops");
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
+    // Two blocks of an SM hide each other's loads: beyond 256 dimensions only the smaller ones fit twice.
+    if (two.in.D <= 256 && two.shared_bytes() <= size_t(most)) return 2;
+    return one.shared_bytes() <= size_t(most) ? 1 : 0;
+}
+
+void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
+                const std::string& metric, const OptionalTensor& prepared, int64_t* indices, int64_t k,
+                const Tensor* distances, int64_t* tiers) {
+    const bool cosine = is_cosine(op, metric);
+    check_search_arguments(op, x, codebook, mask);
+    const int64_t H = x.size(0), N = x.size(1), K = codebook.size(1), D = x.size(2);
+    STD_TORCH_CHECK(H * N < INT32_MAX && K < kUnmarked, op, ": x may have up to 2^31 rows, and codebook 2^30 codes");
+    STD_TORCH_CHECK(!prepared || (prepared->scalar_type() == ScalarType::Byte && prepared->is_contiguous() &&
+                                  prepared->numel() == packed_bytes(codebook)),
+                    op, ": prepared was made by another implementation or for another codebook");
+    if (H * N == 0) return;
+    const Gpu gpu(x);
+    const Tensor memory = gpu.allocate(SearchWork::bytes(H, N, K));
+    Memory pieces(memory.mutable_data_ptr());
+    const SearchWork work = SearchWork::take(pieces, H, N, K);
+    const SearchOutputs out = {indices,
+                               k,
+                               distances ? distances->mutable_data_ptr() : nullptr,
+                               distances ? dtype_of(op, *distances) : DType::float32,
+                               reinterpret_cast<Count*>(tiers),
+                               work.left,
+                               work.how_many};
+    const Rows rows = rows_of(op, x);
+    with_type(rows.dtype, [&](auto typed) {
+        using T = decltype(typed);
+        const SearchInputs<T> in = {H, N, K, D, rows.as<T>(), rows_of(op, codebook), mask_of(mask), cosine};
+        const Preparation none = preparation(op, codebook, cosine, memory, work.marks);
+        const int tiles = k > 1 || distances ? 0 : row_tiles(Screen<T, 2>{in, out, none}, Screen<T, 1>{in, out, none});
+        const Tensor packed = prepared ? *prepared : gpu.allocate(tiles ? packed_bytes(codebook) : 0);
+        const Preparation codes = preparation(op, codebook, cosine, packed, work.marks);
+        if (tiles && !prepared) pack_codebook(gpu, codes);
+        search(gpu, in, out, codes, tiles);
+    });
+}
+
+}  // namespace
+
+Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,
+               OptionalTensor prepared) {
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    run_search("nearest", x, codebook, mask, metric, prepared, static_cast<int64_t*>(indices.mutable_data_ptr()), 1,
+               nullptr, nullptr);
+    return indices;
+}
+
+std::tuple<Tensor, Tensor> nearest_topk(const Tensor& x, const Tensor& codebook, int64_t k, OptionalTensor mask,
+                                        std::string metric, OptionalTensor prepared) {
+    STD_TORCH_CHECK(k >= 1 && k <= codebook.size(1), "nearest_topk: k must be from 1 to K, got ", k);
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Long);
+    Tensor distances = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, real_type(x));
+    run_search("nearest_topk", x, codebook, mask, metric, prepared, static_cast<int64_t*>(indices.mutable_data_ptr()), k,
+               &distances, nullptr);
+    return {indices, distances};
+}
+
+Tensor prepare(const Tensor& codebook, std::string metric) {
+    const char* op = "prepare";
+    const bool cosine = is_cosine(op, metric);
+    check_search_arguments(op, codebook, codebook, std::nullopt);
+    STD_TORCH_CHECK(codebook.size(1) < kUnmarked, op, ": codebook may have up to 2^30 codes");
+    const Gpu gpu(codebook);
+    Tensor packed = gpu.allocate(packed_bytes(codebook));
+    const Tensor memory = gpu.allocate(SearchWork::bytes(codebook.size(0), 0, codebook.size(1)));
+    Memory pieces(memory.mutable_data_ptr());
+    const SearchWork work = SearchWork::take(pieces, codebook.size(0), 0, codebook.size(1));
+    pack_codebook(gpu, preparation(op, codebook, cosine, packed, work.marks));
+    return packed;
+}
+
+Tensor search_statistics(const Tensor& x, const Tensor& codebook, std::string metric) {
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    Tensor tiers = torch::stable::new_zeros(x, {kTiers}, ScalarType::Long);
+    run_search("search_statistics", x, codebook, std::nullopt, metric, std::nullopt,
+               static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr,
+               static_cast<int64_t*>(tiers.mutable_data_ptr()));
+    return tiers;
+}
+
+}  // namespace vqops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(vqops, CUDA, m) {
+    VQOPS_CUDA_KERNEL(nearest);
+    VQOPS_CUDA_KERNEL(nearest_topk);
+    VQOPS_CUDA_KERNEL(prepare);
+    VQOPS_CUDA_KERNEL(search_statistics);
+}

@@ -1,0 +1,94 @@
+"""The bodies of the CUDA search on the CPU, with a model of the tensor cores that errs as much as they may.
+
+Every index must be the reference's: a bound that is too narrow shows as a wrong one, one too wide as rows in slow tiers.
+"""
+
+import pytest
+import torch
+from cases import SEARCHES
+from cuda_blocks import Kernels, build
+from torch.testing import assert_close
+
+from vqops.ops import reference
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    library = build(tmp_path_factory.mktemp("cuda"))
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return library
+
+
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def kernels(request, library):
+    return Kernels(library, request.param)
+
+
+def check(kernels, x, codebook, mask=None, metric="euclidean", **options):
+    indices, _, tiers = kernels.search(x, codebook, 1, mask, metric, **options)
+    assert torch.equal(indices[..., 0], reference.nearest(x, codebook, mask, metric))
+    assert tiers.sum() == indices.numel() and (tiers >= 0).all()
+    assert tiers[3] == (indices < 0).sum()
+    return tiers
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_index_is_the_reference_s(kernels, name, metric):
+    x, c = SEARCHES[name]()
+    check(kernels, x, c, torch.rand(x.shape[:2]) > 0.2, metric, row_tiles=2, adder=4)
+    check(kernels, x, c, metric=metric, row_tiles=1)
+    check(kernels, x, c, metric=metric, row_tiles=0)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(kernels, dtype, metric):
+    x, c = torch.randn(2, 150, 24).to(dtype), torch.randn(2, 70, 24)
+    for codebook in (c, c.to(dtype), c.double()):
+        check(kernels, x, codebook, metric=metric)
+
+
+@pytest.mark.parametrize("D", [1, 15, 16, 17, 32, 33, 64, 65, 128, 200, 256, 300])
+def test_dimensions(kernels, D):
+    check(kernels, torch.randn(1, 140, D), torch.randn(1, 130, D), adder=4, row_tiles=1 + (D <= 256))
+
+
+def test_strides(kernels):
+    x, c = torch.randn(20, 2, 130).permute(1, 2, 0), torch.randn(20, 2, 65).permute(1, 2, 0)
+    check(kernels, x, c, (torch.rand(130, 2) > 0.2).mT)
+
+
+@pytest.mark.parametrize("adder", [4, 8, 16])
+@pytest.mark.parametrize("D", [16, 256])
+def test_products_of_one_sign_are_cut_the_most(kernels, D, adder):
+    """All products positive: every truncation of the sum goes the same way. Codes in pairs, a few bits apart."""
+    x, c = 1 + torch.rand(1, 130, D), 1 + torch.rand(1, 64, D)
+    c = torch.cat([c, c * (1 + 2.0**-22 * torch.randint(-4, 5, (1, 64, 1)))], 1)
+    check(kernels, x - 3, c, adder=adder)
+    check(kernels, x, c, metric="cosine", adder=adder)
+
+
+def test_fast_pass_certifies_most_rows(kernels):
+    tiers = check(kernels, torch.randn(1, 512, 64), torch.randn(1, 256, 64))
+    assert tiers[0] > 0.9 * 512 and tiers[2] == 0
+
+
+def test_repeated_codes_are_left_out(kernels):
+    tiers = check(kernels, torch.randn(1, 256, 12), torch.randn(1, 20, 12).repeat(1, 30, 1))
+    assert tiers[2] < 20
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("name", ["normal", "heads", "integers", "no_finite_code", "not_finite_rows", "not_finite_codes",
+                                  "identical", "zero_rows", "one_of_all", "no_rows"])  # fmt: skip
+def test_several_nearest(kernels, name, metric):
+    x, c = SEARCHES[name]()
+    x, mask, k = x[:, :40], torch.rand(x.shape[:2])[:, :40] > 0.2, min(5, c.shape[1])
+    indices, distances = reference.nearest_topk(x, c, k, mask, metric)
+    found = kernels.search(x, c, k, mask, metric, distances=True)
+    assert torch.equal(found[0], indices)
+    assert_close(found[1], distances, rtol=0, atol=0, equal_nan=True)

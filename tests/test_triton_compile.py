@@ -1,0 +1,61 @@
+"""What the Triton kernels compile to, for every architecture, without a GPU. In processes of their own: Triton cannot
+compile in one that interprets."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+SEARCH = {"screen_kernel", "topk_kernel"}
+DECISIONS = {"decide_kernel", "scan_kernel"}
+KERNELS = {
+    "centre_kernel", "scale_kernel", "keys_kernel", "pack_kernel", "rows_kernel", "screen_kernel", "decide_kernel",
+    "scan_kernel", "topk_kernel", "norms_kernel", "gather_kernel", "runs_kernel", "fold_kernel", "atomic_kernel",
+    "average_kernel", "codes_kernel", "gradient_kernel",
+}  # fmt: skip
+
+
+def compiled(architecture: int, cases: str = "") -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("triton_compiler.py"), str(architecture), cases]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def check(kernels: list[dict], architecture: int) -> None:
+    for facts in kernels:
+        where = f"{facts['case']}: {facts['kernel']} on sm_{architecture}"
+        assert facts["shared"] <= facts["shared_limit"], where
+        assert not facts["flushes_denormals"], where
+        if facts["kernel"] in SEARCH:
+            assert TENSOR_CORES[architecture] in facts["tensor_cores"], where
+            assert facts["spills"] == 0, where
+        else:
+            assert facts["spills"] <= 4, where  # the routines for float64 division and roots save a register or two
+        if facts["kernel"] in DECISIONS:
+            assert not facts["fused_double"], where
+            assert "cosine" in facts["case"] or not facts["machine_fused_double"], where
+
+
+@pytest.mark.parametrize("architecture", [89, 90])
+def test_a_search(architecture):
+    kernels = compiled(architecture, "nearest, D=64")
+    check(kernels, architecture)
+    assert "screen_kernel" in {facts["kernel"] for facts in kernels}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TENSOR_CORES)
+def test_every_kernel(architecture):
+    kernels = compiled(architecture)
+    check(kernels, architecture)
+    assert {facts["kernel"] for facts in kernels} == KERNELS

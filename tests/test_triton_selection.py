@@ -1,0 +1,69 @@
+"""How the Triton implementation is offered and chosen."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import vqops
+from vqops import info, triton_kernels
+from vqops.ops import library
+
+
+def run(code: str, **environment) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=kept | environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_every_op_has_a_triton_implementation():
+    assert set(triton_kernels.MODULES) == set(library.OPS)
+    for by_device in vqops.implementations().values():
+        assert "triton" in by_device["cuda"]
+
+
+def test_the_default_on_cuda_is_the_reference_until_a_gpu_has_confirmed_another():
+    assert library.DEFAULT_ON_CUDA == {}
+    for by_device in vqops.implementations().values():
+        assert by_device["cuda"][0] == "reference"
+    assert "No kernel has been confirmed on a GPU yet" in info.report()
+
+
+def test_a_confirmed_implementation_comes_first(monkeypatch):
+    monkeypatch.setitem(library.DEFAULT_ON_CUDA, "nearest", "triton")
+    assert vqops.implementations()["nearest"]["cuda"] == ["triton", "reference"]
+    assert "confirmed nearest;" in info.report()
+
+
+def test_lazy_and_on_the_cpu_only_in_the_interpreter():
+    code = "import sys, vqops; print('triton' in sys.modules, vqops.implementations()['nearest']['cpu'])"
+    assert run(code) == "False ['compiled', 'reference']\n"
+    assert run(code, TRITON_INTERPRET="1") == "False ['compiled', 'reference', 'triton']\n"
+
+
+def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="nearest: implementation 'triton' runs on CUDA, or on the CPU in"):
+        vqops.nearest(torch.zeros(2, 3), torch.zeros(2, 3), implementation="triton")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(triton_kernels, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install triton"):
+        vqops.nearest(torch.zeros(2, 3), torch.zeros(2, 3), implementation="triton")
+    assert vqops.implementations()["nearest"]["cuda"] == ["reference"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fake_kernels_agree_with_the_layout(dtype):
+    from vqops.triton_kernels.layout import packed_bytes
+
+    with torch._subclasses.FakeTensorMode():
+        packed = torch.ops.vqops.prepare_triton(torch.empty(2, 100, 20, dtype=dtype))
+    assert packed.shape == (0 if dtype == torch.float64 else packed_bytes(2, 100, 20),)

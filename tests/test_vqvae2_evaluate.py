@@ -1,0 +1,158 @@
+"""`vqops evaluate` and `vqops compare`: the figures against other ways to the same number, and the files."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("safetensors")
+
+from vqops.vqvae2 import compare, evaluate, extract, load_model, load_prior, train, train_prior
+from vqops.vqvae2.batches import validation_batches
+from vqops.vqvae2.images import Images
+from vqops.vqvae2.latents import plane
+from vqops.vqvae2.measures import measure
+from vqops_cli.evaluate_options import CompareOptions, EvaluateOptions
+from vqops_cli.options import InputError, TrainOptions
+from vqops_cli.prior_options import ExtractOptions, TrainPriorOptions
+
+SIZES = {"image_size": 16, "channels": 8, "codebook_size": 8, "code_dim": 4, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Dark and light images, a model, its codes and priors."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    labels = np.arange(60) % 2
+    noise = np.random.default_rng(0).integers(-30, 30, (60, 16, 16, 3))
+    images = (np.where(labels, 200, 60)[:, None, None, None] + noise).astype(np.uint8)
+    np.savez(folder / "images.npz", x=images[:40], y=labels[:40], x_val=images[40:], y_val=labels[40:])
+    data = {"data": str(folder / "images.npz"), "data_key": "x"}
+    train(TrainOptions(**data, **SIZES, steps=100, batch_size=16, lr=3e-3, out=folder / "run"))
+    extract(ExtractOptions(run=folder / "run", out=folder / "codes", label_key="y", **data, device="cpu"))
+    for level in ("top", "bottom"):
+        options = TrainPriorOptions(folder / "codes", level, folder / level, steps=40, width=16, layers=1, heads=2)
+        train_prior(replace(options, lr=1e-2, warmup=5, eval_every=20, device="cpu"))
+    return folder
+
+
+def options_of(folder: Path, out: Path, **changes) -> EvaluateOptions:
+    options = EvaluateOptions(
+        folder / "run", str(folder / "images.npz"), out, data_key="x_val", label_key="y_val", batch_size=8, device="cpu"
+    )
+    return replace(options, **changes)
+
+
+def test_figures(folder, tmp_path, capsys):
+    both = (folder / "bottom", folder / "top")
+    classifier = {"classifier_data": str(folder / "images.npz"), "classifier_key": "x", "classifier_label_key": "y"}
+    options = options_of(folder, tmp_path / "out", prior=both, **classifier, classifier_steps=40, classifier_images=40)
+    out = evaluate(options)
+    rows = json.loads((out / "evaluation.json").read_text())
+    assert all(set(row) == {"name", "value", "scale", "split"} and row["scale"] and row["split"] for row in rows)
+    values = {row["name"]: row["value"] for row in rows}
+
+    model = load_model(folder / "run")
+    pixels = torch.from_numpy(np.load(folder / "images.npz")["x_val"]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        reconstructions = model(pixels / 255).reconstruction.clamp(0, 1)
+        codes = model.encode(pixels / 255)
+    mse = (reconstructions - pixels / 255).square().mean().item()
+    assert values["mse"] == pytest.approx(mse, rel=1e-4)
+    assert values["psnr"] == pytest.approx(-10 * math.log10(mse), rel=1e-4)
+    assert values["bits_per_dim"] == pytest.approx((16 + 4) * 3 / (3 * 16 * 16))
+    assert values["codes_used_bottom"] == codes[0].unique().numel()
+    share = torch.bincount(codes[1].flatten()) / codes[1].numel()
+    assert values["perplexity_top"] == pytest.approx(math.exp(-torch.xlogy(share, share).sum()), rel=1e-4)
+
+    nats, bits = {}, 0.0
+    for level, name in enumerate(("bottom", "top")):
+        prior, _ = load_prior(folder / name)
+        with torch.no_grad():
+            logits = prior(codes[level], codes[level + 1 :], torch.arange(20) % 2)
+        chosen = logits.log_softmax(-1).gather(-1, codes[level].flatten(1).unsqueeze(-1))
+        nats[name] = -chosen.mean().item()
+        bits -= chosen.sum().item() / 20 / math.log(2) / (3 * 16 * 16)
+        assert values[f"nats_per_code_{name}"] == pytest.approx(nats[name], rel=1e-3)
+    assert values["prior_bits_per_dim"] == pytest.approx(bits, rel=1e-3)
+
+    assert values["accuracy_real"] == 1.0
+    assert values["accuracy_reconstructions"] > 0.9
+    assert 0 <= values["accuracy_samples"] <= 1
+    assert "trained on 40 samples, 40 steps" in next(row["split"] for row in rows if "samples" in row["name"])
+    pictures = ["codes.png", "index_maps.png", "latents.png"]
+    assert sorted(os.listdir(out)) == sorted([*pictures, "evaluation.json", "evaluation.md"])
+    for name in pictures:
+        with Image.open(out / name) as picture:
+            picture.load()
+    assert "next: vqops sample" in capsys.readouterr().out
+
+
+def test_ssim_is_one_for_what_comes_back_unchanged():
+    class Unchanged(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.config, self.quantizers = model, model.config, model.quantizers
+
+        def forward(self, images):
+            return self.model(images)._replace(reconstruction=images)
+
+    from vqops.vqvae2 import VQVAE2, VQVAE2Config
+
+    model = VQVAE2(VQVAE2Config(channels=8, codebook_size=8, code_dim=4))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    batches = validation_batches(Images.of_array(pixels, "x"), (16, 16), 2, num_workers=0)
+    unchanged, changed = measure(Unchanged(model), batches), measure(model, batches)
+    assert (unchanged["mse"], unchanged["ssim"]) == (0.0, pytest.approx(1.0))
+    assert changed["mse"] > 0.01
+    assert changed["ssim"] < 0.5
+
+
+def test_plane_holds_the_largest_variance():
+    points = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 5.0, 1.0]) + 7
+    mean, axes = plane(points)
+    torch.testing.assert_close(mean, points.mean(0))
+    torch.testing.assert_close(axes.abs(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), rtol=0, atol=0.1)
+
+
+def test_refusals(folder, tmp_path):
+    def refused(message, **changes):
+        with pytest.raises(InputError, match=message):
+            evaluate(options_of(folder, tmp_path / "out", **changes))
+
+    refused("no such file", run=tmp_path)
+    refused("names none of level top", prior=(folder / "bottom",))
+    refused("the priors learned the codes of images of 16 x 16, these are 12 x 12",
+            prior=(folder / "bottom", folder / "top"), image_size=12)  # fmt: skip
+    refused("needs labels of", classifier_data=str(folder / "images.npz"), classifier_key="x", label_key=None)
+    refused("its classes are none, not 0, 1", classifier_data=str(folder / "images.npz"), classifier_key="x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_comparison(folder, tmp_path, capsys):
+    options = CompareOptions(tmp_path / "out", str(folder / "images.npz"), data_key="x", val_key="x_val", levels=2)
+    out = compare(replace(options, label_key="y_val", steps=30, batch_size=8, lr=3e-3, **SIZES))
+    lines = (out / "comparison.md").read_text().splitlines()
+    names = ["autoencoder", "VAE", "discrete VAE (Gumbel)", "VQ-VAE"]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == names
+    cells = [line.strip("| ").split(" | ") for line in (lines[0], *lines[2:6])]
+    assert len({len(row) for row in cells}) == 1
+    columns = {name: [row[number] for row in cells[1:]] for number, name in enumerate(cells[0])}
+    assert columns["codes used, top"][:2] == ["-", "-"]
+    assert columns["bits/dim"][0] == "-"
+    assert columns["bits/dim"][3] == f"{(16 + 4) * 3 / (3 * 16 * 16):.4f}"
+    model = load_model(out / "none")
+    pixels = torch.from_numpy(np.load(folder / "images.npz")["x_val"]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        mse = (model(pixels / 255).reconstruction.clamp(0, 1) - pixels / 255).square().mean().item()
+    assert float(columns["MSE"][0]) == pytest.approx(mse, abs=1e-5)
+    pictures = [f"latents_{name}.png" for name in ("none", "gaussian", "gumbel", "vq")]
+    pictures += ["codes.png", "index_maps.png", "reconstructions.png"]
+    assert sorted(os.listdir(out)) == sorted([*pictures, "comparison.md", "gaussian", "gumbel", "none", "vq"])
+    assert f"next: vqops extract {out / 'vq'}" in capsys.readouterr().out

@@ -259,7 +259,7 @@ def memory(device: Device, figures: str) -> str:
 def losses(device: Device, figures: str) -> str:
     """Every peer that was faster, from all stages."""
     lines = []
-    for stage in ("search", "statistics", "quantize", "steps"):
+    for stage in ("search", "statistics", "quantize", "steps", "growing"):
         for found in by_case(device.rows(stage)).values():
             for name, row in found.items():
                 if name in OURS or name == "no quantizer" or row.get("times_vqops", 1) >= 1:
@@ -267,7 +267,8 @@ def losses(device: Device, figures: str) -> str:
                 milliseconds = f"{number(row['p50_ms'])} against {number(found['vqops']['p50_ms'])} ms"
                 op = f"{row['op']}, {row['dtype']}" if row["dtype"] != "float32" else row["op"]
                 took = f"{name} took {number(row['times_vqops'])} x our time ({milliseconds})"
-                lines.append(f"- {op}, {row['shape']}: {took}{wrong(row)}.")
+                where = f"{row['shape']}, {row['axis']} = {row[row['axis']]}" if "axis" in row else row["shape"]
+                lines.append(f"- {op}, {where}: {took}{wrong(row)}.")
     for op in ("nearest", "training step"):
         rows = device.rows("memory", op)
         largest = [row for row in rows if (row["N"], row["K"]) == (rows[-1]["N"], rows[-1]["K"])]

@@ -197,6 +197,18 @@ def test_every_number_is_in_the_results(regenerated, page):
     assert (regenerated / page).read_text() == (ROOT / page).read_text(), "run python -m benchmarks.report"
 
 
+def test_every_block_can_be_made():
+    pytest.importorskip("matplotlib")
+    from benchmarks import report
+
+    found = report.devices(ROOT)
+    assert found
+    for name, block in report.BLOCKS.items():
+        assert all(block(device, "figures") for device in found), name
+    with pytest.raises(KeyError):
+        report.rendered("<!-- benchmarks:nothing -->\n<!-- /benchmarks -->", found, "figures")
+
+
 def test_a_changed_number_is_noticed(regenerated):
     from benchmarks import report
 

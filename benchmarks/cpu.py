@@ -1,8 +1,8 @@
 """`python -m benchmarks.cpu`: search, statistics and training step on one CPU thread, beside every peer installed here.
 
 Writes benchmarks/results/<device>/cpu.jsonl. Each row has the ceilings of its own run: the rate of torch's float32
-GEMM, of multiply-adds without loads (in the arithmetic that the kernels screen in) and of a copy. A method whose indices
-are wrong is still timed; its row counts them.
+GEMM, of multiply-adds without loads (in the arithmetic that the kernels screen in) and of a copy. A method whose
+indices are wrong is still timed; its row counts them.
 """
 
 import argparse

@@ -12,8 +12,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds a call in each round for each method, after one round of warm-up.
 
-    A method that takes less than a millisecond is called as often in a row as fits one, as its users do, with its data in
-    cache.
+    A method that takes less than a millisecond is called as often in a row as fits one, with its data in cache.
+
     process_time counts the processor time of all threads of this process: on one thread it is not stretched by other
     programs. For several threads give time.perf_counter.
     """

@@ -1,5 +1,5 @@
-// vdpbf16ps and vcvtneps2bf16, one lane after the other, as the processor rounds: denormals in and out are zero, and each
-// of the two products is added with one rounding to nearest, the high half's first.
+// vdpbf16ps and vcvtneps2bf16, one lane after the other, as the processor rounds: denormals in and out are zero, and
+// each of the two products is added with one rounding to nearest, the high half's first.
 
 static inline float flushed(float value) { return __builtin_fabsf(value) < 0x1p-126f ? 0 * value : value; }
 

@@ -62,9 +62,9 @@ public:
     void sum(int64_t D, float* sums, const float* rows, int64_t row_stride, const Parallel& parallel) const {
         over_ranges(parallel, [&](int64_t first, int64_t last) {
             Runs<float> runs(*this, first, last, D, sums);
-            instructions().add_rows({indices_.data + h_ * indices_.head_stride, indices_.row_stride, rows, row_stride, N_, D,
-                                     first, last - first, runs.target.data(), runs.length.data(), &runs,
-                                     [](void* self, int64_t code) { static_cast<Runs<float>*>(self)->fold(code); }});
+            const auto fold = [](void* self, int64_t code) { static_cast<Runs<float>*>(self)->fold(code); };
+            instructions().add_rows({indices_.data + h_ * indices_.head_stride, indices_.row_stride, rows, row_stride,
+                                     N_, D, first, last - first, runs.target.data(), runs.length.data(), &runs, fold});
             runs.finish();
         });
     }

@@ -130,7 +130,8 @@ private:
         const float scale = packed_.header->scale;
         const bool given = codes_.rows.dtype != DType::float64 && !codes_.cosine;
         const float* values = given ? float_row(codes_.rows, codes_.h, k, D, values_.data()) : through_double(k, scale);
-        const RowNorms norms = set_.place_row(values, given ? packed_.centre : zeros_.data(), given ? scale : 1, D, out);
+        const float* centre = given ? packed_.centre : zeros_.data();
+        const RowNorms norms = set_.place_row(values, centre, given ? scale : 1, D, out);
         if (!set_.pairs) {
             const float length = float(radius * (1 + 0x1p-20));
             std::memcpy(out + D, &length, 4);
@@ -222,8 +223,8 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
         else if (facts[k].radius <= kFar) packed.code[screened++] = int32_t(k);
         else far.push_back(int32_t(k));
     }
-    // The code that is nearest to a row is likely to be near the centre: with those first, fewer become candidates on the
-    // way. Not in few dimensions, where the nearest code lies at the row's own radius.
+    // The code that is nearest to a row is likely to be near the centre: with those first, fewer become candidates on
+    // the way. Not in few dimensions, where the nearest code lies at the row's own radius.
     if (D >= kManyDimensions)
         std::sort(packed.code, packed.code + screened,
                   [&](int32_t a, int32_t b) { return facts[a].radius < facts[b].radius; });

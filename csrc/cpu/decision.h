@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../decide.h"
 #include "row_buffer.h"
 #include "search.h"
 
@@ -21,7 +22,7 @@ struct Ranking {
     }
 
     bool before(double value, int64_t code, int64_t i) const {
-        return value < cost[i] || (value == cost[i] && code < index[i]);
+        return is_nearer(value, code, cost[i], index[i]);
     }
 
     const int64_t k;

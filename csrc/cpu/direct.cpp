@@ -77,7 +77,8 @@ private:
     static void offer(void* self, int64_t row, int64_t code, float value) {
         DirectCandidates& d = *static_cast<DirectCandidates*>(self);
         if (value != value) return d.candidates.add(row, code, -INFINITY, INFINITY);
-        const double allowance = d.rows_.allowance[row], error = d.cosine_ ? allowance : d.relative_ * value + allowance;
+        const double allowance = d.rows_.allowance[row];
+        const double error = d.cosine_ ? allowance : d.relative_ * value + allowance;
         // The kernel compares without the allowance, so the upper bound has it twice.
         const double upper = value + error + allowance;
         d.candidates.add(row, code, float(value - error - std::fabs(value) * 0x1p-23),

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../decide.h"
 #include "quantize.h"
 
 namespace vqops {
@@ -38,11 +39,11 @@ void ema_update(const EmaHead& head, int64_t K, int64_t D, float decay, float ep
     if (!head.codes) return;
     double sum = 0;
     for (int64_t k = 0; k < K; k++) sum += head.size[k];
-    const float total = float(sum), divisor = total + float(K) * eps;
+    const float total = float(sum);
     parallel.over(K, [&](int64_t begin, int64_t end) {
         std::vector<float> code(D);
         for (int64_t k = begin; k < end; k++) {
-            const float smoothed = (head.size[k] + eps) / divisor * total;
+            const float smoothed = smoothed_count(head.size[k], total, eps, K);
             float zero = 0;
             double square = 0;
             for (int64_t i = 0; i < D; i++) {

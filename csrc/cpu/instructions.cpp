@@ -105,7 +105,8 @@ namespace avx2 {
 #pragma GCC pop_options
 #endif
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
@@ -134,7 +135,8 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
@@ -215,12 +217,13 @@ std::vector<Choice> compiled() {
 const Instructions& choose() {
     const std::vector<Choice> choices = compiled();
     if (const char* wanted = std::getenv("VQOPS_CPU"); wanted && *wanted) {
+        const std::string given = std::string("VQOPS_CPU=") + wanted;
         for (const Choice& choice : choices) {
             if (std::strcmp(wanted, choice.set->name) != 0) continue;
             if (choice.supported) return *choice.set;
-            throw std::runtime_error(std::string("VQOPS_CPU=") + wanted + ", but this processor has no such instructions");
+            throw std::runtime_error(given + ", but this processor has no such instructions");
         }
-        throw std::runtime_error(std::string("VQOPS_CPU=") + wanted + ", but it must be one of: " + compiled_instructions());
+        throw std::runtime_error(given + ", but it must be one of: " + compiled_instructions());
     }
     const Instructions* best = &portable::instructions;
     for (auto choice = choices.rbegin(); choice != choices.rend(); choice++) {

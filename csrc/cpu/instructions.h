@@ -5,7 +5,6 @@
 
 namespace vqops {
 
-constexpr int kMostTile = 14;
 constexpr int kMostCodes = 32;  // codes of the widest register tile
 
 // Where the direct search puts a code that the bound of a row does not exclude.
@@ -80,8 +79,8 @@ struct Instructions {
     int spin_products;  // multiply-adds a step
 };
 
-// The fastest set that this processor has; VQOPS_CPU names another, for tests. Throws std::runtime_error for a name that
-// is none, or that this processor cannot run.
+// The fastest set that this processor has; VQOPS_CPU names another, for tests. Throws std::runtime_error for a name
+// that is none, or that this processor cannot run.
 const Instructions& instructions();
 
 // Multiply-adds a second that registers allow, without loads: the ceiling of the screening pass.

@@ -11,8 +11,8 @@
 //   VQOPS_DIRECT, VQOPS_GROUP            the direct search, and how many codes it takes together
 //   VQOPS_PAIRS     1: the screening pass takes bfloat16, two dimensions a 32-bit word; 0: float
 //   VQOPS_ADD_PAIRS(sum, x, c)           with pairs, the sum and the products of both halves
-// Nothing but <cstdint> and intrinsics may be used here: an inline function of another header would be compiled for this
-// target and could be linked into code that runs everywhere.
+// Nothing but <cstdint> and intrinsics may be used here: an inline function of another header would be compiled for
+// this target and could be linked into code that runs everywhere.
 
 #include "../exact.h"
 
@@ -77,7 +77,8 @@ VQOPS_INLINE float least_of(const Vector* v) {
 #endif
 }
 
-// Takes the codes of a panel whose bounds do not exceed the threshold of `row` to its list. `last` is the row's last word.
+// Takes the codes of a panel whose bounds do not exceed the threshold of `row` to its list. `last` is the row's last
+// word.
 static void open_row(const Vector* bound, unsigned lanes, Word last, const Word* panel, const float* slack,
                      int64_t depth, int64_t code, int64_t row, const OpenCodes& open) {
     if (code + VQOPS_CODES > open.codes) lanes &= (uint64_t(1) << (open.codes - code)) - 1;
@@ -176,8 +177,8 @@ static void screen(const void* x, int64_t rows, int64_t stride, const Panels& pa
     for (int64_t p = 0; p < panels.count; p++, panel += panels.depth * VQOPS_CODES) {
         const int64_t code = p * VQOPS_CODES;
         for (int64_t r = 0; r < rows; r += VQOPS_TILE)
-            screen_tile(row + r * stride, stride, panel, panels.start + code, panels.slack + code, panels.depth, code, r,
-                        open);
+            screen_tile(row + r * stride, stride, panel, panels.start + code, panels.slack + code, panels.depth, code,
+                        r, open);
     }
 }
 
@@ -250,9 +251,9 @@ VQOPS_INLINE Vector to_codes(const float* x, const float* const* codes, int64_t 
     return sum_each(sum);
 }
 
-// Rows against codes [first, first + count), count at most VQOPS_WIDTH, all as they lie in memory: |x - c|^2, for cosine
-// -x.c / |c|. Values whose `factor`-fold does not exceed their row's threshold are offered. A code whose norm float32
-// can't hold is offered to all rows as NaN.
+// Rows against codes [first, first + count), count at most VQOPS_WIDTH, all as they lie in memory: |x - c|^2, for
+// cosine -x.c / |c|. Values whose `factor`-fold does not exceed their row's threshold are offered. A code whose norm
+// float32 can't hold is offered to all rows as NaN.
 static void direct(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
                    bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer) {
     const float* codes[VQOPS_WIDTH];
@@ -271,7 +272,8 @@ static void direct(const float* x, int64_t rows, int64_t D, const float* code, i
     }
     for (int64_t r = 0; r < rows; r++) {
         const float* row = x + r * D;
-        const Vector value = cosine ? to_codes<Term::product>(row, codes, D) * scale : -to_codes<Term::distance>(row, codes, D);
+        const Vector value =
+            cosine ? to_codes<Term::product>(row, codes, D) * scale : -to_codes<Term::distance>(row, codes, D);
         const Vector limit = VQOPS_BROADCAST(threshold[r]);
         unsigned lanes = unsigned(VQOPS_BITS(VQOPS_LESS_EQUAL(value * VQOPS_BROADCAST(factor), limit))) & usable;
         for (; lanes; lanes &= lanes - 1) {
@@ -337,7 +339,8 @@ static double exact_distance(const float* x, const float* c, int64_t D) { return
 
 static double exact_dot(const double* x, const double* c, int64_t padded) { return dot(x, c, padded); }
 
-static CodeFacts measure(const double* code, const double* weights, const double* centre, double scale, int64_t padded) {
+static CodeFacts measure(const double* code, const double* weights, const double* centre, double scale,
+                         int64_t padded) {
     Lanes key = {}, square = {};
     for (int64_t i = 0; i < padded; i += 8) {
         const Lanes c = *reinterpret_cast<const Lanes*>(code + i);
@@ -366,5 +369,6 @@ static void add_rows(const RowSums& task) {
 }
 
 constexpr Instructions instructions = {
-    VQOPS_NAME, VQOPS_TILE,     VQOPS_CODES,   VQOPS_PAIRS, screen,  VQOPS_DIRECT, VQOPS_GROUP, place_row,
-    exact_cost, exact_distance, exact_dot,     measure,     add_rows, spin,        VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};
+    VQOPS_NAME,  VQOPS_TILE, VQOPS_CODES,    VQOPS_PAIRS, screen,  VQOPS_DIRECT,
+    VQOPS_GROUP, place_row,  exact_cost,     exact_distance, exact_dot, measure,
+    add_rows,    spin,       VQOPS_TILE * VQOPS_CODES * (1 + VQOPS_PAIRS)};

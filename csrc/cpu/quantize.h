@@ -15,8 +15,8 @@ constexpr double kTiny = 1e-6;  // smallest norm that a vector is divided by
 // x / max(|x|, 1e-6) in float64, in place. Returns the norm, at least 1e-6.
 double to_unit(double* row, int64_t padded, int64_t D);
 
-// quantized [H, N, D] of x's dtype and error [H, N] (float64 where x is, else float32). Rows without a code get zeros if
-// they are masked, else NaN.
+// quantized [H, N, D] of x's dtype and error [H, N] (float64 where x is, else float32). Rows without a code get zeros
+// if they are masked, else NaN.
 struct Gathered {
     void *quantized, *error;
 };

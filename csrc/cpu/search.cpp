@@ -7,9 +7,9 @@
 // A word is a float or two dimensions as bfloat16. Read: x once, the packed codebook once a block. Written: one index a
 // row. Operations: 2 N K (D + 1), fused.
 // The product gives lower bounds (exactness.md); a code stays a candidate while its lower bound does not exceed the
-// least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h). A row
-// with more candidates than its list holds is compared with all codes by float32 differences (direct.h), whose error is
-// relative to the distance itself.
+// least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h). A
+// row with more candidates than its list holds is compared with all codes by float32 differences (direct.h), whose
+// error is relative to the distance itself.
 
 #include "search.h"
 
@@ -134,6 +134,7 @@ private:
 void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const void* memory,
             const SearchResult& result, const Parallel& parallel, const Follow& follow) {
     if (memory == nullptr) {
+        const DefaultFloatMode mode;
         search_direct(shape, x, codebook, mask, result, parallel);
         for (int64_t h = 0; follow && h < shape.H; h++) follow(h, 0, shape.N);
         return;
@@ -150,7 +151,8 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         Block block(shape, x, codebook, mask, result, rows);
         for (int64_t task; (task = next++) < shape.H * blocks_a_head;) {
             const int64_t h = task / blocks_a_head, begin = task % blocks_a_head * rows;
-            const Packed packed(static_cast<const char*>(memory) + h * Packed::bytes(shape.K, shape.D), shape.K, shape.D);
+            const char* head = static_cast<const char*>(memory) + h * Packed::bytes(shape.K, shape.D);
+            const Packed packed(head, shape.K, shape.D);
             const int64_t end = std::min(begin + rows, shape.N);
             block.search(h, begin, end, packed);
             if (follow) follow(h, begin, end);

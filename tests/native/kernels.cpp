@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "../../csrc/cpu/codebook.h"
+#include "../../csrc/cpu/row_buffer.h"
+#include "../../csrc/decide.h"
 #include "../../csrc/cpu/ema.h"
 #include "../../csrc/cpu/gradient.h"
 #include "../../csrc/cpu/quantize.h"
@@ -45,18 +47,8 @@ Parallel two_threads() {
             }};
 }
 
-// The cost of csrc/exact.h in the plainest form.
 double cost(const float* x, const float* c, int64_t D, bool cosine) {
-    double p[8] = {}, square[8] = {};
-    for (int64_t i = 0; i < D; i++) {
-        const double e = double(x[i]) - c[i];
-        p[i % 8] += cosine ? double(x[i]) * c[i] : e * e;
-        square[i % 8] += double(c[i]) * c[i];
-    }
-    const auto tree = [](const double* s) { return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])); };
-    if (!cosine) return tree(p);
-    const double norm = std::sqrt(tree(square));
-    return norm > 0 ? -tree(p) / norm : 0;
+    return cosine ? cosine_cost(exact_product(x, c, D), exact_product(c, c, D)) : exact_distance(x, c, D);
 }
 
 bool finite(const float* row, int64_t D) {
@@ -80,9 +72,13 @@ void run(const Case& test, bool cosine) {
     const int64_t H = test.H, N = test.N, K = test.K, D = test.D;
     std::vector<float> x(H * N * D), c(H * K * D);
     for (float& value : x) value = normal(random) * test.x_scale + test.offset;
-    for (int64_t k = 0; k < H * K; k++)
-        for (int64_t i = 0; i < D; i++)
-            c[k * D + i] = k % test.repeat ? c[(k - 1) * D + i] + normal(random) * test.spread : normal(random) * test.c_scale + test.offset;
+    for (int64_t k = 0; k < H * K; k++) {
+        for (int64_t i = 0; i < D; i++) {
+            const bool again = k % test.repeat != 0;
+            c[k * D + i] = normal(random) * (again ? test.spread : test.c_scale);
+            c[k * D + i] += again ? c[(k - 1) * D + i] : test.offset;
+        }
+    }
     if (test.specials) {
         const float values[] = {NAN, INFINITY, 3e38f, 0, 1e-42f, -1e30f};
         for (int s = 0; s < 6; s++) {
@@ -145,9 +141,9 @@ void run(const Case& test, bool cosine) {
                   test.name, 2);
 }
 
-// The screening pass alone: every lower bound is at most the exact t = |c|^2 / 2 - x.c (scaled and centred), and the upper
-// bound that follows from it at least that. The inputs are what rounds worst: halfway between two bfloat16, of equal sign,
-// with partial sums that grow past the powers of two, or so small that products underflow.
+// The screening pass alone: every lower bound is at most the exact t = |c|^2 / 2 - x.c (scaled and centred), and the
+// upper bound that follows from it at least that. The inputs are what rounds worst: halfway between two bfloat16, of
+// equal sign, with partial sums that grow past the powers of two, or so small that products underflow.
 void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
     const int64_t N = instructions().tile, K = 64;
     std::mt19937 random(5);
@@ -172,8 +168,9 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
         std::vector<float> threshold(N, INFINITY);
         std::vector<float> always(N);
         for (int64_t n = 0; n < N; n++) {
-            const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, &words[n * stride]);
-            always[n] = charge_row(norms, packed, D, false, &words[n * stride]);
+            uint32_t* out = &words[n * stride];
+            const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, out);
+            always[n] = charge_row(norms, packed, D, false, out);
         }
         struct Seen {
             const float *x, *c;
@@ -197,6 +194,27 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
                                 int32_t(packed.header->screened), &seen, nullptr, candidate};
         instructions().screen(words.data(), N, stride, packed.as_read(), open);
         expect(seen.count == N * packed.header->screened, "codes were left out", "bounds", seen.count);
+    }
+}
+
+// The vector forms of what decides are the scalar forms, bit for bit, at every length.
+void exact() {
+    std::mt19937 random(2);
+    std::normal_distribution<float> normal;
+    for (int64_t D = 1; D < 70; D++) {
+        std::vector<float> x(D), c(D);
+        const AlignedRow wide_x(D), wide_c(D);
+        for (int64_t i = 0; i < D; i++) {
+            wide_x.data[i] = x[i] = normal(random) * std::exp(3 * normal(random));
+            wide_c.data[i] = c[i] = normal(random);
+        }
+        const Instructions& set = instructions();
+        const float *a = x.data(), *b = c.data();
+        expect(set.exact_distance(a, b, D) == exact_distance(a, b, D), "floats", "exact", D);
+        for (const bool cosine : {false, true})
+            expect(set.exact_cost(wide_x.data, wide_c.data, wide_x.padded, cosine) == cost(a, b, D, cosine), "doubles",
+                   "exact", D);
+        expect(set.dot(wide_x.data, wide_c.data, wide_x.padded) == exact_product(a, b, D), "dot", "exact", D);
     }
 }
 
@@ -263,6 +281,7 @@ int main() {
         for (const bool positive : {false, true})
             for (const float scale : {1.0f, 1e-18f, 1e15f}) bounds(scale, 1, halfway, positive);
     bounds(1e-20f, 1e-20f, false, false);
+    exact();
     conversions();
     model();
     std::printf("%s: %d failures\n", instructions().name, failures);

@@ -1,9 +1,12 @@
 """The bodies of the CUDA kernels, compiled by the C++ compiler, run thread by thread on the CPU, called by ctypes."""
 
+import atexit
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -100,6 +103,15 @@ class Kernels:
         )  # fmt: skip
         return indices, found, tiers
 
+    def bounds(self, x, codebook, metric, adder):
+        """Lower bound, upper bound and exact value of every pair, [N, K] each, of one head."""
+        (_, N, D), K = x.shape, codebook.shape[1]
+        found = [torch.full((N, K), torch.nan, dtype=torch.float64) for _ in range(3)]
+        self.library.bounds(
+            adder, *map(L, (N, K, D)), rows(x), rows(codebook), metric == "cosine", *map(pointer, found)
+        )  # fmt: skip
+        return found
+
     def ema_update_(self, size, average, embed, counts, sums, decay, eps=1e-5, weight=None, metric="euclidean"):
         H, K, D = average.shape
         whole = counts.dtype == torch.int64
@@ -123,12 +135,18 @@ class Kernels:
         return grad_x, grad_codebook
 
 
-def build(folder: Path) -> ctypes.CDLL | None:
-    """None without a C++ compiler."""
+@functools.cache
+def build() -> ctypes.CDLL | None:
+    """Once a session. None without a C++ compiler."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         return None
-    target = folder / "cuda_blocks.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    target = Path(folder.name, "cuda_blocks.so")
+    always = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-shared", "-fPIC"]
+    more = os.environ.get("CXXFLAGS", "").split()
+    subprocess.run([compiler, *always, *more, str(SOURCE), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    library.packed_bytes.restype = ctypes.c_int64
+    return library

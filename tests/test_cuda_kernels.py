@@ -5,6 +5,11 @@ test runs the threads of a step ascending and descending: a race between them wo
 """
 
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +21,11 @@ from vqops.ops import reference
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    library = build(tmp_path_factory.mktemp("cuda"))
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def kernels(request):
+    library = build()
     if library is None:
         pytest.skip("no C++ compiler")
-    return library
-
-
-@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
-def kernels(request, library):
     return Kernels(library, request.param)
 
 
@@ -194,3 +194,19 @@ class TestEmaUpdate:
         found = self.check(kernels, state, torch.tensor(0.5), 1e-5, None, metric)
         equal(found[1][0, 1], state[1][0, 1])
         assert all(t.isfinite().all() for t in found[:3])
+
+
+@pytest.mark.slow
+def test_under_sanitizers():
+    """No access beyond workspace, shared memory and its arrays, nothing undefined: the same tests, in another process."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs gcc for its sanitizers")
+    names = ("libasan.so", "libubsan.so")
+    found = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
+    flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"
+    environment = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++", "CXXFLAGS": flags}
+    files = [str(Path(__file__).with_name(name)) for name in ("test_cuda_kernels.py", "test_cuda_search.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "ascending", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,7 +1,9 @@
 """The bodies of the CUDA search on the CPU, with a model of the tensor cores that errs as much as they may.
 
-Every index must be the reference's: a bound that is too narrow shows as a wrong one, one too wide as rows in slow tiers.
+Every index must be the reference's: a bound too narrow shows as a wrong one, a bound too wide as rows in slow tiers.
 """
+
+import ctypes
 
 import pytest
 import torch
@@ -10,20 +12,20 @@ from cuda_blocks import Kernels, build
 from torch.testing import assert_close
 
 from vqops.ops import reference
+from vqops.ops.search import packed_bytes_on_cuda
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    library = build(tmp_path_factory.mktemp("cuda"))
-    if library is None:
-        pytest.skip("no C++ compiler")
-    return library
+SEVERAL = ["normal", "heads", "integers", "identical", "zero_rows", "one_of_all", "no_rows"]
+SEVERAL += ["no_finite_code", "not_finite_rows", "not_finite_codes"]
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
-def kernels(request, library):
+def kernels(request):
+    library = build()
+    if library is None:
+        pytest.skip("no C++ compiler")
     return Kernels(library, request.param)
 
 
@@ -39,9 +41,11 @@ def check(kernels, x, codebook, mask=None, metric="euclidean", **options):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_index_is_the_reference_s(kernels, name, metric):
     x, c = SEARCHES[name]()
-    check(kernels, x, c, torch.rand(x.shape[:2]) > 0.2, metric, row_tiles=2, adder=4)
-    check(kernels, x, c, metric=metric, row_tiles=1)
-    check(kernels, x, c, metric=metric, row_tiles=0)
+    if kernels.descending:
+        check(kernels, x, c, torch.rand(x.shape[:2]) > 0.2, metric, row_tiles=1)
+    else:
+        check(kernels, x, c, metric=metric, row_tiles=2, adder=4)
+        check(kernels, x, c, metric=metric, row_tiles=0)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -63,13 +67,15 @@ def test_strides(kernels):
 
 
 @pytest.mark.parametrize("adder", [4, 8, 16])
-@pytest.mark.parametrize("D", [16, 256])
-def test_products_of_one_sign_are_cut_the_most(kernels, D, adder):
+def test_products_of_one_sign_are_cut_the_most(adder):
     """All products positive: every truncation of the sum goes the same way. Codes in pairs, a few bits apart."""
-    x, c = 1 + torch.rand(1, 130, D), 1 + torch.rand(1, 64, D)
-    c = torch.cat([c, c * (1 + 2.0**-22 * torch.randint(-4, 5, (1, 64, 1)))], 1)
-    check(kernels, x - 3, c, adder=adder)
-    check(kernels, x, c, metric="cosine", adder=adder)
+    library = build()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    x, c = 1 + torch.rand(1, 64, 256), 1 + torch.rand(1, 32, 256)
+    c = torch.cat([c, c * (1 + 2.0**-22 * torch.randint(-4, 5, (1, 32, 1)))], 1)
+    check(Kernels(library, False), x - 3, c, adder=adder, row_tiles=1)
+    check(Kernels(library, False), x, c, metric="cosine", adder=adder, row_tiles=1)
 
 
 def test_fast_pass_certifies_most_rows(kernels):
@@ -83,8 +89,7 @@ def test_repeated_codes_are_left_out(kernels):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("name", ["normal", "heads", "integers", "no_finite_code", "not_finite_rows", "not_finite_codes",
-                                  "identical", "zero_rows", "one_of_all", "no_rows"])  # fmt: skip
+@pytest.mark.parametrize("name", SEVERAL)
 def test_several_nearest(kernels, name, metric):
     x, c = SEARCHES[name]()
     x, mask, k = x[:, :40], torch.rand(x.shape[:2])[:, :40] > 0.2, min(5, c.shape[1])
@@ -92,3 +97,18 @@ def test_several_nearest(kernels, name, metric):
     found = kernels.search(x, c, k, mask, metric, distances=True)
     assert torch.equal(found[0], indices)
     assert_close(found[1], distances, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("K, D", [(1, 1), (64, 16), (65, 17), (200, 33), (1000, 64), (7, 65), (130, 300)])
+def test_the_fake_kernel_knows_the_packed_size(kernels, K, D):
+    assert packed_bytes_on_cuda(3, K, D) == kernels.library.packed_bytes(*map(ctypes.c_int64, (3, K, D)))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("D", [16, 64, 200])
+def test_bounds_hold_for_every_pair(kernels, D, metric):
+    """lower <= t <= upper for the products of the model that truncates the most, against float64."""
+    x, c = torch.randn(1, 64, D) + 2, torch.randn(1, 64, D) * torch.exp(torch.randn(1, 64, 1)) + 2
+    lower, upper, exact = kernels.bounds(x, c, metric, adder=4)
+    assert (lower < exact).all() and (exact < upper).all()
+    assert (upper - lower).median() < 0.02 * exact.std()

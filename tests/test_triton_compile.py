@@ -40,15 +40,15 @@ def check(kernels: list[dict], architecture: int) -> None:
             assert TENSOR_CORES[architecture] in facts["tensor_cores"], where
             assert facts["spills"] == 0, where
         else:
-            assert facts["spills"] <= 4, where  # the routines for float64 division and roots save a register or two
+            assert facts["spills"] <= 8, where  # the routines for float64 division and roots save a few registers
         if facts["kernel"] in DECISIONS:
             assert not facts["fused_double"], where
             assert "cosine" in facts["case"] or not facts["machine_fused_double"], where
 
 
-@pytest.mark.parametrize("architecture", [89, 90])
-def test_a_search(architecture):
-    kernels = compiled(architecture, "nearest, D=64")
+@pytest.mark.parametrize("architecture, cases", [(89, "nearest, D=64"), (90, "nearest, D=64;one of everything")])
+def test_a_search(architecture, cases):
+    kernels = compiled(architecture, cases)
     check(kernels, architecture)
     assert "screen_kernel" in {facts["kernel"] for facts in kernels}
 

@@ -271,6 +271,43 @@ def test_shapes_and_losses_of_the_k_nearest(layout):
         assert_close(vq.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("shape", [(2, 0, DIM), (0, 5, DIM)])
+def test_every_call_takes_an_empty_batch(shape, keep, heads):
+    vq = VectorQuantize(DIM, CODES, return_zeros_for_masked_padding=keep, threshold_ema_dead_code=1, **HEADS[heads])
+    before = state(vq)
+    x, (b, n, _) = torch.randn(shape, requires_grad=True), shape
+    mask = torch.ones(b, n, dtype=torch.bool)
+    for arguments in (
+        {"mask": mask},
+        {"lens": torch.zeros(b, dtype=torch.int64)},
+        {"indices": torch.zeros(b, n, *[vq.heads] * (vq.heads > 1), dtype=torch.int64)},
+        *([{"topk": 3}, {"topk": 3, "mask": mask}] if vq.heads == 1 else []),
+    ):
+        for training in (True, False):
+            quantized, *_, loss = vq.train(training)(x, **arguments)
+            assert quantized.shape == ((b, n, 3, DIM) if "topk" in arguments else shape)
+            if training:
+                (quantized.sum() + loss.sum()).backward()
+    indices = torch.zeros(b, n, *[vq.heads] * (vq.heads > 1), dtype=torch.int64)
+    vq.update_indices(x, indices)
+    assert vq.get_output_from_indices(indices).shape == shape
+    assert_close(vq.state_dict(), before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_k_nearest_of_masked_positions_that_keep_the_input(layout):
+    shape, options = LAYOUTS[layout]
+    vq = VectorQuantize(DIM, CODES, return_zeros_for_masked_padding=False, codebook_dim=3, **options)
+    x = torch.randn(shape)
+    positions = shape[:-1] if LAST[layout] else (shape[0], *shape[2:])
+    mask = torch.rand(positions) < 0.5
+    quantized, features = vq(x, topk=2, mask=mask)[0], x if LAST[layout] else x.movedim(1, -1)
+    quantized = quantized if LAST[layout] else quantized.movedim(1, -1)
+    assert torch.equal(quantized[~mask], features[~mask].unsqueeze(1).expand(-1, 2, -1))
+
+
 def test_more_than_there_are():
     vq = VectorQuantize(DIM, 4)
     assert vq(torch.randn(5, DIM), topk=9)[1].sort().values.tolist() == [[0, 1, 2, 3]] * 5

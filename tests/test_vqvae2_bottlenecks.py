@@ -74,8 +74,7 @@ def data(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-@pytest.mark.parametrize("bottleneck", ["none", "gaussian", "gumbel"])
+@pytest.mark.parametrize("bottleneck, levels", [("none", 1), ("gaussian", 2), ("gumbel", 2)])
 def test_training_reduces_the_error(data, tmp_path, bottleneck, levels):
     sizes = {"channels": 16, "codebook_size": 16, "code_dim": 8, "batch_size": 8}
     options = TrainOptions(data=data, **sizes, bottleneck=bottleneck, levels=levels, lr=3e-3, device="cpu")

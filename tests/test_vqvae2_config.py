@@ -30,6 +30,14 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
     assert parsed("train", []) == TrainOptions()
 
 
+def test_lists_of_words():
+    options = parsed("sample", "run --prior a b --class cat dog --count 3 --out out".split())
+    assert (options.run, options.prior, options.classes) == (Path("run"), (Path("a"), Path("b")), ("cat", "dog"))
+    options = parsed("complete", "run --prior a --images x.png y.png --out out".split())
+    assert options.images == (Path("x.png"), Path("y.png"))
+    assert parsed("compare", "--bottleneck none vq --out out".split()).bottleneck == ("none", "vq")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_options(name):
     assert parsed("train", ["--preset", name]) == replace(TrainOptions(**PRESETS[name]), preset=name)

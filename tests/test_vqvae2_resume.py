@@ -34,7 +34,7 @@ TINY = TrainOptions(
     weight_ema=0.9,
     device="cpu",
 )
-KILLS = 12
+KILLS = 6
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,15 @@ class Killed(BaseException):
     """Ends a run where it is raised, as a signal would, but leaves the test running."""
 
 
-@pytest.mark.parametrize("codebook", ["ema", "gradient"])
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize(
+    "codebook, step",
+    [
+        ("ema", 3),
+        ("gradient", 6),
+        *(pytest.param(codebook, 1, marks=pytest.mark.slow) for codebook in ("ema", "gradient")),
+        *(pytest.param(codebook, 7, marks=pytest.mark.slow) for codebook in ("ema", "gradient")),
+    ],
+)
 def test_cut_off_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypatch, codebook, step):
     options = replace(TINY, data=data, codebook=codebook)
     whole = train(replace(options, out=tmp_path / "whole"))
@@ -114,10 +121,10 @@ def test_interrupted_run_can_be_resumed_and_lengthened(data, whole, tmp_path, mo
 
 @pytest.mark.parametrize("dies_after", ["half the bytes", "all bytes", "the replacement"])
 def test_kill_during_a_write_leaves_the_checkpoint_before_or_after(data, whole, tmp_path, monkeypatch, dies_after):
-    """At each checkpoint in turn; the run loses at most the two steps between checkpoints."""
+    """At the first checkpoint and a later one; the run loses at most the two steps between checkpoints."""
     save, replaced = torch.save, os.replace
 
-    for victim in (1, 2, 3):
+    for victim in (1, 3):
         run, saves = tmp_path / f"run{victim}", []
 
         def dying_save(state, path, saves=saves, victim=victim):
@@ -176,21 +183,22 @@ print(attempt, status)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_many_times(data, whole, tmp_path):
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(10 * KILLS, marks=pytest.mark.slow)])
+def test_killed_many_times(data, whole, tmp_path, kills):
     """kill -9 at random moments, from the first file on; what was forked is a fresh process but for its imports."""
     config = tmp_path / "options.toml"
     config.write_text((whole / "config.toml").read_text())
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(config), str(tmp_path / "run"), str(KILLS)],
+        [sys.executable, "-c", KILLER, str(config), str(tmp_path / "run"), str(kills)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    kills, status = map(int, done.stdout.split())
+    survived, status = map(int, done.stdout.split())
     assert status == 0, done.stderr
-    assert kills >= 2
+    assert survived >= 2
     check_same_run(tmp_path / "run", whole)
 
 

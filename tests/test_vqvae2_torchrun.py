@@ -75,7 +75,7 @@ def test_metrics_are_those_of_the_joint_batch(runs):
 
 def test_only_the_first_process_speaks_and_writes(runs):
     _, two, said = runs
-    assert said.count("next: ") == 1
+    assert said.count("curves: ") == 1
     assert sorted(set(os.listdir(two)) - {"tensorboard"}) == [
         "config.toml", "curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png", "train_state.pt"
     ]  # fmt: skip

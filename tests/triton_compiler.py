@@ -2,7 +2,7 @@
 lines.
 
     python tests/triton_compiler.py 90
-    python tests/triton_compiler.py 90 nearest
+    python tests/triton_compiler.py 90 "nearest, D=64;one of everything"
 
 Calls the ops on CPU tensors with the launch replaced by a compilation, so that arguments, block sizes and options are
 those of a real launch on that architecture.
@@ -102,7 +102,7 @@ def main(architecture: int, wanted: str) -> None:
     blocks.INTERPRETED = blocks.ON_GPU  # the tensors are on the CPU, the kernels are not
     blocks.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
     for name, call in calls().items():
-        if name.startswith(wanted):
+        if name.startswith(tuple(wanted.split(";"))):
             compiler.case = name
             call()
 
@@ -138,6 +138,18 @@ def calls() -> dict:
         )
         cases[f"ema_update_, {metric}"] = partial(ema.ema_update_, *state, metric=metric)
     cases["code_sums, atomic"] = partial(code_sums.atomic, x, indices, 512, error)
+    one, row = torch.zeros(1, 1, 1), torch.zeros(1, 1)  # arguments that are 1 become constants
+
+    def ones():
+        index = torch.zeros(1, 1, dtype=torch.int64)
+        search.nearest(one.double(), one)
+        topk.nearest_topk(one, one, 1)
+        quantize.quantize(one, one, None, row, "cosine", code_sums=True)
+        code_sums.atomic(one, index, 1, row)
+        gradient.quantize_backward(one, row, one, one, index, None, "cosine", "rotation", 1.0, True, True)
+        ema.ema_update_(row, one, one, row, one, torch.tensor(0.9), metric="cosine")
+
+    cases["one of everything, cosine"] = ones
     return cases
 
 

@@ -12,11 +12,12 @@ from vqops.ops import (
     quantize,
     search_statistics,
 )
-from vqops.quantizers import VectorQuantize
+from vqops.quantizers import LossBreakdown, VectorQuantize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LossBreakdown",
     "PreparedCodebook",
     "Quantized",
     "VectorQuantize",

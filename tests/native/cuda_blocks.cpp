@@ -12,6 +12,7 @@
 #include "../../csrc/cuda/search.h"
 #include "emulated_block.h"
 
+using namespace vqops;
 using namespace vqops::cuda;
 
 namespace {
@@ -153,3 +154,52 @@ EXPORT void search(int descending, int row_tiles, int adder, int64_t H, int64_t 
 }
 
 EXPORT int64_t packed_bytes(int64_t H, int64_t K, int64_t D) { return H * Packed::bytes(K, D); }
+
+// For one head of float32, every pair's bounds as Screen has them, and t in long double: [N, K] each.
+EXPORT void bounds(int adder, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, int cosine,
+                   double* lower, double* upper, double* exact) {
+    const Emulator device = {false, adder};
+    const EmulatedBlock cores = {0, 32, false, adder};
+    const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K), width = padded(D);
+    std::vector<double> memory(bytes / 8, NAN);
+    std::vector<int32_t> marks(2 * slots);
+    const Preparation in = {1, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes, marks.data(),
+                            slots};
+    pack_codebook(device, in);
+    const Packed packed = in.head(0);
+    const double scale = *packed.scale;
+    for (int64_t n = 0; n < N; n++) {
+        std::vector<double> X(width), stored(width);
+        double square = 0, lost = 0;
+        for (int64_t i = 0; i < D; i++) {
+            const double given = x->at(x->offset(0, n), i);
+            X[i] = cosine ? given : (given - packed.centre[i]) * scale;
+            square += X[i] * X[i];
+        }
+        const double unit = power_of_two(unit_exponent(std::sqrt(square)));
+        for (int64_t i = 0; i < D; i++) {
+            stored[i] = real(rounded<Float16>(X[i] / unit));
+            lost += (X[i] / unit - stored[i]) * (X[i] / unit - stored[i]);
+        }
+        const RowBound row = row_bound(std::sqrt(square), std::sqrt(lost) * unit, *packed.worst, D, cosine);
+        for (int64_t k = 0; k < K; k++) {
+            float product = 0;
+            std::vector<double> code(width);
+            for (int64_t i = 0; i < width; i++) code[i] = real(Float16{packed.codes[k * width + i]});
+            for (int64_t i = 0; i < width; i += adder) product = cores.add_truncated(product, &stored[i], &code[i]);
+            const float low = lower_bound(product, float(unit) * packed.unit[k], packed.start[k],
+                                          packed.radius[k], row.radius);
+            lower[n * K + k] = low;
+            upper[n * K + k] = upper_bound(low, packed.slack[k], packed.radius[k], row);
+            long double t = 0, norm = 0;
+            const int64_t c = codebook->offset(0, k);
+            for (int64_t i = 0; i < D; i++) norm += static_cast<long double>(codebook->at(c, i)) * codebook->at(c, i);
+            for (int64_t i = 0; i < D; i++) {
+                const long double value = codebook->at(c, i), centre = packed.centre[i];
+                const long double C = cosine ? value / std::sqrt(norm) - centre : (value - centre) * scale;
+                t += (cosine ? 0 : C * C / 2) - X[i] * C;
+            }
+            exact[n * K + k] = double(t);
+        }
+    }
+}

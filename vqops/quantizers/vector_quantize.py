@@ -269,7 +269,7 @@ class VectorQuantize(nn.Module):
             codes = self._codebook.codes(learning).squeeze(0)
             flat = None if mask is None else mask.flatten()
             found = quantize_topk(given.squeeze(0), codes, k, flat, self._codebook.metric, gradient)
-            quantized = found.quantized.view(*positions, k, -1)
+            quantized = found.quantized.view(*positions, k, rows.shape[-1])
             indices = found.indices.view(*positions, k)
             commitment = found.error.view(*positions, k) / rows.shape[-1]
         quantized = self.output(self.project_out(quantized), mask, x)
@@ -298,11 +298,11 @@ class VectorQuantize(nn.Module):
         """The output in the caller's axes, with its values at masked positions."""
         layout = self.layout
         if mask is not None:
-            kept = mask.view(*mask.shape, *[1] * (quantized.dim() - mask.dim()))
+            kept, original = mask.unsqueeze(-1), layout.features_last(x)
+            if quantized.dim() > original.dim():  # [*positions, k, dim]
+                kept, original = kept.unsqueeze(-1), original.unsqueeze(-2)
             if not self.return_zeros_for_masked_padding:
-                original = layout.features_last(x).to(quantized.dtype)
-                original = original.view(*mask.shape, *[1] * (quantized.dim() - original.dim()), -1)
-                quantized = torch.where(kept, quantized, original)
+                quantized = torch.where(kept, quantized, original.to(quantized.dtype))
             elif self.has_projections:
                 quantized = quantized.masked_fill(~kept, 0)
         return layout.features_back(quantized)

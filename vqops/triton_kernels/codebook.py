@@ -63,7 +63,7 @@ def norm_of(c, i_stride, known, D, COSINE: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def sampled(codebook, h, h_stride, k_stride, K, every, COUNT: tl.constexpr):
     """Pointers [COUNT, 1] to the sampled codes, and which there are."""
-    k = (tl.arange(0, COUNT) * every.to(tl.int64))[:, None]
+    k = (tl.arange(0, COUNT).to(tl.int64) * every)[:, None]
     return codebook + h * h_stride + k * k_stride, k < K
 
 

@@ -65,7 +65,8 @@ def compare(options: CompareOptions) -> Path:
     for name in sorted(path.name for path in options.out.glob("*.png")):
         console.print(str(options.out / name), soft_wrap=True, markup=False)
     if "vq" in options.bottleneck:
-        line = f"next: vqops extract {options.out / 'vq'} --data {options.data or 'PATH'} --out CODES"
+        key = f" --data-key {options.data_key}" if options.data_key else ""
+        line = f"next: vqops extract {options.out / 'vq'} --data {options.data or 'PATH'}{key} --out CODES"
         console.print(line, soft_wrap=True, markup=False)
     return options.out
 

@@ -78,7 +78,7 @@ public:
     // What was found among the codes that were considered.
     void write_ranked(int64_t h, int64_t n, const Ranking& ranking, Tier tier) {
         tiers[ranking.size == 0 ? kNoCode : tier]++;
-        write(h, n, ranking, INFINITY);
+        write(h, n, ranking);
     }
 
     // A certified row of a search for the index alone.
@@ -90,29 +90,30 @@ public:
     // A row without a code: masked, or not finite.
     void write_none(int64_t h, int64_t n, bool masked) {
         tiers[kNoCode]++;
-        write(h, n, Ranking(result_.k), masked ? INFINITY : NAN);
+        for (int64_t i = 0; i < result_.k; i++) put(h, n, i, -1, masked ? INFINITY : NAN);
     }
 
     AlignedRow x;
     int64_t tiers[kTiers] = {};
 
 private:
-    // Places beyond the ranked codes get index -1 and distance `missing`.
-    void write(int64_t h, int64_t n, const Ranking& ranking, double missing) {
-        const int64_t start = (h * shape_.N + n) * result_.k;
-        if (!result_.distances) {
-            result_.indices[start] = ranking.size ? ranking.index[0] : -1;
-            return;
+    // Places beyond the ranked codes get index -1 and an infinite distance.
+    void write(int64_t h, int64_t n, const Ranking& ranking) {
+        const double square = shape_.cosine && result_.distances && ranking.size ? x.dot(x) : 0;
+        for (int64_t i = 0; i < ranking.size; i++) {
+            double distance = ranking.cost[i];
+            if (shape_.cosine) distance = 1 + (square > 0 ? distance / std::sqrt(square) : 0);
+            put(h, n, i, ranking.index[i], distance);
         }
-        const double square = shape_.cosine && ranking.size ? x.dot(x) : 0;
-        for (int64_t i = 0; i < result_.k; i++) {
-            const bool found = i < ranking.size;
-            result_.indices[start + i] = found ? ranking.index[i] : -1;
-            double distance = found ? ranking.cost[i] : missing;
-            if (found && shape_.cosine) distance = 1 + (square > 0 ? distance / std::sqrt(square) : 0);
-            if (rows_.dtype == DType::float64) static_cast<double*>(result_.distances)[start + i] = distance;
-            else static_cast<float*>(result_.distances)[start + i] = float(distance);
-        }
+        for (int64_t i = ranking.size; i < result_.k; i++) put(h, n, i, -1, INFINITY);
+    }
+
+    void put(int64_t h, int64_t n, int64_t i, int64_t index, double distance) {
+        const int64_t place = (h * shape_.N + n) * result_.k + i;
+        result_.indices[place] = index;
+        if (!result_.distances) return;
+        if (rows_.dtype == DType::float64) static_cast<double*>(result_.distances)[place] = distance;
+        else static_cast<float*>(result_.distances)[place] = float(distance);
     }
 
     const SearchShape& shape_;

@@ -150,7 +150,7 @@ def bounds(device: Device, figures: str) -> str:
 
 def bound(row: dict, prepared: dict | None) -> tuple[str, str]:
     fixed = row["p50_ms"] < FIXED_COST_MS
-    if prepared and prepared["times_vqops"] < 0.75:
+    if prepared and prepared["times_vqops"] < 0.75 and row["share_of_ceiling"] < 1:
         cause = "launch, and preparing the codebook" if fixed else "memory: the codebook is packed for few vectors a code"
         return cause, "more vectors a call; `vqops.prepare` where codes stay as they are"
     if fixed:

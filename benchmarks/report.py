@@ -151,7 +151,8 @@ def bounds(device: Device, figures: str) -> str:
 def bound(row: dict, prepared: dict | None) -> tuple[str, str]:
     fixed = row["p50_ms"] < FIXED_COST_MS
     if prepared and prepared["times_vqops"] < 0.75 and row["share_of_ceiling"] < 1:
-        cause = "launch, and preparing the codebook" if fixed else "memory: the codebook is packed for few vectors a code"
+        packing = "memory: the codebook is packed for few vectors"
+        cause = "launch, and preparing the codebook" if fixed else packing
         return cause, "more vectors a call; `vqops.prepare` where codes stay as they are"
     if fixed:
         return "launch: the fixed cost of a call", "more vectors a call"

@@ -31,6 +31,8 @@ SCREEN = [
     (math.inf, 200, Screen(128, 64, STEP, 8, 3)),
     (math.inf, 99, Screen(128, 64, STEP, 8, 2)),
 ]
+# nearest_topk reads its rows in steps, too: whole ones pass the shared memory of sm_100 at D = 256.
+TOPK = Screen(128, 64, STEP, 8, 2)
 ROWS = 128  # rows are padded to a multiple: the largest block of the screening pass
 
 

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vqops.triton_kernels.blocks import screen_blocks, shared_memory
+from vqops.triton_kernels.blocks import TOPK
 from vqops.triton_kernels.codebook import prepare
 from vqops.triton_kernels.decision import ENTRY, decide, scan
-from vqops.triton_kernels.layout import unpack
+from vqops.triton_kernels.layout import padded_dimensions, unpack
 from vqops.triton_kernels.search import COUNTERS, HUGE, LOST, SCANNED, SCREENED, queue_up, round_rows
 
 
@@ -102,7 +102,7 @@ def nearest_topk(x, codebook, k, mask=None, metric="euclidean", prepared=None):
         candidates = triton.next_power_of_2(2 * k + 16)
         lists = x.new_empty((H * N, candidates), dtype=torch.int32)
         queue = x.new_empty(H * N, dtype=torch.int64)
-        block = screen_blocks(D, shared_memory(x.device))
+        block = TOPK._replace(step=min(TOPK.step, padded_dimensions(D)))
         codes, width = packed.codes.shape[1:]
         topk_kernel[(rows.padded // block.rows, H)](
             rows.halves, rows.facts, rows.states, packed.start[1], packed.radius, packed.unit, packed.codes, lists,

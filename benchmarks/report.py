@@ -244,7 +244,9 @@ def threads(device: Device, figures: str) -> str:
 def memory(device: Device, figures: str) -> str:
     rows = device.rows("memory", "memory law")
     picture = f"![extra memory over K]({figures}/benchmarks_{device.folder.name}_memory.svg)"
-    heads = ["op", "method", "bytes a vector and code", "bytes a vector", "bytes a code", "largest N = K"]
+    limits = " or ".join(dict.fromkeys(f"{row['limit_gib']} GiB" for row in rows))
+    largest = f"largest N = K in {limits}"
+    heads = ["op", "method", "bytes a vector and code", "bytes a vector", "bytes a code", largest]
     lines = [
         [
             row["of"],

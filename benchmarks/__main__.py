@@ -153,7 +153,7 @@ def run_stages(options: argparse.Namespace, cores: int) -> Path:
     run = Run(
         options.device,
         options.quick,
-        0.3 if options.quick else 4.0,
+        0.3 if options.quick else 3.0,
         re.compile(options.shape),
         cores,
         re.compile(options.method),

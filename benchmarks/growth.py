@@ -26,6 +26,7 @@ METHODS = ("vqops", "addmm + argmin", "cdist + argmin", "faiss IndexFlatL2")
 FITTED = 4  # the exponent is that of the longest times: below them the fixed cost of a call shows
 GRID = [(N, K) for N in (4096, 8192, 12288) for K in (1024, 4096, 8192)]  # at D = 64
 LIMIT_GIB = 16
+NOISE = 2**19  # bytes: pages and arenas that a call happens to touch; a term below it at the largest size is none
 
 
 def curves(device: str, quick: bool, seconds: float) -> Iterator[dict]:
@@ -126,7 +127,7 @@ def law(points: list[tuple[int, int, float]]) -> dict:
     """Bytes = per_NK N K + per_N N + per_K K + constant, no term negative, and the N = K where it meets the limit."""
     sizes = np.asarray([(N * K, N, K, 1) for N, K, _ in points], float)
     extra = np.asarray([bytes for *_, bytes in points])
-    per_NK, per_N, per_K, constant = non_negative_fit(sizes, extra)
+    per_NK, per_N, per_K, constant = non_negative_fit(sizes, extra).tolist()
 
     def fits(n: int) -> bool:
         given = 2 * n * 64 * 4  # x and the codebook themselves
@@ -145,12 +146,12 @@ def law(points: list[tuple[int, int, float]]) -> dict:
 
 
 def non_negative_fit(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Least squares, leaving out the most negative term until there is none."""
+    """Least squares, leaving out the smallest term until none is negative or within the noise."""
     scale = columns.max(0)
     kept = list(range(columns.shape[1]))
     while True:
         found = np.linalg.lstsq(columns[:, kept] / scale[kept], values, rcond=None)[0]
-        if found.min() >= 0:
+        if found.min() >= NOISE or len(kept) == 1:
             break
         kept.pop(int(found.argmin()))
     terms = np.zeros(columns.shape[1])

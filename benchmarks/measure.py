@@ -14,7 +14,8 @@ from benchmarks.rows import summary
 from benchmarks.timing import interleaved, ratio
 from vqops import _C
 
-FEWEST, MOST = 3, 40  # rounds
+FEWEST, MOST = 5, 40  # rounds
+SHORT = 0.1  # seconds
 COPY_BYTES = 2**27  # read, and as many written: more than any cache
 # On one CPU thread processor time, which other programs do not stretch; else wall time, after the device is done.
 CLOCKS = {"process": time.process_time, "wall": time.perf_counter}
@@ -32,12 +33,6 @@ def clock_of(device: str) -> tuple[str, Callable[[], float]]:
     return name, CLOCKS[name]
 
 
-def elapsed(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def ceiling(kind: str, device: str, gemm_size: int) -> tuple[Call, float]:
     """The call that shows what this machine can do, in the same rounds as the methods, and its work."""
     if kind == "copy":
@@ -51,7 +46,8 @@ def ceiling(kind: str, device: str, gemm_size: int) -> tuple[Call, float]:
 
 def measure(case: Case, seconds: float, gemm_size: int = 2048, only: tuple[str, ...] = ()) -> list[dict]:
     """A row a method, and one for the ceiling. `seconds` is how long the timing of the case should take."""
-    rows, calls = {}, {}
+    rows, calls, took = {}, {}, {}
+    clock, read = clock_of(case.device)
     for name, make in case.methods.items():
         if only and name not in only:
             continue
@@ -64,12 +60,19 @@ def measure(case: Case, seconds: float, gemm_size: int = 2048, only: tuple[str, 
         except (WrongResult, MemoryError, torch.OutOfMemoryError) as error:
             rows[name] = {"failed": f"{type(error).__name__}: {error}"}
             continue
+        start = read()
         rows[name]["extra_mb"] = peak_extra_mb(call, case.device)
+        took[name] = read() - start
         calls[name] = call
     if case.ceiling:
         calls[case.ceiling], ceiling_work = ceiling(case.ceiling, case.device, gemm_size)
-    clock, read = clock_of(case.device)
-    rounds = max(FEWEST, min(MOST, math.floor(seconds / sum(map(elapsed, calls.values())))))
+        took[case.ceiling] = 0.0
+    for name, call in calls.items():
+        if took[name] < SHORT:  # what the measurement of memory itself takes would count
+            start = read()
+            call()
+            took[name] = read() - start
+    rounds = max(FEWEST, min(MOST, math.floor(seconds / sum(took.values()))))
     times = interleaved(calls, rounds, read)
     for name, row in rows.items():
         if name not in calls:

@@ -150,8 +150,9 @@ def bounds(device: Device, figures: str) -> str:
 
 def bound(row: dict, prepared: dict | None) -> tuple[str, str]:
     fixed = row["p50_ms"] < FIXED_COST_MS
-    if prepared and prepared["times_vqops"] < 0.75:
-        cause = "launch, and preparing the codebook" if fixed else "memory: the codebook is packed for few vectors a code"
+    if prepared and prepared["times_vqops"] < 0.75 and row["share_of_ceiling"] < 1:
+        packing = "memory: the codebook is packed for few vectors"
+        cause = "launch, and preparing the codebook" if fixed else packing
         return cause, "more vectors a call; `vqops.prepare` where codes stay as they are"
     if fixed:
         return "launch: the fixed cost of a call", "more vectors a call"
@@ -243,7 +244,9 @@ def threads(device: Device, figures: str) -> str:
 def memory(device: Device, figures: str) -> str:
     rows = device.rows("memory", "memory law")
     picture = f"![extra memory over K]({figures}/benchmarks_{device.folder.name}_memory.svg)"
-    heads = ["op", "method", "bytes a vector and code", "bytes a vector", "bytes a code", "largest N = K"]
+    limits = " or ".join(dict.fromkeys(f"{row['limit_gib']} GiB" for row in rows))
+    largest = f"largest N = K in {limits}"
+    heads = ["op", "method", "bytes a vector and code", "bytes a vector", "bytes a code", largest]
     lines = [
         [
             row["of"],
@@ -259,7 +262,7 @@ def memory(device: Device, figures: str) -> str:
 def losses(device: Device, figures: str) -> str:
     """Every peer that was faster, from all stages."""
     lines = []
-    for stage in ("search", "statistics", "quantize", "steps"):
+    for stage in ("search", "statistics", "quantize", "steps", "growing"):
         for found in by_case(device.rows(stage)).values():
             for name, row in found.items():
                 if name in OURS or name == "no quantizer" or row.get("times_vqops", 1) >= 1:
@@ -267,7 +270,8 @@ def losses(device: Device, figures: str) -> str:
                 milliseconds = f"{number(row['p50_ms'])} against {number(found['vqops']['p50_ms'])} ms"
                 op = f"{row['op']}, {row['dtype']}" if row["dtype"] != "float32" else row["op"]
                 took = f"{name} took {number(row['times_vqops'])} x our time ({milliseconds})"
-                lines.append(f"- {op}, {row['shape']}: {took}{wrong(row)}.")
+                where = f"{row['shape']}, {row['axis']} = {row[row['axis']]}" if "axis" in row else row["shape"]
+                lines.append(f"- {op}, {where}: {took}{wrong(row)}.")
     for op in ("nearest", "training step"):
         rows = device.rows("memory", op)
         largest = [row for row in rows if (row["N"], row["K"]) == (rows[-1]["N"], rows[-1]["K"])]

@@ -45,7 +45,7 @@ SHAPES = {
         Shape("VQ-VAE-2 top", "VQ-VAE-2, 256 px, top level 32 x 32 (arXiv:1906.00446)", 1024, 64, 512, 8, 256),
         Shape("VQGAN f16", "VQGAN, 256 px, stride 16 (arXiv:2012.09841)", 256, 256, 1024, 16, 256),
         Shape("VQGAN f16 16384", "VQGAN, 256 px, stride 16, the larger codebook", 256, 256, 16384, 4, 256),
-        Shape("LlamaGen", "LlamaGen VQ-16, unit norm (arXiv:2406.06525)", 256, 8, 16384, 32, 512, True),
+        Shape("LlamaGen", "LlamaGen VQ-16, unit norm (arXiv:2406.06525)", 256, 8, 16384, 8, 512, True),
         Shape("MAGVIT-2 size", "codes of MAGVIT-v2, D of IBQ (arXiv:2412.02692)", 256, 256, 2**18, 1, 256),
         Shape("EnCodec", "EnCodec 24 kHz, one level: 75 frames/s, 1 s (arXiv:2210.13438)", 75, 128, 1024, 64, 1024),
         Shape("DAC", "DAC 44.1 kHz, one level, unit norm: 0.38 s (arXiv:2306.06546)", 33, 8, 1024, 72, 2048, True),

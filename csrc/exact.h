@@ -1,4 +1,4 @@
-// The distances of csrc/decide.h in vectors, equal to the last bit.
+// The distances of csrc/distance.h in vectors, equal to the last bit.
 //
 // Eight partial sums over i = j mod 8, ascending, multiply and add rounded separately, then a fixed tree. Built with
 // -ffp-contract=off, since a fused multiply-add would round differently. Vectors are padded with zeros to a multiple of

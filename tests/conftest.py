@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 import vqops
 
 REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
+torch.set_num_threads(1)  # on inputs this small a second only costs time; and sums of convolutions depend on them
 INTERPRETED = ("triton", "cpu")
 IMPLEMENTATIONS = [
     pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.slow] * ((name, device) == INTERPRETED))

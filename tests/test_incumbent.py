@@ -33,15 +33,6 @@ HEADS = {
 GRADIENTS = {"rotation": {}, "straight_through": {"rotation_trick": False}, "none": {"route_gradients_to_input": False}}
 
 
-@pytest.fixture(autouse=True)
-def seeded_and_single_threaded():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on inputs this small a second thread only costs time
-    yield
-    torch.set_num_threads(threads)
-
-
 def incumbent(**options) -> vector_quantize_pytorch.VectorQuantize:
     if options.get("learnable_codebook"):
         options["ema_update"] = False  # alone it is an AssertionError there

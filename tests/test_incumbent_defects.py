@@ -18,15 +18,6 @@ from vqops import VectorQuantize
 DIM, CODES = 6, 20
 
 
-@pytest.fixture(autouse=True)
-def seeded_and_single_threaded():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on inputs this small a second thread only costs time
-    yield
-    torch.set_num_threads(threads)
-
-
 def both(**options):
     theirs = vector_quantize_pytorch.VectorQuantize(DIM, CODES, **options)
     ours = VectorQuantize(DIM, CODES, **options)

@@ -39,15 +39,6 @@ def assert_same_state(vq, before, **tolerances):
         assert_close(value, before[name], equal_nan=True, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
 
 
-@pytest.fixture(autouse=True)
-def seeded_and_single_threaded():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on inputs this small a second thread only costs time
-    yield
-    torch.set_num_threads(threads)
-
-
 # By hand
 
 

@@ -18,15 +18,6 @@ HEADS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seeded_and_single_threaded():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on inputs this small a second thread only costs time
-    yield
-    torch.set_num_threads(threads)
-
-
 def state(vq) -> dict:
     return {name: value.clone() for name, value in vq.state_dict().items()}
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../decide.h"
+#include "../distance.h"
 #include "row_buffer.h"
 #include "search.h"
 
@@ -22,7 +22,7 @@ struct Ranking {
     }
 
     bool before(double value, int64_t code, int64_t i) const {
-        return is_nearer(value, code, cost[i], index[i]);
+        return vqops::before(value, code, cost[i], index[i]);
     }
 
     const int64_t k;

@@ -6,16 +6,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../decide.h"
+#include "../ema_step.h"
 #include "quantize.h"
 
 namespace vqops {
 namespace {
-
-// As torch.lerp: exact at both ends.
-float lerp(float from, float to, float step) {
-    return step < 0.5f ? from + step * (to - from) : to - (to - from) * (1 - step);
-}
 
 void move_average(const EmaHead& head, int64_t k, int64_t D, float decay) {
     const float step = head.weight ? (1 - decay) * head.weight[k] : 1 - decay;
@@ -43,14 +38,14 @@ void ema_update(const EmaHead& head, int64_t K, int64_t D, float decay, float ep
     parallel.over(K, [&](int64_t begin, int64_t end) {
         std::vector<float> code(D);
         for (int64_t k = begin; k < end; k++) {
-            const float smoothed = smoothed_count(head.size[k], total, eps, K);
+            const float smoothed = smoothed_size(head.size[k], total, float(K), eps);
             float zero = 0;
             double square = 0;
             for (int64_t i = 0; i < D; i++) {
                 code[i] = head.average[k * D + i] / smoothed;
                 square += double(code[i]) * code[i];
             }
-            const float norm = cosine ? float(std::max(std::sqrt(square), kTiny)) : 1;
+            const float norm = cosine ? float(std::max(std::sqrt(square), kSmallestNorm)) : 1;
             for (int64_t i = 0; i < D; i++) zero += 0 * (code[i] /= norm);
             if (zero == 0) std::copy(code.begin(), code.end(), head.codes + k * D);
         }

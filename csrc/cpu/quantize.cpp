@@ -7,7 +7,7 @@
 namespace vqops {
 
 double to_unit(double* row, int64_t padded, int64_t D) {
-    const double norm = std::max(std::sqrt(instructions().dot(row, row, padded)), kTiny);
+    const double norm = std::max(std::sqrt(instructions().dot(row, row, padded)), kSmallestNorm);
     for (int64_t i = 0; i < D; i++) row[i] /= norm;
     return norm;
 }

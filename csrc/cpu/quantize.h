@@ -3,14 +3,13 @@
 
 #include <cstdint>
 
+#include "../distance.h"
 #include "code_sums.h"
 #include "parallel.h"
 #include "rows.h"
 #include "search.h"
 
 namespace vqops {
-
-constexpr double kTiny = 1e-6;  // smallest norm that a vector is divided by
 
 // x / max(|x|, 1e-6) in float64, in place. Returns the norm, at least 1e-6.
 double to_unit(double* row, int64_t padded, int64_t D);

@@ -11,7 +11,7 @@
 
 #include "../../csrc/cpu/codebook.h"
 #include "../../csrc/cpu/row_buffer.h"
-#include "../../csrc/decide.h"
+#include "../../csrc/distance.h"
 #include "../../csrc/cpu/ema.h"
 #include "../../csrc/cpu/gradient.h"
 #include "../../csrc/cpu/quantize.h"
@@ -45,6 +45,19 @@ Parallel two_threads() {
                 body(0, half);
                 other.join();
             }};
+}
+
+// The arithmetic of csrc/distance.h over a vector.
+double exact_distance(const float* x, const float* c, int64_t D) {
+    double p[kLanes] = {};
+    for (int64_t i = 0; i < D; i++) p[i % kLanes] = add_square(p[i % kLanes], x[i], c[i]);
+    return tree(p);
+}
+
+double exact_product(const float* x, const float* c, int64_t D) {
+    double p[kLanes] = {};
+    for (int64_t i = 0; i < D; i++) p[i % kLanes] = add_product(p[i % kLanes], x[i], c[i]);
+    return tree(p);
 }
 
 double cost(const float* x, const float* c, int64_t D, bool cosine) {

@@ -1,6 +1,7 @@
 """Where ops are defined, their kernels registered, and an implementation is picked."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -48,13 +49,14 @@ def define(
     fallback: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
-    triton_backward: Callable | None = None,
+    backward_op: str | None = None,
 ) -> None:
     """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`, ...
 
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported.
     `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake`,
-    `compiled_fake` and `triton_fake` are for an op whose result has another size there.
+    `compiled_fake` and `triton_fake` are for an op whose result has another size there. `backward` gets as `op` the
+    op `backward_op` in the implementation of the forward.
     """
     OPS.append(name)
     metas = {name: fake, f"{name}_reference": reference_fake or fake}
@@ -66,7 +68,9 @@ def define(
         library.define(op + schema)
         torch.library.register_fake(f"vqops::{op}", meta, lib=library)
         if backward is not None:
-            own = triton_backward if triton_backward and op.endswith("_triton") else backward
+            own = backward
+            if backward_op is not None:
+                own = partial(backward, op=getattr(torch.ops.vqops, backward_op + op.removeprefix(name)))
             torch.library.register_autograd(f"vqops::{op}", own, setup_context=setup_context, lib=library)
     library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     library.impl(name, fallback or reference, "CompositeExplicitAutograd")

@@ -112,11 +112,11 @@ def save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, old, indices, mask)
 
 
-def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op=None):
+def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op):
     x, old, indices, mask = ctx.saved_tensors
     x_needed, codebook_needed = ctx.needs_input_grad[:2]
     codebook_needed = codebook_needed and ctx.codebook_error_scale != 0
-    grad_x, grad_codebook = (op or torch.ops.vqops.quantize_backward)(
+    grad_x, grad_codebook = op(
         grad_quantized,
         grad_error,
         x,
@@ -130,10 +130,6 @@ def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op=None):
         codebook_needed,
     )
     return grad_x if x_needed else None, grad_codebook if codebook_needed else None, *[None] * 8
-
-
-def triton_backward(ctx, *gradients):
-    return backward(ctx, *gradients, op=torch.ops.vqops.quantize_backward_triton)
 
 
 def fake_backward(
@@ -154,6 +150,16 @@ def fake_backward(
 
 
 define(
+    "quantize_backward",
+    "(Tensor? grad_quantized, Tensor? grad_error, Tensor x, Tensor codebook, Tensor indices, Tensor? mask=None, "
+    "str metric='euclidean', str gradient='straight_through', float codebook_error_scale=0.0, bool x_needed=True, "
+    "bool codebook_needed=False) -> (Tensor, Tensor)",
+    reference.quantize_backward,
+    fake_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=no_second_derivative("quantize_backward"),
+)
+define(
     "quantize",
     "(Tensor x, Tensor codebook, Tensor? mask=None, Tensor? weight=None, str metric='euclidean', "
     "str gradient='straight_through', bool code_sums=False, float codebook_error_scale=0.0, bool snapshot=True, "
@@ -163,15 +169,5 @@ define(
     fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
     setup_context=save_for_backward,
     backward=backward,
-    triton_backward=triton_backward,
-)
-define(
-    "quantize_backward",
-    "(Tensor? grad_quantized, Tensor? grad_error, Tensor x, Tensor codebook, Tensor indices, Tensor? mask=None, "
-    "str metric='euclidean', str gradient='straight_through', float codebook_error_scale=0.0, bool x_needed=True, "
-    "bool codebook_needed=False) -> (Tensor, Tensor)",
-    reference.quantize_backward,
-    fake_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    backward=no_second_derivative("quantize_backward"),
+    backward_op="quantize_backward",
 )

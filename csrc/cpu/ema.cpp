@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../ema_step.h"
 #include "quantize.h"
@@ -12,16 +13,28 @@
 namespace vqops {
 namespace {
 
-void move_average(const EmaHead& head, int64_t k, int64_t D, float decay) {
+// By the exponents, as integers: that takes a vector at a time, where a sum would wait for each addition.
+bool all_finite(const float* values, int64_t D) {
+    uint32_t any = 0;
+    for (int64_t i = 0; i < D; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, 4);
+        any |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    return !any;
+}
+
+// `moved` is room for D values.
+void move_average(const EmaHead& head, int64_t k, int64_t D, float decay, float* moved) {
     const float step = head.weight ? (1 - decay) * head.weight[k] : 1 - decay;
     const float count = head.counts ? float(head.counts[k]) : head.weighted_counts[k];
     const float size = lerp(head.size[k], count, step);
-    float *average = head.average + k * D, zero = 0 * size;
+    float* average = head.average + k * D;
     const float* sums = head.sums + k * D;
-    for (int64_t i = 0; i < D; i++) zero += 0 * lerp(average[i], sums[i], step);
-    if (zero != 0) return;  // NaN: something is not finite, so the code keeps its averages
+    for (int64_t i = 0; i < D; i++) moved[i] = lerp(average[i], sums[i], step);
+    if (!is_finite(size) || !all_finite(moved, D)) return;  // the code keeps its averages
     head.size[k] = size;
-    for (int64_t i = 0; i < D; i++) average[i] = lerp(average[i], sums[i], step);
+    std::copy(moved, moved + D, average);
 }
 
 }  // namespace
@@ -29,7 +42,8 @@ void move_average(const EmaHead& head, int64_t k, int64_t D, float decay) {
 void ema_update(const EmaHead& head, int64_t K, int64_t D, float decay, float eps, bool cosine,
                 const Parallel& parallel) {
     parallel.over(K, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; k++) move_average(head, k, D, decay);
+        std::vector<float> moved(D);
+        for (int64_t k = begin; k < end; k++) move_average(head, k, D, decay, moved.data());
     });
     if (!head.codes) return;
     double sum = 0;
@@ -39,15 +53,14 @@ void ema_update(const EmaHead& head, int64_t K, int64_t D, float decay, float ep
         std::vector<float> code(D);
         for (int64_t k = begin; k < end; k++) {
             const float smoothed = smoothed_size(head.size[k], total, float(K), eps);
-            float zero = 0;
-            double square = 0;
-            for (int64_t i = 0; i < D; i++) {
-                code[i] = head.average[k * D + i] / smoothed;
-                square += double(code[i]) * code[i];
+            for (int64_t i = 0; i < D; i++) code[i] = head.average[k * D + i] / smoothed;
+            if (cosine) {
+                double square = 0;
+                for (int64_t i = 0; i < D; i++) square += double(code[i]) * code[i];
+                const float norm = float(std::max(std::sqrt(square), kSmallestNorm));
+                for (int64_t i = 0; i < D; i++) code[i] /= norm;
             }
-            const float norm = cosine ? float(std::max(std::sqrt(square), kSmallestNorm)) : 1;
-            for (int64_t i = 0; i < D; i++) zero += 0 * (code[i] /= norm);
-            if (zero == 0) std::copy(code.begin(), code.end(), head.codes + k * D);
+            if (all_finite(code.data(), D)) std::copy(code.begin(), code.end(), head.codes + k * D);
         }
     });
 }

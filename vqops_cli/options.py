@@ -52,7 +52,7 @@ class TrainOptions:
     with a KL loss (a VAE); a Gumbel softmax over --codebook-size codes, cooling down (a discrete VAE)."""
     codebook: Literal["ema", "gradient"] = "ema"
     """How the codes learn: moving averages of the vectors assigned to them, or the gradient of the codebook loss."""
-    steps: int = 1000
+    steps: int = 800
     """Training steps."""
     batch_size: int = 32
     """Images per step, of all processes together where torchrun starts several."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_help_and_refusals_do_not_load_torch(arguments):
         "finally:\n"
         "    print('torch' in sys.modules, 'vqops' in sys.modules)\n"
     )
-    assert run("-c", script).stdout.endswith("False False\n")
+    assert run("-c", script, cwd=Path(__file__).parent).stdout.endswith("False False\n")
 
 
 def test_help_lists_the_commands(capsys):
@@ -68,7 +69,7 @@ def test_missing_extra_is_named(package):
     """In a process of its own, where nothing is imported yet: the package is missed where it is first needed."""
     pytest.importorskip("tyro")
     script = f"import sys; sys.modules[{package!r}] = None; import vqops_cli; sys.exit(vqops_cli.main(['train']))"
-    refused = run("-c", script)
+    refused = run("-c", script, cwd=Path(__file__).parent)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == f"vqops train needs {package}: pip install 'vqops[train]'\n"
 

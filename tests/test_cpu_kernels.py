@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,7 +202,8 @@ print(1024 * (peak()[0] - before), vqops.prepare(codes).packed.numel())
 @pytest.mark.parametrize(("N", "D", "K"), [(65536, 16, 1024), (20000, 128, 4096), (2000, 8, 32768)])
 def test_extra_memory_of_a_search(N, D, K):
     """The packed codebook, 64 bytes a row and 256 KB a thread; as much again for what the allocator rounds up."""
-    result = subprocess.run([sys.executable, "-c", MEMORY, *map(str, (N, D, K))], capture_output=True, text=True)
+    command = [sys.executable, "-c", MEMORY, *map(str, (N, D, K))]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     extra, packed = map(int, result.stdout.split())
     assert extra <= packed + 64 * N + 2 * 256 * 1024

@@ -208,5 +208,6 @@ def test_under_sanitizers():
     environment = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++", "CXXFLAGS": flags}
     files = [str(Path(__file__).with_name(name)) for name in ("test_cuda_kernels.py", "test_cuda_search.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "ascending", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

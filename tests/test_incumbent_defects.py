@@ -5,6 +5,7 @@ Its speed is a matter of the benchmarks, ranks that drift apart of test_quantize
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ print(peak() - before)
 
 def growth(module, training):  # in matrices of N x K float32
     command = [sys.executable, "-c", MEMORY, module, str(training)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / (4 * 8192 * 8192)
+    done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
+    return int(done.stdout) / (4 * 8192 * 8192)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")

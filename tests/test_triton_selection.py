@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from vqops.ops import library
 def run(code: str, **environment) -> str:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=kept | environment, check=True, capture_output=True, text=True).stdout
+    given = {"cwd": Path(__file__).parent, "env": kept | environment}
+    return subprocess.run(command, **given, check=True, capture_output=True, text=True).stdout
 
 
 def test_every_op_has_a_triton_implementation():

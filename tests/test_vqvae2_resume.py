@@ -193,6 +193,7 @@ def test_killed_many_times(data, whole, tmp_path, kills):
         capture_output=True,
         text=True,
         timeout=600,
+        cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

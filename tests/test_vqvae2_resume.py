@@ -225,7 +225,9 @@ def test_what_does_not_fit_the_run_is_refused(data, whole, tmp_path):
     before = {name: (whole / name).read_bytes() for name in os.listdir(whole) if (whole / name).is_file()}
     refused("no run of vqops train is there", data=data, resume=tmp_path)
     refused("has done its 8 steps: name more with --steps", data=data, resume=whole)
+    refused("has done its 8 steps", data=data, resume=whole, strides=(4, 2))  # the default, by name
     refused("--lr is 0.0003 there and cannot change, got 0.1", data=data, resume=whole, lr=0.1, steps=20)
+    refused(r"--strides is \(4, 2\) there and cannot change, got \(8, 2\)", data=data, resume=whole, strides=(8, 2))
     refused("--out .*other is another", data=data, resume=whole, out=tmp_path / "other")
     assert before == {name: (whole / name).read_bytes() for name in before}
 

@@ -112,10 +112,12 @@ def test_cut_off_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypa
     check_same_run(tmp_path / "run", whole)
 
 
-def test_interrupted_run_can_be_resumed_and_lengthened(data, whole, tmp_path, monkeypatch):
-    shorter = train(replace(TINY, data=data, schedule="constant", steps=5, out=tmp_path / "run"))
-    train(replace(TINY, data=data, schedule="constant", resume=shorter))
-    check_same_run(shorter, train(replace(TINY, data=data, schedule="constant", out=tmp_path / "whole")))
+@pytest.mark.parametrize("weight_ema", [0.9, 0.0])
+def test_interrupted_run_can_be_resumed_and_lengthened(data, tmp_path, weight_ema):
+    options = replace(TINY, data=data, schedule="constant", weight_ema=weight_ema)
+    shorter = train(replace(options, steps=5, out=tmp_path / "run"))
+    train(replace(options, resume=shorter))
+    check_same_run(shorter, train(replace(options, out=tmp_path / "whole")))
     assert read_options(shorter / "config.toml", TrainOptions).steps == TINY.steps
 
 

@@ -52,8 +52,8 @@ def test_train_help_lists_every_flag(capsys):
         vqops_cli.main(["train", "--help"])
     assert stop.value.code == 0
     flags = (
-        "preset config data data-key val-data val-key image-size levels bottleneck codebook steps batch-size lr "
-        "schedule warmup grad-clip weight-ema precision seed codebook-size code-dim channels decay commitment "
+        "preset config data data-key val-data val-key image-size levels strides bottleneck codebook steps batch-size "
+        "lr schedule warmup grad-clip weight-ema precision seed codebook-size code-dim channels decay commitment "
         "eval-every checkpoint-every num-workers device out overwrite resume"
     )
     text = capsys.readouterr().out

@@ -15,6 +15,7 @@ from vqops_cli.presets import PRESETS
 
 def test_options_survive_the_file(tmp_path):
     options = TrainOptions(data='a "quoted"\\path', lr=1e-5, levels=3, codebook="gradient", out=Path("runs/ü"))
+    options = replace(options, strides=(2, 4, 2))
     (tmp_path / "x.toml").write_text(written(options))
     assert read_options(tmp_path / "x.toml", TrainOptions) == options
 
@@ -36,6 +37,8 @@ def test_lists_of_words():
     options = parsed("complete", ["run", "--prior", "a", "--images", "x.png", "y.png", "--out", "out"])
     assert options.images == (Path("x.png"), Path("y.png"))
     assert parsed("compare", ["--bottleneck", "none", "vq", "--out", "out"]).bottleneck == ("none", "vq")
+    assert parsed("train", ["--strides", "8", "4", "--steps", "3"]).strides == (8, 4)
+    assert parsed("compare", ["--strides", "8", "--out", "out"]).strides == (8,)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -59,6 +62,8 @@ def test_resume_takes_the_options_of_the_run(tmp_path):
         ("steps = 1.5", "steps must be of another type"),
         ("steps = true", "steps must be of another type"),
         ("levels = 4", "levels must be 1, 2, 3, got 4"),
+        ("strides = [4.0, 2.0]", "strides must be of another type, got 4.0"),
+        ("strides = [4, 6]", "--strides must be 2 numbers, .* of 2, 4, 8 or 16, got 4 6"),
         ("levels = true", "levels must be 1, 2, 3, got True"),
         ("steps = 0", "--steps must be at least 1, got 0"),
     ],

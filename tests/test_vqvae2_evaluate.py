@@ -13,10 +13,11 @@ from PIL import Image
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import compare, evaluate, extract, load_model, load_prior, train, train_prior
+from vqops.vqvae2 import VQVAE2, VQVAE2Config, compare, evaluate, extract, load_model, load_prior, train, train_prior
 from vqops.vqvae2.batches import validation_batches
+from vqops.vqvae2.compare import training_options
 from vqops.vqvae2.images import Images
-from vqops.vqvae2.latents import plane
+from vqops.vqvae2.latents import plane, save_index_maps
 from vqops.vqvae2.measures import measure
 from vqops_cli.evaluate_options import CompareOptions, EvaluateOptions
 from vqops_cli.options import InputError, TrainOptions
@@ -103,8 +104,6 @@ def test_ssim_is_one_for_what_comes_back_unchanged():
         def forward(self, images):
             return self.model(images)._replace(reconstruction=images)
 
-    from vqops.vqvae2 import VQVAE2, VQVAE2Config
-
     model = VQVAE2(VQVAE2Config(channels=8, codebook_size=8, code_dim=4))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     batches = validation_batches(Images.of_array(pixels, "x"), (16, 16), 2, num_workers=0)
@@ -133,6 +132,21 @@ def test_refusals(folder, tmp_path):
     refused("needs labels of", classifier_data=str(folder / "images.npz"), classifier_key="x", label_key=None)
     refused("its classes are none, not 0, 1", classifier_data=str(folder / "images.npz"), classifier_key="x")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strides", [(4, 2), (2, 8)])
+def test_index_maps_cover_images_that_had_to_be_padded(tmp_path, strides):
+    model = VQVAE2(VQVAE2Config(channels=8, codebook_size=8, code_dim=4, strides=strides))
+    save_index_maps(tmp_path / "maps.png", model, torch.zeros(2, 3, 14, 30, dtype=torch.uint8))
+    with Image.open(tmp_path / "maps.png") as image:
+        assert image.size == (2 * (30 * 10 + 4), 4 * (14 * 10 + 4))  # images, reconstructions, top and bottom codes
+
+
+def test_comparison_passes_the_strides_on():
+    options = CompareOptions(Path("out"), levels=2, strides=(8, 4))
+    assert training_options(options).strides == (8, 4)
+    with pytest.raises(InputError, match=r"--strides must be 1 number, .* got 8 4"):
+        CompareOptions(Path("out"), strides=(8, 4))
 
 
 def test_comparison(folder, tmp_path, capsys):

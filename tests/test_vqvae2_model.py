@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 
 from vqops.vqvae2 import VQVAE2, VQVAE2Config, load_model, save_model
+from vqops.vqvae2.checkpoint import KIND, read_file, write_file
 from vqops.vqvae2.model import pad_to_multiple
 from vqops_cli.options import InputError, TrainOptions
 
@@ -39,6 +40,57 @@ def test_any_size_goes_in_and_comes_out(levels, size, image_channels):
 )
 def test_code_sizes(size, levels, expected):
     assert VQVAE2Config(levels=levels).code_sizes(*size) == expected
+
+
+@pytest.mark.parametrize(
+    "strides, size, expected",
+    [
+        ((2,), (33, 16), ((17, 8),)),
+        ((16,), (32, 40), ((2, 3),)),
+        ((8, 4), (32, 50), ((4, 8), (1, 2))),
+        ((2, 4), (29, 35), ((16, 20), (4, 5))),
+        ((2, 2, 4), (17, 30), ((16, 16), (8, 8), (2, 2))),
+    ],
+    ids=str,
+)
+def test_strides_decide_the_code_sizes(strides, size, expected):
+    model = small_model(levels=len(strides), strides=strides)
+    images = torch.rand(4, 3, *size)
+    output = model(images)
+    assert output.reconstruction.shape == images.shape
+    assert tuple(index.shape[1:] for index in output.indices) == model.config.code_sizes(*size) == expected
+    model.eval()
+    decoded = model.decode(model.encode(images))
+    assert decoded.shape[-2:] == tuple(strides[0] * extent for extent in expected[0])
+    assert torch.equal(decoded[..., : size[0], : size[1]], model(images).reconstruction)
+
+
+def test_a_code_stands_beside_all_that_it_covers():
+    model, images = small_model(levels=3, strides=(2, 4, 2)), torch.rand(2, 3, 32, 16)
+    model(images)
+    codes, indices, _ = model.eval().quantize(images)
+    covered = (1, 4, 8)  # bottom codes under a code of each level, along an axis
+    for quantize, index, own, times in zip(model.quantizers, indices, codes.split(4, dim=1), covered, strict=True):
+        chosen = quantize.get_codes_from_indices(index)
+        assert len(chosen.unique()) > 4
+        assert torch.equal(own, chosen.repeat_interleave(times, 2).repeat_interleave(times, 3))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_default_strides(levels):
+    default, named = small_model(levels=levels), small_model(levels=levels, strides=(4, 2, 2)[:levels])
+    for (name, left), (other, right) in zip(default.state_dict().items(), named.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    "levels, strides, got", [(2, (4,), "4"), (1, (4, 2), "4 2"), (2, (4, 3), "4 3"), (1, (1,), "1"), (1, (32,), "32")]
+)
+def test_strides_that_are_refused(levels, strides, got):
+    for kind in (VQVAE2Config, TrainOptions):
+        with pytest.raises(InputError, match=f"{levels} number.* of --levels {levels}, of 2, 4, 8 or 16, got {got}$"):
+            kind(levels=levels, strides=strides)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +164,7 @@ def test_evaluation_updates_nothing_and_training_moves_the_codebook():
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_file_keeps_weights_and_configuration(tmp_path, codebook):
-    model = small_model(levels=3, codebook=codebook, restart_below=(0.5, 0.25, 0.125))
+    model = small_model(levels=3, strides=(2, 4, 2), codebook=codebook, restart_below=(0.5, 0.25, 0.125))
     images = torch.rand(2, 3, 32, 32)
     model(images)
     save_model(tmp_path / "model.safetensors", model, TrainOptions(), step=7)
@@ -120,6 +172,17 @@ def test_file_keeps_weights_and_configuration(tmp_path, codebook):
     assert loaded.config == model.config
     assert not loaded.training
     assert torch.equal(loaded(images).reconstruction, model.eval()(images).reconstruction)
+
+
+def test_file_without_strides_has_the_default(tmp_path):
+    model, path = small_model(strides=(4, 2)), tmp_path / "model.safetensors"
+    images = torch.rand(2, 3, 32, 32)
+    model(images)
+    save_model(path, model.eval(), TrainOptions(), step=7)
+    description, tensors = read_file(path, KIND)
+    del description["model"]["strides"]
+    write_file(path, tensors, description)
+    assert torch.equal(load_model(path)(images).reconstruction, model(images).reconstruction)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -112,10 +112,12 @@ def test_cut_off_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypa
     check_same_run(tmp_path / "run", whole)
 
 
-def test_interrupted_run_can_be_resumed_and_lengthened(data, whole, tmp_path, monkeypatch):
-    shorter = train(replace(TINY, data=data, schedule="constant", steps=5, out=tmp_path / "run"))
-    train(replace(TINY, data=data, schedule="constant", resume=shorter))
-    check_same_run(shorter, train(replace(TINY, data=data, schedule="constant", out=tmp_path / "whole")))
+@pytest.mark.parametrize("weight_ema", [0.9, 0.0])
+def test_interrupted_run_can_be_resumed_and_lengthened(data, tmp_path, weight_ema):
+    options = replace(TINY, data=data, schedule="constant", weight_ema=weight_ema)
+    shorter = train(replace(options, steps=5, out=tmp_path / "run"))
+    train(replace(options, resume=shorter))
+    check_same_run(shorter, train(replace(options, out=tmp_path / "whole")))
     assert read_options(shorter / "config.toml", TrainOptions).steps == TINY.steps
 
 
@@ -226,7 +228,9 @@ def test_what_does_not_fit_the_run_is_refused(data, whole, tmp_path):
     before = {name: (whole / name).read_bytes() for name in os.listdir(whole) if (whole / name).is_file()}
     refused("no run of vqops train is there", data=data, resume=tmp_path)
     refused("has done its 8 steps: name more with --steps", data=data, resume=whole)
+    refused("has done its 8 steps", data=data, resume=whole, strides=(4, 2))  # the default, by name
     refused("--lr is 0.0003 there and cannot change, got 0.1", data=data, resume=whole, lr=0.1, steps=20)
+    refused(r"--strides is \(4, 2\) there and cannot change, got \(8, 2\)", data=data, resume=whole, strides=(8, 2))
     refused("--out .*other is another", data=data, resume=whole, out=tmp_path / "other")
     assert before == {name: (whole / name).read_bytes() for name in before}
 

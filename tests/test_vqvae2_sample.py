@@ -1,5 +1,6 @@
 """`vqops sample` and `vqops complete`, on a whole chain of tiny models: what they write and what they refuse."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,20 @@ from PIL import Image
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import complete, extract, load_model, sample, train, train_prior
+from vqops.vqvae2 import (
+    VQVAE2,
+    VQVAE2Config,
+    complete,
+    evaluate,
+    extract,
+    load_model,
+    load_prior,
+    sample,
+    train,
+    train_prior,
+)
 from vqops.vqvae2.sample import upper_codes
+from vqops_cli.evaluate_options import EvaluateOptions
 from vqops_cli.options import InputError, TrainOptions
 from vqops_cli.prior_options import CompleteOptions, ExtractOptions, SampleOptions, TrainPriorOptions
 
@@ -97,7 +110,37 @@ def test_codes_of_the_upper_half_do_not_depend_on_the_lower(chain):
         assert torch.equal(here, there)
 
 
+def test_other_strides_go_all_the_way(chain, tmp_path):
+    """16 bottom codes a top code, on images that no level divides; every command at work."""
+    data = {"data": str(chain / "images.npz"), "data_key": "x", "device": "cpu"}
+    sizes = {"image_size": 16, "channels": 8, "codebook_size": 8, "code_dim": 4, "strides": (2, 4)}
+    run = train(TrainOptions(**data, **sizes, steps=2, batch_size=16, out=tmp_path / "run"))
+    assert "strides = [2, 4]" in (run / "config.toml").read_text()
+    assert load_model(run).config.level_strides == (2, 4)
+    extract(ExtractOptions(run=run, out=tmp_path / "codes", label_key="y", **data))
+    priors = tuple(tmp_path / level for level in ("bottom", "top"))
+    for prior in priors:
+        options = TrainPriorOptions(tmp_path / "codes", prior.name, prior, steps=2, width=16, layers=1, heads=2)
+        train_prior(replace(options, device="cpu"))
+        assert load_prior(prior)[0].config.sizes == ((8, 8), (2, 2))
+    made = {"run": run, "prior": priors, "device": "cpu"}
+    sample(SampleOptions(**made, count=3, out=tmp_path / "samples"))
+    complete(CompleteOptions(**made, images=(chain / "0.png",), out=tmp_path / "completions"))
+    assert picture(tmp_path / "samples" / "00002.png").shape == picture(tmp_path / "completions" / "0-0.png").shape
+    pixels = torch.zeros(1, 1, 14, 16, dtype=torch.uint8)
+    assert [tuple(codes.shape[1:]) for codes in upper_codes(load_model(run), pixels)] == [(4, 8), (1, 2)]
+    evaluate(EvaluateOptions(run, data["data"], tmp_path / "measured", data_key="x", prior=priors, device="cpu"))
+    named = {row["name"] for row in json.loads((tmp_path / "measured" / "evaluation.json").read_text())}
+    assert {"nats_per_code_bottom", "nats_per_code_top", "prior_bits_per_dim"} <= named
+
+
 # Refused
+
+
+def test_one_row_of_top_codes_has_no_half():
+    model = VQVAE2(VQVAE2Config(image_channels=1, channels=8, codebook_size=8, code_dim=4, strides=(4, 4)))
+    with pytest.raises(InputError, match="one row of codes, each over 16 rows of pixels, for images of 14 x 16"):
+        upper_codes(model, torch.zeros(1, 1, 14, 16, dtype=torch.uint8))
 
 
 def test_refusals(chain, tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from vqops_cli.options import DEVICE_PATTERN, DataSource, Key, require
+from vqops_cli.options import DEVICE_PATTERN, DataSource, Key, Strides, level_strides, require
 from vqops_cli.prior_options import Output, Run
 
 Bottleneck = Literal["none", "gaussian", "gumbel", "vq"]
@@ -80,6 +80,8 @@ class CompareOptions:
     """The bottlenecks to compare."""
     levels: Literal[1, 2, 3] = 1
     """Levels of each model."""
+    strides: Strides = ()
+    """What a code covers along an axis at each level, as of `vqops train`."""
     steps: int = 1000
     """Training steps of each model."""
     batch_size: int = 32
@@ -102,3 +104,4 @@ class CompareOptions:
     def __post_init__(self):
         require(self, "bottleneck", self.bottleneck, "at least one of none, gaussian, gumbel, vq")
         require(self, "bottleneck", len(set(self.bottleneck)) == len(self.bottleneck), "different ones")
+        level_strides(self.strides, self.levels)

@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+STRIDES = (2, 4, 8, 16)  # of a level; powers of 2, as each convolution halves
 DEVICE_PATTERN = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 DataSource = Annotated[str | None, arg(metavar="PATH|NAME", help_behavior_hint="")]
 Key = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
 Folder = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")]
+Strides = Annotated[tuple[int, ...], arg(metavar="INT...", help_behavior_hint="(default: 4, then 2 a level)")]
 
 
 class InputError(Exception):
@@ -45,8 +47,10 @@ class TrainOptions:
     image_size: int = 64
     """Train on random crops of this size; images that are no larger are used whole."""
     levels: Literal[1, 2, 3] = 2
-    """2 is VQ-VAE-2, 1 is VQ-VAE. The bottom level has a code per 4 x 4 pixels, each further one a code per 2 x 2 codes
-    of the level below."""
+    """2 is VQ-VAE-2, 1 is VQ-VAE."""
+    strides: Strides = ()
+    """What a code covers along an axis, a number a level from the bottom up: pixels at the bottom, codes of the level
+    below at each further level. Each is 2, 4, 8 or 16; images are padded to a multiple of their product."""
     bottleneck: Literal["vq", "none", "gaussian", "gumbel"] = "vq"
     """What stands between encoder and decoder at each level: vector quantization; nothing (an autoencoder); a Gaussian
     with a KL loss (a VAE); a Gumbel softmax over --codebook-size codes, cooling down (a discrete VAE)."""
@@ -114,6 +118,7 @@ class TrainOptions:
         require(self, "decay", 0 <= self.decay < 1, "at least 0 and below 1")
         require(self, "commitment", 0 <= self.commitment < float("inf"), "at least 0")
         require(self, "levels", self.levels in (1, 2, 3), "1, 2 or 3")
+        level_strides(self.strides, self.levels)
         allowed = "vq, none, gaussian or gumbel"
         require(self, "bottleneck", self.bottleneck in ("vq", "none", "gaussian", "gumbel"), allowed)
         require(self, "codebook", self.codebook in ("ema", "gradient"), "ema or gradient")
@@ -140,3 +145,20 @@ def require(options: object, name: str, holds: object, allowed: str) -> None:
     if not holds:
         flag = "--" + name.replace("_", "-")
         raise InputError(f"{flag} must be {allowed}, got {getattr(options, name)}")
+
+
+def level_strides(strides: tuple[int, ...], levels: int) -> tuple[int, ...]:
+    """The strides as given, or those of () by default: 4 at the bottom, 2 at each further level.
+
+    Raises InputError if they are not one of STRIDES for each level.
+    """
+    if not strides:
+        return (4, *[2] * (levels - 1))
+    if len(strides) != levels or not set(strides) <= set(STRIDES):
+        *some, last = map(str, STRIDES)
+        numbers = "1 number" if levels == 1 else f"{levels} numbers"
+        raise InputError(
+            f"--strides must be {numbers}, one for each of --levels {levels}, of {', '.join(some)} or {last}, "
+            f"got {' '.join(map(str, strides))}"
+        )
+    return strides

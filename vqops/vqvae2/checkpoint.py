@@ -41,7 +41,8 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> VQVAE2:
     description, tensors = read_file(path, KIND, device)
     try:
         settings = description["model"]
-        config = VQVAE2Config(**settings | {"restart_below": tuple(settings["restart_below"])})
+        listed = {"restart_below": tuple(settings["restart_below"]), "strides": tuple(settings.get("strides", ()))}
+        config = VQVAE2Config(**settings | listed)  # a file without strides has those of the default
         model = VQVAE2(config).to(device)
         model.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:

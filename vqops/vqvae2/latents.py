@@ -98,10 +98,9 @@ def save_index_maps(path: Path, model: VQVAE2, pixels: Tensor) -> None:  # uint8
     indices = model.eval().encode(as_float(pixels.to(device)))
     random = np.random.default_rng(0).permutation(model.config.codebook_size)  # neighbours in number look different
     rows = [pixels, model.reconstruct(pixels)]
-    for index in reversed(indices):  # top first
+    for index, factor in reversed(list(zip(indices, model.config.pixels_per_code, strict=True))):  # top first
         shades = colormaps["nipy_spectral"](random[index.cpu().numpy()] / max(model.config.codebook_size - 1, 1))
         maps = torch.from_numpy((shades[..., :3] * 255).astype(np.uint8)).permute(0, 3, 1, 2)
-        factor = -(-pixels.shape[-2] // maps.shape[-2])
         maps = maps.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         rows.append(maps[:, :, : pixels.shape[-2], : pixels.shape[-1]])
     coloured = [row.expand(-1, 3, -1, -1) for row in rows]

@@ -5,6 +5,8 @@ van den Oord et al. 2017 (arXiv:1711.00937). Layer sizes and activations are tho
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 
 from vqops import VectorQuantize
 from vqops.vqvae2.bottlenecks import Gaussian, Gumbel, Plain, in_channels
+from vqops_cli.options import level_strides
 
 LEVEL_NAMES = {1: ("bottom",), 2: ("bottom", "top"), 3: ("bottom", "middle", "top")}
-BOTTOM_STRIDE, UPPER_STRIDE = 4, 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class VQVAE2Config:
 
     image_channels: int = 3
     levels: int = 2
+    strides: tuple[int, ...] = ()  # per level: pixels (bottom) or codes of the level below per code, along an axis
     channels: int = 128
     codebook_size: int = 512  # K
     code_dim: int = 64  # D
@@ -36,6 +39,9 @@ class VQVAE2Config:
     restart_below: tuple[float, ...] = ()  # per level: a code with a smaller EMA count is replaced; () for none
     bottleneck: str = "vq"  # or "none", "gaussian", "gumbel"
     image_values: int = 0  # C x H x W of the training images, which the KL of "gaussian" and "gumbel" is shared by
+
+    def __post_init__(self):
+        level_strides(self.strides, self.levels)
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -47,14 +53,20 @@ class VQVAE2Config:
         return self.bottleneck in ("vq", "gumbel")
 
     @property
-    def strides(self) -> tuple[int, ...]:
+    def level_strides(self) -> tuple[int, ...]:
+        """`strides`; 4 at the bottom and 2 at each further level where they are ()."""
+        return level_strides(self.strides, self.levels)
+
+    @property
+    def pixels_per_code(self) -> tuple[int, ...]:
         """Image pixels per code along one axis, for each level."""
-        return tuple(BOTTOM_STRIDE * UPPER_STRIDE**level for level in range(self.levels))
+        return tuple(accumulate(self.level_strides, mul))
 
     def code_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Height and width of each level's codes for an image of this size, once padded to the top level's stride."""
-        top = self.strides[-1]
-        return tuple((-(-height // top) * top // stride, -(-width // top) * top // stride) for stride in self.strides)
+        """Height and width of each level's codes for an image of this size, once padded to whole codes of the top."""
+        top = self.pixels_per_code[-1]
+        height, width = -(-height // top) * top, -(-width // top) * top
+        return tuple((height // pixels, width // pixels) for pixels in self.pixels_per_code)
 
 
 class VQVAE2Output(NamedTuple):
@@ -66,9 +78,10 @@ class VQVAE2Output(NamedTuple):
 class VQVAE2(nn.Module):
     """Images to codes and back, in 1 to 3 levels.
 
-    Level l + 1 reads the features of level l at half the resolution. Quantization goes from the top down: the codes
-    chosen so far are decoded to the next level's resolution and stand beside its features when its own codes are
-    chosen, so a level encodes what the levels above it left out. The image decoder sees the codes of all levels.
+    Level l + 1 reads the features of level l and divides their resolution by its stride. Quantization goes from the top
+    down: the codes chosen so far are decoded to the next level's resolution and stand beside its features when its own
+    codes are chosen, so a level encodes what the levels above it left out. The image decoder sees the codes of all
+    levels.
     """
 
     def __init__(self, config: VQVAE2Config):
@@ -76,16 +89,16 @@ class VQVAE2(nn.Module):
         self.config = config
         C, D, L = config.channels, config.code_dim, config.levels
         self.encoders = nn.ModuleList(
-            encoder(C if level else config.image_channels, C, UPPER_STRIDE if level else BOTTOM_STRIDE)
-            for level in range(L)
+            encoder(C if level else config.image_channels, C, stride)
+            for level, stride in enumerate(config.level_strides)
         )
         out = in_channels(config.bottleneck, D, config.codebook_size)
         self.to_codes = nn.ModuleList(nn.Conv2d(C if level == L - 1 else C + D, out, 1) for level in range(L))
         self.quantizers = nn.ModuleList(quantizer(config, level) for level in range(L))
         # decoders[0] makes the image; decoders[l] what level l - 1 is conditioned on
         self.decoders = nn.ModuleList(
-            decoder((L - level) * D, C, D if level else config.image_channels, UPPER_STRIDE if level else BOTTOM_STRIDE)
-            for level in range(L)
+            decoder((L - level) * D, C, D if level else config.image_channels, stride)
+            for level, stride in enumerate(config.level_strides)
         )
 
     def forward(self, images: Tensor) -> VQVAE2Output:  # [B, C, H, W] in [0, 1], any H and W
@@ -96,7 +109,7 @@ class VQVAE2(nn.Module):
 
     def quantize(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Choose the codes of each level: codes [B, levels * D, h, w] at the bottom's resolution, indices, loss."""
-        features = [pad_to_multiple(images, self.config.strides[-1]) - 0.5]
+        features = [pad_to_multiple(images, self.config.pixels_per_code[-1]) - 0.5]
         for encode in self.encoders:
             features.append(encode(features[-1]))
         codes, indices, codebook_loss = None, [], 0.0
@@ -107,7 +120,7 @@ class VQVAE2(nn.Module):
             # What is quantized stays float32 under autocast: in bfloat16 vectors and codes fall onto few values.
             with torch.autocast(x.device.type, enabled=False):
                 quantized, index, loss = self.quantizers[level](self.to_codes[level](x.float()))
-            codes = quantized if codes is None else torch.cat([quantized, upsample(codes)], dim=1)
+            codes = self.beside(quantized, codes, level)
             if index is not None:
                 indices.insert(0, index)
             codebook_loss = codebook_loss + loss.sum()
@@ -118,12 +131,18 @@ class VQVAE2(nn.Module):
         return self.quantize(images)[1]
 
     def decode(self, indices: tuple[Tensor, ...]) -> Tensor:  # per level [B, h, w]
-        """The images [B, C, 4 h, 4 w] (h, w of the bottom level) that these codes stand for, padding included."""
+        """The images [B, C, s h, s w] (h, w, s of the bottom level) that these codes stand for, padding included."""
         codes = None
-        for quantize, index in reversed(list(zip(self.quantizers, indices, strict=True))):
-            quantized = quantize.get_codes_from_indices(index)
-            codes = quantized if codes is None else torch.cat([quantized, upsample(codes)], dim=1)
+        for level, (quantize, index) in reversed(list(enumerate(zip(self.quantizers, indices, strict=True)))):
+            codes = self.beside(quantize.get_codes_from_indices(index), codes, level)
         return self.decoders[0](codes) + 0.5
+
+    def beside(self, quantized: Tensor, above: Tensor | None, level: int) -> Tensor:
+        """The codes [B, D, h, w] of a level, and beside them those of the levels above, repeated to its resolution."""
+        if above is None:
+            return quantized
+        repeated = F.interpolate(above, scale_factor=self.config.level_strides[level + 1], mode="nearest")
+        return torch.cat([quantized, repeated], dim=1)
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:  # uint8 [B, C, H, W], of any device; the same
@@ -175,33 +194,27 @@ def residual_stack(channels: int) -> list[nn.Module]:
 
 
 def encoder(in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    """[B, in_channels, H, W] to [B, channels, H / stride, W / stride], stride 2 or 4."""
-    half = nn.Conv2d(in_channels, channels // 2, kernel_size=4, stride=2, padding=1)
-    if stride == 2:
-        return nn.Sequential(
-            half, nn.ReLU(), nn.Conv2d(channels // 2, channels, 3, padding=1), *residual_stack(channels)
-        )
-    quarter = nn.Conv2d(channels // 2, channels, kernel_size=4, stride=2, padding=1)
-    return nn.Sequential(
-        half, nn.ReLU(), quarter, nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), *residual_stack(channels)
-    )
+    """[B, in_channels, H, W] to [B, channels, H / stride, W / stride], stride a power of 2 from 2 up."""
+    widths = [in_channels, channels // 2] + [channels] * (halvings(stride) - 1)
+    layers = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], channels, 3, padding=1), *residual_stack(channels))
 
 
 def decoder(in_channels: int, channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """[B, in_channels, H, W] to [B, out_channels, H * stride, W * stride], stride 2 or 4."""
-    head = [nn.Conv2d(in_channels, channels, kernel_size=3, padding=1), *residual_stack(channels)]
-    if stride == 2:
-        return nn.Sequential(*head, nn.ConvTranspose2d(channels, out_channels, kernel_size=4, stride=2, padding=1))
-    return nn.Sequential(
-        *head,
-        nn.ConvTranspose2d(channels, channels // 2, kernel_size=4, stride=2, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(channels // 2, out_channels, kernel_size=4, stride=2, padding=1),
-    )
+    """[B, in_channels, H, W] to [B, out_channels, H * stride, W * stride], stride a power of 2 from 2 up."""
+    layers = [nn.Conv2d(in_channels, channels, kernel_size=3, padding=1), *residual_stack(channels)]
+    widths = [channels] * halvings(stride) + [out_channels]
+    if stride > 2:
+        widths[-2] = channels // 2
+    for before, after in pairwise(widths):
+        layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
-def upsample(codes: Tensor) -> Tensor:  # [B, C, H, W] to [B, C, 2 H, 2 W]
-    return F.interpolate(codes, scale_factor=UPPER_STRIDE, mode="nearest")
+def halvings(stride: int) -> int:
+    return stride.bit_length() - 1
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -60,4 +60,5 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self.values, values)
+        for value, saved in zip(self.values, values, strict=True):
+            value.copy_(saved)

@@ -143,13 +143,19 @@ def read_images(paths: Sequence[Path], channels: int, size: tuple[int, int]) -> 
 
 
 def kept_rows(model: VQVAE2, pixels: Tensor) -> int:
-    """Rows of pixels that whole rows of top codes cover, half of them."""
-    stride = model.config.strides[-1]
-    return model.config.code_sizes(*pixels.shape[-2:])[-1][0] // 2 * stride
+    """Rows of pixels that whole rows of top codes cover, half of them; raises InputError if there is only one."""
+    height, width = pixels.shape[-2:]
+    rows, stride = model.config.code_sizes(height, width)[-1][0], model.config.pixels_per_code[-1]
+    if rows == 1:
+        raise InputError(
+            f"--images: the top level has one row of codes, each over {stride} rows of pixels, "
+            f"for images of {height} x {width}: no half can be kept"
+        )
+    return rows // 2 * stride
 
 
 @torch.no_grad()
-def upper_codes(model: VQVAE2, pixels: Tensor) -> tuple[Tensor, ...]:  # uint8 [B, C, H, W]; per level [B, h // 2, w]
+def upper_codes(model: VQVAE2, pixels: Tensor) -> tuple[Tensor, ...]:  # uint8 [B, C, H, W]; per level [B, rows, w]
     """The codes of the upper half, of an image that holds nothing else: the lower half is its mirror image."""
     rows = kept_rows(model, pixels)
     height = pixels.shape[-2]
@@ -157,7 +163,7 @@ def upper_codes(model: VQVAE2, pixels: Tensor) -> tuple[Tensor, ...]:  # uint8 [
     while mirrored.shape[2] < height:
         mirrored = torch.cat([mirrored, mirrored.flip(2)], dim=2)
     codes = model.encode(as_float(mirrored[:, :, :height]))
-    return tuple(index[:, : rows // stride] for index, stride in zip(codes, model.config.strides, strict=True))
+    return tuple(index[:, : rows // pixels] for index, pixels in zip(codes, model.config.pixels_per_code, strict=True))
 
 
 def write_images(folder: Path, names: list[str], images: Tensor) -> None:  # uint8 [B, C, H, W]

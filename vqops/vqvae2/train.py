@@ -29,7 +29,7 @@ from vqops.vqvae2.screen import Screen
 from vqops.vqvae2.sources import load_images
 from vqops.vqvae2.train_state import TrainState
 from vqops_cli.config import TRANSIENT, read_options, written
-from vqops_cli.options import InputError, TrainOptions
+from vqops_cli.options import InputError, TrainOptions, level_strides
 
 ROW_EVERY = 10  # steps between two rows of metrics
 # The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the
@@ -235,12 +235,18 @@ def continued(options: TrainOptions) -> TrainOptions:
         raise InputError(f"--resume {folder}: no run of vqops train is there (no {run_folder.CONFIG})")
     if options.out not in (None, folder):
         raise InputError(f"--resume {folder} goes on in that folder, --out {options.out} is another")
-    before = read_options(folder / run_folder.CONFIG, TrainOptions)
+    before = with_strides(read_options(folder / run_folder.CONFIG, TrainOptions))
+    now = with_strides(options)
     for name in (field.name for field in fields(TrainOptions) if field.name not in MAY_CHANGE):
-        there, here = getattr(before, name), getattr(options, name)
+        there, here = getattr(before, name), getattr(now, name)
         if there != here:
             raise InputError(f"--resume {folder}: {flag(name)} is {there} there and cannot change, got {here}")
     return replace(options, out=folder)
+
+
+def with_strides(options: TrainOptions) -> TrainOptions:
+    """The same options with the default strides written out."""
+    return replace(options, strides=level_strides(options.strides, options.levels))
 
 
 def flag(name: str) -> str:
@@ -251,6 +257,7 @@ def network_of(options: TrainOptions, image_channels: int, window: tuple[int, in
     config = VQVAE2Config(
         image_channels=image_channels,
         levels=options.levels,
+        strides=level_strides(options.strides, options.levels),
         channels=options.channels,
         codebook_size=options.codebook_size,
         code_dim=options.code_dim,

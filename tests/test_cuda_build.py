@@ -24,10 +24,6 @@ OPS = (
     "quantize_backward",
     "search_statistics",
 )
-CPU_STUB = """
-extern "C" const char* vqops_cpu_compiled() { return "stub"; }
-extern "C" const char* vqops_cpu_instruction_set() { return "stub"; }
-"""
 REGISTERED = """
 import json, torch
 from vqops import _C
@@ -57,7 +53,7 @@ def built(tmp_path_factory):
     shutil.copy(ROOT / "setup.py", source)
     shutil.copytree(ROOT / "vqops", source / "vqops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copytree(ROOT / "csrc", source / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    (source / "csrc/stub.cpp").write_text(CPU_STUB)
+    shutil.copy(ROOT / "tests/native/cpu_stub.cpp", source / "csrc")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "VQOPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "", "PATH": path}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]

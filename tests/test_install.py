@@ -22,12 +22,6 @@ import vqops
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "runs")
 
-STUB = """
-extern "C" const char* vqops_cpu_compiled() { return "stub"; }
-extern "C" const char* vqops_cpu_instruction_set() { return "stub"; }
-extern "C" bool vqops_cpu_pairs() { return false; }
-extern "C" double vqops_cpu_multiply_add_rate() { return 0; }
-"""
 CUDA_KERNEL = """
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
@@ -275,7 +269,7 @@ def small_source(source):
     shutil.rmtree(source / "csrc")
     (source / "csrc").mkdir()
     shutil.copy(ROOT / "csrc/module.cpp", source / "csrc")
-    (source / "csrc/stub.cpp").write_text(STUB)
+    shutil.copy(ROOT / "tests/native/cpu_stub.cpp", source / "csrc")
     return source
 
 

@@ -42,7 +42,8 @@ def test_result_types(kernel, dtype, codebook_dtype):
     assert [t.dtype for t in found] == [dtype, torch.int64, real, torch.int64, torch.float32]
     expected = reference.quantize(x, c, code_sums=True, snapshot=False)
     for a, b in zip(found, expected, strict=False):
-        assert_close(a.cpu(), b, rtol=1e-14 if b.dtype == torch.float64 else 0, atol=0)
+        order_differs = kernel.name == "triton" and b.dtype == torch.float64  # of the additions of an error
+        assert_close(a.cpu(), b, rtol=1e-14 if order_differs else 0, atol=0)
     assert torch.equal(found.quantized.cpu(), c.gather(1, found.indices.cpu()[..., None].expand(-1, -1, 6)).to(dtype))
 
 

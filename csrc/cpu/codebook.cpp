@@ -73,39 +73,40 @@ float choose_centre(const Codes& codes, float* centre) {
     return std::ldexp(1.0f, std::clamp(-std::ilogb(median(norms)), -126, 126));
 }
 
+// Until the panels are packed, their memory and that of `start` and `slack` hold what is known of the codes, by index:
+// so preparation needs no memory beside the packed codebook.
 struct Facts {
-    double key;     // equal for equal codes
-    double radius;  // |c - centre|, scaled; NaN for a code that is not finite
+    explicit Facts(const Packed& packed)
+        : radius(packed.start), key(reinterpret_cast<uint32_t*>(packed.slack)),
+          table(static_cast<int32_t*>(packed.panels)) {}
+
+    float* radius;   // |c - centre|, scaled; NaN for a code that is not finite, kRepeat for one that repeats another
+    uint32_t* key;   // equal for equal codes
+    int32_t* table;  // of a hash, two entries a code
 };
+constexpr float kRepeat = -1;
 
 // Marks codes that repeat a code of lower index; they can never be chosen, and many of them would fill every list of
-// candidates. Open addressing on the keys; ascending order makes the lowest index the one that stays.
-std::vector<bool> repeated(const Codes& codes, const std::vector<Facts>& facts) {
-    int64_t size = 16;
-    while (size < 2 * codes.K) size *= 2;
-    std::vector<int32_t> table(size, -1);
-    std::vector<bool> marks(codes.K, false);
+// candidates. Chains of codes by key; ascending order makes the lowest index the one that stays.
+void mark_repeats(const Codes& codes, const Facts& facts) {
+    int64_t size = 1;
+    while (2 * size <= codes.K) size *= 2;
+    int32_t *const heads = facts.table, *const next = facts.table + size;
+    std::fill(heads, heads + size, -1);
     std::vector<double> one(codes.D), other(codes.D);
     for (int64_t k = 0; k < codes.K; k++) {
-        if (std::isnan(facts[k].radius)) continue;
-        uint64_t bits;
-        std::memcpy(&bits, &facts[k].key, 8);
-        for (uint64_t slot = (bits * 0x9e3779b97f4a7c15u) >> 20;; slot++) {
-            int32_t& held = table[slot & uint64_t(size - 1)];
-            if (held < 0) {
-                held = int32_t(k);
-                break;
-            }
-            if (facts[held].key != facts[k].key) continue;
+        if (std::isnan(facts.radius[k])) continue;
+        int32_t& head = heads[facts.key[k] & uint32_t(size - 1)];
+        int32_t held = head;
+        for (; held >= 0; held = next[held]) {
+            if (facts.key[held] != facts.key[k]) continue;
             codes.read(k, one.data());
             codes.read(held, other.data());
-            if (one == other) {
-                marks[k] = true;
-                break;
-            }
+            if (one == other) break;
         }
+        if (held >= 0) facts.radius[k] = kRepeat;
+        else next[k] = head, head = int32_t(k);
     }
-    return marks;
 }
 
 // One thread's packing of panels: the codes of a panel as the screening pass takes rows, then turned.
@@ -192,7 +193,7 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
         weights.data[i] = 0x1p-20 * (1 + std::fmod(double(i + 1) * 0.6180339887498949, 1.0));
         centre.data[i] = packed.centre[i];
     }
-    std::vector<Facts> facts(K);
+    const Facts facts(packed);
     parallel.over(K, [&](int64_t begin, int64_t end) {
         const DefaultFloatMode mode;
         const AlignedRow row(D);
@@ -202,40 +203,46 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
         for (int64_t k = begin; k < end; k++) {
             codes.read(k, row.data);
             CodeFacts measured = measure();
-            facts[k] = {measured.key + 0.0, std::nan("")};  // -0 and 0 are equal
-            if (!std::isfinite(measured.key)) continue;
+            const double key = measured.key + 0.0;  // -0 and 0 are equal
+            uint64_t bits;
+            std::memcpy(&bits, &key, 8);
+            facts.key[k] = uint32_t((bits * 0x9e3779b97f4a7c15u) >> 32);
+            facts.radius[k] = NAN;
+            if (!std::isfinite(key)) continue;
             if (cosine) {
                 codes.direct(row.data);
                 measured = measure();
             }
-            const double radius = std::sqrt(measured.square);
-            facts[k].radius = std::isnan(radius) ? INFINITY : radius;  // NaN: a cosine code's norm overflowed
+            const float radius = float(std::sqrt(measured.square));
+            facts.radius[k] = std::isnan(radius) ? INFINITY : radius;  // NaN: a cosine code's norm overflowed
         }
     });
 
-    const std::vector<bool> repeat = repeated(codes, facts);
-    std::vector<int32_t> far, repeats;
-    int64_t screened = 0, first = -1;
-    for (int64_t k = 0; k < K; k++) {
-        if (std::isnan(facts[k].radius)) continue;
-        if (first < 0) first = k;
-        if (repeat[k]) repeats.push_back(int32_t(k));
-        else if (facts[k].radius <= kFar) packed.code[screened++] = int32_t(k);
-        else far.push_back(int32_t(k));
-    }
+    mark_repeats(codes, facts);
+    int64_t listed = 0, first = -1;
+    const auto list = [&](const auto& belongs) {
+        const int64_t before = listed;
+        for (int64_t k = 0; k < K; k++)
+            if (belongs(facts.radius[k])) packed.code[listed++] = int32_t(k);
+        return listed - before;
+    };
+    const int64_t screened = list([](float radius) { return radius >= 0 && radius <= kFar; });
+    const int64_t far = list([](float radius) { return radius > kFar; });
+    const int64_t repeats = list([](float radius) { return radius == kRepeat; });
+    std::fill(packed.code + listed, packed.code + round_up(K, 32), 0);
+    for (int64_t k = K; k-- > 0;)
+        if (!std::isnan(facts.radius[k])) first = k;
     // The code that is nearest to a row is likely to be near the centre: with those first, fewer become candidates on
     // the way. Not in few dimensions, where the nearest code lies at the row's own radius.
     if (D >= kManyDimensions)
         std::sort(packed.code, packed.code + screened,
-                  [&](int32_t a, int32_t b) { return facts[a].radius < facts[b].radius; });
-    int32_t* rest = std::copy(far.begin(), far.end(), packed.code + screened);
-    rest = std::copy(repeats.begin(), repeats.end(), rest);
-    std::fill(rest, packed.code + round_up(K, 32), 0);
+                  [&](int32_t a, int32_t b) { return facts.radius[a] < facts.radius[b]; });
+    for (int64_t k = 0; k < screened; k++) packed.slack[k] = facts.radius[packed.code[k]];  // by place from here on
 
     // exactness.md: the coefficient of |c|^2 / 2 in the bound, and the error of the decision.
     const double gamma = 1.01 * double(D + 6) * kUnit;
     const double decided = 1.01 * double(D / 8 + 8) * kDouble;
-    *packed.header = {layout(), cosine, K, D, screened, int64_t(far.size()), int64_t(repeats.size()),
+    *packed.header = {layout(), cosine, K, D, screened, far, repeats,
                       scale, float(cosine ? 4 * double(D + 16) * kDouble : 1.01 * decided), first};
 
     const int64_t width = instructions().codes, codes_held = round_up(K, kMostCodes);
@@ -249,11 +256,11 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
         for (int64_t p = begin; p < end; p++) {
             const int64_t count = std::min(width, screened - p * width);
             for (int64_t j = 0, k = p * width; j < count; j++, k++) {
-                radii[j] = facts[packed.code[k]].radius;
+                radii[j] = packed.slack[k];
                 const double half = cosine ? 0 : radii[j] * radii[j] / 2;
                 const double bound = gamma + 2.02 * decided;
-                packed.start[k] = float(half * (1 - bound - 0x1p-23));
-                packed.slack[k] = float(half * (2 * bound + 0x1p-21));
+                packed.start[k] = float(half * (1 - bound - 0x1p-23 - 0x1p-22));
+                packed.slack[k] = float(half * (2 * bound + 0x1p-20));
             }
             writer.write(packed.code + p * width, radii, count, panels + p * packed.depth * width);
         }

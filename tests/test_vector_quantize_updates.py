@@ -18,6 +18,18 @@ HEADS = {
 }
 
 
+def test_the_decay_can_be_set_between_steps():
+    vq, twin = VectorQuantize(3, 8, decay=0.5), VectorQuantize(3, 8, decay=0.9)
+    twin.load_state_dict(vq.state_dict())
+    vq.decay = 0.9
+    x = torch.randn(40, 3)
+    vq(x), twin(x)
+    assert vq.decay == 0.9 and torch.equal(vq.codebook, twin.codebook)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
+        vq.decay = 1.5
+    assert vq.decay == 0.9
+
+
 def state(vq) -> dict:
     return {name: value.clone() for name, value in vq.state_dict().items()}
 

@@ -192,6 +192,16 @@ class VectorQuantize(nn.Module):
         self._codebook.set_(codes.view(self._codebook.embed.shape))
 
     @property
+    def decay(self) -> float:
+        """Of the moving averages; may be set between steps, for a warm-up."""
+        return self._codebook.decay
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        check_decay(value)
+        self._codebook.decay = value
+
+    @property
     def ema_update(self) -> bool:
         return self._codebook.ema_update
 

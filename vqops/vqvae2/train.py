@@ -177,7 +177,7 @@ def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:
     """
     for bottleneck in model.quantizers:
         if isinstance(bottleneck, VectorQuantize):
-            bottleneck._codebook.decay = min(model.config.decay, (1 + step) / (10 + step))
+            bottleneck.decay = min(model.config.decay, (1 + step) / (10 + step))
         elif isinstance(bottleneck, Gumbel):
             bottleneck.anneal(step / steps)
 

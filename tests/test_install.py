@@ -275,11 +275,16 @@ def small_source(source):
 
 @pytest.fixture
 def target(tmp_path):
-    """A new environment that sees the packages of this one, torch among them, and has no pip."""
+    """A new environment that sees the packages of this one, torch among them, but not its vqops, and has no pip."""
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if "vqops" not in package.name:
+            (seen / package.name).symlink_to(package)
     run_well(sys.executable, "-m", "venv", "--without-pip", tmp_path / "target", cwd=tmp_path)
     python = tmp_path / "target/bin/python"
     site = run_well(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).strip()
-    Path(site, "this.pth").write_text(sysconfig.get_path("purelib"))
+    Path(site, "seen.pth").write_text(str(seen))
     return python
 
 

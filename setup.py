@@ -98,6 +98,7 @@ def extension():
         named = os.environ.get("TORCH_CUDA_ARCH_LIST")  # torch makes flags of it if none of ours has "arch" in it
         nvcc_flags += [] if named else architecture_flags(f"{folder}/bin/nvcc")
         architectures = named or " ".join(re.findall(r",code=(\w+)", " ".join(nvcc_flags)))
+        nvcc_flags += [f"-DVQOPS_WGMMA={int('90a' in architectures.replace('.', ''))}"]
         cuda = f"{toolkit[0]}.{toolkit[1]} for {architectures}"
         link = {"libraries": ["cudart_static", "rt", "pthread", "dl"], "library_dirs": [f"{folder}/lib64"]}
     print(f"vqops: building for torch {torch.__version__} in {torch.__path__[0]}; CUDA {cuda}")

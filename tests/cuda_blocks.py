@@ -15,6 +15,8 @@ SOURCE = Path(__file__).parent / "native" / "cuda_blocks.cpp"
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
 PASSING = ("none", "straight_through", "rotation")
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+# Shared memory of a block, and whether there is wgmma; "float64" leaves no fast pass.
+SEARCHES_ON = {"sm_80": (L(166912), 0), "sm_90a": (L(232448), 1), "sm_120": (L(101376), 0), "float64": (L(0), 0)}
 
 
 class Rows(ctypes.Structure):
@@ -91,14 +93,14 @@ class Kernels:
         )  # fmt: skip
         return quantized, error, counts, sums
 
-    def search(self, x, codebook, k=1, mask=None, metric="euclidean", row_tiles=2, adder=16, distances=False):
+    def search(self, x, codebook, k=1, mask=None, metric="euclidean", on="sm_90a", adder=16, distances=False):
         """Indices, distances or None, and rows by tier."""
         (H, N, D), K = x.shape, codebook.shape[1]
         indices = torch.full((H, N, k), -7)
         found = torch.full((H, N, k), 7, dtype=error_type(x)) if distances else None
         tiers = torch.zeros(4, dtype=torch.int64)
         self.library.search(
-            self.descending, row_tiles, adder, *map(L, (H, N, K, D)), rows(x), rows(codebook), mask_of(mask),
+            self.descending, *SEARCHES_ON[on], adder, *map(L, (H, N, K, D)), rows(x), rows(codebook), mask_of(mask),
             metric == "cosine", pointer(indices), L(k), pointer(found), DTYPES.index(error_type(x)), pointer(tiers),
         )  # fmt: skip
         return indices, found, tiers

@@ -9,17 +9,29 @@
 //     agreed(v)     a value of shared memory, read by all before anybody goes on to change it
 //     registers<T>  one T a thread, that lives across steps: r[thread]
 //     sum<L>        the sum over groups of L neighbours, in a fixed tree, given to each of them; L = 8: distance.h's
+//     fold<L>       the same with any function of two
+//     each_warp(f)  f(thread), then a barrier of each warp's own, for shared memory that one warp alone touches
+//     where(v, f)   f() for the warps of which a thread wants it; no barriers of the block in it
+//     copy_ahead    16 bytes from global to shared memory, in a thread's step; commit_copies() ends a group of copies,
+//                   await<n>() waits for all groups but the last n, then a barrier
 //     multiply_add  a 16 x 8 x 16 product on the tensor cores, whose operands lie in the registers of 32 threads
+//     start_products, finish_products<n>
+//                   a 64 x 128 x 64 product a warpgroup and row tile, from shared memory; all but the last n are done
 // What touches shared memory another thread reads or writes in the same step is wrong.
 #pragma once
 
 #include "../numbers.h"
+#include "wgmma.h"
 
 namespace vqops::cuda {
 
 template <int n>
 struct Doubles {
     double v[n];
+};
+template <int n>
+struct Floats {
+    float v[n];
 };
 
 // A thread's share of the operands and of the result of multiply_add. With g = lane / 4 and t = lane mod 4, two float16
@@ -97,6 +109,94 @@ struct DeviceBlock {
 #pragma unroll
             for (int offset = L / 2; offset > 0; offset /= 2)
                 r.value.v[i] += __shfl_xor_sync(0xffffffff, r.value.v[i], offset);
+#endif
+    }
+
+    template <int L, class T, class F>
+    VQOPS_HOST_DEVICE void fold(Registers<T>& r, F f) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+        for (int offset = L / 2; offset > 0; offset /= 2)
+            r.value = f(r.value, __shfl_xor_sync(0xffffffff, r.value, offset));
+#endif
+    }
+
+    template <int L, int n, class F>
+    VQOPS_HOST_DEVICE void fold(Registers<Floats<n>>& r, F f) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+        for (int i = 0; i < n; i++)
+#pragma unroll
+            for (int offset = L / 2; offset > 0; offset /= 2)
+                r.value.v[i] = f(r.value.v[i], __shfl_xor_sync(0xffffffff, r.value.v[i], offset));
+#endif
+    }
+
+    template <class F>
+    VQOPS_HOST_DEVICE void each_warp(F f) const {
+#ifdef __CUDA_ARCH__
+        f(int(threadIdx.x));
+        __syncwarp();
+#endif
+    }
+
+    template <class F>
+    VQOPS_HOST_DEVICE void where(Registers<int32_t>& wanted, F f) const {
+#ifdef __CUDA_ARCH__
+        if (__any_sync(0xffffffff, wanted.value)) f();
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void copy_ahead(void* to, const void* from) const {
+#ifdef __CUDA_ARCH__
+        const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void commit_copies() const {
+#ifdef __CUDA_ARCH__
+        asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+    }
+
+    // for_wgmma: what threads wrote to shared memory before is visible to start_products behind it.
+    template <int n, bool for_wgmma>
+    VQOPS_HOST_DEVICE void await() const {
+#ifdef __CUDA_ARCH__
+        asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+        if constexpr (for_wgmma) publish_to_wgmma();
+        __syncthreads();
+#endif
+    }
+
+    // c[row_tile] = or += a(thread, row_tile) b^T over 64 dimensions. a and b: 64 and 128 rows of 64 float16, swizzled.
+    template <int rows, class RowsOf>
+    VQOPS_HOST_DEVICE void start_products(Registers<Products<rows, 16>>& c, RowsOf a, const uint16_t* b,
+                                          bool accumulate) const {
+#ifdef __CUDA_ARCH__
+        begin_wgmma();
+        const uint64_t codes = matrix_descriptor(uint32_t(__cvta_generic_to_shared(b)));
+#pragma unroll
+        for (int step = 0; step < 4; step++)
+#pragma unroll
+            for (int i = 0; i < rows; i++) {
+                const uint32_t place = uint32_t(__cvta_generic_to_shared(a(int(threadIdx.x), i)));
+                wgmma_64x128x16(&c.value.v[i][0][0], matrix_descriptor(place) + step * kDescriptorStep,
+                                codes + step * kDescriptorStep, accumulate || step > 0);
+            }
+        commit_wgmma();
+#endif
+    }
+
+    template <int n, int rows>
+    VQOPS_HOST_DEVICE void finish_products(Registers<Products<rows, 16>>& c) const {
+#ifdef __CUDA_ARCH__
+        await_wgmma<n>();
+        if constexpr (n == 0) {
+#pragma unroll
+            for (int i = 0; i < rows; i++) hold_registers(&c.value.v[i][0][0]);
+        }
 #endif
     }
 

@@ -15,7 +15,8 @@
 
 namespace vqops::cuda {
 
-constexpr int kTileCodes = 64;  // codes of a tile of the search; the packed codebook is a multiple of it
+constexpr int kTile = 64;  // codes of a tile as it is stored
+constexpr int kWholeTiles = 128;  // the packed codebook is a multiple of it: two tiles for a product of a warpgroup
 constexpr int kSample = 32;
 constexpr int32_t kUnmarked = 0x7f7f7f7f;  // memset writes it
 
@@ -24,21 +25,63 @@ VQOPS_HOST_DEVICE int64_t round_up(int64_t value, int64_t step) { return (value 
 // Dimensions as stored: whole steps of the loop over them, of 64, 32 or 16.
 VQOPS_HOST_DEVICE int64_t padded(int64_t D) { return D > 32 ? round_up(D, 64) : D > 16 ? 32 : 16; }
 
-// One head.
+// Dimensions of a piece: what a row of shared memory holds, 32, 64 or 128 bytes.
+VQOPS_HOST_DEVICE int piece_of(int64_t width) { return width < 64 ? int(width) : 64; }
+
+// Where shared memory has dimension i of a row, in a piece of `piece` dimensions: the words of 16 bytes of neighbouring
+// rows change places, so that eight rows of a fragment lie in different banks. The 32, 64 and 128-byte swizzles of the
+// PTX manual, which wgmma reads.
+VQOPS_HOST_DEVICE int swizzled(int row, int i, int piece) {
+    const int element = row * piece + i;
+    return element ^ ((element >> 6 & (piece / 8 - 1)) << 3);
+}
+
+// A value of each of a tile's codes, read in twos.
+struct OfCodes {
+    struct alignas(8) Two {
+        float v[2];
+    } two[kTile / 2];
+
+    VQOPS_HOST_DEVICE float& operator[](int c) { return two[c / 2].v[c % 2]; }
+    VQOPS_HOST_DEVICE float operator[](int c) const { return two[c / 2].v[c % 2]; }
+};
+
+// What the bounds of a tile's codes take, see bound.h. The sign of slack, also of a zero, says that a code repeats one of
+// a lower index.
+struct Constants {
+    OfCodes start, slack, radius, unit;
+
+    VQOPS_HOST_DEVICE bool repeats(int c) const { return std::signbit(slack[c]); }
+    VQOPS_HOST_DEVICE float upper(int c, float lower, const RowBound& row) const {
+        return upper_bound(lower, std::fabs(slack[c]), radius[c], row);
+    }
+};
+
+// The largest of a tile.
+struct Most {
+    float radius, slack;
+};
+
+// One head. K' is K rounded up to whole tiles, D' the dimensions as stored.
 struct Packed {
-    float *scale, *worst;                    // [1] twice; worst: the largest relative error of a code (row_bound)
-    float *centre;                           // [D]
-    float *start, *slack, *radius, *unit;    // [K'], see bound.h; K' is K rounded up to whole tiles
-    uint16_t* codes;                         // [K', D'] float16, C / unit
+    float *scale, *worst;  // [1] twice; worst: the largest relative error of a code (row_bound)
+    float* centre;         // [D]
+    Constants* constants;  // [K' / 64]
+    Most* most;            // [K' / 64]
+    uint16_t* codes;       // [K' / 64, pieces, 64, piece] float16, C / unit, a piece as shared memory will have it
 
     VQOPS_HOST_DEVICE static Packed take(Memory& memory, int64_t K, int64_t D) {
-        const int64_t codes = round_up(K, kTileCodes);
+        const int64_t codes = round_up(K, kWholeTiles);
         Packed p;
         p.scale = memory.take<float>(1), p.worst = memory.take<float>(1), p.centre = memory.take<float>(D);
-        p.start = memory.take<float>(codes), p.slack = memory.take<float>(codes);
-        p.radius = memory.take<float>(codes), p.unit = memory.take<float>(codes);
+        p.constants = memory.take<Constants>(codes / kTile), p.most = memory.take<Most>(codes / kTile);
         p.codes = memory.take<uint16_t>(codes * padded(D));
         return p;
+    }
+
+    VQOPS_HOST_DEVICE static int64_t place(int64_t k, int64_t i, int64_t width) {
+        const int piece = piece_of(width);
+        return k / kTile * kTile * width + i / piece * kTile * piece + swizzled(int(k % kTile), int(i % piece), piece);
     }
 
     static int64_t bytes(int64_t K, int64_t D) {
@@ -176,6 +219,10 @@ struct Scale {
             *packed.scale = float(power_of_two(exponent));
             *packed.worst = 0;
         });
+        block.own([&](int t) {  // Pack raises them
+            for (int64_t tile = t; tile < round_up(in.K, kWholeTiles) / kTile; tile += kThreads)
+                packed.most[tile] = {0, 0};
+        });
     }
 };
 
@@ -237,11 +284,11 @@ struct Pack {
     Preparation in;
 
     size_t shared_bytes() const { return 0; }
-    int64_t blocks() const { return in.H * (round_up(in.K, kTileCodes) / kCodes); }
+    int64_t blocks() const { return in.H * (round_up(in.K, kWholeTiles) / kCodes); }
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
-        const uint32_t across = uint32_t(round_up(in.K, kTileCodes) / kCodes), h = uint32_t(block.index) / across;
+        const uint32_t across = uint32_t(round_up(in.K, kWholeTiles) / kCodes), h = uint32_t(block.index) / across;
         const int64_t first = uint32_t(block.index) % across * kCodes, width = padded(in.D);
         const Packed packed = in.head(h);
         auto one = block.template registers<uint32_t>(), two = block.template registers<uint32_t>();
@@ -298,7 +345,7 @@ struct Pack {
                 const Float16 half = rounded<Float16>(scaled);
                 const double e = scaled - real(half);
                 lost[t] += e * e;
-                packed.codes[code_of(t) * width + i] = half.bits;
+                packed.codes[Packed::place(code_of(t), i, width)] = half.bits;
             }
         });
         block.template sum<32>(lost);
@@ -308,23 +355,35 @@ struct Pack {
             const int64_t k = code_of(t);
             const bool finite = k < in.K && divisors[t] == divisors[t];
             const bool repeat = k < in.K && (found[t].v[0] == 0 || found[t].v[1] == 0);
-            packed.start[k] = finite && !repeat ? kAlwaysStart : kAbsentStart;
-            packed.slack[k] = finite && !repeat ? -4 * kAlwaysStart : 0;
-            packed.radius[k] = packed.unit[k] = 0;
-            if (!is_near(t) || repeat) return;
-            const double norm = std::sqrt(found[t].v[2]), half = in.cosine ? 0 : found[t].v[2] / 2;
-            const double unit = power_of_two(unit_exponent(norm));
-            const double error = std::sqrt(lost[t]) * unit * (1 + 0x1p-40) + norm * 0x1p-45 + 0x1p-100 +
-                                 (in.cosine ? double(in.D + 16) * 0x1p-51 : 0);
-            const double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
-            const float radius = float(around * (1 + 0x1p-20));
-            const float worst = float((error + accumulation(width) * (norm + error)) / radius * (1 + 0x1p-20));
-            packed.start[k] = code_start(half, in.D), packed.slack[k] = code_slack(half, in.D);
-            packed.radius[k] = radius, packed.unit[k] = float(unit);
-            int32_t bits;  // positive floats are in the order of their bits
-            memcpy(&bits, &worst, 4);
-            block.raise(reinterpret_cast<int32_t*>(packed.worst), bits);
+            float start = kAbsentStart, slack = 0, radius = 0, unit = 0;
+            if (finite) start = kAlwaysStart, slack = -4 * kAlwaysStart;
+            if (is_near(t)) {
+                const double norm = std::sqrt(found[t].v[2]), half = in.cosine ? 0 : found[t].v[2] / 2;
+                const double power = power_of_two(unit_exponent(norm));
+                const double error = std::sqrt(lost[t]) * power * (1 + 0x1p-40) + norm * 0x1p-45 + 0x1p-100 +
+                                     (in.cosine ? double(in.D + 16) * 0x1p-51 : 0);
+                const double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
+                start = code_start(half, in.D), slack = code_slack(half, in.D);
+                radius = float(around * (1 + 0x1p-20)), unit = float(power);
+                raise(block, packed.worst, float((error + accumulation(width) * (norm + error)) / radius *
+                                                 (1 + 0x1p-20)));
+            }
+            Constants& tile = packed.constants[k / kTile];
+            tile.start[k % kTile] = start, tile.slack[k % kTile] = slack;
+            tile.radius[k % kTile] = radius, tile.unit[k % kTile] = unit;
+            if (repeat) tile.slack[k % kTile] = -slack;
+            raise(block, &packed.most[k / kTile].radius, radius);
+            raise(block, &packed.most[k / kTile].slack, slack);
         });
+    }
+
+private:
+    // Positive floats are in the order of their bits.
+    template <class Block>
+    static VQOPS_HOST_DEVICE void raise(Block& block, float* place, float value) {
+        int32_t bits;
+        memcpy(&bits, &value, 4);
+        block.raise(reinterpret_cast<int32_t*>(place), bits);
     }
 };
 

@@ -17,10 +17,19 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    DeviceBlock block = {int64_t(blockIdx.x)};
-    kernel(block, *reinterpret_cast<typename Kernel::Shared*>(memory));
+constexpr bool kNeedsWgmma = requires { requires Kernel::Cores::kWarpgroups; };
+
+// Blocks of an SM that registers must suffice for; 0: the compiler's choice, which spills where many seem to fit.
+template <class Kernel>
+constexpr int kBlocksAtOnce = requires { typename Kernel::Cores; } ? 1 : 0;
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, kBlocksAtOnce<Kernel>) run(const __grid_constant__ Kernel kernel) {
+    if constexpr (kHasWgmma || !kNeedsWgmma<Kernel>) {  // the others are never launched here
+        extern __shared__ __align__(1024) unsigned char memory[];
+        DeviceBlock block = {int64_t(blockIdx.x)};
+        kernel(block, *reinterpret_cast<typename Kernel::Shared*>(memory));
+    }
 }
 
 // Runs on the device of `on` and its current stream, without a synchronisation.

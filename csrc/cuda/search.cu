@@ -35,15 +35,13 @@ int64_t packed_bytes(const Tensor& codebook) {
     return codebook.size(0) * Packed::bytes(codebook.size(1), codebook.size(2));
 }
 
-// The largest block of Screen that fits the GPU, or 0.
-template <class T>
-int row_tiles(const Screen<T, 2>& two, const Screen<T, 1>& one) {
-    int device = 0, most = 0;
+Abilities abilities() {
+    int device = 0, most = 0, major = 0, minor = 0;
     check(cudaGetDevice(&device), "vqops");
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
-    // Two blocks of an SM hide each other's loads: beyond 256 dimensions only the smaller ones fit twice.
-    if (two.in.D <= 256 && two.shared_bytes() <= size_t(most)) return 2;
-    return one.shared_bytes() <= size_t(most) ? 1 : 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "vqops");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "vqops");
+    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0};
 }
 
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
@@ -72,12 +70,13 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     with_type(rows.dtype, [&](auto typed) {
         using T = decltype(typed);
         const SearchInputs<T> in = {H, N, K, D, rows.as<T>(), rows_of(op, codebook), mask_of(mask), cosine};
-        const Preparation none = preparation(op, codebook, cosine, memory, work.marks);
-        const int tiles = k > 1 || distances ? 0 : row_tiles(Screen<T, 2>{in, out, none}, Screen<T, 1>{in, out, none});
-        const Tensor packed = prepared ? *prepared : gpu.allocate(tiles ? packed_bytes(codebook) : 0);
-        const Preparation codes = preparation(op, codebook, cosine, packed, work.marks);
-        if (tiles && !prepared) pack_codebook(gpu, codes);
-        search(gpu, in, out, codes, tiles);
+        const Abilities able = abilities();
+        Preparation codes = preparation(op, codebook, cosine, memory, work.marks);
+        const bool screened = with_screen(in, out, codes, able, [](const auto&) {});
+        const Tensor packed = prepared ? *prepared : gpu.allocate(screened ? packed_bytes(codebook) : 0);
+        codes.memory = screened ? static_cast<char*>(packed.mutable_data_ptr()) : nullptr;
+        if (screened && !prepared) pack_codebook(gpu, codes);
+        search(gpu, in, out, codes, able);
     });
 }
 

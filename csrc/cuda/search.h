@@ -3,21 +3,56 @@
 
 #include "exhaustive.h"
 #include "screen.h"
+#include "several.h"
 
 namespace vqops::cuda {
 
-// What one search runs. row_tiles: 2 or 1 of Screen, or 0 to compare everything in float64, as several nearest do.
+// What the GPU has.
+struct Abilities {
+    size_t shared_bytes;  // that a block may have
+    bool wgmma;           // and the kernels are compiled for it
+};
+
+// body(kernel) with the fast pass for this depth and k, false if none fits.
+template <class T, class Body>
+bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
+                 const Abilities& abilities, const Body& body) {
+    const int64_t width = padded(in.D);
+    const auto fits = [&](const auto& kernel) {
+        if (kernel.shared_bytes() > abilities.shared_bytes) return false;
+        body(kernel);
+        return true;
+    };
+    if (out.distances) {
+        if (out.k > 32) return false;
+        if (width == 16) return fits(Several<T, 16, 128>{in, out, packed});
+        if (width == 32) return fits(Several<T, 32, 128>{in, out, packed});
+        return fits(Several<T, 64, 128>{in, out, packed}) || fits(Several<T, 64, 96>{in, out, packed});
+    }
+    if (width == 16) return fits(Screen<T, WarpCores<2, 3>, 16>{in, out, packed});
+    if (width == 32) return fits(Screen<T, WarpCores<2, 3>, 32>{in, out, packed});
+    if (abilities.wgmma && width <= 512) {
+        // Two blocks of 128 rows an SM: one multiplies while the other compares. 256 rows where that is not the limit.
+        if (width <= 128) return fits(Screen<T, WarpgroupCores<1, 2, 3>, 64>{in, out, packed});
+        if (width <= 256) return fits(Screen<T, WarpgroupCores<2, 2, 3>, 64>{in, out, packed});
+        return fits(Screen<T, WarpgroupCores<2, 1, 4>, 64>{in, out, packed});
+    }
+    // Two blocks of an SM hide each other's loads: beyond 256 dimensions only the smaller ones fit twice.
+    if (width <= 256 && fits(Screen<T, WarpCores<2, 3>, 64>{in, out, packed})) return true;
+    return fits(Screen<T, WarpCores<1, 2>, 64>{in, out, packed});
+}
+
+// One search. The fast pass takes all rows and Exhaustive those that it leaves, or all where it does not fit or there
+// is no packed codebook.
 template <class Device, class T>
 void search(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
-            int row_tiles) {
-    if (row_tiles != 0 && out.k == 1 && !out.distances) {
+            const Abilities& abilities) {
+    bool screened = false;
+    if (packed.memory) {
         device.fill(out.how_many, 0, in.H * int64_t(sizeof(int32_t)));
-        if (row_tiles == 2) device.launch(Screen<T, 2>{in, out, packed});
-        else device.launch(Screen<T, 1>{in, out, packed});
-        device.launch(Exhaustive<T>{in, out, false});
-    } else {
-        device.launch(Exhaustive<T>{in, out, true});
+        screened = with_screen(in, out, packed, abilities, [&](const auto& kernel) { device.launch(kernel); });
     }
+    device.launch(Exhaustive<T>{in, out, !screened});
 }
 
 }  // namespace vqops::cuda

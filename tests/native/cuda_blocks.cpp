@@ -25,12 +25,16 @@ struct Emulator {
     void launch(const Kernel& kernel) const {
         // Shared memory starts with what the last block left; here with what shows.
         const size_t bytes = std::max<size_t>(kernel.shared_bytes(), sizeof(typename Kernel::Shared));
-        const std::unique_ptr<double[]> memory(new double[(bytes + 7) / 8]);
+        struct alignas(1024) Unit {
+            double poison[128];
+        };
+        std::vector<Unit> memory((bytes + 1023) / 1024);
+        auto* const shared = reinterpret_cast<unsigned char*>(memory.data());
         const int64_t blocks = kernel.blocks();
         for (int64_t i = 0; i < blocks; i++) {
-            std::fill_n(memory.get(), (bytes + 7) / 8, NAN);
-            EmulatedBlock block = {descending ? blocks - 1 - i : i, Kernel::kThreads, descending, adder};
-            kernel(block, *reinterpret_cast<typename Kernel::Shared*>(memory.get()));
+            for (Unit& unit : memory) std::fill_n(unit.poison, 128, NAN);
+            EmulatedBlock block = {descending ? blocks - 1 - i : i, Kernel::kThreads, descending, adder, shared};
+            kernel(block, *reinterpret_cast<typename Kernel::Shared*>(shared));
         }
     }
 
@@ -135,10 +139,10 @@ EXPORT void gradient(int descending, int64_t H, int64_t N, int64_t K, int64_t D,
     });
 }
 
-// row_tiles and adder as in search.h and emulated_block.h.
-EXPORT void search(int descending, int row_tiles, int adder, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
-                   const Rows* codebook, const RowMask* mask, int cosine, int64_t* indices, int64_t k, void* distances,
-                   DType dtype, Count* tiers) {
+// shared_bytes and wgmma as in search.h, 0 bytes to compare everything in float64; adder as in emulated_block.h.
+EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int adder, int64_t H, int64_t N, int64_t K,
+                   int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask, int cosine, int64_t* indices,
+                   int64_t k, void* distances, DType dtype, Count* tiers) {
     Emulator device = {descending != 0, adder};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K);
     std::vector<double> memory(H * bytes / 8, NAN);
@@ -146,59 +150,86 @@ EXPORT void search(int descending, int row_tiles, int adder, int64_t H, int64_t 
     std::vector<uint32_t> left(H * N);
     const Preparation packed = {H, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes,
                                 marks.data(), slots};
-    if (row_tiles) pack_codebook(device, packed);
+    if (shared_bytes) pack_codebook(device, packed);
     const SearchOutputs out = {indices, k, distances, dtype, tiers, left.data(), how_many.data()};
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
-        search(device, SearchInputs<T>{H, N, K, D, x->as<T>(), *codebook, *mask, cosine != 0}, out, packed, row_tiles);
+        search(device, SearchInputs<T>{H, N, K, D, x->as<T>(), *codebook, *mask, cosine != 0}, out, packed,
+               Abilities{size_t(shared_bytes), wgmma != 0});
     });
 }
 
 EXPORT int64_t packed_bytes(int64_t H, int64_t K, int64_t D) { return H * Packed::bytes(K, D); }
 
-// For one head of float32, every pair's bounds as Screen has them, and t in long double: [N, K] each.
+// The rows of a block and their bounds, as Screen has them: float16 of X in units of `unit`.
+struct TakeRows {
+    typedef RowTile<float, WarpCores<1, 1>, 64> Rows;
+    static constexpr int kThreads = Rows::kThreads;
+    typedef Rows::Shared Shared;
+    Rows rows;
+    Packed packed;
+    double* stored;  // [N, width]
+    float* unit;     // [N]
+    RowBound* bound; // [N]
+
+    size_t shared_bytes() const { return sizeof(Shared) + rows.bytes(); }
+    int64_t blocks() const { return (rows.in.N + Rows::kRows - 1) / Rows::kRows; }
+
+    template <class Block>
+    void operator()(Block& block, Shared& shared) const {
+        uint16_t* const x = reinterpret_cast<uint16_t*>(&shared + 1);
+        const int64_t first = block.index * Rows::kRows, width = rows.width();
+        rows.take(block, shared, packed, x, 0, first);
+        for (int r = 0; r < Rows::kRows && first + r < rows.in.N; r++) {
+            for (int64_t i = 0; i < width; i++)
+                stored[(first + r) * width + i] = real(Float16{x[Rows::place(r, int(i))]});
+            unit[first + r] = shared.unit[r], bound[first + r] = shared.bound[r];
+        }
+    }
+};
+
+// For one head of float32 and D > 32, every pair's bounds as Screen has them, and t in long double: [N, K] each.
 EXPORT void bounds(int adder, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, int cosine,
                    double* lower, double* upper, double* exact) {
     const Emulator device = {false, adder};
-    const EmulatedBlock cores = {0, 32, false, adder};
+    const EmulatedBlock cores = {0, 32, false, adder, nullptr};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K), width = padded(D);
-    std::vector<double> memory(bytes / 8, NAN);
+    std::vector<double> memory(bytes / 8, NAN), stored(N * width);
     std::vector<int32_t> marks(2 * slots);
+    std::vector<float> unit(N);
+    std::vector<RowBound> row(N);
     char* const place = reinterpret_cast<char*>(memory.data());
     const Preparation in = {1, K, D, *codebook, cosine != 0, place, bytes, marks.data(), slots};
     pack_codebook(device, in);
     const Packed packed = in.head(0);
-    const double scale = *packed.scale;
+    const SearchInputs<float> given = {1, N, K, D, x->as<float>(), *codebook, RowMask{}, cosine != 0};
+    device.launch(TakeRows{{given}, packed, stored.data(), unit.data(), row.data()});
     for (int64_t n = 0; n < N; n++) {
-        std::vector<double> X(width), stored(width);
-        double square = 0, lost = 0;
-        for (int64_t i = 0; i < D; i++) {
-            const double given = x->at(x->offset(0, n), i);
-            X[i] = cosine ? given : (given - packed.centre[i]) * scale;
-            square += X[i] * X[i];
-        }
-        const double unit = power_of_two(unit_exponent(std::sqrt(square)));
-        for (int64_t i = 0; i < D; i++) {
-            stored[i] = real(rounded<Float16>(X[i] / unit));
-            lost += (X[i] / unit - stored[i]) * (X[i] / unit - stored[i]);
-        }
-        const RowBound row = row_bound(std::sqrt(square), std::sqrt(lost) * unit, *packed.worst, D, cosine);
+        // For cosine, X is x times a power of two, which the largest element tells.
+        double scale = *packed.scale, largest = 0;
+        for (int64_t i = 0; i < D; i++) largest = std::max(largest, std::fabs(x->at(x->offset(0, n), i)));
+        if (cosine) scale = power_of_two(-exponent_of(largest));
         for (int64_t k = 0; k < K; k++) {
+            const Constants& tile = packed.constants[k / kTile];
+            const int c = int(k % kTile);
             float product = 0;
             std::vector<double> code(width);
-            for (int64_t i = 0; i < width; i++) code[i] = real(Float16{packed.codes[k * width + i]});
-            for (int64_t i = 0; i < width; i += adder) product = cores.add_truncated(product, &stored[i], &code[i]);
-            const float low = lower_bound(product, float(unit) * packed.unit[k], packed.start[k],
-                                          packed.radius[k], row.radius);
+            for (int64_t i = 0; i < width; i++) code[i] = real(Float16{packed.codes[Packed::place(k, i, width)]});
+            for (int64_t i = 0; i < width; i += adder)
+                product = cores.add_truncated(product, &stored[n * width + i], &code[i]);
+            const float units = unit[n] * tile.unit[c];
+            const float low = lower_bound(product, units, tile.start[c], tile.radius[c], row[n].radius);
             lower[n * K + k] = low;
-            upper[n * K + k] = upper_bound(low, packed.slack[k], packed.radius[k], row);
+            upper[n * K + k] = tile.upper(c, low, row[n]);
             long double t = 0, norm = 0;
-            const int64_t c = codebook->offset(0, k);
-            for (int64_t i = 0; i < D; i++) norm += static_cast<long double>(codebook->at(c, i)) * codebook->at(c, i);
+            const int64_t place = codebook->offset(0, k);
+            for (int64_t i = 0; i < D; i++)
+                norm += static_cast<long double>(codebook->at(place, i)) * codebook->at(place, i);
             for (int64_t i = 0; i < D; i++) {
-                const long double value = codebook->at(c, i), centre = packed.centre[i];
-                const long double C = cosine ? value / std::sqrt(norm) - centre : (value - centre) * scale;
-                t += (cosine ? 0 : C * C / 2) - X[i] * C;
+                const long double value = codebook->at(place, i), centre = packed.centre[i];
+                const long double C = cosine ? value / std::sqrt(norm) - centre : (value - centre) * *packed.scale;
+                const long double X = (x->at(x->offset(0, n), i) - (cosine ? 0 : centre)) * scale;
+                t += (cosine ? 0 : C * C / 2) - X * C;
             }
             exact[n * K + k] = double(t);
         }

@@ -2,6 +2,7 @@
 // order: a result that depends on the order is a race.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "../../csrc/cuda/block.h"
@@ -12,7 +13,17 @@ struct EmulatedBlock {
     int64_t index;
     int threads;
     bool descending;
-    int adder;  // products that multiply_add adds at once
+    int adder;  // products that the tensor cores add at once
+    const unsigned char* shared;  // address 0 of shared memory
+    std::vector<bool> idle = std::vector<bool>(threads / 32 + 1);  // warps, in where()
+    // Copies and products that are not waited for: a copy lands, and a product of a descending block is made, as late
+    // as possible; what is read before or overwritten after shows.
+    struct Copy {
+        void* to;
+        const void* from;
+    };
+    std::vector<std::vector<Copy>> copies = {{}};
+    std::vector<std::function<void()>> products = {};
 
     template <class T>
     struct Registers {
@@ -27,12 +38,96 @@ struct EmulatedBlock {
 
     template <class F>
     void each(F f) const {
-        for (int i = 0; i < threads; i++) f(descending ? threads - 1 - i : i);
+        for (int i = 0; i < threads; i++) {
+            const int t = descending ? threads - 1 - i : i;
+            if (!idle[t / 32]) f(t);
+        }
     }
 
     template <class F>
     void own(F f) const {
         each(f);
+    }
+
+    template <class F>
+    void each_warp(F f) const {
+        each(f);
+    }
+
+    template <class F>
+    void where(const Registers<int32_t>& wanted, F f) {
+        const std::vector<bool> before = idle;
+        idle.assign(idle.size(), true);
+        for (int t = 0; t < threads; t++)
+            if (wanted.values[t] && !before[t / 32]) idle[t / 32] = false;
+        f();
+        idle = before;
+    }
+
+    void copy_ahead(void* to, const void* from) {
+        memset(to, 0xff, 16);
+        copies.back().push_back({to, from});
+    }
+
+    void commit_copies() { copies.emplace_back(); }
+
+    template <int n, bool for_wgmma>
+    void await() {
+        while (copies.size() > n + 1) {
+            for (const Copy& copy : copies.front()) memcpy(copy.to, copy.from, 16);
+            copies.erase(copies.begin());
+        }
+    }
+
+    // Row r of a matrix as the tensor cores find it by its descriptor, 16 dimensions.
+    void take_row(uint64_t descriptor, int r, double* row) const {
+        const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+        for (int i = 0; i < 16; i++) {
+            const uint32_t address = start + r / 8 * stride + r % 8 * 128 + 2 * i;
+            const uint32_t swizzle = descriptor >> 62 == 1 ? address >> 7 & 7 : 0;
+            uint16_t bits;
+            memcpy(&bits, shared + (address ^ swizzle << 4), 2);
+            row[i] = real(Float16{bits});
+        }
+    }
+
+    template <int rows, class RowsOf>
+    void start_products(Registers<Products<rows, 16>>& c, RowsOf a, const uint16_t* b, bool accumulate) {
+        const auto address = [&](const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - shared); };
+        std::vector<uint32_t> places;
+        for (int t = 0; t < threads; t += 128)
+            for (int i = 0; i < rows; i++) places.push_back(address(a(t, i)));
+        const uint64_t codes = matrix_descriptor(address(b));
+        const auto product = [this, &c, places, codes, accumulate] {
+            for (size_t p = 0; p < places.size(); p++)
+                for (int step = 0; step < 4; step++) {
+                    const uint64_t lefts = matrix_descriptor(places[p]) + step * kDescriptorStep;
+                    double left[64][16], right[128][16];
+                    for (int r = 0; r < 64; r++) take_row(lefts, r, left[r]);
+                    for (int r = 0; r < 128; r++) take_row(codes + step * kDescriptorStep, r, right[r]);
+                    for (int t = 0; t < 128; t++) {
+                        auto& v = c.values[p / rows * 128 + t].v[p % rows];
+                        for (int j = 0; j < 16; j++)
+                            for (int e = 0; e < 4; e++) {
+                                const double* const x = left[t / 32 * 16 + t % 32 / 4 + 8 * (e / 2)];
+                                const double* const y = right[8 * j + 2 * (t % 4) + e % 2];
+                                float sum = accumulate || step > 0 ? v[j][e] : 0;
+                                for (int d = 0; d < 16; d += adder) sum = add_truncated(sum, x + d, y + d);
+                                v[j][e] = sum;
+                            }
+                    }
+                }
+        };
+        if (descending) products.push_back(product);
+        else product();
+    }
+
+    template <int n, int rows>
+    void finish_products(Registers<Products<rows, 16>>&) {
+        while (products.size() > n) {
+            products.front()();
+            products.erase(products.begin());
+        }
     }
 
     template <class T>
@@ -45,6 +140,23 @@ struct EmulatedBlock {
         for (int offset = L / 2; offset > 0; offset /= 2) {
             const std::vector<T> old = r.values;
             for (int t = 0; t < threads; t++) r.values[t] = old[t] + old[t ^ offset];
+        }
+    }
+
+    template <int L, class T, class F>
+    void fold(Registers<T>& r, F f) const {
+        for (int offset = L / 2; offset > 0; offset /= 2) {
+            const std::vector<T> old = r.values;
+            for (int t = 0; t < threads; t++) r.values[t] = f(old[t], old[t ^ offset]);
+        }
+    }
+
+    template <int L, int n, class F>
+    void fold(Registers<Floats<n>>& r, F f) const {
+        for (int offset = L / 2; offset > 0; offset /= 2) {
+            const std::vector<Floats<n>> old = r.values;
+            for (int t = 0; t < threads; t++)
+                for (int i = 0; i < n; i++) r.values[t].v[i] = f(old[t].v[i], old[t ^ offset].v[i]);
         }
     }
 

@@ -1,0 +1,116 @@
+// The codes of a head on their way through shared memory and the tensor cores, and their products with a block's rows.
+//
+// A stage is 64 or 128 codes by 64 dimensions, 256 or 128 codes where a code has 16 or 32. Stages are copied ahead of
+// the products, by cp.async; one barrier a stage. Bytes: the packed codes once a block, from L2.
+#pragma once
+
+#include "codebook.h"
+#include "cores.h"
+
+namespace vqops::cuda {
+
+template <class Cores, int kPiece>
+struct CodeTiles {
+    static constexpr int kThreads = Cores::kThreads, kRowTiles = Cores::kRowTiles, kCodeTiles = Cores::kCodes / 8;
+    static constexpr int kTiles = Cores::kWarpgroups ? 1 : 64 / kPiece;  // products of a stage, one after the other
+    static constexpr int kStored = kTiles * Cores::kCodes / kTile;       // tiles of a stage, as they are stored
+    static constexpr int kAhead = Cores::kStages - Cores::kLag;
+    static_assert(!Cores::kWarpgroups || kPiece == 64);
+
+    struct alignas(1024) Stage {  // wgmma counts its swizzle from multiples of 1024
+        uint16_t codes[kStored * kTile * kPiece];
+        Constants constants[kStored];
+    };
+    typedef Products<kRowTiles, kCodeTiles> Product;
+
+    Packed packed;
+    int64_t K, width;
+
+    // use(first, constants, products) for the products of all rows with Cores::kCodes codes from `first`.
+    template <class Block, class Use>
+    VQOPS_HOST_DEVICE void each(Block& block, Stage* stages, const uint16_t* x, Use use) const {
+        const int pieces = int(width / kPiece), tiles = int((K + Cores::kCodes - 1) / Cores::kCodes);
+        const int steps = (tiles + kTiles - 1) / kTiles * pieces;
+        auto products = block.template registers<Product>();
+        auto left = block.template registers<Left<kRowTiles>>();
+        auto right = block.template registers<Right<kCodeTiles>>();
+        for (int step = 0; step < kAhead; step++) fetch(block, stages, step, steps, pieces);
+        for (int step = 0, piece = 0, tile = 0; step < steps; step++) {
+            block.template await<kAhead - 1, Cores::kWarpgroups>();
+            fetch(block, stages, step + kAhead, steps, pieces);
+            const Stage& stage = stages[step % Cores::kStages];
+            const bool last = piece == pieces - 1;
+            for (int i = 0; i < kTiles && tile + i < tiles; i++) {
+                if constexpr (Cores::kWarpgroups) {
+                    const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
+                    const auto rows_of = [&](int t, int tile) { return rows + Cores::group_row(t, tile) * kPiece; };
+                    block.start_products(products, rows_of, stage.codes, piece != 0);
+                    if (last) block.template finish_products<0>(products);
+                    else block.template finish_products<1>(products);
+                } else {
+                    if (piece == 0) block.own([&](int t) { products[t] = {}; });
+                    for (int depth = 0; depth < kPiece; depth += 16) {
+                        block.own([&](int t) {
+                            if (kPiece > 16 || (step == 0 && i == 0))  // else they stay in registers
+                                take_rows(x + piece * Cores::kRows * kPiece, t, depth, left[t]);
+                            take_codes(stage.codes + i * kTile * kPiece, t, depth, right[t]);
+                        });
+                        block.multiply_add(products, left, right);
+                    }
+                }
+                if (last) use((tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
+            }
+            piece = last ? 0 : piece + 1;
+            if (last) tile += kTiles;
+        }
+        block.each([](int) {});  // the stages are free for something else
+    }
+
+private:
+    static constexpr int kWords = kTile * kPiece / 8;  // of 16 bytes, of a piece of a stored tile
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void fetch(Block& block, Stage* stages, int step, int steps, int pieces) const {
+        if (step < steps) {
+            Stage& stage = stages[step % Cores::kStages];
+            const int64_t first = int64_t(step / pieces) * kStored, piece = step % pieces;
+            const int64_t stored = round_up(K, kWholeTiles) / kTile;
+            block.own([&](int t) {
+                for (int word = t; word < kStored * kWords; word += kThreads) {
+                    const int64_t tile = first + word / kWords, from = (tile * pieces + piece) * kWords + word % kWords;
+                    if (tile < stored) block.copy_ahead(stage.codes + word * 8, packed.codes + from * 8);
+                }
+                constexpr int kConstants = sizeof(Constants) / 16;
+                for (int word = t; word < kStored * kConstants && piece == pieces - 1; word += kThreads) {
+                    char* const to = reinterpret_cast<char*>(stage.constants);
+                    const char* const from = reinterpret_cast<const char*>(packed.constants + first);
+                    if (first + word / kConstants < stored) block.copy_ahead(to + word * 16, from + word * 16);
+                }
+            });
+        }
+        block.commit_copies();
+    }
+
+    static VQOPS_HOST_DEVICE uint32_t two(const uint16_t* place) { return *reinterpret_cast<const uint32_t*>(place); }
+
+    static VQOPS_HOST_DEVICE void take_rows(const uint16_t* x, int t, int depth, Left<kRowTiles>& left) {
+        const int g = t % 32 / 4, d = depth + t % 4 * 2;
+        VQOPS_UNROLL(2)
+        for (int i = 0; i < kRowTiles; i++) {
+            const int r = Cores::row_of(t, i) + g;
+            left.v[i][0] = two(x + swizzled(r, d, kPiece)), left.v[i][1] = two(x + swizzled(r + 8, d, kPiece));
+            left.v[i][2] = two(x + swizzled(r, d + 8, kPiece)), left.v[i][3] = two(x + swizzled(r + 8, d + 8, kPiece));
+        }
+    }
+
+    static VQOPS_HOST_DEVICE void take_codes(const uint16_t* codes, int t, int depth, Right<kCodeTiles>& right) {
+        const int g = t % 32 / 4, d = depth + t % 4 * 2;
+        VQOPS_UNROLL(8)
+        for (int j = 0; j < kCodeTiles; j++) {
+            right.v[j][0] = two(codes + swizzled(j * 8 + g, d, kPiece));
+            right.v[j][1] = two(codes + swizzled(j * 8 + g, d + 8, kPiece));
+        }
+    }
+};
+
+}  // namespace vqops::cuda

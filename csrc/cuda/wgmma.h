@@ -1,0 +1,78 @@
+// The products of a warpgroup, which sm_90a alone has; names and layouts as in the PTX manual, "Asynchronous Warpgroup
+// Level Matrix Instructions". Never run on a GPU.
+#pragma once
+
+#include "../host_device.h"
+
+namespace vqops::cuda {
+
+// Where a matrix lies in shared memory: rows of 128 bytes with the 128-byte swizzle, K-major. Bits 0 to 13: address,
+// 16 to 29: leading offset, of no meaning with this swizzle; 32 to 45: from 8 rows to the next 8; 62 and 63: swizzle.
+// Addresses and offsets in units of 16 bytes; the first row lies at a multiple of 1024.
+VQOPS_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address) {
+    return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+constexpr uint64_t kDescriptorStep = 2;  // the next 16 dimensions, 32 bytes on
+
+#if VQOPS_WGMMA && defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "sm_90 beside or in place of sm_90a: a Hopper GPU would run kernels without wgmma"
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr bool kHasWgmma = true;
+
+__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void begin_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int n>
+__device__ __forceinline__ void await_wgmma() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
+}
+
+#define VQOPS_FLOATS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define VQOPS_FLOATS_16(d, i) \
+    VQOPS_FLOATS_4(d, i), VQOPS_FLOATS_4(d, i + 4), VQOPS_FLOATS_4(d, i + 8), VQOPS_FLOATS_4(d, i + 12)
+#define VQOPS_FLOATS_64(d) \
+    VQOPS_FLOATS_16(d, 0), VQOPS_FLOATS_16(d, 16), VQOPS_FLOATS_16(d, 32), VQOPS_FLOATS_16(d, 48)
+
+// d = or += a b^T for 64 rows, 128 codes and 16 dimensions; d as Products<1, 16>.
+__device__ __forceinline__ void wgmma_64x128x16(float* d, uint64_t a, uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, p, 1, 1, 0, 0;\n"
+        "}\n"
+        : VQOPS_FLOATS_64(d)
+        : "l"(a), "l"(b), "r"(int32_t(accumulate)));
+}
+
+// Nobody reads the sums before this.
+__device__ __forceinline__ void hold_registers(float* d) { asm volatile("" : VQOPS_FLOATS_64(d)::"memory"); }
+
+#undef VQOPS_FLOATS_4
+#undef VQOPS_FLOATS_16
+#undef VQOPS_FLOATS_64
+
+#elif defined(__CUDACC__)
+
+constexpr bool kHasWgmma = false;
+
+__device__ __forceinline__ void publish_to_wgmma() {}
+__device__ __forceinline__ void begin_wgmma() {}
+__device__ __forceinline__ void commit_wgmma() {}
+template <int n>
+__device__ __forceinline__ void await_wgmma() {}
+__device__ __forceinline__ void wgmma_64x128x16(float*, uint64_t, uint64_t, bool) {}
+__device__ __forceinline__ void hold_registers(float*) {}
+
+#endif
+
+}  // namespace vqops::cuda

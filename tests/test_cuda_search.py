@@ -120,6 +120,18 @@ def test_several_nearest_of_any_dtype(kernels, dtype):
         check_several(kernels, x, codebook, 7)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("left", [1, 2, 9, 130, 400])
+def test_blocks_share_the_codes_of_a_few_rows(kernels, left, metric):
+    """Rows beyond what the fast pass takes, among 2000 codes: from four shares to none."""
+    x, c = torch.randn(2, 400, 6), torch.randn(2, 2000, 6)
+    c[:, 1500:1600] = c[:, 300:400]  # ties between shares
+    x[:, torch.randperm(400)[:left]] *= 1e20
+    x[1, 17] = torch.inf
+    tiers = check(kernels, x, c, metric=metric)
+    assert metric == "cosine" or tiers[2] >= 2 * left - 1
+
+
 @pytest.mark.parametrize("K, D", [(1, 1), (64, 16), (65, 17), (200, 33), (1000, 64), (7, 65), (130, 300)])
 def test_the_fake_kernel_knows_the_packed_size(kernels, K, D):
     assert packed_bytes_on_cuda(3, K, D) == kernels.library.packed_bytes(*map(ctypes.c_int64, (3, K, D)))

@@ -1,6 +1,8 @@
 // Exhaustive: rows against all codes in float64. Never run on a GPU.
 //
-// One block: 8 rows at a time, eight threads a code. k nearest codes take k passes, each for the next one in order.
+// One block: 8 rows at a time, eight threads a code. k nearest codes take k passes, each for the next one in order. A few
+// rows on the list, as is usual, would leave most of the GPU idle: then blocks share their codes, and JoinParts takes the
+// best of each share.
 #pragma once
 
 #include "search_inputs.h"
@@ -11,6 +13,7 @@ template <class T>
 struct Exhaustive {
     static constexpr int kThreads = 256, kRows = 8, kGroups = kThreads / kLanes;
     static constexpr int64_t kMostBlocks = 1024;  // a head; each takes its share of a list whose length it learns
+    static constexpr int64_t kLeastShare = 512;   // codes
 
     struct Shared {
         int64_t offset[kRows];  // of the row; -1: there is none
@@ -20,31 +23,46 @@ struct Exhaustive {
         double costs[kGroups][kRows];
         int32_t indices[kGroups][kRows];
     };
-    struct Best {
-        double cost;
-        int32_t index;
-    };
 
     SearchInputs<T> in;
     SearchOutputs out;
     bool all;  // every row, and not those of the list
 
     size_t shared_bytes() const { return sizeof(Shared); }
+    VQOPS_HOST_DEVICE int64_t most_shares() const {
+        return all || out.k > 1 ? 1 : (in.K + kLeastShare - 1) / kLeastShare;
+    }
     VQOPS_HOST_DEVICE uint32_t across() const {
-        const int64_t most = (in.N + kRows - 1) / kRows;
+        const int64_t most = (in.N + kRows - 1) / kRows * most_shares();
         return uint32_t(most < kMostBlocks ? most : kMostBlocks);
     }
     int64_t blocks() const { return in.H * across(); }
 
+    // By how many blocks the codes of each of `rows` rows are shared.
+    VQOPS_HOST_DEVICE int64_t shares_of(int64_t rows) const {
+        const int64_t fitting = rows > 0 ? parts_of(in.N) / rows : 1, most = most_shares();
+        return fitting < 2 ? 1 : fitting < most ? fitting : most;
+    }
+
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const int64_t h = uint32_t(block.index) / across(), rows = all ? in.N : int64_t(out.how_many[h]);
-        for (int64_t top = uint32_t(block.index) % across() * kRows; top < rows; top += across() * kRows) {
+        const int64_t shares = shares_of(rows), share = round_up((in.K + shares - 1) / shares, kGroups);
+        const int64_t items = (rows + kRows - 1) / kRows * shares;
+        for (int64_t item = uint32_t(block.index) % across(); item < items; item += across()) {
+            const int64_t top = item / shares * kRows, begin = item % shares * share;
+            const int64_t end = begin + share < in.K ? begin + share : in.K;
             take_rows(block, shared, h, top, rows);
             for (int64_t place = 0; place < out.k; place++) {
-                scan(block, shared, h, place);
-                write(block, shared, h, place);
+                scan(block, shared, h, place, begin, end);
+                if (shares == 1) write(block, shared, h, place);
             }
+            if (shares > 1)
+                block.each([&](int r) {
+                    if (r >= kRows || shared.offset[r] < 0) return;
+                    const int32_t index = shared.spoiled[r] ? -1 : shared.index[r];
+                    out.parts[h * parts_of(in.N) + (top + r) * shares + item % shares] = {shared.cost[r], index};
+                });
         }
     }
 
@@ -68,19 +86,20 @@ private:
         });
     }
 
-    // The best code of each row behind the one before: shared.cost and shared.index.
+    // The best code of each row behind the one before, of those from begin to end: shared.cost and shared.index.
     template <class Block>
-    VQOPS_HOST_DEVICE void scan(Block& block, Shared& shared, int64_t h, int64_t place) const {
+    VQOPS_HOST_DEVICE void scan(Block& block, Shared& shared, int64_t h, int64_t place, int64_t begin,
+                                int64_t end) const {
         auto best = block.template registers<Best>();
         auto sums = block.template registers<Doubles<kRows + 2>>();  // rows, 0 * c, c.c
         block.own([&](int t) { best[t] = {0, -1}; });
-        for (int64_t base = 0; base < in.K; base += kGroups) {
+        for (int64_t base = begin; base < end; base += kGroups) {
             block.own([&](int t) {
                 const int64_t k = base + t / kLanes;
                 double* const v = sums[t].v;
                 VQOPS_UNROLL(10)
                 for (int r = 0; r < kRows + 2; r++) v[r] = 0;
-                if (k >= in.K) return;
+                if (k >= end) return;
                 const int64_t code = in.codebook.offset(h, k);
                 for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
                     const double c = in.codebook.at(code, i);
@@ -97,7 +116,7 @@ private:
             block.own([&](int t) {  // lane r of the code's eight threads takes row r
                 const int64_t k = base + t / kLanes;
                 const double* const v = sums[t].v;
-                if (k >= in.K || v[kRows] != 0) return;
+                if (k >= end || v[kRows] != 0) return;
                 double cost = 0;
                 const int row = t % kLanes;
                 VQOPS_UNROLL(8)
@@ -149,6 +168,37 @@ private:
             write_value(out.distances, out.dtype, to, distance);
         });
         block.each([](int) {});
+    }
+};
+
+// A thread a row of the list whose codes were shared: the best of its parts.
+template <class T>
+struct JoinParts {
+    static constexpr int kThreads = 256;
+    struct Shared {};
+    Exhaustive<T> shared_by;
+
+    size_t shared_bytes() const { return 0; }
+    VQOPS_HOST_DEVICE uint32_t across() const {  // two parts a row or more
+        return uint32_t((parts_of(shared_by.in.N) / 2 + kThreads - 1) / kThreads);
+    }
+    int64_t blocks() const { return shared_by.most_shares() > 1 ? shared_by.in.H * across() : 0; }
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
+        const SearchOutputs& out = shared_by.out;
+        const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.how_many[h];
+        const int64_t shares = shared_by.shares_of(rows);
+        block.own([&](int t) {
+            const int64_t place = int64_t(uint32_t(block.index) % across()) * kThreads + t;
+            if (place >= rows || shares == 1) return;
+            const Best* const parts = out.parts + h * parts_of(N) + place * shares;
+            Best best = {0, -1};
+            for (int64_t i = 0; i < shares; i++)
+                if (before(parts[i].cost, parts[i].index, best.cost, best.index)) best = parts[i];
+            out.indices[h * N + out.left[h * N + place]] = best.index;
+            if (out.tiers) block.fetch_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
+        });
     }
 };
 

@@ -5,16 +5,18 @@
 namespace vqops::cuda {
 namespace {
 
-// Marks and lists of a search, beside the packed codebook: 4 bytes a row, 16 to 32 a code.
+// Marks and lists of a search, beside the packed codebook: at most 36 bytes a row, 16 to 32 a code.
 struct SearchWork {
     int32_t *marks = nullptr, *how_many = nullptr;
     uint32_t* left = nullptr;
+    Best* parts = nullptr;
 
     static SearchWork take(Memory& memory, int64_t H, int64_t N, int64_t K) {
         SearchWork work;
         work.marks = memory.take<int32_t>(H * 2 * slots_of(K));
         work.how_many = memory.take<int32_t>(H);
         work.left = memory.take<uint32_t>(H * N);
+        work.parts = memory.take<Best>(H * parts_of(N));
         return work;
     }
 
@@ -65,7 +67,8 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
                                distances ? dtype_of(op, *distances) : DType::float32,
                                reinterpret_cast<Count*>(tiers),
                                work.left,
-                               work.how_many};
+                               work.how_many,
+                               work.parts};
     const Rows rows = rows_of(op, x);
     with_type(rows.dtype, [&](auto typed) {
         using T = decltype(typed);

@@ -52,7 +52,9 @@ void search(const Device& device, const SearchInputs<T>& in, const SearchOutputs
         device.fill(out.how_many, 0, in.H * int64_t(sizeof(int32_t)));
         screened = with_screen(in, out, packed, abilities, [&](const auto& kernel) { device.launch(kernel); });
     }
-    device.launch(Exhaustive<T>{in, out, !screened});
+    const Exhaustive<T> exhaustive = {in, out, !screened};
+    device.launch(exhaustive);
+    device.launch(JoinParts<T>{exhaustive});
 }
 
 }  // namespace vqops::cuda

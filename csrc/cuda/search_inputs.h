@@ -18,6 +18,12 @@ struct SearchInputs {
     bool cosine;
 };
 
+// The nearest of the codes that a block has seen.
+struct Best {
+    double cost;
+    int32_t index;
+};
+
 struct SearchOutputs {
     int64_t* indices;   // [H, N, k]
     int64_t k;
@@ -26,7 +32,11 @@ struct SearchOutputs {
     Count* tiers;       // [kTiers], added to; may be null
     uint32_t* left;     // [H, N] rows for Exhaustive, by head
     int32_t* how_many;  // [H]
+    Best* parts;        // [H, parts_of(N)] of rows whose codes several blocks share
 };
+
+constexpr int64_t kMostParts = 8192;
+constexpr int64_t parts_of(int64_t N) { return 2 * N < kMostParts ? 2 * N : kMostParts; }
 
 // A lane's share of what distance.h adds up: [0] |x - c|^2 or x.c, [1] c.c for cosine.
 template <class T>

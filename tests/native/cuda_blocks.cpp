@@ -148,10 +148,12 @@ EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int adder, i
     std::vector<double> memory(H * bytes / 8, NAN);
     std::vector<int32_t> marks(H * 2 * slots), how_many(H, -1);
     std::vector<uint32_t> left(H * N);
+    std::vector<Best> parts(H * parts_of(N), Best{-1, 0});
     const Preparation packed = {H, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes,
                                 marks.data(), slots};
     if (shared_bytes) pack_codebook(device, packed);
-    const SearchOutputs out = {indices, k, distances, dtype, tiers, left.data(), how_many.data()};
+    const SearchOutputs out = {indices, k, distances, dtype, tiers, left.data(), how_many.data(),
+                               parts.data()};
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         search(device, SearchInputs<T>{H, N, K, D, x->as<T>(), *codebook, *mask, cosine != 0}, out, packed,

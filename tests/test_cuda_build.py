@@ -60,6 +60,8 @@ def built(tmp_path_factory):
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    # A function of the host called on the device is a warning, and the caller's code is left out.
+    assert not [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("csrc") and "warning" in line]
     shutil.copytree(source / "vqops", target / "vqops", dirs_exist_ok=True)
     return target
 

@@ -121,6 +121,19 @@ def test_several_nearest_of_any_dtype(kernels, dtype):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("D, on", [(5, "sm_90a"), (20, "sm_90a"), (64, "sm_90a"), (70, "sm_80"), (300, "sm_120")])
+def test_blocks_share_the_codes_of_all_rows(kernels, D, on, metric):
+    x, c = torch.randn(2, 20, D), torch.randn(2, 1500, D)
+    c[:, 1490:] = c[:, :10]  # ties between shares
+    x[0, :10], x[0, 10, 0] = c[0, :10], torch.nan
+    c[1, 700] = 1e30
+    tiers = check(kernels, x, c, torch.rand(2, 20) > 0.2, metric, on=on, blocks=6)
+    assert tiers[2] == 0 and tiers[:2].sum() > 20
+    x[1], c[1] = 0, 1e-6 * c[1] + 1  # more candidates than a list holds
+    check(kernels, x, c, metric=metric, on=on, blocks=11)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("left", [1, 2, 9, 130, 400])
 def test_blocks_share_the_codes_of_a_few_rows(kernels, left, metric):
     """Rows beyond what the fast pass takes, among 2000 codes: from four shares to none."""

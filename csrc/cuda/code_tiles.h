@@ -25,19 +25,21 @@ struct CodeTiles {
 
     Packed packed;
     int64_t K, width;
+    int64_t share, shares;  // which part of the codes, of how many
 
     // use(first, constants, products) for the products of all rows with Cores::kCodes codes from `first`.
     template <class Block, class Use>
     VQOPS_HOST_DEVICE void each(Block& block, Stage* stages, const uint16_t* x, Use use) const {
         const int pieces = int(width / kPiece), tiles = int((K + Cores::kCodes - 1) / Cores::kCodes);
-        const int steps = (tiles + kTiles - 1) / kTiles * pieces;
+        const int64_t groups = (tiles + kTiles - 1) / kTiles, from = groups * share / shares;
+        const int begin = int(from), steps = int(groups * (share + 1) / shares - from) * pieces;
         auto products = block.template registers<Product>();
         auto left = block.template registers<Left<kRowTiles>>();
         auto right = block.template registers<Right<kCodeTiles>>();
-        for (int step = 0; step < kAhead; step++) fetch(block, stages, step, steps, pieces);
-        for (int step = 0, piece = 0, tile = 0; step < steps; step++) {
+        for (int step = 0; step < kAhead; step++) fetch(block, stages, begin, step, steps, pieces);
+        for (int step = 0, piece = 0, tile = begin * kTiles; step < steps; step++) {
             block.template await<kAhead - 1, Cores::kWarpgroups>();
-            fetch(block, stages, step + kAhead, steps, pieces);
+            fetch(block, stages, begin, step + kAhead, steps, pieces);
             const Stage& stage = stages[step % Cores::kStages];
             const bool last = piece == pieces - 1;
             for (int i = 0; i < kTiles && tile + i < tiles; i++) {
@@ -70,10 +72,10 @@ private:
     static constexpr int kWords = kTile * kPiece / 8;  // of 16 bytes, of a piece of a stored tile
 
     template <class Block>
-    VQOPS_HOST_DEVICE void fetch(Block& block, Stage* stages, int step, int steps, int pieces) const {
+    VQOPS_HOST_DEVICE void fetch(Block& block, Stage* stages, int begin, int step, int steps, int pieces) const {
         if (step < steps) {
             Stage& stage = stages[step % Cores::kStages];
-            const int64_t first = int64_t(step / pieces) * kStored, piece = step % pieces;
+            const int64_t first = int64_t(begin + step / pieces) * kStored, piece = step % pieces;
             const int64_t stored = round_up(K, kWholeTiles) / kTile;
             block.own([&](int t) {
                 for (int word = t; word < kStored * kWords; word += kThreads) {

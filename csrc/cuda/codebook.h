@@ -46,8 +46,8 @@ struct OfCodes {
     VQOPS_HOST_DEVICE float operator[](int c) const { return two[c / 2].v[c % 2]; }
 };
 
-// What the bounds of a tile's codes take, see bound.h. The sign of slack, also of a zero, says that a code repeats one of
-// a lower index.
+// What the bounds of a tile's codes take, see bound.h. The sign of slack, also of a zero, says that a code repeats one
+// of a lower index.
 struct Constants {
     OfCodes start, slack, radius, unit;
 

@@ -1,8 +1,8 @@
 // Exhaustive: rows against all codes in float64. Never run on a GPU.
 //
-// One block: 8 rows at a time, eight threads a code. k nearest codes take k passes, each for the next one in order. A few
-// rows on the list, as is usual, would leave most of the GPU idle: then blocks share their codes, and JoinParts takes the
-// best of each share.
+// One block: 8 rows at a time, eight threads a code. k nearest codes take k passes, each for the next one in order. A
+// few rows on the list, as is usual, would leave most of the GPU idle: then blocks share their codes, and JoinParts
+// takes the best of each share.
 #pragma once
 
 #include "search_inputs.h"
@@ -11,6 +11,7 @@ namespace vqops::cuda {
 
 template <class T>
 struct Exhaustive {
+    static constexpr bool kAllRegisters = true;
     static constexpr int kThreads = 256, kRows = 8, kGroups = kThreads / kLanes;
     static constexpr int64_t kMostBlocks = 1024;  // a head; each takes its share of a list whose length it learns
     static constexpr int64_t kLeastShare = 512;   // codes

@@ -21,7 +21,7 @@ constexpr bool kNeedsWgmma = requires { requires Kernel::Cores::kWarpgroups; };
 
 // Blocks of an SM that registers must suffice for; 0: the compiler's choice, which spills where many seem to fit.
 template <class Kernel>
-constexpr int kBlocksAtOnce = requires { typename Kernel::Cores; } ? 1 : 0;
+constexpr int kBlocksAtOnce = requires { requires Kernel::kAllRegisters; } ? 1 : 0;
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, kBlocksAtOnce<Kernel>) run(const __grid_constant__ Kernel kernel) {

@@ -23,12 +23,10 @@ template <class T, class Cores, int kPiece>
 struct RowTile {
     static constexpr int kThreads = Cores::kThreads, kRows = Cores::kRows;
     typedef typename RealOf<T>::type Real;
-    enum State : int32_t { kSearched, kOutside, kLeft };
-
     struct Shared {
         RowBound bound[kRows];
         float unit[kRows];
-        State state[kRows];
+        Fate fate[kRows];
     };
 
     SearchInputs<T> in;
@@ -94,7 +92,7 @@ struct RowTile {
                 const double norm = std::sqrt(double(square[t])) * upward;
                 const double error = std::sqrt(double(lost[t])) * upward + norm * RealOf<T>::kRounding;
                 const bool searched = fits(t) && norm <= kFarRow;
-                shared.state[r] = searched ? kSearched : exists(t) ? kLeft : kOutside;
+                shared.fate[r] = searched ? kSearched : exists(t) ? kLeft : kOutside;
                 shared.unit[r] = searched ? float(unit) : 0;
                 shared.bound[r] = searched ? row_bound(norm, error, *codes.worst, in.D, in.cosine) : RowBound{};
             });

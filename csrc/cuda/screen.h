@@ -5,15 +5,16 @@
 //   shared        the block's rows as float16; stages of codes, copied ahead; up to 16 candidates a row
 // Each product gives a lower bound of the code's distance (bound.h); the least upper bound so far is the row's
 // threshold. A tile whose least lower bound is above the thresholds of all of a warp's rows is done with: four
-// operations a score. Else its codes below the threshold become candidates. Rows left with one are done; the others are
-// decided in float64, eight threads a pair. Rows with too many go to Exhaustive by way of a list.
-// A row belongs to one warp, so that nothing waits for another warp but the stages do.
+// operations a score. Else its codes below the threshold become candidates, which decide.h decides between.
+// A row belongs to one warp, so that only the stages wait for all warps. Where there are fewer rows than a GPU can work
+// at, blocks share their codes, and JoinLists decides.
 // Bytes: 4 N D read (float32), 8 N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor cores,
 // 4 to 6 N K in the epilogue.
 // The result does not depend on the order of the candidates, since float64 decides (distance.h). Proof: exactness.md.
 // Sizes are guesses from the arithmetic, to be measured.
 #pragma once
 
+#include "decide.h"
 #include "scores.h"
 
 namespace vqops::cuda {
@@ -23,60 +24,60 @@ struct Screen {
     typedef Cores_ Cores;
     typedef CodeTiles<Cores, kPiece> Codes;
     typedef RowTile<T, Cores, kPiece> Rows;
+    static constexpr bool kAllRegisters = true;
     static constexpr int kThreads = Cores::kThreads, kRows = Cores::kRows;
-    static constexpr int kCapacity = 16;  // random and clustered data leave 1 to 3 candidates
-    static constexpr int kPairs = kThreads / kLanes;
+    typedef Decide<T, kThreads, kRows> Decisions;
     typedef ScoresOf<Cores> Scores;
     static constexpr int kOwn = Scores::kOwn;
 
-    struct Decision {
-        double best[kRows], cost[kPairs];
-        int32_t best_code[kRows], pairs;
-        uint16_t pair[kRows * kCapacity];
-    };
     struct Shared {
         union {
             typename Codes::Stage stages[Cores::kStages];
-            Decision decision;  // afterwards
+            typename Decisions::Shared decisions;  // afterwards
         };
         typename Rows::Shared rows;
-        int32_t threshold[kRows];  // ordered(upper bound)
-        int32_t count[kRows];      // more than kCapacity: not all are held
-        int32_t code[kRows][kCapacity];
-        float lower[kRows][kCapacity];
+        Candidates list[kRows];
     };
 
     SearchInputs<T> in;
     SearchOutputs out;
     Preparation packed;
+    int64_t shares;  // blocks that share the codes of the same rows
 
     VQOPS_HOST_DEVICE Rows rows() const { return {in}; }
     size_t shared_bytes() const { return sizeof(Shared) + size_t(rows().bytes()); }
     VQOPS_HOST_DEVICE uint32_t across() const { return uint32_t((in.N + kRows - 1) / kRows); }
-    int64_t blocks() const { return in.H * across(); }
+    int64_t blocks() const { return in.H * shares * across(); }
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        const int64_t h = uint32_t(block.index) / across(), first = int64_t(uint32_t(block.index) % across()) * kRows;
+        const int64_t part = uint32_t(block.index) / across();
+        const int64_t first = int64_t(uint32_t(block.index) % across()) * kRows;
+        const int64_t h = uint32_t(part) / uint32_t(shares), share = part - h * shares;
         const Packed codes = packed.head(h);
         uint16_t* const x = reinterpret_cast<uint16_t*>(&shared + 1);  // [kRows, width] as row_tile.h places them
         rows().take(block, shared.rows, codes, x, h, first);
         block.each([](int) {});
         block.own([&](int t) {
-            for (int r = t; r < kRows; r += kThreads) {
-                const bool searched = shared.rows.state[r] == Rows::kSearched;
-                shared.threshold[r] = ordered(searched ? kAbsentStart * 0x1p-10f : -INFINITY);
-                shared.count[r] = 0;
-            }
+            for (int r = t; r < kRows; r += kThreads) shared.list[r].clear(shared.rows.fate[r]);
         });
-        Codes{codes, in.K, rows().width()}.each(
+        Codes{codes, in.K, rows().width(), share, shares}.each(
             block, shared.stages, x, [&](int code, const Constants* constants, auto& products) {
                 keep_candidates(block, shared, code, constants, codes.most + code / kTile, products);
             });
-        decide(block, shared, h, first);
+        if (shares == 1) Decisions{in, out}.run(block, shared.decisions, shared.list, h, first);
+        else
+            block.own([&](int t) {
+                for (int r = t; r < kRows && first + r < in.N; r += kThreads)
+                    out.lists[part * in.N + first + r] = shared.list[r];
+            });
     }
 
 private:
+    static VQOPS_HOST_DEVICE float threshold_of(const Shared& shared, int t, int own) {
+        return from_ordered(shared.list[Scores::row_of(t, own)].threshold);
+    }
+
     template <class Block, class P>
     VQOPS_HOST_DEVICE void keep_candidates(Block& block, Shared& shared, int first, const Constants* constants,
                                            const Most* most, P& products) const {
@@ -88,7 +89,7 @@ private:
             bool any = false;
             VQOPS_UNROLL(4)
             for (int own = 0; own < kOwn; own++)
-                any = any || least[t].v[own] <= from_ordered(shared.threshold[Scores::row_of(t, own)]);
+                any = any || least[t].v[own] <= threshold_of(shared, t, own);
             wanted[t] = any;
         });
         block.where(wanted, [&] {
@@ -115,97 +116,25 @@ private:
             block.each_warp([&](int t) {
                 VQOPS_UNROLL(4)
                 for (int own = 0; own < kOwn; own++)
-                    limit[t].v[own] = fminf(limit[t].v[own], from_ordered(shared.threshold[Scores::row_of(t, own)]));
+                    limit[t].v[own] = fminf(limit[t].v[own], threshold_of(shared, t, own));
             });
             block.each_warp([&](int t) {
                 Scores::each(t, products[t], [&](int own, int i, int c, float& value) {
                     if (value > limit[t].v[own] || constants[i].repeats(c)) return;
-                    const int r = Scores::row_of(t, own);
-                    block.lower(&shared.threshold[r], ordered(constants[i].upper(c, value, shared.rows.bound[r])));
-                    const int place = block.fetch_add(&shared.count[r], 1);
+                    Candidates& list = shared.list[Scores::row_of(t, own)];
+                    const RowBound& bound = shared.rows.bound[Scores::row_of(t, own)];
+                    block.lower(&list.threshold, ordered(constants[i].upper(c, value, bound)));
+                    const int place = block.fetch_add(&list.count, 1);
                     if (place >= kCapacity) return;
-                    shared.code[r][place] = first + i * kTile + c, shared.lower[r][place] = value;
+                    list.code[place] = first + i * kTile + c, list.lower[place] = value;
                 });
             });
             block.each_warp([&](int t) {
                 for (int own = 0; own < kOwn && t % 4 == 0; own++) {
-                    const int r = Scores::row_of(t, own);
-                    if (shared.count[r] > kCapacity / 2) drop_excluded(shared, r);
+                    Candidates& list = shared.list[Scores::row_of(t, own)];
+                    if (list.count > kCapacity / 2) list.drop_excluded();
                 }
             });
-        });
-    }
-
-    VQOPS_HOST_DEVICE void drop_excluded(Shared& shared, int r) const {
-        if (shared.count[r] > kCapacity) {  // some were not held: the row takes no more
-            shared.threshold[r] = ordered(-INFINITY);
-            return;
-        }
-        const float threshold = from_ordered(shared.threshold[r]);
-        int kept = 0;
-        for (int i = 0; i < shared.count[r]; i++) {
-            if (shared.lower[r][i] > threshold) continue;
-            shared.code[r][kept] = shared.code[r][i];
-            shared.lower[r][kept++] = shared.lower[r][i];
-        }
-        shared.count[r] = kept;
-    }
-
-    // Certified rows are written, rows with several candidates compared in float64, the rest put on the list.
-    template <class Block>
-    VQOPS_HOST_DEVICE void decide(Block& block, Shared& shared, int64_t h, int64_t first) const {
-        Decision& decision = shared.decision;
-        block.each([&](int t) {
-            if (t == 0) decision.pairs = 0;
-        });
-        block.each([&](int t) {
-            for (int r = t; r < kRows; r += kThreads) {
-                if (shared.rows.state[r] != Rows::kSearched) continue;
-                drop_excluded(shared, r);
-                const int count = shared.count[r];
-                decision.best_code[r] = count == 1 ? shared.code[r][0] : -1;
-                if (count > kCapacity) shared.rows.state[r] = Rows::kLeft;
-                if (count < 2 || count > kCapacity) continue;
-                const int place = block.fetch_add(&decision.pairs, count);
-                for (int i = 0; i < count; i++) decision.pair[place + i] = uint16_t(r * kCapacity + i);
-            }
-        });
-        const int pairs = decision.pairs;
-        auto sums = block.template registers<Doubles<2>>();
-        for (int base = 0; base < pairs; base += kPairs) {
-            block.own([&](int t) {
-                sums[t].v[0] = sums[t].v[1] = 0;
-                if (base + t / kLanes >= pairs) return;
-                const int pair = decision.pair[base + t / kLanes], r = pair / kCapacity;
-                const int64_t code = in.codebook.offset(h, shared.code[r][pair % kCapacity]);
-                add_lane(in, in.x.offset(h, first + r), code, t % kLanes, sums[t].v);
-            });
-            block.template sum<kLanes>(sums);
-            block.each([&](int t) {
-                if (t % kLanes == 0)
-                    decision.cost[t / kLanes] = in.cosine ? cosine_cost(sums[t].v[0], sums[t].v[1]) : sums[t].v[0];
-            });
-            block.each([&](int t) {
-                for (int p = 0; p < kPairs && base + p < pairs && t == 0; p++) {
-                    const int pair = decision.pair[base + p], r = pair / kCapacity;
-                    const int32_t code = shared.code[r][pair % kCapacity];
-                    if (!before(decision.cost[p], code, decision.best[r], decision.best_code[r])) continue;
-                    decision.best[r] = decision.cost[p], decision.best_code[r] = code;
-                }
-            });
-        }
-        block.own([&](int t) {
-            for (int r = t; r < kRows && first + r < in.N; r += kThreads) {
-                const auto state = shared.rows.state[r];
-                if (state == Rows::kLeft) {
-                    out.left[h * in.N + block.fetch_add(&out.how_many[h], 1)] = uint32_t(first + r);
-                    continue;
-                }
-                out.indices[h * in.N + first + r] = state == Rows::kOutside ? -1 : decision.best_code[r];
-                if (!out.tiers) continue;
-                const bool none = state == Rows::kOutside || shared.count[r] == 0;
-                block.fetch_add(&out.tiers[none ? kNoCode : shared.count[r] == 1 ? kCertified : kDecided], Count(1));
-            }
         });
     }
 };

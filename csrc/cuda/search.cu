@@ -5,24 +5,27 @@
 namespace vqops::cuda {
 namespace {
 
-// Marks and lists of a search, beside the packed codebook: at most 36 bytes a row, 16 to 32 a code.
+// Marks and lists of a search, beside the packed codebook: at most 36 bytes a row, 16 to 32 a code; 140 bytes a row and
+// share where a GPU has few rows, some megabytes at most.
 struct SearchWork {
     int32_t *marks = nullptr, *how_many = nullptr;
     uint32_t* left = nullptr;
     Best* parts = nullptr;
+    Candidates* lists = nullptr;
 
-    static SearchWork take(Memory& memory, int64_t H, int64_t N, int64_t K) {
+    static SearchWork take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t shares) {
         SearchWork work;
         work.marks = memory.take<int32_t>(H * 2 * slots_of(K));
         work.how_many = memory.take<int32_t>(H);
         work.left = memory.take<uint32_t>(H * N);
         work.parts = memory.take<Best>(H * parts_of(N));
+        work.lists = memory.take<Candidates>(shares > 1 ? H * shares * N : 0);
         return work;
     }
 
-    static int64_t bytes(int64_t H, int64_t N, int64_t K) {
+    static int64_t bytes(int64_t H, int64_t N, int64_t K, int64_t shares) {
         Memory dry;
-        take(dry, H, N, K);
+        take(dry, H, N, K, shares);
         return dry.size;
     }
 };
@@ -38,12 +41,13 @@ int64_t packed_bytes(const Tensor& codebook) {
 }
 
 Abilities abilities() {
-    int device = 0, most = 0, major = 0, minor = 0;
+    int device = 0, most = 0, major = 0, minor = 0, multiprocessors = 0;
     check(cudaGetDevice(&device), "vqops");
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "vqops");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "vqops");
-    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0};
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "vqops");
+    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0, 2 * multiprocessors};
 }
 
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
@@ -58,27 +62,23 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
                     op, ": prepared was made by another implementation or for another codebook");
     if (H * N == 0) return;
     const Gpu gpu(x);
-    const Tensor memory = gpu.allocate(SearchWork::bytes(H, N, K));
-    Memory pieces(memory.mutable_data_ptr());
-    const SearchWork work = SearchWork::take(pieces, H, N, K);
-    const SearchOutputs out = {indices,
-                               k,
-                               distances ? distances->mutable_data_ptr() : nullptr,
-                               distances ? dtype_of(op, *distances) : DType::float32,
-                               reinterpret_cast<Count*>(tiers),
-                               work.left,
-                               work.how_many,
-                               work.parts};
+    SearchOutputs out = {indices, k, distances ? distances->mutable_data_ptr() : nullptr,
+                         distances ? dtype_of(op, *distances) : DType::float32, reinterpret_cast<Count*>(tiers)};
     const Rows rows = rows_of(op, x);
     with_type(rows.dtype, [&](auto typed) {
         using T = decltype(typed);
         const SearchInputs<T> in = {H, N, K, D, rows.as<T>(), rows_of(op, codebook), mask_of(mask), cosine};
         const Abilities able = abilities();
-        Preparation codes = preparation(op, codebook, cosine, memory, work.marks);
-        const bool screened = with_screen(in, out, codes, able, [](const auto&) {});
-        const Tensor packed = prepared ? *prepared : gpu.allocate(screened ? packed_bytes(codebook) : 0);
-        codes.memory = screened ? static_cast<char*>(packed.mutable_data_ptr()) : nullptr;
-        if (screened && !prepared) pack_codebook(gpu, codes);
+        int64_t shares = 0;  // no fast pass fits
+        with_screen(in, out, Preparation{}, able, [&](const auto& kernel) { shares = shares_in(kernel); });
+        const Tensor memory = gpu.allocate(SearchWork::bytes(H, N, K, shares));
+        const Tensor packed = prepared ? *prepared : gpu.allocate(shares ? packed_bytes(codebook) : 0);
+        Memory pieces(memory.mutable_data_ptr());
+        const SearchWork work = SearchWork::take(pieces, H, N, K, shares);
+        out.left = work.left, out.how_many = work.how_many, out.parts = work.parts, out.lists = work.lists;
+        Preparation codes = preparation(op, codebook, cosine, packed, work.marks);
+        if (!shares) codes.memory = nullptr;
+        else if (!prepared) pack_codebook(gpu, codes);
         search(gpu, in, out, codes, able);
     });
 }
@@ -110,9 +110,9 @@ Tensor prepare(const Tensor& codebook, std::string metric) {
     STD_TORCH_CHECK(codebook.size(1) < kUnmarked, op, ": codebook may have up to 2^30 codes");
     const Gpu gpu(codebook);
     Tensor packed = gpu.allocate(packed_bytes(codebook));
-    const Tensor memory = gpu.allocate(SearchWork::bytes(codebook.size(0), 0, codebook.size(1)));
+    const Tensor memory = gpu.allocate(SearchWork::bytes(codebook.size(0), 0, codebook.size(1), 1));
     Memory pieces(memory.mutable_data_ptr());
-    const SearchWork work = SearchWork::take(pieces, codebook.size(0), 0, codebook.size(1));
+    const SearchWork work = SearchWork::take(pieces, codebook.size(0), 0, codebook.size(1), 1);
     pack_codebook(gpu, preparation(op, codebook, cosine, packed, work.marks));
     return packed;
 }

@@ -11,15 +11,32 @@ namespace vqops::cuda {
 struct Abilities {
     size_t shared_bytes;  // that a block may have
     bool wgmma;           // and the kernels are compiled for it
+    int64_t blocks;       // of the search at once, about
 };
+
+// Blocks that share the codes of the same rows, so that a few rows keep a GPU busy too. Each rounds the rows again: a
+// share is four tiles or more.
+template <class Kernel>
+int64_t shares_of(const Kernel& kernel, int64_t blocks) {
+    const int64_t alone = kernel.blocks(), fitting = alone > 0 ? blocks / alone : 1;
+    const int64_t most = kernel.in.K / (4 * Kernel::Cores::kCodes);
+    return most < 2 || fitting < 2 ? 1 : fitting < most ? fitting : most;
+}
+
+template <class Kernel>
+int64_t shares_in(const Kernel& kernel) {
+    if constexpr (requires { kernel.shares; }) return kernel.shares;
+    else return 1;
+}
 
 // body(kernel) with the fast pass for this depth and k, false if none fits.
 template <class T, class Body>
 bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
                  const Abilities& abilities, const Body& body) {
     const int64_t width = padded(in.D);
-    const auto fits = [&](const auto& kernel) {
+    const auto fits = [&](auto kernel) {
         if (kernel.shared_bytes() > abilities.shared_bytes) return false;
+        if constexpr (requires { kernel.shares; }) kernel.shares = shares_of(kernel, abilities.blocks);
         body(kernel);
         return true;
     };
@@ -29,17 +46,17 @@ bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Prep
         if (width == 32) return fits(Several<T, 32, 128>{in, out, packed});
         return fits(Several<T, 64, 128>{in, out, packed}) || fits(Several<T, 64, 96>{in, out, packed});
     }
-    if (width == 16) return fits(Screen<T, WarpCores<2, 3>, 16>{in, out, packed});
-    if (width == 32) return fits(Screen<T, WarpCores<2, 3>, 32>{in, out, packed});
+    if (width == 16) return fits(Screen<T, WarpCores<2, 3>, 16>{in, out, packed, 1});
+    if (width == 32) return fits(Screen<T, WarpCores<2, 3>, 32>{in, out, packed, 1});
     if (abilities.wgmma && width <= 512) {
         // Two blocks of 128 rows an SM: one multiplies while the other compares. 256 rows where that is not the limit.
-        if (width <= 128) return fits(Screen<T, WarpgroupCores<1, 2, 3>, 64>{in, out, packed});
-        if (width <= 256) return fits(Screen<T, WarpgroupCores<2, 2, 3>, 64>{in, out, packed});
-        return fits(Screen<T, WarpgroupCores<2, 1, 4>, 64>{in, out, packed});
+        if (width <= 128) return fits(Screen<T, WarpgroupCores<1, 2, 3>, 64>{in, out, packed, 1});
+        if (width <= 256) return fits(Screen<T, WarpgroupCores<2, 2, 3>, 64>{in, out, packed, 1});
+        return fits(Screen<T, WarpgroupCores<2, 1, 4>, 64>{in, out, packed, 1});
     }
     // Two blocks of an SM hide each other's loads: beyond 256 dimensions only the smaller ones fit twice.
-    if (width <= 256 && fits(Screen<T, WarpCores<2, 3>, 64>{in, out, packed})) return true;
-    return fits(Screen<T, WarpCores<1, 2>, 64>{in, out, packed});
+    if (width <= 256 && fits(Screen<T, WarpCores<2, 3>, 64>{in, out, packed, 1})) return true;
+    return fits(Screen<T, WarpCores<1, 2>, 64>{in, out, packed, 1});
 }
 
 // One search. The fast pass takes all rows and Exhaustive those that it leaves, or all where it does not fit or there
@@ -50,7 +67,10 @@ void search(const Device& device, const SearchInputs<T>& in, const SearchOutputs
     bool screened = false;
     if (packed.memory) {
         device.fill(out.how_many, 0, in.H * int64_t(sizeof(int32_t)));
-        screened = with_screen(in, out, packed, abilities, [&](const auto& kernel) { device.launch(kernel); });
+        screened = with_screen(in, out, packed, abilities, [&](const auto& kernel) {
+            device.launch(kernel);
+            if (shares_in(kernel) > 1) device.launch(JoinLists<T>{in, out, shares_in(kernel)});
+        });
     }
     const Exhaustive<T> exhaustive = {in, out, !screened};
     device.launch(exhaustive);

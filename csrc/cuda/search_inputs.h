@@ -18,6 +18,38 @@ struct SearchInputs {
     bool cosine;
 };
 
+// What becomes of a row in the fast pass: searched, left out, or left to Exhaustive.
+enum Fate : int32_t { kSearched, kOutside, kLeft };
+
+constexpr int kCapacity = 16;  // random and clustered data leave 1 to 3 candidates
+
+// Of a row, which the fast pass leaves.
+struct Candidates {
+    Fate fate;
+    int32_t threshold;  // ordered(upper bound)
+    int32_t count;      // more than kCapacity: not all are held
+    int32_t code[kCapacity];
+    float lower[kCapacity];
+
+    VQOPS_HOST_DEVICE void clear(Fate of_row) {
+        fate = of_row, count = 0;
+        threshold = ordered(of_row == kSearched ? kAbsentStart * 0x1p-10f : -INFINITY);
+    }
+
+    VQOPS_HOST_DEVICE void drop_excluded() {
+        if (count > kCapacity) {  // some were not held: the row takes no more
+            threshold = ordered(-INFINITY);
+            return;
+        }
+        int kept = 0;
+        for (int i = 0; i < count; i++) {
+            if (lower[i] > from_ordered(threshold)) continue;
+            code[kept] = code[i], lower[kept++] = lower[i];
+        }
+        count = kept;
+    }
+};
+
 // The nearest of the codes that a block has seen.
 struct Best {
     double cost;
@@ -32,11 +64,12 @@ struct SearchOutputs {
     Count* tiers;       // [kTiers], added to; may be null
     uint32_t* left;     // [H, N] rows for Exhaustive, by head
     int32_t* how_many;  // [H]
-    Best* parts;        // [H, parts_of(N)] of rows whose codes several blocks share
+    Best* parts;        // [H, parts_of(N)] of rows whose codes several blocks of Exhaustive share
+    Candidates* lists;  // [H, shares, N] of rows whose codes several blocks of Screen share
 };
 
 constexpr int64_t kMostParts = 8192;
-constexpr int64_t parts_of(int64_t N) { return 2 * N < kMostParts ? 2 * N : kMostParts; }
+VQOPS_HOST_DEVICE int64_t parts_of(int64_t N) { return 2 * N < kMostParts ? 2 * N : kMostParts; }
 
 // A lane's share of what distance.h adds up: [0] |x - c|^2 or x.c, [1] c.c for cosine.
 template <class T>

@@ -18,6 +18,7 @@ struct Several {
     typedef CodeTiles<Cores, kPiece> Codes;
     typedef RowTile<T, Cores, kPiece> Rows;
     typedef ScoresOf<Cores> Scores;
+    static constexpr bool kAllRegisters = true;
     static constexpr int kThreads = Cores::kThreads, kRows = Cores::kRows, kOwn = Scores::kOwn;
     static constexpr int kWarps = kThreads / 32, kRowsOfWarp = kRows / kWarps;
     static constexpr int kHeld = kCapacity / 32;  // of a list, by a thread
@@ -56,12 +57,12 @@ struct Several {
         block.each([](int) {});
         block.own([&](int t) {
             for (int r = t; r < kRows; r += kThreads) {
-                const bool searched = shared.rows.state[r] == Rows::kSearched;
+                const bool searched = shared.rows.fate[r] == kSearched;
                 shared.threshold[r] = searched ? kAbsentStart * 0x1p-10f : -INFINITY;
                 shared.count[r] = 0;
             }
         });
-        Codes{codes, in.K, rows().width()}.each(
+        Codes{codes, in.K, rows().width(), 0, 1}.each(
             block, shared.stages, x, [&](int code, const Constants* constants, auto& products) {
                 keep_candidates(block, shared, codes, code, constants, products);
             });
@@ -172,7 +173,7 @@ private:
         auto wanted = block.template registers<int32_t>();
         const auto count_of = [&](int t) {
             const int count = shared.count[row_of(t, r)];
-            return shared.rows.state[row_of(t, r)] != Rows::kSearched || count > kCapacity ? 0 : count;
+            return shared.rows.fate[row_of(t, r)] != kSearched || count > kCapacity ? 0 : count;
         };
         const auto offset = [&](int t) { return in.x.offset(h, first + row_of(t, r)); };
         for (int base = 0; base < kCapacity; base += 32 / kLanes) {
@@ -204,7 +205,7 @@ private:
         block.each_warp([&](int t) {
             const int row = row_of(t, r), count = count_of(t);
             if (first + row >= in.N) return;
-            if (shared.rows.state[row] == Rows::kLeft || shared.count[row] > kCapacity) {
+            if (shared.rows.fate[row] == kLeft || shared.count[row] > kCapacity) {
                 if (t % 32 == 0)
                     out.left[h * in.N + block.fetch_add(&out.how_many[h], 1)] = uint32_t(first + row);
                 return;

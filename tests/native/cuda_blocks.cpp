@@ -139,25 +139,26 @@ EXPORT void gradient(int descending, int64_t H, int64_t N, int64_t K, int64_t D,
     });
 }
 
-// shared_bytes and wgmma as in search.h, 0 bytes to compare everything in float64; adder as in emulated_block.h.
-EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int adder, int64_t H, int64_t N, int64_t K,
-                   int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask, int cosine, int64_t* indices,
-                   int64_t k, void* distances, DType dtype, Count* tiers) {
+// shared_bytes, wgmma and blocks as in search.h, 0 bytes to compare everything in float64; adder as in emulated_block.h
+EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t blocks, int adder, int64_t H, int64_t N,
+                   int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask, int cosine,
+                   int64_t* indices, int64_t k, void* distances, DType dtype, Count* tiers) {
     Emulator device = {descending != 0, adder};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K);
     std::vector<double> memory(H * bytes / 8, NAN);
     std::vector<int32_t> marks(H * 2 * slots), how_many(H, -1);
     std::vector<uint32_t> left(H * N);
     std::vector<Best> parts(H * parts_of(N), Best{-1, 0});
+    std::vector<Candidates> lists(H * (blocks + 1) * N);
     const Preparation packed = {H, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes,
                                 marks.data(), slots};
     if (shared_bytes) pack_codebook(device, packed);
     const SearchOutputs out = {indices, k, distances, dtype, tiers, left.data(), how_many.data(),
-                               parts.data()};
+                               parts.data(), lists.data()};
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         search(device, SearchInputs<T>{H, N, K, D, x->as<T>(), *codebook, *mask, cosine != 0}, out, packed,
-               Abilities{size_t(shared_bytes), wgmma != 0});
+               Abilities{size_t(shared_bytes), wgmma != 0, blocks});
     });
 }
 

@@ -1,0 +1,133 @@
+// The decision between the candidates that the fast pass leaves a row. Never run on a GPU.
+#pragma once
+
+#include "search_inputs.h"
+
+namespace vqops::cuda {
+
+// Certified rows are written, rows with several candidates compared in float64, eight threads a pair, the rest put on
+// the list of Exhaustive.
+template <class T, int kThreads, int kRows>
+struct Decide {
+    static constexpr int kPairs = kThreads / kLanes;
+    struct Shared {
+        double best[kRows], cost[kPairs];
+        int32_t best_code[kRows], pairs;
+        uint16_t pair[kRows * kCapacity];
+    };
+
+    SearchInputs<T> in;
+    SearchOutputs out;
+
+    // lists: in shared memory, of the rows from `first`.
+    template <class Block>
+    VQOPS_HOST_DEVICE void run(Block& block, Shared& shared, Candidates* lists, int64_t h, int64_t first) const {
+        block.each([&](int t) {
+            if (t == 0) shared.pairs = 0;
+        });
+        block.each([&](int t) {
+            for (int r = t; r < kRows; r += kThreads) {
+                Candidates& list = lists[r];
+                if (list.fate != kSearched) continue;
+                list.drop_excluded();
+                shared.best_code[r] = list.count == 1 ? list.code[0] : -1;
+                if (list.count > kCapacity) list.fate = kLeft;
+                if (list.count < 2 || list.count > kCapacity) continue;
+                const int place = block.fetch_add(&shared.pairs, list.count);
+                for (int i = 0; i < list.count; i++) shared.pair[place + i] = uint16_t(r * kCapacity + i);
+            }
+        });
+        const int pairs = shared.pairs;
+        auto sums = block.template registers<Doubles<2>>();
+        for (int base = 0; base < pairs; base += kPairs) {
+            block.own([&](int t) {
+                sums[t].v[0] = sums[t].v[1] = 0;
+                if (base + t / kLanes >= pairs) return;
+                const int pair = shared.pair[base + t / kLanes], r = pair / kCapacity;
+                const int64_t code = in.codebook.offset(h, lists[r].code[pair % kCapacity]);
+                add_lane(in, in.x.offset(h, first + r), code, t % kLanes, sums[t].v);
+            });
+            block.template sum<kLanes>(sums);
+            block.each([&](int t) {
+                if (t % kLanes == 0)
+                    shared.cost[t / kLanes] = in.cosine ? cosine_cost(sums[t].v[0], sums[t].v[1]) : sums[t].v[0];
+            });
+            block.each([&](int t) {
+                for (int p = 0; p < kPairs && base + p < pairs && t == 0; p++) {
+                    const int pair = shared.pair[base + p], r = pair / kCapacity;
+                    const int32_t code = lists[r].code[pair % kCapacity];
+                    if (!before(shared.cost[p], code, shared.best[r], shared.best_code[r])) continue;
+                    shared.best[r] = shared.cost[p], shared.best_code[r] = code;
+                }
+            });
+        }
+        block.own([&](int t) {
+            for (int r = t; r < kRows && first + r < in.N; r += kThreads) {
+                const Candidates& list = lists[r];
+                if (list.fate == kLeft) {
+                    out.left[h * in.N + block.fetch_add(&out.how_many[h], 1)] = uint32_t(first + r);
+                    continue;
+                }
+                out.indices[h * in.N + first + r] = list.fate == kOutside ? -1 : shared.best_code[r];
+                if (!out.tiers) continue;
+                const bool none = list.fate == kOutside || list.count == 0;
+                block.fetch_add(&out.tiers[none ? kNoCode : list.count == 1 ? kCertified : kDecided], Count(1));
+            }
+        });
+    }
+};
+
+// One block: 64 rows whose codes several blocks have screened. A row's threshold is the least of all, its candidates
+// those that do not exceed it.
+template <class T>
+struct JoinLists {
+    static constexpr int kThreads = 128, kRows = 64;
+    typedef Decide<T, kThreads, kRows> Decisions;
+    struct Shared {
+        typename Decisions::Shared decisions;
+        Candidates list[kRows];
+    };
+
+    SearchInputs<T> in;
+    SearchOutputs out;
+    int64_t shares;
+
+    size_t shared_bytes() const { return sizeof(Shared); }
+    VQOPS_HOST_DEVICE uint32_t across() const { return uint32_t((in.N + kRows - 1) / kRows); }
+    int64_t blocks() const { return in.H * across(); }
+
+    template <class Block>
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
+        const int64_t h = uint32_t(block.index) / across(), first = int64_t(uint32_t(block.index) % across()) * kRows;
+        block.each([&](int r) {
+            if (r >= kRows) return;
+            shared.list[r].clear(kOutside);
+            if (first + r < in.N) shared.list[r] = joined(out.lists + h * shares * in.N + first + r);
+        });
+        Decisions{in, out}.run(block, shared.decisions, shared.list, h, first);
+    }
+
+private:
+    VQOPS_HOST_DEVICE Candidates joined(const Candidates* of_row) const {
+        Candidates all;
+        all.clear(of_row[0].fate);
+        bool complete = true;
+        for (int64_t s = 0; s < shares; s++) {
+            const Candidates& part = of_row[s * in.N];
+            if (part.threshold < all.threshold) all.threshold = part.threshold;
+            complete = complete && part.count <= kCapacity;
+        }
+        for (int64_t s = 0; s < shares && complete; s++) {
+            const Candidates& part = of_row[s * in.N];
+            for (int i = 0; i < part.count; i++) {
+                if (part.lower[i] > from_ordered(all.threshold)) continue;
+                if (all.count < kCapacity) all.code[all.count] = part.code[i], all.lower[all.count] = part.lower[i];
+                all.count++;
+            }
+        }
+        if (!complete) all.count = kCapacity + 1;
+        return all;
+    }
+};
+
+}  // namespace vqops::cuda

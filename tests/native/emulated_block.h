@@ -13,6 +13,7 @@ struct EmulatedBlock {
     int threads;
     bool descending;
     int adder;  // products that multiply_add adds at once
+    int64_t* additions = nullptr;  // counts the atomic ones
 
     template <class T>
     struct Registers {
@@ -101,6 +102,7 @@ struct EmulatedBlock {
     T fetch_add(T* place, T value) const {
         const T old = *place;
         *place += value;
+        if (additions) ++*additions;
         return old;
     }
 

@@ -84,25 +84,28 @@ VQOPS_HOST_DEVICE int gather(const Block& block, Batch& batch, BatchScratch& scr
     return rows;
 }
 
-// Adds rows first to last - 1 of a batch to `sum`, which is handed on behind the last row of each code. Eight values are
-// read before any sum is handed on: nothing is read ahead of an atomic operation, which may have changed it.
-template <class T, class Value, class Give>
-VQOPS_HOST_DEVICE T add_rows(const Batch& batch, int first, int last, T sum, const Value& value, const Give& give) {
-    constexpr int kAhead = 8;
+constexpr int kAhead = 8;
+
+// Adds rows of a batch to `sum`, from first to last - 1, both multiples of 8; the sum is handed on behind the last row of
+// each code, and what is behind all rows never is. `read(base, values)` reads eight values before any sum is handed on:
+// nothing is read ahead of an atomic operation, which may have changed it.
+template <class T, class Read, class Give>
+VQOPS_HOST_DEVICE T add_rows(const Batch& batch, int first, int last, T sum, const Read& read, const Give& give) {
     for (int base = first; base < last; base += kAhead) {
         T values[kAhead];
-        VQOPS_UNROLL(8)
-        for (int j = 0; j < kAhead; j++) values[j] = base + j < last ? value(base + j) : T(0);
+        read(base, values);
         VQOPS_UNROLL(8)
         for (int j = 0; j < kAhead; j++) {
             sum += values[j];
-            if (base + j < last && batch.ends(base + j)) {
-                give(base + j, sum);
+            if (batch.ends(base + j)) {
+                give(batch.code[base + j], sum);
                 sum = 0;
             }
         }
     }
     return sum;
 }
+
+VQOPS_HOST_DEVICE int whole_reads(int rows) { return (rows + kAhead - 1) / kAhead * kAhead; }
 
 }  // namespace vqops::cuda

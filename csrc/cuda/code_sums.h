@@ -9,7 +9,7 @@ namespace vqops::cuda {
 // What a row adds to a column of its code.
 template <class T>
 struct WeightedRow {
-    struct Row {
+    struct alignas(16) Row {
         int64_t x;
         float weight;
     };
@@ -20,8 +20,13 @@ struct WeightedRow {
     VQOPS_HOST_DEVICE Row row(int64_t, int64_t h, int64_t n, int64_t) const {
         return {x.offset(h, n), weight.data ? float(weight.at(weight.offset(h, n), 0)) : 1};
     }
-    VQOPS_HOST_DEVICE float at(const Row& row, int64_t column) const {
-        return (column < D ? float(x.at(row.x, column)) : 1) * row.weight;
+    VQOPS_HOST_DEVICE void read(const Row* rows, int64_t column, float* values) const {
+        const T* const data = x.data + (column < D ? column : 0) * x.stride;
+        VQOPS_UNROLL(8)
+        for (int j = 0; j < kAhead; j++) {
+            const float value = float(real(data[rows[j].x]));
+            values[j] = (column < D ? value : 1) * rows[j].weight;
+        }
     }
 };
 

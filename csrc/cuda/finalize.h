@@ -91,14 +91,18 @@ struct Finalize {
                 load(block, shared, top, rows, left);
                 block.each([&](int t) { add_errors(shared, t, top, rows, left); });
                 if (!kSums) continue;
-                const int last = rows - top < kTileRows ? rows : top + kTileRows;
+                const int last = rows - top < kTileRows ? whole_reads(rows) : top + kTileRows;
                 block.each([&](int t) {
                     if (t >= kColumns || left + t >= D) return;
                     sum[t] = add_rows(
                         batch, top, last, sum[t],
-                        [&](int r) { return float(shared.x[r - top][t]) * shared.weight[r]; },
-                        [&](int r, float all) {
-                            in.sums.template give<order>(block, run, batch.code[r], left + t, all);
+                        [&](int base, float* values) {
+                            VQOPS_UNROLL(8)
+                            for (int j = 0; j < kAhead; j++)
+                                values[j] = float(shared.x[base - top + j][t]) * shared.weight[base + j];
+                        },
+                        [&](uint32_t code, float all) {
+                            in.sums.template give<order>(block, run, code, left + t, all);
                         });
                 });
             }
@@ -108,8 +112,12 @@ struct Finalize {
             if (t < rows) in.error[batch.row[t]] = Real(lost ? shared.absent[t] : tree(shared.part[t]));
             if (t != 0 || !kSums || in.sums.columns == D) return;
             add_rows(
-                batch, 0, rows, 0.0f, [&](int r) { return shared.weight[r]; },
-                [&](int r, float all) { in.sums.template give<order>(block, run, batch.code[r], D, all); });
+                batch, 0, whole_reads(rows), 0.0f,
+                [&](int base, float* values) {
+                    VQOPS_UNROLL(8)
+                    for (int j = 0; j < kAhead; j++) values[j] = shared.weight[base + j];
+                },
+                [&](uint32_t code, float all) { in.sums.template give<order>(block, run, code, D, all); });
         });
     }
 

@@ -162,10 +162,16 @@ struct Pull {
         return {in.x.offset(h, n), in.codebook.offset(h, k), in.cosine ? inverse[row] : Real(1),
                 Real(in.error.at(in.error.offset(h, n), 0))};
     }
-    VQOPS_HOST_DEVICE Real at(const Row& row, int64_t column) const {
-        Real x = Real(in.x.at(row.x, column));
-        if (in.cosine) x *= row.inverse;
-        return 2 * (x - Real(in.codebook.at(row.code, column))) * row.error * Real(-in.codebook_error_scale);
+    VQOPS_HOST_DEVICE void read(const Row* rows, int64_t column, Real* values) const {
+        VQOPS_UNROLL(8)
+        for (int j = 0; j < kAhead; j++) values[j] = Real(in.x.at(rows[j].x, column)) * rows[j].inverse;
+        in.codebook.with_type([&](const auto* codes) {
+            VQOPS_UNROLL(8)
+            for (int j = 0; j < kAhead; j++) {
+                const Real code = Real(real(codes[rows[j].code + column * in.codebook.stride]));
+                values[j] = 2 * (values[j] - code) * rows[j].error * Real(-in.codebook_error_scale);
+            }
+        });
     }
 };
 

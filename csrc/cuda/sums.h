@@ -47,9 +47,9 @@ struct Sums {
     // The sum of the rows of a code in one batch.
     template <Order order, class Block>
     VQOPS_HOST_DEVICE void give(const Block& block, const Run& run, uint32_t code, int64_t column, T sum) const {
-        if (code == by_code.codes()) return;
+        if (code >= uint32_t(by_code.codes())) return;
         if (order != Order::sorted) {
-            if (column < D) block.fetch_add(static_cast<T*>(sums) + code * D + column, sum);
+            if (column < D) block.fetch_add(static_cast<T*>(sums) + uint64_t(code) * uint32_t(D) + column, sum);
             else block.fetch_add(weights + code, float(sum));
         } else if (run.several) {
             partial[run.slot * columns + column] = sum;
@@ -65,7 +65,7 @@ struct Sums {
 };
 
 // One block: 64 columns of one batch, a thread a column. `value.row(row, h, n, k)` is what the columns of a row share,
-// computed once; `value.at(row, column)` is what it adds.
+// computed once; `value.read(rows, column, values)` says what eight of them add to a column.
 // Shared: the batch, 6 to 10 KB. Blocks are small so that many of them wait for memory at a time.
 template <class Value, class T, Order order>
 struct SumRows {
@@ -94,19 +94,19 @@ struct SumRows {
         if (!rows) return;
         if (slice == 0) sums.template count<order, kThreads>(block, batch, rows, run);
         block.each([&](int t) {
-            for (int p = t; p < rows; p += kThreads) {
-                if (batch.code[p] == by_code.codes()) continue;
-                const int64_t row = batch.row[p], h = uint32_t(row) / uint32_t(by_code.N);
-                shared.rows[p] = value.row(row, h, row - h * by_code.N, batch.code[p] - h * by_code.K);
+            for (int p = t; p < whole_reads(rows); p += kThreads) {
+                const int64_t row = batch.row[p < rows ? p : 0], h = uint32_t(row) / uint32_t(by_code.N);
+                const bool counts = batch.code[p] < by_code.codes();  // or its sum goes nowhere
+                shared.rows[p] = value.row(row, h, row - h * by_code.N, counts ? batch.code[p] - h * by_code.K : 0);
             }
         });
         block.own([&](int t) {
             const int64_t column = int64_t(slice) * kThreads + t;
             if (column >= sums.columns) return;
             add_rows(
-                batch, 0, rows, T(0),
-                [&](int p) { return batch.code[p] == by_code.codes() ? T(0) : value.at(shared.rows[p], column); },
-                [&](int p, T sum) { sums.template give<order>(block, run, batch.code[p], column, sum); });
+                batch, 0, whole_reads(rows), T(0),
+                [&](int base, T* values) { value.read(shared.rows + base, column, values); },
+                [&](uint32_t code, T sum) { sums.template give<order>(block, run, code, column, sum); });
         });
     }
 };

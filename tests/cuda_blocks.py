@@ -89,9 +89,9 @@ class Kernels:
         counts = x.new_full((H, K), -7, dtype=torch.int64 if weight is None else torch.float32)
         separate = (counts, None) if weight is None else (None, counts)
         self.library.finalize(
-            self.descending, self.sorted, *map(L, (H, N, K, D)), rows(x), rows(codebook), rows(weight), indices_of(indices, K),
-            mask_of(mask), metric == "cosine", code_sums, pointer(quantized), pointer(error), pointer(sums),
-            *map(pointer, separate),
+            self.descending, self.sorted, *map(L, (H, N, K, D)), rows(x), rows(codebook), rows(weight),
+            indices_of(indices, K), mask_of(mask), metric == "cosine", code_sums, pointer(quantized),
+            pointer(error), pointer(sums), *map(pointer, separate),
         )  # fmt: skip
         return quantized, error, counts, sums
 
@@ -134,9 +134,9 @@ class Kernels:
         dtype = codebook.dtype if self.sorted else real  # the op converts
         grad_codebook = torch.full(codebook.shape, 7, dtype=dtype) if codebook_needed else None
         self.library.gradient(
-            self.descending, self.sorted, *map(L, (H, N, K, D)), rows(grad_quantized), rows(grad_error), rows(x), rows(codebook),
-            indices_of(indices, K), mask_of(mask), metric == "cosine", PASSING.index(passing), F(scale),
-            pointer(grad_x), pointer(grad_codebook),
+            self.descending, self.sorted, *map(L, (H, N, K, D)), rows(grad_quantized), rows(grad_error), rows(x),
+            rows(codebook), indices_of(indices, K), mask_of(mask), metric == "cosine", PASSING.index(passing),
+            F(scale), pointer(grad_x), pointer(grad_codebook),
         )  # fmt: skip
         return grad_x, None if grad_codebook is None else grad_codebook.to(codebook.dtype)
 

@@ -3,7 +3,8 @@
 // By default a block takes 256 neighbouring rows, orders them by code in shared memory (batch.h), adds up those of each
 // code in order, and adds the sum to the code's by an atomic operation: one a column, code and block, so that rows that
 // share a code wait for each other once a block and not once a row. Between blocks the order is open, and so are the last
-// bits. Nothing is sorted in memory, and there is no workspace.
+// bits; atomic additions of float32 take what is below 2^-126 for 0. Nothing is sorted in memory, and there is no
+// workspace.
 // Bytes: the values once, 8 a row of indices; 4 D of atomic additions for each code that a block has, at most 4 D a row.
 // Under torch.use_deterministic_algorithms(True) the rows are sorted by code (runs.h), a block takes a run of one code,
 // and the order is the reference's.

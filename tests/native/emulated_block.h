@@ -2,6 +2,7 @@
 // order: a result that depends on the order is a race.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cuda/block.h"
@@ -98,10 +99,18 @@ struct EmulatedBlock {
         return cut;
     }
 
+    // atomicAdd in a GPU's memory takes float32 below 2^-126 for 0 (PTX manual, "atom").
+    template <class T>
+    static T flushed(T value) {
+        if constexpr (std::is_same_v<T, float>)
+            if (std::fabs(value) < 0x1p-126f) return 0;
+        return value;
+    }
+
     template <class T>
     T fetch_add(T* place, T value) const {
         const T old = *place;
-        *place += value;
+        *place = flushed(flushed(old) + flushed(value));
         if (additions) ++*additions;
         return old;
     }

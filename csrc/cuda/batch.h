@@ -2,7 +2,7 @@
 //
 // Within a block the rows, neighbours in memory, are ordered like this: groups of 32 by counting the smaller ones, then a
 // row's place is the sum of its places in the 8 groups, by bisection. That takes three steps and no memory but shared; a
-// bitonic sort takes as many instructions and 36 steps.
+// bitonic sort takes 36 steps.
 #pragma once
 
 #include "runs.h"

@@ -32,8 +32,8 @@ STAGES = ("build", "test", "check", "bench")
 PACKAGES = ("vqops", "numpy", "triton", "vector-quantize-pytorch", "flash-kmeans")
 SECONDS = 470  # a stage
 ROUNDS = 50
-CHECKS = ["tests/test_ops_search.py", "tests/test_ops_quantize.py", "tests/test_ops_statistics.py"]
-SELECTION = "cuda and (normal or heads or duplicates or odd_sizes)"
+CHECKS = [f"tests/test_{name}.py" for name in ("ops_search", "ops_quantize", "ops_statistics", "cuda_device")]
+SELECTION = "cuda and (normal or heads or duplicates or odd_sizes or sums_agree)"
 TOOLS = ("memcheck", "racecheck")
 
 
@@ -112,7 +112,8 @@ def build(rows: Rows) -> bool:
 def test(rows: Rows) -> bool:
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "-k", "cuda"]
-    command += [f"--ignore=tests/test_cuda_{name}.py" for name in ("kernels", "search", "benchmarks")]  # run on the CPU
+    on_cpu = ("kernels", "sums", "search", "benchmarks")
+    command += [f"--ignore=tests/test_cuda_{name}.py" for name in on_cpu]
     status, output = run(command, SECONDS, VQOPS_REQUIRE="cuda,triton")
     rows.write(outcome("test", status, output, time.monotonic() - start))
     if status != 0:

@@ -59,6 +59,25 @@ def ours(op: str, device: torch.device, call: Callable[..., object], reference: 
     return {f"vqops {name}": partial(call, implementation=name) for name in names if reference or name != "reference"}
 
 
+def in_both_orders(methods: dict) -> dict:
+    """Sums by code also in the order of torch.use_deterministic_algorithms; the reference has no other."""
+    kernels = {name: call for name, call in methods.items() if name != "vqops reference"}
+    return methods | {f"{name}, deterministic": partial(deterministic, call) for name, call in kernels.items()}
+
+
+def deterministic(call: Callable[[], object]) -> object:
+    """The mode without what it writes into fresh memory, which is no part of the ops."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return call()
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
 def facts_of(shape, dtype) -> dict:
     return {**dict(zip("NDK", shape, strict=True)), "dtype": str(dtype).removeprefix("torch.")}
 
@@ -128,10 +147,12 @@ def code_sums(device, shape, kind) -> Case:
     N, D, K = shape
     x, indices = torch.randn(N, D, device=device), indices_of(kind, N, K, device)
     # Past the Python checks, which read the indices once more.
-    methods = {
-        f"vqops {name}": partial(getattr(torch.ops.vqops, f"code_sums_{name}"), x[None], indices[None], K)
-        for name in vqops.implementations()["code_sums"][device.type]
-    }
+    methods = in_both_orders(
+        {
+            f"vqops {name}": partial(getattr(torch.ops.vqops, f"code_sums_{name}"), x[None], indices[None], K)
+            for name in vqops.implementations()["code_sums"][device.type]
+        }
+    )
     methods["index_add_"] = partial(index_add, x, indices, K)
     exact = torch.zeros(K, D, device=device, dtype=torch.float64).index_add_(0, indices, x.double())
     bound = 1e-5 * torch.zeros_like(exact).index_add_(0, indices, x.double().abs()) + 1e-6
@@ -210,7 +231,7 @@ def step(device, shape) -> Case:
         return gradient
 
     names = set.intersection(*(set(vqops.implementations()[op][device.type]) for op in FUSED))
-    methods = {f"vqops {name}": partial(fused, name) for name in sorted(names)}
+    methods = in_both_orders({f"vqops {name}": partial(fused, name) for name in sorted(names)})
     methods["plain PyTorch"] = plain
     if device.type == "cuda":
         methods["plain PyTorch, torch.compile"] = torch.compile(plain)

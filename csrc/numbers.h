@@ -79,6 +79,10 @@ VQOPS_HOST_DEVICE Float16 rounded<Float16>(double value) {
 
 enum class DType : int { float32, float64, float16, bfloat16 };
 
+VQOPS_HOST_DEVICE int64_t bytes_of(DType dtype) {
+    return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 // By strides in elements.
 template <class T>
 struct Typed {
@@ -103,6 +107,16 @@ struct Rows {
             case DType::float64: return static_cast<const double*>(data)[place];
             case DType::float16: return real(static_cast<const Float16*>(data)[place]);
             default: return real(static_cast<const BFloat16*>(data)[place]);
+        }
+    }
+    // body(values) with their type, which is asked once for many reads.
+    template <class Body>
+    VQOPS_HOST_DEVICE void with_type(const Body& body) const {
+        switch (dtype) {
+            case DType::float32: return body(static_cast<const float*>(data));
+            case DType::float64: return body(static_cast<const double*>(data));
+            case DType::float16: return body(static_cast<const Float16*>(data));
+            default: return body(static_cast<const BFloat16*>(data));
         }
     }
     template <class T>

@@ -64,18 +64,22 @@ def error_type(x):
 
 
 class Kernels:
-    """The ops as the kernels run them; `descending` runs blocks and threads last to first."""
+    """The ops as the kernels run them; `descending` runs blocks and threads last to first.
 
-    def __init__(self, library, descending):
-        self.library, self.descending = library, int(descending)
+    Sums by code are those of deterministic algorithms if `sorted`, else of atomic additions; `additions` is the number
+    of these in the last code_sums.
+    """
+
+    def __init__(self, library, descending, sorted=True):
+        self.library, self.descending, self.sorted, self.additions = library, int(descending), int(sorted), None
 
     def code_sums(self, x, indices, K, weight=None):
         H, N, D = x.shape
         sums = x.new_full((H, K, D), torch.nan, dtype=torch.float32)
         counts = x.new_full((H, K), -7, dtype=torch.int64 if weight is None else torch.float32)
         separate = (counts, None) if weight is None else (None, counts)
-        self.library.code_sums(
-            self.descending, *map(L, (H, N, K, D)), rows(x), rows(weight), indices_of(indices, K),
+        self.additions = self.library.code_sums(
+            self.descending, self.sorted, *map(L, (H, N, K, D)), rows(x), rows(weight), indices_of(indices, K),
             pointer(sums), *map(pointer, separate),
         )  # fmt: skip
         return counts, sums
@@ -87,9 +91,9 @@ class Kernels:
         counts = x.new_full((H, K), -7, dtype=torch.int64 if weight is None else torch.float32)
         separate = (counts, None) if weight is None else (None, counts)
         self.library.finalize(
-            self.descending, *map(L, (H, N, K, D)), rows(x), rows(codebook), rows(weight), indices_of(indices, K),
-            mask_of(mask), metric == "cosine", code_sums, pointer(quantized), pointer(error), pointer(sums),
-            *map(pointer, separate),
+            self.descending, self.sorted, *map(L, (H, N, K, D)), rows(x), rows(codebook), rows(weight),
+            indices_of(indices, K), mask_of(mask), metric == "cosine", code_sums, pointer(quantized),
+            pointer(error), pointer(sums), *map(pointer, separate),
         )  # fmt: skip
         return quantized, error, counts, sums
 
@@ -128,13 +132,15 @@ class Kernels:
     ):
         (H, N, D), K = x.shape, codebook.shape[1]
         grad_x = torch.full(x.shape, 7, dtype=x.dtype)
-        grad_codebook = torch.full(codebook.shape, 7, dtype=codebook.dtype) if codebook_needed else None
+        real = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+        dtype = codebook.dtype if self.sorted else real  # the op converts
+        grad_codebook = torch.full(codebook.shape, 7, dtype=dtype) if codebook_needed else None
         self.library.gradient(
-            self.descending, *map(L, (H, N, K, D)), rows(grad_quantized), rows(grad_error), rows(x), rows(codebook),
-            indices_of(indices, K), mask_of(mask), metric == "cosine", PASSING.index(passing), F(scale),
-            pointer(grad_x), pointer(grad_codebook),
+            self.descending, self.sorted, *map(L, (H, N, K, D)), rows(grad_quantized), rows(grad_error), rows(x),
+            rows(codebook), indices_of(indices, K), mask_of(mask), metric == "cosine", PASSING.index(passing),
+            F(scale), pointer(grad_x), pointer(grad_codebook),
         )  # fmt: skip
-        return grad_x, grad_codebook
+        return grad_x, None if grad_codebook is None else grad_codebook.to(codebook.dtype)
 
 
 @functools.cache
@@ -150,5 +156,5 @@ def build() -> ctypes.CDLL | None:
     more = os.environ.get("CXXFLAGS", "").split()
     subprocess.run([compiler, *always, *more, str(SOURCE), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    library.packed_bytes.restype = ctypes.c_int64
+    library.packed_bytes.restype = library.code_sums.restype = ctypes.c_int64
     return library

@@ -74,9 +74,22 @@ def test_every_case_gives_rows_with_right_results(gpu, cases, tmp_path):
     assert not [row for row in measured if "error" in row]
     ours = [row for row in measured if row["method"].startswith("vqops")]
     assert {row["method"] for row in ours} >= {"vqops compiled", "vqops reference"}
+    both = {row["op"] for row in ours if row["method"] == "vqops compiled, deterministic"}
+    assert both == {"code_sums", "training step"}
     assert not [row for row in ours if row["wrong"]]
     assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["share_of_floor"] > 0 for row in ours)
     assert {row["indices"] for row in measured if row["op"] == "code_sums"} == {"uniform", "zipf", "one code"}
+
+
+def test_deterministic_mode_is_that_of_one_call(cases):
+    def modes():
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    torch.use_deterministic_algorithms(False)
+    assert cases.deterministic(modes) == (True, False) and modes() == (False, True)
+    with pytest.raises(ZeroDivisionError):
+        cases.deterministic(lambda: 1 / 0)
+    assert modes() == (False, True)
 
 
 def case_of(cases, **methods):

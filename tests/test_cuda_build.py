@@ -15,21 +15,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 SCREENS, SEVERALS = 4 * 7, 4 * 4  # dtypes of x, and depths
-OPS = (
-    "code_sums",
-    "ema_update_",
-    "nearest",
-    "nearest_topk",
-    "prepare",
-    "quantize",
-    "quantize_backward",
-    "search_statistics",
-)
+OPS = ("ema_update_", "nearest", "nearest_topk", "prepare", "search_statistics")
+SUMS = ("code_sums", "quantize", "quantize_backward")  # of which there are two kernels
 REGISTERED = """
-import json, torch
-from vqops import _C
-names = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
-print(json.dumps([_C.cuda, sorted(name for name in names if name.startswith("vqops::"))]))
+import json, vqops
+from vqops.ops.library import COMPILED
+on_cuda = {name: devices["cuda"] for name, devices in vqops.implementations().items()}
+print(json.dumps([vqops._C.cuda, sorted(COMPILED["cuda"]), on_cuda]))
 """
 
 pytestmark = pytest.mark.slow
@@ -61,7 +53,8 @@ def built(tmp_path_factory):
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     # A function of the host called on the device is a warning, and the caller's code is left out.
-    assert not [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("csrc") and "warning" in line]
+    said = (done.stdout + done.stderr).splitlines()
+    assert not [line for line in said if line.startswith("csrc") and "warning" in line]
     shutil.copytree(source / "vqops", target / "vqops", dirs_exist_ok=True)
     return target
 
@@ -90,9 +83,11 @@ def test_registers_beside_the_reference_and_not_in_its_place(built):
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said, names = json.loads(done.stdout)
+    said, names, on_cuda = json.loads(done.stdout)
     assert all(architecture in said for architecture in ARCHITECTURES)
-    assert names == sorted(f"vqops::{op}_compiled" for op in OPS)
+    two = [f"vqops::{op}_compiled_{order}" for op in SUMS for order in ("atomic", "sorted")]
+    assert names == sorted([f"vqops::{op}_compiled" for op in OPS] + two)
+    assert {op for op, implementations in on_cuda.items() if "compiled" in implementations} == {*OPS, *SUMS}
 
 
 def ours(usage):

@@ -1,7 +1,8 @@
 """The bodies of the CUDA kernels, run on the CPU block by block and thread by thread, against the reference.
 
 What this can't show: that nvcc's code does the same, the sort (here std::stable_sort), and anything about time. Each
-test runs the threads of a step ascending and descending: a race between them would show as a difference.
+test runs the threads of a step ascending and descending: a race between them would show as a difference. Sums by code
+are here in the sorted order; test_cuda_sums.py has those by atomic additions.
 """
 
 import math
@@ -206,7 +207,8 @@ def test_under_sanitizers():
     found = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
     flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"
     environment = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++", "CXXFLAGS": flags}
-    files = [str(Path(__file__).with_name(name)) for name in ("test_cuda_kernels.py", "test_cuda_search.py")]
+    names = ("test_cuda_kernels.py", "test_cuda_sums.py", "test_cuda_search.py")
+    files = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "ascending", "-p", "no:cacheprovider", *files]
     folder = Path(__file__).parent
     done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)

@@ -164,6 +164,23 @@ def test_the_default_comes_first_and_is_what_runs():
         assert devices["cpu"][0] == "compiled" and devices["cuda"][0] == "reference", name
 
 
+def test_sums_on_cuda_are_in_order_where_torch_is_to_be_deterministic(monkeypatch):
+    """With stand-ins for the two CUDA kernels, reached as a CUDA tensor would reach them."""
+    monkeypatch.setitem(library.COMPILED, "cuda", {f"vqops::stand_in_compiled_{order}" for order in library.BY_ORDER})
+    monkeypatch.setattr(library, "OPS", [])
+    assert library.is_compiled("stand_in", "cuda") and not library.is_compiled("stand_in", "cpu")
+    library.define("stand_in", "(Tensor x, int twice=2) -> Tensor", torch.neg, lambda x, twice=2: torch.empty_like(x))
+    for number, order in enumerate(library.BY_ORDER):
+        kernel = lambda x, twice=2, number=number: x * twice + number  # noqa: E731
+        library.library.impl(f"stand_in_compiled_{order}", kernel, "CPU")
+    assert library.available("stand_in", "cuda") == ["reference", "compiled"]
+    cuda, x = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.ones(3)
+    for deterministic, added in ((False, 0), (True, 1)):
+        torch.use_deterministic_algorithms(deterministic)
+        assert torch.equal(ops.stand_in_compiled.default.redispatch(cuda, x), 2 * x + added)
+        assert torch.equal(ops.stand_in_compiled.default.redispatch(cuda, x, 5), 5 * x + added)
+
+
 @pytest.mark.parametrize("name", ["fastest", "Compiled", ""])
 def test_an_unknown_implementation_is_named(name):
     with pytest.raises(ValueError, match=f"nearest: implementation must be .*got {name!r}"):

@@ -25,6 +25,8 @@
 
 namespace vqops::cuda {
 
+typedef unsigned long long Count;  // what atomic operations count in
+
 template <int n>
 struct Doubles {
     double v[n];

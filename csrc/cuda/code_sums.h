@@ -1,40 +1,38 @@
-// Sums of the rows that have each code, by runs.h. Never run on a GPU.
-// Bytes: 4 D N read (float32), 8 N of indices, 24 N and two passes of the sort.
+// Sums of the rows that have each code, by sums.h. Never run on a GPU.
+// Bytes: 4 D N read (float32), 8 N of indices, and what the order takes.
 #pragma once
 
-#include "runs.h"
+#include "sums.h"
 
 namespace vqops::cuda {
 
+// What a row adds to a column of its code.
 template <class T>
-struct CodeSums {
-    Typed<T> x;            // [H, N, D]
-    Rows weight;           // [H, N]; data null without
-    Indices indices;
-    Sorted sorted;
-    SumsOut<float> out;
-
-    // What a row adds to a column of its code.
-    struct Value {
-        Typed<T> x;
-        Rows weight;
-        int64_t D;
-
-        VQOPS_HOST_DEVICE int code(int64_t, int64_t, int64_t) const { return 0; }
-        VQOPS_HOST_DEVICE float at(int64_t, int64_t h, int64_t n, int64_t column, int) const {
-            const float w = weight.data ? float(weight.at(weight.offset(h, n), 0)) : 1;
-            if (column == D) return w;
-            const float value = float(x.at(x.offset(h, n), column));
-            return weight.data ? value * w : value;
-        }
+struct WeightedRow {
+    struct alignas(16) Row {
+        int64_t x;
+        float weight;
     };
+    Typed<T> x;   // [H, N, D]
+    Rows weight;  // [H, N]; data null without
+    int64_t D;
 
-    template <class Device>
-    void run(const Device& device) const {
-        sort_by_code(device, sorted, indices);
-        device.launch(SumRuns<Value, float>{sorted, out, {x, weight, out.D}});
-        device.launch(Fold<float>{sorted, out});
+    VQOPS_HOST_DEVICE Row row(int64_t, int64_t h, int64_t n, int64_t) const {
+        return {x.offset(h, n), weight.data ? float(weight.at(weight.offset(h, n), 0)) : 1};
+    }
+    VQOPS_HOST_DEVICE void read(const Row* rows, int64_t column, float* values) const {
+        const T* const data = x.data + (column < D ? column : 0) * x.stride;
+        VQOPS_UNROLL(8)
+        for (int j = 0; j < kAhead; j++) {
+            const float value = float(real(data[rows[j].x]));
+            values[j] = (column < D ? value : 1) * rows[j].weight;
+        }
     }
 };
+
+template <class Device, class T>
+void code_sums(const Device& device, const Typed<T>& x, const Rows& weight, const Sums<float>& sums) {
+    sum_rows(device, sums, WeightedRow<T>{x, weight, sums.D});
+}
 
 }  // namespace vqops::cuda

@@ -1,15 +1,16 @@
 // What follows the search: codes in place of rows, errors and, if asked, the sums for the EMA update, in one read of x.
 //
-// One block: up to 256 rows, by tiles of 32 rows and 64 columns. With sums the rows are a run of one code (runs.h),
-// else neighbours in memory.
+// One block: up to 256 rows, by tiles of 32 rows and 64 columns. The rows are neighbours in memory; with sums they are
+// taken in the order of their codes, or are a run of one code (sums.h).
 //   shared        a tile of x and of the codes; eight partial sums a row, in float64 (distance.h)
-//   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once
+//   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once, and what the
+//                 sums take (sums.h)
 // Phases of a tile: all threads load it and write the codes; eight threads a row add up the error; a thread a column
 // adds up the sums, rows in order. Never run on a GPU; the sizes are guesses.
 #pragma once
 
 #include "../distance.h"
-#include "runs.h"
+#include "sums.h"
 
 namespace vqops::cuda {
 
@@ -23,76 +24,100 @@ struct ErrorOf<double> {
 };
 
 template <class T>
+struct FinalizeInputs {
+    typedef typename ErrorOf<T>::type Real;
+    int64_t D;
+    Typed<T> x;     // [H, N, D]
+    Rows codebook;  // [H, K, D]
+    Rows weight;    // [H, N]; data null without
+    RowMask mask;
+    bool cosine;
+    T* quantized;      // [H, N, D]
+    Real* error;       // [H, N]
+    Sums<float> sums;  // by_code alone where nobody asks for sums
+};
+
+template <class T, Order order>
 struct Finalize {
     typedef typename ErrorOf<T>::type Real;
+    static constexpr bool kSums = order != Order::memory;
     static constexpr int kThreads = 256, kTileRows = 32, kColumns = 64;
     static constexpr int kStride = kColumns + 8;  // eight threads a row, four rows a warp: 32 banks
 
     struct Shared {
-        double code[kTileRows][kStride];
+        Batch batch;
+        union {
+            BatchScratch scratch;
+            double code[kTileRows][kStride];
+        };
         Real x[kTileRows][kStride];
         double part[kRun][kLanes];
         double norm[kRun];
         double absent[kRun];       // what rows without a code get: 0 if masked, else NaN
         int64_t x_offset[kRun], code_offset[kRun];  // code_offset -1: no code
-        uint32_t row[kRun];
         float weight[kRun];
     };
 
-    int64_t H, N, D;
-    Typed<T> x;       // [H, N, D]
-    Rows codebook;    // [H, K, D]
-    Rows weight;      // [H, N]; data null without
-    Indices indices;  // [H, N]
-    RowMask mask;
-    bool cosine, with_sums;
-    T* quantized;  // [H, N, D]
-    Real* error;   // [H, N]
-    Sorted sorted;               // with sums
-    SumsOut<float> out;
+    FinalizeInputs<T> in;
 
     size_t shared_bytes() const { return sizeof(Shared); }
-    int64_t blocks() const { return with_sums ? sorted.items() : (H * N + kRun - 1) / kRun; }
+    int64_t blocks() const { return in.sums.by_code.template batches<order>(); }
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        Run run = {-1, block.index * kRun, block.index * kRun + kRun, 0, false, false};
-        if (with_sums && !sorted.run_of(block.index, run)) return;
-        if (run.end > H * N) run.end = H * N;
-        const int rows = int(run.end - run.begin);
+        const RowsByCode& by_code = in.sums.by_code;
+        const int64_t D = in.D;
+        const Batch& batch = shared.batch;
+        Run run = {};
+        const int rows = gather<order, kThreads>(block, shared.batch, shared.scratch, by_code, block.index, run);
+        if (!rows) return;
+        if (kSums) in.sums.template count<order, kThreads>(block, batch, rows, run);
         block.each([&](int t) {
             if (t >= rows) return;
-            const int64_t row = with_sums ? sorted.order[run.begin + t] : run.begin + t;
-            const int64_t h = uint32_t(row) / uint32_t(N), n = row - h * N;
-            const int64_t k = indices.at(h, n);
-            shared.row[t] = uint32_t(row);
-            shared.x_offset[t] = x.offset(h, n);
-            shared.code_offset[t] = k < 0 ? -1 : codebook.offset(h, k);
-            shared.absent[t] = mask.keeps(h, n) ? NAN : 0.0;
-            shared.weight[t] = weight.data ? float(weight.at(weight.offset(h, n), 0)) : 1;
+            const int64_t row = batch.row[t], h = uint32_t(row) / uint32_t(by_code.N), n = row - h * by_code.N;
+            const bool lost = batch.code[t] == by_code.codes();
+            shared.x_offset[t] = in.x.offset(h, n);
+            shared.code_offset[t] = lost ? -1 : in.codebook.offset(h, batch.code[t] - h * by_code.K);
+            shared.absent[t] = in.mask.keeps(h, n) ? NAN : 0.0;
+            shared.weight[t] = in.weight.data ? float(in.weight.at(in.weight.offset(h, n), 0)) : 1;
             shared.norm[t] = 1;
             for (int j = 0; j < kLanes; j++) shared.part[t][j] = 0;
         });
-        if (cosine) norms(block, shared, rows);
+        if (in.cosine) norms(block, shared, rows);
         for (int64_t left = 0; left < D; left += kColumns) {
-            auto sums = block.template registers<float>();
-            block.own([&](int t) { sums[t] = 0; });
+            auto sum = block.template registers<float>();
+            block.own([&](int t) { sum[t] = 0; });
             for (int top = 0; top < rows; top += kTileRows) {
                 load(block, shared, top, rows, left);
                 block.each([&](int t) { add_errors(shared, t, top, rows, left); });
-                if (with_sums) block.each([&](int t) { sums[t] = add_rows(shared, t, top, rows, left, sums[t]); });
+                if (!kSums) continue;
+                const int last = rows - top < kTileRows ? whole_reads(rows) : top + kTileRows;
+                block.each([&](int t) {
+                    if (t >= kColumns || left + t >= D) return;
+                    sum[t] = add_rows(
+                        batch, top, last, sum[t],
+                        [&](int base, float* values) {
+                            VQOPS_UNROLL(8)
+                            for (int j = 0; j < kAhead; j++)
+                                values[j] = float(shared.x[base - top + j][t]) * shared.weight[base + j];
+                        },
+                        [&](uint32_t code, float all) {
+                            in.sums.template give<order>(block, run, code, left + t, all);
+                        });
+                });
             }
-            block.own([&](int t) {
-                if (with_sums && t < kColumns && left + t < D) out.write(block, sorted, run, left + t, sums[t]);
-            });
         }
         block.own([&](int t) {
             const bool lost = t < rows && shared.code_offset[t] < 0;
-            if (t < rows) error[shared.row[t]] = Real(lost ? shared.absent[t] : tree(shared.part[t]));
-            if (t != 0 || !with_sums || out.columns == D) return;
-            float sum = 0;
-            for (int r = 0; r < rows; r++) sum += shared.weight[r];
-            out.write(block, sorted, run, D, sum);
+            if (t < rows) in.error[batch.row[t]] = Real(lost ? shared.absent[t] : tree(shared.part[t]));
+            if (t != 0 || !kSums || in.sums.columns == D) return;
+            add_rows(
+                batch, 0, whole_reads(rows), 0.0f,
+                [&](int base, float* values) {
+                    VQOPS_UNROLL(8)
+                    for (int j = 0; j < kAhead; j++) values[j] = shared.weight[base + j];
+                },
+                [&](uint32_t code, float all) { in.sums.template give<order>(block, run, code, D, all); });
         });
     }
 
@@ -103,8 +128,8 @@ private:
         block.each([&](int t) {
             for (int r = t / kLanes; r < rows; r += kThreads / kLanes) {
                 double sum = 0;
-                for (int64_t i = t % kLanes; i < D; i += kLanes) {
-                    const double value = x.at(shared.x_offset[r], i);
+                for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
+                    const double value = in.x.at(shared.x_offset[r], i);
                     sum = add_product(sum, value, value);
                 }
                 shared.part[r][t % kLanes] = sum;
@@ -117,19 +142,37 @@ private:
         });
     }
 
+    // All reads are under way before one is waited for; rows behind the last one read it again.
     template <class Block>
     VQOPS_HOST_DEVICE void load(Block& block, Shared& shared, int top, int rows, int64_t left) const {
+        constexpr int kStep = kThreads / kColumns, kReads = kTileRows / kStep;
         block.each([&](int t) {
-            const int column = t % kColumns;
+            const int column = t % kColumns, first = t / kColumns;
             const int64_t i = left + column;
+            if (i >= in.D) return;
+            const auto place = [&](int j) {
+                const int p = top + first + j * kStep;
+                return p < rows ? p : rows - 1;
+            };
+            Real values[kReads];
+            double codes[kReads];
             VQOPS_UNROLL(8)
-            for (int r = t / kColumns; r < kTileRows; r += kThreads / kColumns) {
-                if (top + r >= rows || i >= D) continue;
-                const int64_t from = shared.code_offset[top + r];
-                shared.x[r][column] = Real(x.at(shared.x_offset[top + r], i));
-                const double code = from < 0 ? shared.absent[top + r] : codebook.at(from, i);
-                shared.code[r][column] = code;
-                quantized[int64_t(shared.row[top + r]) * D + i] = rounded<T>(code);
+            for (int j = 0; j < kReads; j++) values[j] = Real(in.x.at(shared.x_offset[place(j)], i));
+            in.codebook.with_type([&](const auto* codebook) {
+                VQOPS_UNROLL(8)
+                for (int j = 0; j < kReads; j++) {
+                    const int64_t from = shared.code_offset[place(j)];
+                    const double code = real(codebook[(from < 0 ? 0 : from) + i * in.codebook.stride]);
+                    codes[j] = from < 0 ? shared.absent[place(j)] : code;
+                }
+            });
+            VQOPS_UNROLL(8)
+            for (int j = 0; j < kReads; j++) {
+                const int r = first + j * kStep;
+                if (top + r >= rows) continue;
+                shared.x[r][column] = values[j];
+                shared.code[r][column] = codes[j];
+                in.quantized[int64_t(shared.batch.row[top + r]) * in.D + i] = rounded<T>(codes[j]);
             }
         });
     }
@@ -139,9 +182,9 @@ private:
         const int r = t / kLanes;
         if (top + r >= rows) return;
         double sum = shared.part[top + r][t % kLanes];
-        for (int column = t % kLanes; column < kColumns && left + column < D; column += kLanes) {
+        for (int column = t % kLanes; column < kColumns && left + column < in.D; column += kLanes) {
             double start = shared.x[r][column];
-            if (cosine) {
+            if (in.cosine) {
                 start /= shared.norm[top + r];
                 shared.x[r][column] = float(start);
             }
@@ -149,23 +192,12 @@ private:
         }
         shared.part[top + r][t % kLanes] = sum;
     }
-
-    VQOPS_HOST_DEVICE float add_rows(const Shared& shared, int t, int top, int rows, int64_t left, float sum) const {
-        if (t >= kColumns || left + t >= D) return 0;
-        const int last = rows - top < kTileRows ? rows - top : kTileRows;
-        for (int r = 0; r < last; r++) {
-            const float value = float(shared.x[r][t]);
-            sum += weight.data ? value * shared.weight[top + r] : value;
-        }
-        return sum;
-    }
 };
 
 template <class Device, class T>
-void finalize(const Device& device, const Finalize<T>& kernel) {
-    if (kernel.with_sums) sort_by_code(device, kernel.sorted, kernel.indices);
-    device.launch(kernel);
-    if (kernel.with_sums) device.launch(Fold<float>{kernel.sorted, kernel.out});
+void finalize(const Device& device, const FinalizeInputs<T>& in, bool with_sums) {
+    if (!with_sums) return device.launch(Finalize<T, Order::memory>{in});
+    sum_by_code(device, in.sums, Finalize<T, Order::sorted>{in}, Finalize<T, Order::within_block>{in});
 }
 
 }  // namespace vqops::cuda

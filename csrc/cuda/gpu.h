@@ -8,7 +8,7 @@
 #include "../numbers.h"
 #include "block.h"
 #include "memory.h"
-#include "runs.h"
+#include "sums.h"
 
 namespace vqops::cuda {
 
@@ -55,7 +55,7 @@ public:
         check(cudaGetLastError(), "vqops");
     }
 
-    void sort(const Sorted& sorted) const;  // sort.cu
+    void sort(const RowsByCode& sorted) const;  // sort.cu
     void fill(void* data, int byte, int64_t bytes) const {
         check(cudaMemsetAsync(data, byte, size_t(bytes), stream_), "vqops");
     }
@@ -70,32 +70,6 @@ private:
 };
 
 size_t sort_bytes(int64_t rows, int64_t codes);  // sort.cu
-
-// Workspace of sums by code.
-template <class T>
-struct SumsWork {
-    SumsWork(const Gpu& gpu, const char* op, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms = 0)
-        : memory_(gpu.allocate(bytes(op, H, N, K, columns, norms))) {
-        Memory memory(memory_.mutable_data_ptr());
-        take(memory, H, N, K, columns, norms);
-    }
-    Sorted sorted{};
-    T *partial = nullptr, *inverse = nullptr;
-
-private:
-    int64_t bytes(const char* op, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms) {
-        STD_TORCH_CHECK(H * N < INT32_MAX && H * K < INT32_MAX, op, ": x may have up to 2^31 rows, and as many codes");
-        Memory dry;
-        take(dry, H, N, K, columns, norms);
-        return dry.size;
-    }
-    void take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t columns, int64_t norms) {
-        sorted = Sorted::take(memory, H, N, K, sort_bytes(H * N, H * K));
-        partial = memory.take<T>(sorted.slots() * columns);
-        inverse = memory.take<T>(norms);
-    }
-    Tensor memory_;
-};
 
 inline DType dtype_of(const char* op, const Tensor& t) {
     switch (t.scalar_type()) {
@@ -130,18 +104,46 @@ inline ScalarType real_type(const Tensor& x) {
 
 inline Tensor unused(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
 
-// counts is int64, or float32 for weights; null where nobody counts.
-template <class T>
-SumsOut<T> sums_out(const SumsWork<T>& work, int64_t D, const Tensor& sums, const Tensor* counts) {
-    const bool weighted = counts && counts->scalar_type() == ScalarType::Float;
-    return {D,
-            D + weighted,
-            sums.mutable_data_ptr(),
-            dtype_of("sums", sums),
-            counts && !weighted ? static_cast<int64_t*>(counts->mutable_data_ptr()) : nullptr,
-            weighted ? static_cast<float*>(counts->mutable_data_ptr()) : nullptr,
-            work.partial};
+// Rows by their codes; for kernels that index rows and codes of all heads by 32 bits.
+inline RowsByCode rows_by_code(const char* op, const Tensor& indices, const Tensor& x, int64_t K) {
+    const int64_t H = x.size(0), N = x.size(1);
+    STD_TORCH_CHECK(H * N < INT32_MAX && H * K < INT32_MAX, op, ": x may have up to 2^31 rows, and as many codes");
+    return {H, N, K, indices_of(op, indices, x, K)};
 }
+
+// Sums by code, with the workspace of the sorted order if they are to have it. `sums` is [H, K, D]; `counts` int64, or
+// float32 for weights, or null where nobody counts.
+template <class T>
+class SumsWork {
+public:
+    SumsWork(const Gpu& gpu, const RowsByCode& by_code, bool sorted, const Tensor& sums, const Tensor* counts) {
+        const bool weighted = counts && counts->scalar_type() == ScalarType::Float;
+        const int64_t D = sums.size(2);
+        out = {by_code,
+               D,
+               D + weighted,
+               sums.mutable_data_ptr(),
+               dtype_of("sums", sums),
+               counts && !weighted ? static_cast<Count*>(counts->mutable_data_ptr()) : nullptr,
+               weighted ? static_cast<float*>(counts->mutable_data_ptr()) : nullptr,
+               nullptr};
+        if (!sorted) return;
+        const size_t of_sort = sort_bytes(by_code.rows(), by_code.codes());
+        Memory dry;
+        take(dry, of_sort);
+        memory_ = gpu.allocate(dry.size);
+        Memory memory(memory_->mutable_data_ptr());
+        take(memory, of_sort);
+    }
+    Sums<T> out;
+
+private:
+    void take(Memory& memory, size_t of_sort) {
+        out.by_code.take(memory, of_sort);
+        out.partial = memory.take<T>(out.by_code.slots() * out.columns);
+    }
+    OptionalTensor memory_;
+};
 
 // body(T()) with the type of the values.
 template <class Body>
@@ -158,3 +160,9 @@ void with_type(DType type, const Body& body) {
 
 // An op of its own only: what the plain op runs on CUDA is decided by measurements, and there are none.
 #define VQOPS_CUDA_KERNEL(name) m.impl(#name "_compiled", TORCH_BOX(&vqops::cuda::name))
+
+// Of an op that sums by code there are two, between which vqops/ops/library.py chooses at each call: the stable ABI
+// does not tell whether torch.use_deterministic_algorithms is on.
+#define VQOPS_CUDA_SUMS(name)                                               \
+    m.impl(#name "_compiled_atomic", TORCH_BOX(&vqops::cuda::name<false>)); \
+    m.impl(#name "_compiled_sorted", TORCH_BOX(&vqops::cuda::name<true>))

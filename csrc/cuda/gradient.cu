@@ -11,18 +11,24 @@ Passing passing_of(const std::string& gradient) {
 }
 
 template <class T, class Real>
-void run_gradient(const Gpu& gpu, const GradientInputs<T, Real>& in, const Tensor& grad_x, const Tensor& grad_codebook,
-                  int64_t K) {
-    const char* op = "quantize_backward";
+void run_gradient(const Gpu& gpu, const GradientInputs<T, Real>& in, const RowsByCode& by_code, bool sorted,
+                  const Tensor& grad_x, Tensor& grad_codebook) {
     Real* const no_norms = nullptr;
     if (grad_x.numel()) gradient_of_rows(gpu, in, static_cast<T*>(grad_x.mutable_data_ptr()), no_norms);
     if (!grad_codebook.numel()) return;
-    const SumsWork<Real> work(gpu, op, in.H, in.N, K, in.D, in.cosine ? in.H * in.N : 0);
-    gradient_of_codes(gpu, in, work.sorted, sums_out(work, in.D, grad_codebook, nullptr), work.inverse);
+    const Tensor norms = gpu.allocate(in.cosine ? in.H * in.N * int64_t(sizeof(Real)) : 0);
+    // Atomic operations add in Real alone: a sum kept in float16 would lose what it is made of.
+    const ScalarType real = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
+    const bool converts = !sorted && grad_codebook.scalar_type() != real;
+    const Tensor sums = converts ? torch::stable::new_empty(grad_codebook, grad_codebook.sizes(), real) : grad_codebook;
+    const SumsWork<Real> work(gpu, by_code, sorted, sums, nullptr);
+    gradient_of_codes(gpu, in, work.out, static_cast<Real*>(norms.mutable_data_ptr()));
+    if (converts) torch::stable::copy_(grad_codebook, sums);
 }
 
 }  // namespace
 
+template <bool sorted>
 std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, OptionalTensor grad_error, const Tensor& x,
                                              const Tensor& codebook, const Tensor& indices, OptionalTensor mask,
                                              std::string metric, std::string gradient, double codebook_error_scale,
@@ -30,8 +36,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     const char* op = "quantize_backward";
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
-    const int64_t H = x.size(0), N = x.size(1), D = x.size(2), K = codebook.size(1);
-    STD_TORCH_CHECK(H * N < INT32_MAX, op, ": x may have up to 2^31 rows");
+    const RowsByCode by_code = rows_by_code(op, indices, x, codebook.size(1));
     const Gpu gpu(x);
     Tensor grad_x = x_needed ? torch::stable::new_empty(x, x.sizes()) : unused(x, x.scalar_type());
     Tensor grad_codebook = codebook_needed ? torch::stable::new_empty(codebook, codebook.sizes())
@@ -43,16 +48,16 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
                                  : grad_quantized;
     const Rows rows = rows_of(op, x), codes = rows_of(op, codebook), passed = g ? rows_of(op, *g) : Rows{};
     const Rows errors = grad_error ? rows_of(op, *grad_error) : Rows{};
-    const Tensor none = unused(codebook, codebook.scalar_type());
+    Tensor none = unused(codebook, codebook.scalar_type());
     const bool wide = rows.dtype == DType::float64 || codes.dtype == DType::float64;
     with_type(rows.dtype, [&](auto typed) {
         using T = decltype(typed);
         const auto run = [&](auto real) {
             using Real = decltype(real);
-            const GradientInputs<T, Real> in = {H, N, D, rows.as<T>(), passed.as<T>(), errors, codes,
-                                                indices_of(op, indices, x, K), mask_of(mask), passing_of(gradient),
-                                                cosine, codebook_error_scale};
-            run_gradient(gpu, in, grad_x, grad_error ? grad_codebook : none, K);
+            const GradientInputs<T, Real> in = {by_code.H, by_code.N, x.size(2), rows.as<T>(), passed.as<T>(), errors,
+                                                codes, by_code.indices, mask_of(mask), passing_of(gradient), cosine,
+                                                codebook_error_scale};
+            run_gradient(gpu, in, by_code, sorted, grad_x, grad_error ? grad_codebook : none);
         };
         if (wide) run(double());
         else if constexpr (!std::is_same_v<T, double>) run(float());
@@ -62,4 +67,4 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
 
 }  // namespace vqops::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vqops, CUDA, m) { VQOPS_CUDA_KERNEL(quantize_backward); }
+STABLE_TORCH_LIBRARY_IMPL(vqops, CUDA, m) { VQOPS_CUDA_SUMS(quantize_backward); }

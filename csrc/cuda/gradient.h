@@ -3,12 +3,12 @@
 // Gradient: 32 neighbouring threads a row (8 where D <= 32), columns dealt out among them, sums over a row by shuffles.
 //   registers     the row's three to six dot products; its columns are read again for each pass, from the first cache
 //   bytes         x and the incoming gradient once from memory, the code from L2; grad_x written once
-// No rotation matrix is built. The codebook's gradient is a sum by code, in the order of code_sums (runs.h).
+// No rotation matrix is built. The codebook's gradient is a sum by code, added up as code_sums does it (sums.h).
 // Never run on a GPU.
 #pragma once
 
 #include "../distance.h"
-#include "runs.h"
+#include "sums.h"
 
 namespace vqops::cuda {
 
@@ -151,17 +151,27 @@ struct Gradient {
 // What a row adds to the gradient of its code.
 template <class T, class Real>
 struct Pull {
+    struct Row {
+        int64_t x, code;
+        Real inverse, error;
+    };
     GradientInputs<T, Real> in;
     const Real* inverse;
 
-    VQOPS_HOST_DEVICE Real code(int64_t h, int64_t k, int64_t column) const {
-        return Real(in.codebook.at(in.codebook.offset(h, k), column));
+    VQOPS_HOST_DEVICE Row row(int64_t row, int64_t h, int64_t n, int64_t k) const {
+        return {in.x.offset(h, n), in.codebook.offset(h, k), in.cosine ? inverse[row] : Real(1),
+                Real(in.error.at(in.error.offset(h, n), 0))};
     }
-    VQOPS_HOST_DEVICE Real at(int64_t row, int64_t h, int64_t n, int64_t column, Real q) const {
-        Real x = Real(in.x.at(in.x.offset(h, n), column));
-        if (in.cosine) x *= inverse[row];
-        const Real error = Real(in.error.at(in.error.offset(h, n), 0));
-        return 2 * (x - q) * error * Real(-in.codebook_error_scale);
+    VQOPS_HOST_DEVICE void read(const Row* rows, int64_t column, Real* values) const {
+        VQOPS_UNROLL(8)
+        for (int j = 0; j < kAhead; j++) values[j] = Real(in.x.at(rows[j].x, column)) * rows[j].inverse;
+        in.codebook.with_type([&](const auto* codes) {
+            VQOPS_UNROLL(8)
+            for (int j = 0; j < kAhead; j++) {
+                const Real code = Real(real(codes[rows[j].code + column * in.codebook.stride]));
+                values[j] = 2 * (values[j] - code) * rows[j].error * Real(-in.codebook_error_scale);
+            }
+        });
     }
 };
 
@@ -173,14 +183,11 @@ void gradient_of_rows(const Device& device, const GradientInputs<T, Real>& in, T
 
 // grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for cosine, else null.
 template <class Device, class T, class Real>
-void gradient_of_codes(const Device& device, const GradientInputs<T, Real>& in, const Sorted& sorted,
-                       const SumsOut<Real>& out, Real* inverse) {
+void gradient_of_codes(const Device& device, const GradientInputs<T, Real>& in, const Sums<Real>& sums, Real* inverse) {
     GradientInputs<T, Real> all = in;  // the indices alone say which rows count
     all.mask.data = nullptr;
     if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
-    sort_by_code(device, sorted, in.indices);
-    device.launch(SumRuns<Pull<T, Real>, Real>{sorted, out, {in, inverse}});
-    device.launch(Fold<Real>{sorted, out});
+    sum_rows(device, sums, Pull<T, Real>{in, inverse});
 }
 
 }  // namespace vqops::cuda

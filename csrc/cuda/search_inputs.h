@@ -7,7 +7,6 @@ namespace vqops::cuda {
 
 // How rows were decided, as vqops.search_statistics counts them.
 enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };
-typedef unsigned long long Count;
 
 template <class T>
 struct SearchInputs {

@@ -20,6 +20,7 @@ namespace {
 struct Emulator {
     bool descending;  // blocks and threads
     int adder = 16;
+    int64_t* additions = nullptr;
 
     template <class Kernel>
     void launch(const Kernel& kernel) const {
@@ -33,14 +34,14 @@ struct Emulator {
         const int64_t blocks = kernel.blocks();
         for (int64_t i = 0; i < blocks; i++) {
             for (Unit& unit : memory) std::fill_n(unit.poison, 128, NAN);
-            EmulatedBlock block = {descending ? blocks - 1 - i : i, Kernel::kThreads, descending, adder, shared};
+            EmulatedBlock block = {descending ? blocks - 1 - i : i, Kernel::kThreads, descending, adder, shared, additions};
             kernel(block, *reinterpret_cast<typename Kernel::Shared*>(shared));
         }
     }
 
     void fill(void* data, int byte, int64_t bytes) const { memset(data, byte, bytes); }
 
-    void sort(const Sorted& s) const {
+    void sort(const RowsByCode& s) const {
         std::vector<uint32_t> place(s.rows());
         std::iota(place.begin(), place.end(), 0);
         std::stable_sort(place.begin(), place.end(), [&](uint32_t a, uint32_t b) { return s.key[a] < s.key[b]; });
@@ -48,23 +49,25 @@ struct Emulator {
     }
 };
 
-// Workspace of sums by code, poisoned.
+// Sums by code; those in the sorted order with a workspace, poisoned.
 template <class T>
 struct Space {
-    Space(int64_t H, int64_t N, int64_t K, int64_t columns) {
+    Space(const RowsByCode& by_code, bool sorted, int64_t D, int64_t columns, void* sums, DType dtype, Count* counts,
+          float* weights)
+        : out{by_code, D, columns, sums, dtype, counts, weights, nullptr} {
+        if (!sorted) return;
         Memory dry;
-        take(dry, H, N, K, columns);
+        take(dry);
         data.assign(dry.size / 4, 0x7fc0dead);
         Memory memory(data.data());
-        take(memory, H, N, K, columns);
+        take(memory);
     }
-    void take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t columns) {
-        sorted = Sorted::take(memory, H, N, K, 0);
-        partial = memory.take<T>(sorted.slots() * columns);
+    void take(Memory& memory) {
+        out.by_code.take(memory, 0);
+        out.partial = memory.take<T>(out.by_code.slots() * out.columns);
     }
+    Sums<T> out;
     std::vector<uint32_t> data;
-    Sorted sorted{};
-    T* partial = nullptr;
 };
 
 template <class Body>
@@ -81,33 +84,31 @@ void with_type(DType type, Body body) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void code_sums(int descending, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* weight,
-                      const Indices* indices, float* sums, int64_t* counts, float* weights) {
+// `sorted`: the order of the reference, else that of atomic operations, whose number is returned.
+EXPORT int64_t code_sums(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
+                         const Rows* weight, const Indices* indices, float* sums, Count* counts, float* weights) {
     const int64_t columns = D + (weight->data ? 1 : 0);
-    Space<float> space(H, N, K, columns);
-    const Sorted& sorted = space.sorted;
-    const SumsOut<float> out = {D, columns, sums, DType::float32, counts, weights, space.partial};
-    Emulator device = {descending != 0};
-    with_type(x->dtype, [&](auto zero) {
-        using T = decltype(zero);
-        CodeSums<T>{x->as<T>(), *weight, *indices, sorted, out}.run(device);
-    });
+    const Space<float> space({H, N, K, *indices}, sorted, D, columns, sums, DType::float32, counts, weights);
+    int64_t additions = 0;
+    const Emulator device = {descending != 0, 16, &additions};
+    with_type(x->dtype, [&](auto zero) { code_sums(device, x->as<decltype(zero)>(), *weight, space.out); });
+    return additions;
 }
 
-EXPORT void finalize(int descending, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook,
-                     const Rows* weight, const Indices* indices, const RowMask* mask, int cosine, int with_sums,
-                     void* quantized, void* error, float* sums, int64_t* counts, float* weights) {
+EXPORT void finalize(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
+                     const Rows* codebook, const Rows* weight, const Indices* indices, const RowMask* mask, int cosine,
+                     int with_sums, void* quantized, void* error, float* sums, Count* counts, float* weights) {
     const int64_t columns = D + (weight->data ? 1 : 0);
-    Space<float> space(H, N, K, columns);
-    const Sorted& sorted = space.sorted;
-    const SumsOut<float> out = {D, columns, sums, DType::float32, counts, weights, space.partial};
-    Emulator device = {descending != 0};
+    const RowsByCode by_code = {H, N, K, *indices};
+    const Space<float> space(by_code, sorted, D, columns, sums, DType::float32, counts, weights);
+    const Emulator device = {descending != 0};
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         using Real = typename ErrorOf<T>::type;
-        T* const codes = static_cast<T*>(quantized);
-        finalize(device, Finalize<T>{H, N, D, x->as<T>(), *codebook, *weight, *indices, *mask, cosine != 0,
-                                     with_sums != 0, codes, static_cast<Real*>(error), sorted, out});
+        finalize(device,
+                 FinalizeInputs<T>{D, x->as<T>(), *codebook, *weight, *mask, cosine != 0, static_cast<T*>(quantized),
+                                   static_cast<Real*>(error), with_sums ? space.out : Sums<float>{by_code}},
+                 with_sums);
     });
 }
 
@@ -116,7 +117,8 @@ EXPORT void ema_update(int descending, const EmaState* state) {
     ema_update(device, *state);
 }
 
-EXPORT void gradient(int descending, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* quantized,
+// grad_codebook has the codebook's dtype in the sorted order, else that of the sums: float64 if x or the codebook has.
+EXPORT void gradient(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* quantized,
                      const Rows* error, const Rows* x, const Rows* codebook, const Indices* indices,
                      const RowMask* mask, int cosine, int passing, double scale, void* grad_x, void* grad_codebook) {
     Emulator device = {descending != 0};
@@ -128,10 +130,10 @@ EXPORT void gradient(int descending, int64_t H, int64_t N, int64_t K, int64_t D,
                                             *mask, Passing(passing), cosine != 0, scale};
         if (grad_x) gradient_of_rows(device, in, static_cast<T*>(grad_x), static_cast<Real*>(nullptr));
         if (!grad_codebook) return;
-        Space<Real> space(H, N, K, D);
+        const DType dtype = sorted ? codebook->dtype : wide ? DType::float64 : DType::float32;
+        const Space<Real> space({H, N, K, *indices}, sorted, D, D, grad_codebook, dtype, nullptr, nullptr);
         std::vector<Real> inverse(H * N, NAN);
-        const SumsOut<Real> out = {D, D, grad_codebook, codebook->dtype, nullptr, nullptr, space.partial};
-        gradient_of_codes(device, in, space.sorted, out, inverse.data());
+        gradient_of_codes(device, in, space.out, inverse.data());
     };
     with_type(x->dtype, [&](auto typed) {
         if (wide) run(typed, double());

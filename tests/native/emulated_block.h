@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cuda/block.h"
@@ -15,6 +16,7 @@ struct EmulatedBlock {
     bool descending;
     int adder;  // products that the tensor cores add at once
     const unsigned char* shared;  // address 0 of shared memory
+    int64_t* additions = nullptr;  // counts the atomic ones
     std::vector<bool> idle = std::vector<bool>(threads / 32 + 1);  // warps, in where()
     // Copies and products that are not waited for: a copy lands, and a product of a descending block is made, as late
     // as possible; what is read before or overwritten after shows.
@@ -209,10 +211,19 @@ struct EmulatedBlock {
         return cut;
     }
 
+    // atomicAdd in a GPU's memory takes float32 below 2^-126 for 0 (PTX manual, "atom").
+    template <class T>
+    static T flushed(T value) {
+        if constexpr (std::is_same_v<T, float>)
+            if (std::fabs(value) < 0x1p-126f) return 0;
+        return value;
+    }
+
     template <class T>
     T fetch_add(T* place, T value) const {
         const T old = *place;
-        *place += value;
+        *place = flushed(flushed(old) + flushed(value));
+        if (additions) ++*additions;
         return old;
     }
 

@@ -33,8 +33,25 @@ COMPILED = {
 DEFAULT_ON_CUDA: dict[str, str] = {}
 
 
+# An op that sums by code has two kernels on CUDA: by atomic additions, and in a fixed order.
+BY_ORDER = ("atomic", "sorted")
+
+
 def is_compiled(name: str, device: str) -> bool:
-    return f"vqops::{name}_compiled" in COMPILED[device]
+    return f"vqops::{name}_compiled" in COMPILED[device] or (device == "cuda" and sums_by_code(name))
+
+
+def sums_by_code(name: str) -> bool:
+    return all(f"vqops::{name}_compiled_{order}" in COMPILED["cuda"] for order in BY_ORDER)
+
+
+def by_order(atomic: Callable, in_order: Callable) -> Callable:
+    """Follows torch.use_deterministic_algorithms as it is when the op runs; C++ cannot ask by the stable ABI."""
+
+    def run(*arguments):
+        return (in_order if torch.are_deterministic_algorithms_enabled() else atomic)(*arguments)
+
+    return run
 
 
 def define(
@@ -53,7 +70,8 @@ def define(
 ) -> None:
     """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`, ...
 
-    A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported.
+    A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported;
+    on CUDA for `name_compiled` alone, or for `name_compiled_atomic` and `name_compiled_sorted` if it sums by code.
     `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake`,
     `compiled_fake` and `triton_fake` are for an op whose result has another size there. `backward` gets as `op` the
     op `backward_op` in the implementation of the forward.
@@ -74,6 +92,11 @@ def define(
             torch.library.register_autograd(f"vqops::{op}", own, setup_context=setup_context, lib=library)
     library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
     library.impl(name, fallback or reference, "CompositeExplicitAutograd")
+    if sums_by_code(name):
+        kernels = [f"{name}_compiled_{order}" for order in BY_ORDER]
+        for kernel in kernels:
+            library.define(kernel + schema)
+        library.impl(f"{name}_compiled", by_order(*(getattr(torch.ops.vqops, kernel) for kernel in kernels)), "CUDA")
     if triton_kernels.has(name):
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
     if name in DEFAULT_ON_CUDA:

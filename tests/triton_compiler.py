@@ -137,7 +137,9 @@ def calls() -> dict:
             torch.tensor(0.9),
         )
         cases[f"ema_update_, {metric}"] = partial(ema.ema_update_, *state, metric=metric)
-    cases["code_sums, atomic"] = partial(code_sums.atomic, x, indices, 512, error)
+    for D in (8, 64, 300):
+        weight = None if D == 8 else error
+        cases[f"code_sums, atomic, D={D}"] = partial(code_sums.atomic, tensors(D)[0], indices, 512, weight)
     one, row = torch.zeros(1, 1, 1), torch.zeros(1, 1)  # arguments that are 1 become constants
 
     def ones():

@@ -68,6 +68,12 @@ def tile(D: int, device: torch.device) -> tuple[int, int]:
     return max(1, sizes(device).values // step), step
 
 
+def hot_rows(rows: int) -> int:
+    """Of a block of `rows`, so many with one code are summed before they are added: a sum over the block costs about as
+    much as the additions of an eighth of its rows (counted in instructions, not measured)."""
+    return max(4, rows // 8)
+
+
 def whole_rows(D: int, device: torch.device) -> tuple[int, int]:
     """Rows at a time, and the power of two that holds one, of kernels at memory speed that need rows whole."""
     width = max(16, 1 << (D - 1).bit_length())

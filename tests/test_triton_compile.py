@@ -15,11 +15,11 @@ if importlib.util.find_spec("triton") is None:
 
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SEARCH = {"screen_kernel", "topk_kernel"}
-DECISIONS = {"decide_kernel", "scan_kernel"}
+DECISIONS = {"decide_kernel", "scan_kernel", "merge_kernel"}
 KERNELS = {
     "centre_kernel", "scale_kernel", "keys_kernel", "pack_kernel", "rows_kernel", "screen_kernel", "decide_kernel",
-    "scan_kernel", "topk_kernel", "norms_kernel", "gather_kernel", "runs_kernel", "fold_kernel", "atomic_kernel",
-    "average_kernel", "codes_kernel", "gradient_kernel",
+    "scan_kernel", "merge_kernel", "topk_kernel", "norms_kernel", "gather_kernel", "runs_kernel", "fold_kernel",
+    "atomic_kernel", "average_kernel", "codes_kernel", "gradient_kernel",
 }  # fmt: skip
 
 

@@ -11,13 +11,14 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 pytest.importorskip("triton")
 
 import vqops
-from vqops.triton_kernels import interpreted, layout
+from vqops.triton_kernels import blocks, interpreted, layout
 
 if not interpreted():
     pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
 
 from triton.runtime import interpreter
 
+from vqops.triton_kernels import scan
 from vqops.triton_kernels import search as kernels
 
 METRICS = ("euclidean", "cosine")
@@ -176,6 +177,44 @@ def test_rows_beyond_what_fp16_can_hold_next_to_their_codes():
 def test_most_rows_are_certified():
     certified, _, scanned, _ = check_tiers(torch.randn(128, 64), torch.randn(1024, 64))
     assert certified > 110 and scanned == 0
+
+
+@pytest.fixture
+def shared_scan(monkeypatch):
+    """More programs than blocks of rows to scan, so that they share the codes of a row."""
+    monkeypatch.setattr(scan, "queue_programs", lambda device: 21)
+    monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(scan=(4, 16)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("N, K, D", [(1, 1, 1), (3, 60, 5), (13, 61, 9), (37, 90, 3), (90, 9, 4)])
+def test_programs_share_the_codes_of_a_row(shared_scan, N, K, D, metric):
+    x, codebook = torch.randn(N, D).double(), torch.randn(K, D)
+    codebook[K // 2 :] = codebook[: K - K // 2].clone()  # ties between parts
+    if K > 8:
+        codebook[3], x[N // 2, 0] = math.nan, math.inf
+    check_tiers(x, codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_programs_share_the_codes_of_masked_rows_of_heads(shared_scan, metric):
+    x, codebook, mask = torch.randn(2, 3, 6).double(), torch.randn(2, 50, 6), torch.rand(2, 3) > 0.4
+    check(x, codebook, mask, metric)
+    found = vqops.nearest_topk(x, codebook, 20, mask, metric, implementation="triton")
+    expected = vqops.nearest_topk(x, codebook, 20, mask, metric, implementation="compiled")
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_programs_share_the_codes_of_queued_rows(shared_scan, heads, monkeypatch):
+    codebook = torch.randn(heads, 1, 8) + 2.0**-20 * torch.randn(heads, 100, 8)
+    x = torch.cat([torch.randn(heads, 30, 8) + 5e3 * torch.randn(8), codebook[:, :40] + 2], 1)
+    check(x[:, :4], codebook)
+    check(x, codebook)
+    monkeypatch.setattr(scan, "merge_kernel", type("Nothing", (), {"__getitem__": lambda *_: lambda *_, **__: None})())
+    with pytest.raises(AssertionError):  # it is what writes them
+        check(x[:, :4], codebook)
 
 
 def test_long_rows():

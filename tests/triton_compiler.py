@@ -26,6 +26,7 @@ TYPES = {
     torch.int32: "i32", torch.int8: "i8", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
 TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)\b")
+LARGEST_PROCESSORS = 192  # multiprocessors of a GPU
 LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block
 
 
@@ -100,6 +101,7 @@ def main(architecture: int, wanted: str) -> None:
     from vqops.triton_kernels import blocks
 
     blocks.INTERPRETED = blocks.ON_GPU  # the tensors are on the CPU, the kernels are not
+    blocks.PROGRAMS_INTERPRETED = 4 * LARGEST_PROCESSORS
     blocks.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
     for name, call in calls().items():
         if name.startswith(tuple(wanted.split(";"))):

@@ -50,6 +50,7 @@ class Sizes(NamedTuple):
 ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32))
 INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128))  # an operation costs the same there
 PROGRAMS_A_PROCESSOR = 4  # of the kernels that walk a queue
+PROGRAMS_INTERPRETED = 3  # enough to share the codes of a row
 
 
 def sizes(device: torch.device) -> Sizes:
@@ -96,5 +97,5 @@ def shared_memory(device: torch.device) -> int:
 def queue_programs(device: torch.device) -> int:
     """Programs of a kernel that walks a queue whose length only the device knows."""
     if device.type != "cuda":
-        return 1
+        return PROGRAMS_INTERPRETED
     return PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count

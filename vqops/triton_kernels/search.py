@@ -27,8 +27,9 @@ from vqops.triton_kernels.codebook import (
     power_of_two,
     prepare,
 )
-from vqops.triton_kernels.decision import ENTRY, NO_CODE, decide, scan
+from vqops.triton_kernels.decision import ENTRY, NO_CODE, decide
 from vqops.triton_kernels.layout import HEADER, Packed, padded_dimensions, unpack
+from vqops.triton_kernels.scan import scan
 
 CANDIDATES = 16  # a row; more go to the scan
 GROUP = 16  # tiles whose numbers share the low bits of a bound; exactness.md has what they cost

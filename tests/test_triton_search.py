@@ -217,6 +217,48 @@ def test_programs_share_the_codes_of_queued_rows(shared_scan, heads, monkeypatch
         check(x[:, :4], codebook)
 
 
+@pytest.fixture
+def screened_in_parts(monkeypatch):
+    """A few tiles of the codes a part; the last parts are empty."""
+    monkeypatch.setattr(kernels, "screen_parts", lambda blocks, tiles, device: min(tiles + 1, 7))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("N, K, D", [(1, 1, 1), (130, 200, 5), (20, 700, 12), (33, 200, 300)])
+def test_parts_of_the_codes(screened_in_parts, N, K, D, metric):
+    check_tiers(torch.randn(N, D) + 3, torch.randn(K, D) + 3, metric)
+    check_tiers(torch.randn(N, D).pow(5), torch.randn(K, D).pow(5), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_parts_with_heads_masks_ties_and_no_numbers(screened_in_parts, metric):
+    x, codebook, mask = torch.randn(2, 60, 7), torch.randn(2, 300, 7), torch.rand(2, 60) > 0.3
+    codebook[0, 150:] = codebook[0, :150].flip(0)
+    codebook[1, 64:256] = math.nan
+    codebook[1, 290] *= 1e15
+    x[0, 3], x[0, 4, 0], x[1, 2, 1] = 0, math.nan, math.inf
+    check(x, codebook, mask, metric)
+    check(x, codebook, metric=metric)
+    check(x, torch.full_like(codebook, math.nan), metric=metric)
+
+
+def test_parts_leave_no_more_open(screened_in_parts):
+    x, codebook = torch.randn(128, 64), torch.randn(1024, 64)
+    certified, _, scanned, _ = check_tiers(x, codebook)
+    assert certified > 110 and scanned == 0
+    lattice = torch.cartesian_prod(*[torch.arange(3.0)] * 5)  # 2 to 32 codes are as near, in several parts
+    half = torch.randint(0, 4, (100, 5)) / 2
+    _, decided, scanned, _ = check_tiers(half, lattice)
+    assert decided > 60 and scanned > 0
+    near = torch.randn(1, 8) + 2.0**-20 * torch.randn(300, 8)
+    assert check_tiers(torch.randn(40, 8) * 100, near)[2] > 10
+
+
+@pytest.mark.parametrize("blocks_of_rows, tiles, parts", [(1, 100, 3), (2, 100, 1), (1, 11, 2), (1, 3, 1), (9, 100, 1)])
+def test_few_rows_are_screened_in_parts(blocks_of_rows, tiles, parts):
+    assert blocks.screen_parts(blocks_of_rows, tiles, torch.device("cpu")) == parts  # as for three processors
+
+
 def test_long_rows():
     check(torch.randn(4, 2048) + 1, torch.randn(60, 2048) + 1)
 
@@ -300,8 +342,10 @@ def test_bound_of_a_truncating_sum(group):
     assert (error > 20 * 2.0**-24 * norms).all()  # far more than rounding to nearest would lose
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("D", [64, 320])
-def test_search_on_a_truncating_tensor_core(D, monkeypatch):
+def test_search_on_a_truncating_tensor_core(D, parts, monkeypatch):
+    monkeypatch.setattr(kernels, "screen_parts", lambda blocks, tiles, device: parts)
     model = truncated_dot(4)
 
     def create_dot(self, a, b, d, *_):

@@ -1,14 +1,11 @@
 """Which implementation an op takes on CUDA: the table, what it must rest on, and how it decides."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 
 import vqops
 from vqops import info, triton_kernels

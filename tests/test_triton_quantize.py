@@ -1,12 +1,10 @@
 """quantize and its gradient, code_sums and ema_update_ of Triton in the interpreter, against the reference."""
 
 import math
-import os
 
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 pytest.importorskip("triton")
 
 import vqops

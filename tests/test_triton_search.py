@@ -1,13 +1,11 @@
 """The Triton search in Triton's interpreter: the same indices, bit for bit, as the compiled CPU kernels."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 pytest.importorskip("triton")
 
 import vqops

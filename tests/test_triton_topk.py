@@ -1,12 +1,10 @@
 """nearest_topk of Triton in the interpreter, against the compiled CPU kernels."""
 
 import math
-import os
 
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 pytest.importorskip("triton")
 
 import vqops

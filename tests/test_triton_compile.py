@@ -15,11 +15,11 @@ if importlib.util.find_spec("triton") is None:
 
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SEARCH = {"screen_kernel", "topk_kernel"}
-DECISIONS = {"decide_kernel", "scan_kernel"}
+DECISIONS = {"decide_kernel", "scan_kernel", "merge_kernel"}
 KERNELS = {
-    "centre_kernel", "scale_kernel", "keys_kernel", "pack_kernel", "rows_kernel", "screen_kernel", "decide_kernel",
-    "scan_kernel", "topk_kernel", "norms_kernel", "gather_kernel", "runs_kernel", "fold_kernel", "atomic_kernel",
-    "average_kernel", "codes_kernel", "gradient_kernel",
+    "centre_kernel", "scale_kernel", "keys_kernel", "pack_kernel", "rows_kernel", "screen_kernel", "join_kernel",
+    "decide_kernel", "scan_kernel", "merge_kernel", "topk_kernel", "norms_kernel", "gather_kernel", "runs_kernel",
+    "fold_kernel", "atomic_kernel", "average_kernel", "codes_kernel", "gradient_kernel",
 }  # fmt: skip
 
 
@@ -46,7 +46,9 @@ def check(kernels: list[dict], architecture: int) -> None:
             assert "cosine" in facts["case"] or not facts["machine_fused_double"], where
 
 
-@pytest.mark.parametrize("architecture, cases", [(89, "nearest, D=64"), (90, "nearest, D=64;one of everything")])
+@pytest.mark.parametrize(
+    "architecture, cases", [(89, "nearest, D=64"), (90, "nearest, D=64;nearest in parts, D=64;one of everything")]
+)
 def test_a_search(architecture, cases):
     kernels = compiled(architecture, cases)
     check(kernels, architecture)

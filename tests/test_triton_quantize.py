@@ -1,12 +1,10 @@
 """quantize and its gradient, code_sums and ema_update_ of Triton in the interpreter, against the reference."""
 
 import math
-import os
 
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 pytest.importorskip("triton")
 
 import vqops
@@ -14,6 +12,8 @@ from vqops.triton_kernels import interpreted
 
 if not interpreted():
     pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
+
+from triton.runtime import interpreter
 
 from vqops.triton_kernels import code_sums as kernels
 
@@ -67,6 +67,41 @@ def test_atomic_sums(K):
     assert ((mass - weighted.sum(1)).abs() <= counts * 2.0**-24 * weighted.sum(1)).all()
     error = (sums - weighted.mT @ x.double()).abs()
     assert (error <= (counts[..., None] + 1) * 2.0**-24 * (weighted.mT @ x.double().abs())).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("D", [1, 20, 300])
+@pytest.mark.parametrize("kind", ["one code", "zipf", "uniform"])
+def test_atomic_sums_of_hot_codes(monkeypatch, kind, D, weighted):
+    """Whole numbers, which add up to the last bit in any order; and a program adds a code that fills its block once."""
+    H, N, K = 2, 130, 12
+    chances = {"one code": torch.eye(K)[7], "zipf": 1 / torch.arange(1, K + 1), "uniform": torch.ones(K)}[kind]
+    indices = torch.multinomial(chances, H * N, replacement=True).view(H, N)
+    indices[0, ::9] = -1
+    x, weight = torch.randint(-9, 9, (H, N, D)).float(), torch.randint(0, 5, (H, N)).float()
+    x[0, ::9] = math.nan  # not read
+    added = []
+    atomic_add = interpreter.InterpreterBuilder.create_atomic_rmw
+
+    def noting(self, operation, pointer, value, mask, *rest):
+        added.append(int(mask.data.sum()))
+        return atomic_add(self, operation, pointer, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_atomic_rmw", noting)
+    monkeypatch.setattr(kernels, "tile", lambda D, device: (32, 16))
+    counts, sums = kernels.atomic(x, indices, K, weight if weighted else None)
+    expected = vqops.code_sums(x, indices, K, weight if weighted else None, heads=True, implementation="reference")
+    assert counts.equal(expected[0]) and sums.equal(expected[1])
+    if kind == "one code":  # 9 blocks, one with two rows of the first head beside those of the second
+        assert sum(added) == 11 * (D + 1)
+    if kind == "zipf":
+        assert sum(added) < 0.8 * (indices >= 0).sum() * (D + 1)
+
+
+def test_atomic_sums_without_a_code():
+    x, indices = torch.ones(1, 40, 3), torch.full((1, 40), -1)
+    counts, sums = kernels.atomic(x, indices, 5)
+    assert not counts.any() and not sums.any()
 
 
 @pytest.mark.parametrize("metric", METRICS)

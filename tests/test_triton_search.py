@@ -1,23 +1,22 @@
 """The Triton search in Triton's interpreter: the same indices, bit for bit, as the compiled CPU kernels."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 pytest.importorskip("triton")
 
 import vqops
-from vqops.triton_kernels import interpreted, layout
+from vqops.triton_kernels import blocks, interpreted, layout
 
 if not interpreted():
     pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
 
 from triton.runtime import interpreter
 
+from vqops.triton_kernels import scan
 from vqops.triton_kernels import search as kernels
 
 METRICS = ("euclidean", "cosine")
@@ -178,6 +177,86 @@ def test_most_rows_are_certified():
     assert certified > 110 and scanned == 0
 
 
+@pytest.fixture
+def shared_scan(monkeypatch):
+    """More programs than blocks of rows to scan, so that they share the codes of a row."""
+    monkeypatch.setattr(scan, "queue_programs", lambda device: 21)
+    monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(scan=(4, 16)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("N, K, D", [(1, 1, 1), (3, 60, 5), (13, 61, 9), (37, 90, 3), (90, 9, 4)])
+def test_programs_share_the_codes_of_a_row(shared_scan, N, K, D, metric):
+    x, codebook = torch.randn(N, D).double(), torch.randn(K, D)
+    codebook[K // 2 :] = codebook[: K - K // 2].clone()  # ties between parts
+    if K > 8:
+        codebook[3], x[N // 2, 0] = math.nan, math.inf
+    check_tiers(x, codebook, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_programs_share_the_codes_of_masked_rows_of_heads(shared_scan, metric):
+    x, codebook, mask = torch.randn(2, 3, 6).double(), torch.randn(2, 50, 6), torch.rand(2, 3) > 0.4
+    check(x, codebook, mask, metric)
+    found = vqops.nearest_topk(x, codebook, 20, mask, metric, implementation="triton")
+    expected = vqops.nearest_topk(x, codebook, 20, mask, metric, implementation="compiled")
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_programs_share_the_codes_of_queued_rows(shared_scan, heads, monkeypatch):
+    codebook = torch.randn(heads, 1, 8) + 2.0**-20 * torch.randn(heads, 100, 8)
+    x = torch.cat([torch.randn(heads, 30, 8) + 5e3 * torch.randn(8), codebook[:, :40] + 2], 1)
+    check(x[:, :4], codebook)
+    check(x, codebook)
+    monkeypatch.setattr(scan, "merge_kernel", type("Nothing", (), {"__getitem__": lambda *_: lambda *_, **__: None})())
+    with pytest.raises(AssertionError):  # it is what writes them
+        check(x[:, :4], codebook)
+
+
+@pytest.fixture
+def screened_in_parts(monkeypatch):
+    """A few tiles of the codes a part; the last parts are empty."""
+    monkeypatch.setattr(kernels, "screen_parts", lambda blocks, tiles, device: min(tiles + 1, 7))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("N, K, D", [(1, 1, 1), (130, 200, 5), (20, 700, 12), (33, 200, 300)])
+def test_parts_of_the_codes(screened_in_parts, N, K, D, metric):
+    check_tiers(torch.randn(N, D) + 3, torch.randn(K, D) + 3, metric)
+    check_tiers(torch.randn(N, D).pow(5), torch.randn(K, D).pow(5), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_parts_with_heads_masks_ties_and_no_numbers(screened_in_parts, metric):
+    x, codebook, mask = torch.randn(2, 60, 7), torch.randn(2, 300, 7), torch.rand(2, 60) > 0.3
+    codebook[0, 150:] = codebook[0, :150].flip(0)
+    codebook[1, 64:256] = math.nan
+    codebook[1, 290] *= 1e15
+    x[0, 3], x[0, 4, 0], x[1, 2, 1] = 0, math.nan, math.inf
+    check(x, codebook, mask, metric)
+    check(x, codebook, metric=metric)
+    check(x, torch.full_like(codebook, math.nan), metric=metric)
+
+
+def test_parts_leave_no_more_open(screened_in_parts):
+    x, codebook = torch.randn(128, 64), torch.randn(1024, 64)
+    certified, _, scanned, _ = check_tiers(x, codebook)
+    assert certified > 110 and scanned == 0
+    lattice = torch.cartesian_prod(*[torch.arange(3.0)] * 5)  # 2 to 32 codes are as near, in several parts
+    half = torch.randint(0, 4, (100, 5)) / 2
+    _, decided, scanned, _ = check_tiers(half, lattice)
+    assert decided > 60 and scanned > 0
+    near = torch.randn(1, 8) + 2.0**-20 * torch.randn(300, 8)
+    assert check_tiers(torch.randn(40, 8) * 100, near)[2] > 10
+
+
+@pytest.mark.parametrize("blocks_of_rows, tiles, parts", [(1, 100, 3), (2, 100, 1), (1, 11, 2), (1, 3, 1), (9, 100, 1)])
+def test_few_rows_are_screened_in_parts(blocks_of_rows, tiles, parts):
+    assert blocks.screen_parts(blocks_of_rows, tiles, torch.device("cpu")) == parts  # as for three processors
+
+
 def test_long_rows():
     check(torch.randn(4, 2048) + 1, torch.randn(60, 2048) + 1)
 
@@ -261,8 +340,10 @@ def test_bound_of_a_truncating_sum(group):
     assert (error > 20 * 2.0**-24 * norms).all()  # far more than rounding to nearest would lose
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("D", [64, 320])
-def test_search_on_a_truncating_tensor_core(D, monkeypatch):
+def test_search_on_a_truncating_tensor_core(D, parts, monkeypatch):
+    monkeypatch.setattr(kernels, "screen_parts", lambda blocks, tiles, device: parts)
     model = truncated_dot(4)
 
     def create_dot(self, a, b, d, *_):

@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import vqops
-from vqops import info, triton_kernels
+from vqops import triton_kernels
 from vqops.ops import library
 
 
@@ -28,19 +28,6 @@ def test_every_op_has_a_triton_implementation():
     assert set(triton_kernels.MODULES) == set(library.OPS)
     for by_device in vqops.implementations().values():
         assert "triton" in by_device["cuda"]
-
-
-def test_the_default_on_cuda_is_the_reference_until_a_gpu_has_confirmed_another():
-    assert library.DEFAULT_ON_CUDA == {}
-    for by_device in vqops.implementations().values():
-        assert by_device["cuda"][0] == "reference"
-    assert "No kernel has been confirmed on a GPU yet" in info.report()
-
-
-def test_a_confirmed_implementation_comes_first(monkeypatch):
-    monkeypatch.setitem(library.DEFAULT_ON_CUDA, "nearest", "triton")
-    assert vqops.implementations()["nearest"]["cuda"] == ["triton", "reference"]
-    assert "confirmed nearest;" in info.report()
 
 
 def test_lazy_and_on_the_cpu_only_in_the_interpreter():

@@ -1,19 +1,19 @@
 """nearest_topk of Triton in the interpreter, against the compiled CPU kernels."""
 
 import math
-import os
 
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 pytest.importorskip("triton")
 
 import vqops
-from vqops.triton_kernels import interpreted
+from vqops.triton_kernels import blocks, interpreted
 
 if not interpreted():
     pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
+
+from vqops.triton_kernels import scan
 
 METRICS = ("euclidean", "cosine")
 
@@ -59,3 +59,16 @@ def test_heads_masks_repeats_and_no_numbers(metric):
 
 def test_more_codes_within_rounding_than_a_list_holds():
     check(torch.randn(20, 8) * 100, torch.randn(1, 8) + 2.0**-20 * torch.randn(150, 8), 3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 20])
+def test_programs_share_the_codes_of_a_row(monkeypatch, k, metric):
+    monkeypatch.setattr(scan, "queue_programs", lambda device: 21)
+    monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(scan=(4, 16)))
+    x, codebook = torch.randn(6, 5), torch.randn(45, 5)
+    codebook[20:40] = codebook[:20]
+    codebook[5], codebook[11, 2], x[2, 1] = math.nan, math.inf, math.nan
+    check(x.double(), codebook, k, metric=metric)
+    check(x.double(), codebook[:k], k, torch.rand(6) > 0.3, metric)
+    check(torch.zeros(3, 5), codebook, k, metric=metric)

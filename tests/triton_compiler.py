@@ -26,6 +26,7 @@ TYPES = {
     torch.int32: "i32", torch.int8: "i8", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
 TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)\b")
+PROCESSORS = 192  # more than any GPU has
 LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block
 
 
@@ -100,6 +101,8 @@ def main(architecture: int, wanted: str) -> None:
     from vqops.triton_kernels import blocks
 
     blocks.INTERPRETED = blocks.ON_GPU  # the tensors are on the CPU, the kernels are not
+    blocks.PROCESSORS_INTERPRETED = PROCESSORS
+    blocks.queue_programs = lambda device: blocks.PROGRAMS_A_PROCESSOR * PROCESSORS
     blocks.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
     for name, call in calls().items():
         if name.startswith(tuple(wanted.split(";"))):
@@ -113,7 +116,9 @@ def calls() -> dict:
     def tensors(D, dtype=torch.float32, H=1, N=64, K=512):
         return torch.zeros(H, N, D, dtype=dtype), torch.zeros(H, K, D)
 
-    cases = {f"nearest, D={D}": partial(search.nearest, *tensors(D)) for D in (1, 8, 32, 64, 128, 256, 320, 2048)}
+    widths = (1, 8, 32, 64, 128, 256, 320, 2048)
+    cases = {f"nearest, D={D}": partial(search.nearest, *tensors(D, K=128)) for D in widths}
+    cases |= {f"nearest in parts, D={D}": partial(search.nearest, *tensors(D)) for D in widths}
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         cases[f"nearest, {dtype}"] = partial(search.nearest, *tensors(64, dtype))
     mask = torch.ones(2, 64, dtype=torch.bool)
@@ -137,7 +142,9 @@ def calls() -> dict:
             torch.tensor(0.9),
         )
         cases[f"ema_update_, {metric}"] = partial(ema.ema_update_, *state, metric=metric)
-    cases["code_sums, atomic"] = partial(code_sums.atomic, x, indices, 512, error)
+    for D in (8, 64, 300):
+        weight = None if D == 8 else error
+        cases[f"code_sums, atomic, D={D}"] = partial(code_sums.atomic, tensors(D)[0], indices, 512, weight)
     one, row = torch.zeros(1, 1, 1), torch.zeros(1, 1)  # arguments that are 1 become constants
 
     def ones():

@@ -8,7 +8,7 @@ import torch
 
 import vqops
 from vqops import _C
-from vqops.ops.library import DEFAULT_ON_CUDA
+from vqops.ops import regimes
 
 
 def report() -> str:
@@ -28,14 +28,32 @@ def report() -> str:
     devices = list(next(iter(implementations.values())))
     ops = [["op", *(f"on {device}" for device in devices)]]
     ops += [[op, *(", ".join(by_device[device]) for device in devices)] for op, by_device in implementations.items()]
-    note = "Each op takes the first. " + on_cuda()
-    return "\n\n".join([table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), note])
+    return "\n\n".join([table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), defaults()])
 
 
-def on_cuda() -> str:
-    if DEFAULT_ON_CUDA:
-        return f"Runs on a GPU have confirmed {', '.join(sorted(DEFAULT_ON_CUDA))}; the rest take the reference there."
-    return "No kernel has been confirmed on a GPU yet: on CUDA the others are chosen with implementation=."
+def defaults() -> str:
+    if not regimes.ON_CUDA:
+        return (
+            "Each op takes the first. "
+            "No kernel has been confirmed on a GPU yet: on CUDA the others are chosen with implementation=."
+        )
+    rows = [["op", "takes", "D", "K", "N", "x and codes", "shown by benchmarks/results/"]]
+    for row in regimes.ON_CUDA:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+        rows.append([row.op, row.implementation, *map(bounds, (row.D, row.K, row.N)), dtypes, row.results])
+    return (
+        "On the CPU each op takes the first. On CUDA the first of these rows that holds a call and is built decides, "
+        "and the reference\ntakes the rest. N counts the rows of all heads.\n\n" + table(rows)
+    )
+
+
+def bounds(given: tuple[int, int]) -> str:
+    least, most = given
+    if given == regimes.ANY:
+        return "any"
+    if most == regimes.ANY[1]:
+        return f"{least} and more"
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def main() -> None:

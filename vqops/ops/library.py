@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from vqops import triton_kernels
+from vqops.ops import regimes
 
 try:
     from vqops import _C  # noqa: F401  importing it registers the compiled kernels
@@ -26,11 +27,6 @@ COMPILED = {
     device: {name for name in torch._C._dispatch_get_registrations_for_dispatch_key(key) if name.startswith("vqops::")}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
 }
-
-
-# The implementation that an op takes on CUDA, where a committed run on a GPU has shown it to be correct and fastest.
-# There has been no such run, so that every op takes the reference; `vqops info` says so.
-DEFAULT_ON_CUDA: dict[str, str] = {}
 
 
 # An op that sums by code has two kernels on CUDA: by atomic additions, and in a fixed order.
@@ -72,9 +68,10 @@ def define(
 
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported;
     on CUDA for `name_compiled` alone, or for `name_compiled_atomic` and `name_compiled_sorted` if it sums by code.
-    `name` falls back on `fallback` (default: the reference) on every device without one. `reference_fake`,
-    `compiled_fake` and `triton_fake` are for an op whose result has another size there. `backward` gets as `op` the
-    op `backward_op` in the implementation of the forward.
+    `name` falls back on `fallback` (default: the reference) on every device without one, and on CUDA picks by
+    regimes.py. `reference_fake`, `compiled_fake` and `triton_fake` are for an op whose result has another size there.
+    `backward` gets as `op` the op `backward_op` in the implementation of the forward; that of `name` itself picks by
+    its own regimes, since what a forward saves is the same in every implementation.
     """
     OPS.append(name)
     metas = {name: fake, f"{name}_reference": reference_fake or fake}
@@ -99,8 +96,30 @@ def define(
         library.impl(f"{name}_compiled", by_order(*(getattr(torch.ops.vqops, kernel) for kernel in kernels)), "CUDA")
     if triton_kernels.has(name):
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
-    if name in DEFAULT_ON_CUDA:
-        library.impl(name, getattr(torch.ops.vqops, f"{name}_{DEFAULT_ON_CUDA[name]}"), "CUDA")
+    if any(row.op == name for row in regimes.ON_CUDA):
+        library.impl(name, by_regime(name, fallback or reference), "CUDA")
+
+
+def by_regime(name: str, fallback: Callable) -> Callable:
+    """`vqops::name` on CUDA: the implementation of the call's regime, or `fallback`."""
+    names = [argument.name for argument in getattr(torch.ops.vqops, name).default._schema.arguments]
+
+    def run(*arguments):
+        given = dict(zip(names, arguments, strict=False))  # without those at the end that have their default
+        chosen = default_on_cuda(name, given)
+        if chosen == "reference":
+            return fallback(*arguments)
+        # A preparation has the layout of who made it; to others it is as if there were none.
+        if given.get("prepared") is not None and chosen != default_on_cuda("prepare", {"codebook": given["codebook"]}):
+            given["prepared"] = None
+        return getattr(torch.ops.vqops, f"{name}_{chosen}")(*given.values())
+
+    return run
+
+
+def default_on_cuda(name: str, arguments: dict) -> str:
+    call = regimes.call_of(arguments)
+    return regimes.choose(regimes.ON_CUDA, name, call, lambda each: each in available(name, "cuda"))
 
 
 def select(name: str, implementation: str | None):
@@ -117,7 +136,8 @@ def select(name: str, implementation: str | None):
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:
-    """What each op can run as on each device, the default first.
+    """What each op can run as on each device, the default first; on CUDA what some calls take (`vqops info` says which)
+    before the reference, which is there for all others.
 
     Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference", "triton"]}, ...}`. "triton" is
     there for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
@@ -129,7 +149,8 @@ def available(name: str, device: str) -> list[str]:
     compiled, triton = is_compiled(name, device), triton_kernels.runs_on(name, device)
     every = ["compiled"] * compiled + ["reference"] + ["triton"] * triton
     if device == "cuda":
-        every.sort(key=lambda each: each != DEFAULT_ON_CUDA.get(name, "reference"))
+        first = [*dict.fromkeys(row.implementation for row in regimes.ON_CUDA if row.op == name), "reference"]
+        every.sort(key=lambda each: first.index(each) if each in first else len(first))
     return every
 
 

@@ -9,7 +9,7 @@ from vqops import _C
 from vqops.ops import reference
 from vqops.ops.checks import METRICS, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
-from vqops.ops.library import define, is_compiled, select
+from vqops.ops.library import default_on_cuda, define, is_compiled, select
 from vqops.triton_kernels.layout import packed_bytes
 
 LARGEST_K = 32  # of nearest_topk: the list of candidates of a row stays in registers or cache
@@ -158,6 +158,13 @@ def fake_statistics(x, codebook, metric="euclidean"):
 
 
 def fake_prepare(codebook, metric="euclidean"):
+    if codebook.device.type != "cuda":
+        return fake_prepare_on_cpu(codebook)
+    fakes = {"reference": reference.prepare, "compiled": fake_prepare_compiled, "triton": fake_prepare_triton}
+    return fakes[default_on_cuda("prepare", {"codebook": codebook})](codebook, metric)
+
+
+def fake_prepare_on_cpu(codebook):
     H, K, D = codebook.shape
     codes = (K + 31) // 32 * 32  # the layout is that of csrc/cpu/codebook.h
     depth = (D + 1) // 2 + 1 if _C.screens_in_bfloat16() else D + 1
@@ -168,7 +175,7 @@ def fake_prepare(codebook, metric="euclidean"):
 
 def fake_prepare_compiled(codebook, metric="euclidean"):
     if codebook.device.type != "cuda":
-        return fake_prepare(codebook, metric)
+        return fake_prepare_on_cpu(codebook)
     return codebook.new_empty(packed_bytes_on_cuda(*codebook.shape), dtype=torch.uint8)
 
 

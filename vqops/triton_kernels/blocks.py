@@ -50,6 +50,8 @@ class Sizes(NamedTuple):
 ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32))
 INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128))  # an operation costs the same there
 PROGRAMS_A_PROCESSOR = 4  # of the kernels that walk a queue
+PROCESSORS_INTERPRETED = 3  # enough to share the codes of a row
+LEAST_TILES = 4  # of a part of the codes that few rows are screened against
 
 
 def sizes(device: torch.device) -> Sizes:
@@ -66,6 +68,12 @@ def tile(D: int, device: torch.device) -> tuple[int, int]:
     """Rows and dimensions at a time of kernels at memory speed that may walk a row in steps."""
     step = min(max(16, 1 << (D - 1).bit_length()), 256)
     return max(1, sizes(device).values // step), step
+
+
+def hot_rows(rows: int) -> int:
+    """Of a block of `rows`, so many with one code are summed before they are added: a sum over the block costs about as
+    much as the additions of an eighth of its rows (counted in instructions, not measured)."""
+    return max(4, rows // 8)
 
 
 def whole_rows(D: int, device: torch.device) -> tuple[int, int]:
@@ -87,8 +95,17 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROCESSORS_INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def queue_programs(device: torch.device) -> int:
     """Programs of a kernel that walks a queue whose length only the device knows."""
-    if device.type != "cuda":
-        return 1
-    return PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return processors(device) * (PROGRAMS_A_PROCESSOR if device.type == "cuda" else 1)
+
+
+def screen_parts(blocks: int, tiles: int, device: torch.device) -> int:
+    """In how many parts the codes are screened where `blocks` of rows are fewer than the processors."""
+    return max(1, min(processors(device) // blocks, tiles // LEAST_TILES))

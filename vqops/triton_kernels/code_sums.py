@@ -3,8 +3,9 @@
 In the reference's order: a stable sort of the indices, then a program adds up to 256 rows of a code, in order, for
 several codes side by side, and another those runs, in order. x is read once; partial sums are one a run. The same bits
 on every device.
-By atomic additions: a program reads a block of rows and adds each to its code. Nothing is sorted, but the order and so
-the last bits vary, and rows that share a code wait for each other.
+By atomic additions: a program reads a block of rows and adds each to its code; codes that many of them share (all rows
+on one, Zipf) it sums first and adds once, so that they contend once a block. Nothing is sorted, but the order and so
+the last bits vary.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqops.ops.reference import RUN
-from vqops.triton_kernels.blocks import tile
+from vqops.triton_kernels.blocks import hot_rows, tile
 
 
 class Runs(NamedTuple):
@@ -88,8 +89,9 @@ def fold_kernel(partial, first, sums, codes, D, M: tl.constexpr, BD: tl.constexp
 @triton.jit
 def atomic_kernel(
     x, weight, divisor, indices, counts, sums, rows, N, K, D,
-    h_stride, n_stride, i_stride, w_h_stride, w_n_stride, A: tl.constexpr, BD: tl.constexpr,
+    h_stride, n_stride, i_stride, w_h_stride, w_n_stride, HOT: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """One addition for each code that at least HOT rows of the block have, and one for every other row."""
     row = tl.program_id(0).to(tl.int64) * A + tl.arange(0, A)
     i = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)[None, :]
     k = tl.load(indices + row, mask=row < rows, other=-1)
@@ -106,10 +108,22 @@ def atomic_kernel(
     else:
         one = tl.load(weight + h * w_h_stride + n * w_n_stride, mask=live, other=0.0).to(tl.float32)
         value = value * one[:, None]
-    place = h * K + k
-    tl.atomic_add(sums + place[:, None] * D + i, value, mask=inside, sem="relaxed")
+    place = tl.where(live, h * K + k, -1)
+    rivals = tl.sum((live[:, None] & (place[:, None] == place[None, :])).to(tl.int32), 1)  # 0 where it is added already
+    most = tl.max(rivals, 0)
+    while most >= HOT:
+        hot_place = tl.max(tl.where(rivals == most, place, -1), 0)
+        hot = place == hot_place
+        total = tl.sum(tl.where(hot[:, None], value, 0.0), 0)[None, :]
+        tl.atomic_add(sums + hot_place * D + i, total, mask=i < D, sem="relaxed")
+        if tl.program_id(1) == 0:
+            tl.atomic_add(counts + hot_place, tl.sum(tl.where(hot, one, tl.zeros_like(one)), 0), sem="relaxed")
+        rivals = tl.where(hot, 0, rivals)
+        most = tl.max(rivals, 0)
+    left = rivals > 0
+    tl.atomic_add(sums + place[:, None] * D + i, value, mask=left[:, None] & (i < D), sem="relaxed")
     if tl.program_id(1) == 0:
-        tl.atomic_add(counts + place, one, mask=live, sem="relaxed")
+        tl.atomic_add(counts + place, one, mask=left, sem="relaxed")
 
 
 def sum_in_order(x, runs: Runs, K: int, weight=None, divisor=None, dtype=torch.float32) -> Tensor:  # [H, K, D]
@@ -145,8 +159,8 @@ def atomic(x, indices, num_codes, weight=None, divisor=None):
     rows, step = tile(D, x.device)
     weight_strides = (0, 0) if weight is None else weight.stride()
     atomic_kernel[(triton.cdiv(H * N, rows), triton.cdiv(D, step))](
-        x, weight, divisor, indices, counts, sums, H * N, N, num_codes, D, *x.stride(), *weight_strides, rows, step,
-        num_warps=4, enable_fp_fusion=True,
+        x, weight, divisor, indices, counts, sums, H * N, N, num_codes, D, *x.stride(), *weight_strides,
+        hot_rows(rows), rows, step, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return counts, sums
 

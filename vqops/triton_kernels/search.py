@@ -10,6 +10,9 @@ multiplications or additions, three minima and two bit operations a score.
 A slot is a column of the tile. It keeps the least lower bound of its codes in a group of 16 tiles, with the number of
 the tile in its low bits, and the second least. After each group the slots that may hold the nearest code join the row's
 list. The queue is decided in float64 (decision.py) by programs of a fixed grid, so that nothing waits for the host.
+Where the blocks of rows are fewer than the processors, a program takes a part of the codes, and another kernel joins
+what the parts of a row leave open; shapes alone say how many. Workspace: 76 bytes a row and part, of which there are
+less than 128 a processor; 1.3 MB on 132.
 exactness.md has the proof.
 """
 
@@ -20,15 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqops.triton_kernels.blocks import ROWS, row_blocks, screen_blocks, shared_memory
+from vqops.triton_kernels.blocks import ROWS, row_blocks, screen_blocks, screen_parts, shared_memory
 from vqops.triton_kernels.codebook import (
     decision_error,
     exponent_of,
     power_of_two,
     prepare,
 )
-from vqops.triton_kernels.decision import ENTRY, NO_CODE, decide, scan
+from vqops.triton_kernels.decision import ENTRY, NO_CODE, decide
 from vqops.triton_kernels.layout import HEADER, Packed, padded_dimensions, unpack
+from vqops.triton_kernels.scan import scan
 
 CANDIDATES = 16  # a row; more go to the scan
 GROUP = 16  # tiles whose numbers share the low bits of a bound; exactness.md has what they cost
@@ -159,10 +163,12 @@ def least_slot(least, group, slot, GROUP: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def screen_kernel(
-    halves, facts, states, begin, radius, unit, codes, indices, lists, queue, counters, N, padded, tiles,
+    halves, facts, states, begin, radius, unit, codes, indices, lists, bounds, counts, queue, counters,
+    N, padded, tiles, tiles_a_part,
     CODES: tl.constexpr, WIDTH: tl.constexpr, ENTRY: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """bounds[part, 0 and 1], counts[part]: what a part leaves of each row; None where a program has all codes."""
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     here = h * padded + n
@@ -182,12 +188,17 @@ def screen_kernel(
     count = tl.zeros((BN,), tl.int32)  # in the list; CANDIDATES + 1 where it does not hold everything
     only = tl.zeros((BN,), tl.int32)  # the code joined last
     slot = tl.arange(0, BK)
-    place = lists + (h * N + n) * CANDIDATES
+    part = tl.program_id(2).to(tl.int64)
+    place = lists + ((part * tl.num_programs(1) + h) * N + n) * CANDIDATES
     codes_before = h * CODES
-    for group in range(0, tiles, GROUP):
+    first, last = 0, tiles
+    if bounds is not None:
+        first = tl.program_id(2) * tiles_a_part
+        last = tl.minimum(first + tiles_a_part, tiles)
+    for group in range(first, last, GROUP):
         least = tl.full((BN, BK), HUGE, tl.float32)
         second = tl.full((BN, BK), HUGE, tl.float32)
-        for tile in range(group, tl.minimum(group + GROUP, tiles)):
+        for tile in range(group, tl.minimum(group + GROUP, last)):
             at = codes_before + tile * BK
             rows = codes + at * WIDTH + slot[:, None] * WIDTH + tl.arange(0, BD)[None, :]
             if BD == WIDTH:
@@ -226,6 +237,48 @@ def screen_kernel(
             best, winner = least_slot(least, group, slot, GROUP, BK)
             joins = usable & (best <= threshold) & (count <= CANDIDATES)
 
+    if bounds is None:
+        settle(indices, queue, counters, h, n, N, state, count, only, CANDIDATES, ENTRY)
+    else:
+        tl.store(bounds + 2 * part * total + here, threshold)
+        tl.store(bounds + (2 * part + 1) * total + here, lowest)
+        tl.store(counts + part * total + here, count)
+
+
+@triton.jit
+def join_kernel(
+    states, bounds, counts, indices, lists, queue, counters, N, padded, parts,
+    CANDIDATES: tl.constexpr, ENTRY: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Joins in the first part's list those of all parts that the least upper bound does not exclude."""
+    h = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    here = h * padded + n
+    total = tl.num_programs(1).to(tl.int64) * padded
+    state = tl.load(states + here)
+    j = tl.arange(0, CANDIDATES)[None, :]
+    place = (lists + (h * N + n) * CANDIDATES)[:, None] + j
+    threshold = tl.full((BN,), HUGE, tl.float32)
+    for part in range(0, parts):
+        threshold = tl.minimum(threshold, tl.load(bounds + 2 * part * total + here))
+    count = tl.zeros((BN,), tl.int32)
+    only = tl.zeros((BN,), tl.int32)
+    for part in range(0, parts):
+        held = tl.load(counts + part * total + here)
+        held = tl.where(tl.load(bounds + (2 * part + 1) * total + here) > threshold, 0, held)
+        known = (state == SCREENED)[:, None] & (j < held[:, None])
+        code = tl.load(place + part * tl.num_programs(1) * N * CANDIDATES, mask=known, other=0)
+        if part > 0:
+            tl.store(place + count[:, None], code, mask=known & (j + count[:, None] < CANDIDATES))
+        only = tl.where(held > 0, tl.sum(tl.where(j == 0, code, 0), 1), only)
+        count = tl.minimum(count + held, CANDIDATES + 1)
+    settle(indices, queue, counters, h, n, N, state, count, only, CANDIDATES, ENTRY)
+
+
+@triton.jit
+def settle(indices, queue, counters, h, n, N, state, count, only, CANDIDATES: tl.constexpr, ENTRY: tl.constexpr):
+    """A row with one candidate is done; others are queued."""
+    usable = state == SCREENED
     certified = usable & (count == 1)
     tl.store(indices + h * N + n, only.to(tl.int64), mask=certified)
     scanned = (state == SCANNED) | (usable & ((count > CANDIDATES) | (count == 0)))
@@ -277,6 +330,31 @@ def round_rows(x, packed: Packed, mask, metric, ranked, indices, counters) -> Ro
     return Rows(halves, facts, states, padded)
 
 
+def screen(packed: Packed, rows: Rows, indices: Tensor, queue: Tensor, counters: Tensor, D: int) -> Tensor:
+    """Settles or queues every row; returns their candidates [H * N, CANDIDATES]."""
+    (H, N), (_, codes, width) = indices.shape, packed.codes.shape
+    block = screen_blocks(D, shared_memory(indices.device))
+    tiles, programs = codes // block.codes, rows.padded // block.rows
+    parts = screen_parts(programs * H, tiles, indices.device)
+    lists = indices.new_empty((parts, H * N, CANDIDATES), dtype=torch.int32)
+    bounds = counts = None
+    if parts > 1:
+        bounds = rows.facts.new_empty((parts, 2, H, rows.padded))
+        counts = lists.new_empty((parts, H, rows.padded))
+    screen_kernel[(programs, H, parts)](
+        rows.halves, rows.facts, rows.states, packed.start[0], packed.radius, packed.unit, packed.codes, indices,
+        lists, bounds, counts, queue, counters, N, rows.padded, tiles, triton.cdiv(tiles, parts), codes, width, ENTRY,
+        GROUP, CANDIDATES, block.rows, block.codes, block.step, num_warps=block.warps, num_stages=block.stages,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if parts > 1:
+        join_kernel[(rows.padded // ROWS, H)](
+            rows.states, bounds, counts, indices, lists, queue, counters, N, rows.padded, parts, CANDIDATES, ENTRY,
+            ROWS, num_warps=4,
+        )  # fmt: skip
+    return lists[0]
+
+
 def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepared: Tensor | None):
     """Indices [H, N], and the counters: rows queued for a decision, rows scanned, rows without a code."""
     H, N, D = x.shape
@@ -290,15 +368,8 @@ def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepar
             return indices, counters
         packed = unpack(prepare(codebook, metric) if prepared is None else prepared, *codebook.shape)
         rows = round_rows(x, packed, mask, metric, False, indices, counters)
-        lists = x.new_empty((H * N, CANDIDATES), dtype=torch.int32)
         queue = x.new_empty(H * N, dtype=torch.int64)
-        block = screen_blocks(D, shared_memory(x.device))
-        codes, width = packed.codes.shape[1:]
-        screen_kernel[(rows.padded // block.rows, H)](
-            rows.halves, rows.facts, rows.states, packed.start[0], packed.radius, packed.unit, packed.codes, indices,
-            lists, queue, counters, N, rows.padded, codes // block.codes, codes, width, ENTRY, GROUP, CANDIDATES,
-            block.rows, block.codes, block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+        lists = screen(packed, rows, indices, queue, counters, D)
         decide(x, codebook, metric, indices, None, lists, queue, counters)
         scan(x, codebook, None, metric, indices, None, queue, counters)
     return indices, counters

@@ -1,0 +1,62 @@
+"""Which implementation each op takes on CUDA: one table, each row shown by a committed run on a GPU.
+
+Shapes and dtypes alone decide. So nothing waits for the device, and a CUDA graph, a forward that is computed again and
+a search with a prepared codebook meet the same choice each time.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ANY = (0, sys.maxsize)
+
+
+class Call(NamedTuple):
+    """What a regime can tell calls apart by."""
+
+    D: int
+    K: int  # codes of a head
+    N: int | None  # rows of all heads; None for an op without rows
+    dtypes: tuple[torch.dtype, ...]  # of x and the codebook, as far as there are such
+
+
+class Regime(NamedTuple):
+    """Calls of an op that take an implementation. Bounds are inclusive; those of N are for ops that have rows."""
+
+    op: str
+    implementation: str
+    results: str  # the run that showed it to be correct and the fastest there: a file in benchmarks/results
+    D: tuple[int, int] = ANY
+    K: tuple[int, int] = ANY
+    N: tuple[int, int] = ANY
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+    def holds(self, call: Call) -> bool:
+        inside = (
+            bounds == ANY or size is None or bounds[0] <= size <= bounds[1]
+            for size, bounds in ((call.D, self.D), (call.K, self.K), (call.N, self.N))
+        )
+        return all(inside) and all(dtype in self.dtypes for dtype in call.dtypes)
+
+
+# The first row that holds a call decides, where the implementation is built; the reference takes the calls of no row.
+# There has been no run on a GPU, so there is no row.
+ON_CUDA: tuple[Regime, ...] = ()
+
+
+def choose(table: Iterable[Regime], op: str, call: Call, built: Callable[[str], bool]) -> str:
+    """The implementation of a call on CUDA."""
+    rows = (row for row in table if row.op == op and row.holds(call) and built(row.implementation))
+    return next((row.implementation for row in rows), "reference")
+
+
+def call_of(arguments: dict) -> Call:
+    """The call of an op, from its arguments by name."""
+    x, codes = arguments.get("x"), arguments.get("codebook", arguments.get("embed_avg"))
+    D = (codes if x is None else x).shape[-1]
+    K = arguments["num_codes"] if codes is None else codes.shape[-2]
+    N = None if x is None else x.shape[0] * x.shape[1]
+    return Call(D, K, N, tuple(tensor.dtype for tensor in (x, codes) if isinstance(tensor, Tensor)))

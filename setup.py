@@ -66,10 +66,11 @@ def why_no_cuda(request, sources, torch_cuda, toolkit):
 
 
 def architecture_flags(nvcc):
-    """Machine code for those of ARCHITECTURES that nvcc knows, and PTX of the last one for GPUs to come."""
+    """Machine code for those of ARCHITECTURES that nvcc knows, and PTX for GPUs to come, which 90a would have none of."""
     known = check_output([nvcc, "--list-gpu-arch"], text=True).split()
     chosen = [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
-    pairs = [(a, f"sm_{a}") for a in chosen] + [(a.rstrip("a"), f"compute_{a.rstrip('a')}") for a in chosen[-1:]]
+    lasting = [a for a in chosen if not a.endswith("a")][-1:]
+    pairs = [(a, f"sm_{a}") for a in chosen] + [(a, f"compute_{a}") for a in lasting]
     return [f"-gencode=arch=compute_{a},code={code}" for a, code in pairs]
 
 

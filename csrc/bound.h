@@ -13,6 +13,7 @@ constexpr double kSmallestRadius = 0x1p-24;
 constexpr int kSmallestExponent = -46;    // of a norm, for the powers of two
 constexpr float kAbsentStart = 0x1p120f;  // more than any start: a code that is left out
 constexpr float kAlwaysStart = -0x1p100f; // less than any start: a code that stays a candidate of every row
+constexpr float kNoThreshold = 0x1p110f;  // of a row at first: only codes that are left out lie above
 
 // Of the tensor cores, relative to |X'| |C'|, for a depth that is a multiple of 16.
 VQOPS_HOST_DEVICE double accumulation(int64_t depth) { return 1.5 * double(depth + 16) * 0x1p-23; }

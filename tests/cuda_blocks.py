@@ -97,15 +97,18 @@ class Kernels:
         )  # fmt: skip
         return quantized, error, counts, sums
 
-    def search(self, x, codebook, k=1, mask=None, metric="euclidean", on="sm_90a", blocks=1, adder=16, distances=False):
+    def search(
+        self, x, codebook, k=1, mask=None, metric="euclidean", on="sm_90a", multiprocessors=1, adder=16, distances=False
+    ):
         """Indices, distances or None, and rows by tier."""
         (H, N, D), K = x.shape, codebook.shape[1]
         indices = torch.full((H, N, k), -7)
         found = torch.full((H, N, k), 7, dtype=error_type(x)) if distances else None
         tiers = torch.zeros(4, dtype=torch.int64)
         self.library.search(
-            self.descending, *SEARCHES_ON[on], L(blocks), adder, *map(L, (H, N, K, D)), rows(x), rows(codebook), mask_of(mask),
-            metric == "cosine", pointer(indices), L(k), pointer(found), DTYPES.index(error_type(x)), pointer(tiers),
+            self.descending, *SEARCHES_ON[on], L(multiprocessors), adder, *map(L, (H, N, K, D)), rows(x), rows(codebook),
+            mask_of(mask), metric == "cosine", pointer(indices), L(k), pointer(found), DTYPES.index(error_type(x)),
+            pointer(tiers),
         )  # fmt: skip
         return indices, found, tiers
 

@@ -53,7 +53,7 @@ def test_dtypes(kernels, dtype, metric):
         check(kernels, x, codebook, metric=metric)
 
 
-@pytest.mark.parametrize("D", [1, 16, 17, 32, 33, 64, 65, 128, 200, 300, 512, 600])
+@pytest.mark.parametrize("D", [1, 16, 17, 32, 33, 64, 65, 128, 200, 300, 512, 1100])
 def test_dimensions(kernels, D):
     for architecture in ("sm_80", "sm_90a", "sm_120"):
         check(kernels, torch.randn(1, 140, D), torch.randn(1, 130, D), adder=4, on=architecture)
@@ -74,6 +74,31 @@ def test_products_of_one_sign_are_cut_the_most(adder):
     c = torch.cat([c, c * (1 + 2.0**-22 * torch.randint(-4, 5, (1, 32, 1)))], 1)
     check(Kernels(library, False), x - 3, c, adder=adder)
     check(Kernels(library, False), x, c, metric="cosine", adder=adder, on="sm_80")
+
+
+@pytest.mark.parametrize("place", [0, 300, 511])
+@pytest.mark.parametrize("size", [30, 1e3, 1e9, 1e25])
+def test_one_code_far_out_leaves_the_others_to_the_fast_pass(kernels, size, place):
+    for multiprocessors in (1, 4):
+        x, c = torch.randn(1, 128, 64), torch.randn(1, 512, 64)
+        c[0, place] *= size
+        assert check(kernels, x, c, multiprocessors=multiprocessors)[2] == 0
+
+
+def test_zero_rows_have_the_first_finite_code_at_once(kernels):
+    x, c = torch.randn(1, 200, 40), torch.randn(1, 90, 40)
+    x[0, ::2], c[0, :3, 5] = 0, torch.nan
+    assert check(kernels, x, c, metric="cosine")[2] == 0
+    check(kernels, x, c * torch.nan, metric="cosine")
+    check_several(kernels, x[:, :40], c, 3, metric="cosine")
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_float64_at_the_end_of_its_range(kernels, metric):
+    """Where products of the decision overflow or vanish, the lowest index wins: the fast pass must not know better."""
+    x, c = torch.randn(1, 64, 24, dtype=torch.float64), torch.randn(1, 70, 24, dtype=torch.float64)
+    for a, b in ((200, 120), (300, 20), (160, 150), (-164, -160), (-170, -155), (-300, -30), (0, -150), (-130, 30)):
+        check(kernels, x * 10.0**a, c * 10.0**b, metric=metric)
 
 
 def test_fast_pass_certifies_most_rows(kernels):
@@ -102,7 +127,7 @@ def test_several_nearest(kernels, name, metric):
     check_several(kernels, x, c, k, mask, metric, on="sm_80", adder=4)
 
 
-@pytest.mark.parametrize("D, on", [(3, "sm_80"), (20, "sm_80"), (64, "sm_80"), (100, "sm_120"), (64, "float64")])
+@pytest.mark.parametrize("D, on", [(3, "sm_80"), (20, "sm_80"), (64, "sm_80"), (200, "sm_120"), (64, "float64")])
 @pytest.mark.parametrize("k", [1, 2, 31, 32])
 def test_lists_that_fill_many_times(kernels, k, D, on):
     x, c = torch.randn(2, 70, D), torch.randn(2, 500, D)
@@ -110,7 +135,15 @@ def test_lists_that_fill_many_times(kernels, k, D, on):
     assert tiers[1 if on != "float64" else 2] == 140  # no list overflows
     # Each tile has codes nearer than all before: every list is full of them.
     c = c[:, c.norm(dim=2).argsort(dim=1, descending=True)[0]]
-    check_several(kernels, x * 1e-3, c, k, on=on, metric="euclidean")
+    check_several(kernels, x * 1e-3, c, k, on=on)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_several_nearest_of_rows_beyond_the_fast_pass(kernels, k):
+    x, c = torch.randn(1, 40, 6), torch.randn(1, 700, 6)
+    x[0, :5] *= 1e20
+    x[0, 7], x[0, 8, 2] = torch.inf, torch.nan
+    check_several(kernels, x, c, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,10 +160,10 @@ def test_blocks_share_the_codes_of_all_rows(kernels, D, on, metric):
     c[:, 1490:] = c[:, :10]  # ties between shares
     x[0, :10], x[0, 10, 0] = c[0, :10], torch.nan
     c[1, 700] = 1e30
-    tiers = check(kernels, x, c, torch.rand(2, 20) > 0.2, metric, on=on, blocks=6)
+    tiers = check(kernels, x, c, torch.rand(2, 20) > 0.2, metric, on=on, multiprocessors=6)
     assert tiers[2] == 0 and tiers[:2].sum() > 20
     x[1], c[1] = 0, 1e-6 * c[1] + 1  # more candidates than a list holds
-    check(kernels, x, c, metric=metric, on=on, blocks=11)
+    check(kernels, x, c, metric=metric, on=on, multiprocessors=11)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -179,7 +179,7 @@ class TestCuda:
         "known, built",
         [
             ("75 80 90 100 110 120", "sm_80 sm_90a sm_100 sm_120 compute_120"),
-            ("75 80 90", "sm_80 sm_90a compute_90"),
+            ("75 80 90", "sm_80 sm_90a compute_80"),
         ],
     )
     def test_architectures(self, setup, tmp_path, known, built):

@@ -36,17 +36,20 @@ struct CodeTiles {
         auto products = block.template registers<Product>();
         auto left = block.template registers<Left<kRowTiles>>();
         auto right = block.template registers<Right<kCodeTiles>>();
-        for (int step = 0; step < kAhead; step++) fetch(block, stages, begin, step, steps, pieces);
+        Next next = {0, 0, 0, packed.codes + begin * kStored * kTile * width, packed.constants + begin * kStored};
+        for (int step = 0; step < kAhead; step++) fetch(block, stages, next, steps, pieces);
         for (int step = 0, piece = 0, tile = begin * kTiles; step < steps; step++) {
             block.template await<kAhead - 1, Cores::kWarpgroups>();
-            fetch(block, stages, begin, step + kAhead, steps, pieces);
             const Stage& stage = stages[step % Cores::kStages];
             const bool last = piece == pieces - 1;
+            const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
+            if constexpr (Cores::kWarpgroups) {
+                const auto rows_of = [&](int t, int i) { return rows + Cores::group_row(t, i) * kPiece; };
+                block.start_products(products, rows_of, stage.codes, piece != 0);
+            }
+            fetch(block, stages, next, steps, pieces);
             for (int i = 0; i < kTiles && tile + i < tiles; i++) {
                 if constexpr (Cores::kWarpgroups) {
-                    const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
-                    const auto rows_of = [&](int t, int tile) { return rows + Cores::group_row(t, tile) * kPiece; };
-                    block.start_products(products, rows_of, stage.codes, piece != 0);
                     if (last) block.template finish_products<0>(products);
                     else block.template finish_products<1>(products);
                 } else {
@@ -54,7 +57,7 @@ struct CodeTiles {
                     for (int depth = 0; depth < kPiece; depth += 16) {
                         block.own([&](int t) {
                             if (kPiece > 16 || (step == 0 && i == 0))  // else they stay in registers
-                                take_rows(x + piece * Cores::kRows * kPiece, t, depth, left[t]);
+                                take_rows(rows, t, depth, left[t]);
                             take_codes(stage.codes + i * kTile * kPiece, t, depth, right[t]);
                         });
                         block.multiply_add(products, left, right);
@@ -70,25 +73,42 @@ struct CodeTiles {
 
 private:
     static constexpr int kWords = kTile * kPiece / 8;  // of 16 bytes, of a piece of a stored tile
+    static constexpr int kConstants = sizeof(Constants) / 16;
+
+    // The stage to be copied next, and where it lies in the packed codebook.
+    struct Next {
+        int step, slot, piece;
+        const uint16_t* codes;       // of the group's first tile, first piece
+        const Constants* constants;  // of its first tile
+    };
 
     template <class Block>
-    VQOPS_HOST_DEVICE void fetch(Block& block, Stage* stages, int begin, int step, int steps, int pieces) const {
-        if (step < steps) {
-            Stage& stage = stages[step % Cores::kStages];
-            const int64_t first = int64_t(begin + step / pieces) * kStored, piece = step % pieces;
-            const int64_t stored = round_up(K, kWholeTiles) / kTile;
+    VQOPS_HOST_DEVICE void fetch(Block& block, Stage* stages, Next& next, int steps, int pieces) const {
+        if (next.step < steps) {
+            Stage& stage = stages[next.slot];
+            const bool last = next.piece == pieces - 1;
+            // A stage of several products may have tiles behind the last one.
+            const int64_t stored = packed.constants + round_up(K, kWholeTiles) / kTile - next.constants;
+            const int tiles = kStored > 2 && stored < kStored ? int(stored) : kStored;
+            const uint16_t* const piece = next.codes + next.piece * kWords * 8;
             block.own([&](int t) {
-                for (int word = t; word < kStored * kWords; word += kThreads) {
-                    const int64_t tile = first + word / kWords, from = (tile * pieces + piece) * kWords + word % kWords;
-                    if (tile < stored) block.copy_ahead(stage.codes + word * 8, packed.codes + from * 8);
+                VQOPS_UNROLL(16)
+                for (int i = 0; i < kStored * kWords; i += kThreads) {
+                    const int word = i + t, tile = word / kWords;
+                    if (kStored <= 2 || tile < tiles)
+                        block.copy_ahead(stage.codes + word * 8, piece + (tile * (pieces - 1) * kWords + word) * 8);
                 }
-                constexpr int kConstants = sizeof(Constants) / 16;
-                for (int word = t; word < kStored * kConstants && piece == pieces - 1; word += kThreads) {
+                for (int i = 0; i < kStored * kConstants && last; i += kThreads) {
+                    const int word = i + t;
                     char* const to = reinterpret_cast<char*>(stage.constants);
-                    const char* const from = reinterpret_cast<const char*>(packed.constants + first);
-                    if (first + word / kConstants < stored) block.copy_ahead(to + word * 16, from + word * 16);
+                    const char* const from = reinterpret_cast<const char*>(next.constants);
+                    if (word < tiles * kConstants) block.copy_ahead(to + word * 16, from + word * 16);
                 }
             });
+            next.step++;
+            next.slot = next.slot == Cores::kStages - 1 ? 0 : next.slot + 1;
+            next.piece = last ? 0 : next.piece + 1;
+            if (last) next.codes += kStored * kTile * width, next.constants += kStored;
         }
         block.commit_copies();
     }

@@ -18,7 +18,9 @@ namespace vqops::cuda {
 constexpr int kTile = 64;  // codes of a tile as it is stored
 constexpr int kWholeTiles = 128;  // the packed codebook is a multiple of it: two tiles for a product of a warpgroup
 constexpr int kSample = 32;
+constexpr int64_t kMostCodes = 1 << 30;
 constexpr int32_t kUnmarked = 0x7f7f7f7f;  // memset writes it
+constexpr double kMostDivisor = 0x1p511;   // of a code; c.c of the decision may overflow where that of Pack does not
 
 VQOPS_HOST_DEVICE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -65,6 +67,7 @@ struct Most {
 // One head. K' is K rounded up to whole tiles, D' the dimensions as stored.
 struct Packed {
     float *scale, *worst;  // [1] twice; worst: the largest relative error of a code (row_bound)
+    int32_t* first;        // [1] the first finite code, kUnmarked if there is none
     float* centre;         // [D]
     Constants* constants;  // [K' / 64]
     Most* most;            // [K' / 64]
@@ -73,7 +76,8 @@ struct Packed {
     VQOPS_HOST_DEVICE static Packed take(Memory& memory, int64_t K, int64_t D) {
         const int64_t codes = round_up(K, kWholeTiles);
         Packed p;
-        p.scale = memory.take<float>(1), p.worst = memory.take<float>(1), p.centre = memory.take<float>(D);
+        p.scale = memory.take<float>(1), p.worst = memory.take<float>(1);
+        p.first = memory.take<int32_t>(1), p.centre = memory.take<float>(D);
         p.constants = memory.take<Constants>(codes / kTile), p.most = memory.take<Most>(codes / kTile);
         p.codes = memory.take<uint16_t>(codes * padded(D));
         return p;
@@ -217,7 +221,7 @@ struct Scale {
             int exponent = typical > 0 ? -exponent_of(typical) : 0;
             exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
             *packed.scale = float(power_of_two(exponent));
-            *packed.worst = 0;
+            *packed.worst = 0, *packed.first = kUnmarked;
         });
         block.own([&](int t) {  // Pack raises them
             for (int64_t tile = t; tile < round_up(in.K, kWholeTiles) / kTile; tile += kThreads)
@@ -334,7 +338,7 @@ struct Pack {
         block.template sum<32>(found);
 
         const auto is_near = [&](int t) {
-            return code_of(t) < in.K && divisors[t] < HUGE_VAL && std::sqrt(found[t].v[2]) <= kFarCode;
+            return code_of(t) < in.K && divisors[t] < kMostDivisor && std::sqrt(found[t].v[2]) <= kFarCode;
         };
         block.own([&](int t) {
             const bool near = is_near(t);
@@ -356,7 +360,10 @@ struct Pack {
             const bool finite = k < in.K && divisors[t] == divisors[t];
             const bool repeat = k < in.K && (found[t].v[0] == 0 || found[t].v[1] == 0);
             float start = kAbsentStart, slack = 0, radius = 0, unit = 0;
-            if (finite) start = kAlwaysStart, slack = -4 * kAlwaysStart;
+            if (finite) {
+                start = kAlwaysStart, slack = -4 * kAlwaysStart;
+                block.lower(packed.first, int32_t(k));
+            }
             if (is_near(t)) {
                 const double norm = std::sqrt(found[t].v[2]), half = in.cosine ? 0 : found[t].v[2] / 2;
                 const double power = power_of_two(unit_exponent(norm));

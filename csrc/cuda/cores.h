@@ -7,11 +7,11 @@
 
 namespace vqops::cuda {
 
-// mma.sync, which every GPU from sm_80 has: 4 warps, each with 16 * kRowTiles rows and 64 codes.
-template <int kRowTiles_, int kStages_>
+// mma.sync, which every GPU from sm_80 has: warps, each with 16 * kRowTiles rows and 64 codes.
+template <int kWarps, int kRowTiles_, int kStages_>
 struct WarpCores {
     static constexpr bool kWarpgroups = false;
-    static constexpr int kThreads = 128, kRowTiles = kRowTiles_, kRows = 64 * kRowTiles, kCodes = 64;
+    static constexpr int kThreads = 32 * kWarps, kRowTiles = kRowTiles_, kRows = 16 * kWarps * kRowTiles, kCodes = 64;
     static constexpr int kStages = kStages_, kLag = 1;  // a stage is free when all have multiplied it
 
     // The first row of a thread's row tile.

@@ -21,7 +21,8 @@ struct Decide {
 
     // lists: in shared memory, of the rows from `first`.
     template <class Block>
-    VQOPS_HOST_DEVICE void run(Block& block, Shared& shared, Candidates* lists, int64_t h, int64_t first) const {
+    VQOPS_HOST_DEVICE void run(Block& block, Shared& shared, const Packed& codes, Candidates* lists, int64_t h,
+                               int64_t first) const {
         block.each([&](int t) {
             if (t == 0) shared.pairs = 0;
         });
@@ -68,20 +69,22 @@ struct Decide {
                     out.left[h * in.N + block.fetch_add(&out.how_many[h], 1)] = uint32_t(first + r);
                     continue;
                 }
-                out.indices[h * in.N + first + r] = list.fate == kOutside ? -1 : shared.best_code[r];
+                int32_t code = -1;
+                if (list.fate == kSearched) code = shared.best_code[r];
+                if (list.fate == kZero && *codes.first != kUnmarked) code = *codes.first;
+                out.indices[h * in.N + first + r] = code;
                 if (!out.tiers) continue;
-                const bool none = list.fate == kOutside || list.count == 0;
-                block.fetch_add(&out.tiers[none ? kNoCode : list.count == 1 ? kCertified : kDecided], Count(1));
+                block.fetch_add(&out.tiers[code < 0 ? kNoCode : list.count > 1 ? kDecided : kCertified], Count(1));
             }
         });
     }
 };
 
-// One block: 64 rows whose codes several blocks have screened. A row's threshold is the least of all, its candidates
-// those that do not exceed it.
+// One block: 16 rows whose codes several blocks have screened, eight threads a row. A row's threshold is the least of all,
+// its candidates those that do not exceed it.
 template <class T>
 struct JoinLists {
-    static constexpr int kThreads = 128, kRows = 64;
+    static constexpr int kThreads = 128, kRows = kThreads / kLanes;
     typedef Decide<T, kThreads, kRows> Decisions;
     struct Shared {
         typename Decisions::Shared decisions;
@@ -90,6 +93,7 @@ struct JoinLists {
 
     SearchInputs<T> in;
     SearchOutputs out;
+    Preparation packed;
     int64_t shares;
 
     size_t shared_bytes() const { return sizeof(Shared); }
@@ -99,34 +103,30 @@ struct JoinLists {
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const int64_t h = uint32_t(block.index) / across(), first = int64_t(uint32_t(block.index) % across()) * kRows;
+        const Candidates* const lists = out.lists + h * shares * in.N + first;
+        // body(list, list of a share) for all shares of a thread's row.
+        const auto each_share = [&](int t, auto body) {
+            for (int64_t s = t % kLanes; s < shares && first + t / kLanes < in.N; s += kLanes)
+                body(shared.list[t / kLanes], lists[s * in.N + t / kLanes]);
+        };
         block.each([&](int r) {
-            if (r >= kRows) return;
-            shared.list[r].clear(kOutside);
-            if (first + r < in.N) shared.list[r] = joined(out.lists + h * shares * in.N + first + r);
+            if (r < kRows) shared.list[r].clear(first + r < in.N ? lists[r].fate : kOutside);
         });
-        Decisions{in, out}.run(block, shared.decisions, shared.list, h, first);
-    }
-
-private:
-    VQOPS_HOST_DEVICE Candidates joined(const Candidates* of_row) const {
-        Candidates all;
-        all.clear(of_row[0].fate);
-        bool complete = true;
-        for (int64_t s = 0; s < shares; s++) {
-            const Candidates& part = of_row[s * in.N];
-            if (part.threshold < all.threshold) all.threshold = part.threshold;
-            complete = complete && part.count <= kCapacity;
-        }
-        for (int64_t s = 0; s < shares && complete; s++) {
-            const Candidates& part = of_row[s * in.N];
-            for (int i = 0; i < part.count; i++) {
-                if (part.lower[i] > from_ordered(all.threshold)) continue;
-                if (all.count < kCapacity) all.code[all.count] = part.code[i], all.lower[all.count] = part.lower[i];
-                all.count++;
-            }
-        }
-        if (!complete) all.count = kCapacity + 1;
-        return all;
+        block.each([&](int t) {
+            each_share(t, [&](Candidates& list, const Candidates& part) { block.lower(&list.threshold, part.threshold); });
+        });
+        block.each([&](int t) {
+            each_share(t, [&](Candidates& list, const Candidates& part) {
+                // Some were not held: more than a list holds, so that the row is left.
+                if (part.count > kCapacity) block.fetch_add(&list.count, kCapacity + 1);
+                for (int i = 0; i < part.count && part.count <= kCapacity; i++) {
+                    if (part.lower[i] > from_ordered(list.threshold)) continue;
+                    const int place = block.fetch_add(&list.count, 1);
+                    if (place < kCapacity) list.code[place] = part.code[i], list.lower[place] = part.lower[i];
+                }
+            });
+        });
+        Decisions{in, out}.run(block, shared.decisions, packed.head(h), shared.list, h, first);
     }
 };
 

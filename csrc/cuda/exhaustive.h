@@ -14,7 +14,6 @@ struct Exhaustive {
     static constexpr bool kAllRegisters = true;
     static constexpr int kThreads = 256, kRows = 8, kGroups = kThreads / kLanes;
     static constexpr int64_t kMostBlocks = 1024;  // a head; each takes its share of a list whose length it learns
-    static constexpr int64_t kLeastShare = 512;   // codes
 
     struct Shared {
         int64_t offset[kRows];  // of the row; -1: there is none
@@ -31,7 +30,7 @@ struct Exhaustive {
 
     size_t shared_bytes() const { return sizeof(Shared); }
     VQOPS_HOST_DEVICE int64_t most_shares() const {
-        return all || out.k > 1 ? 1 : (in.K + kLeastShare - 1) / kLeastShare;
+        return all || out.distances ? 1 : (in.K + kLeastShare - 1) / kLeastShare;
     }
     VQOPS_HOST_DEVICE uint32_t across() const {
         const int64_t most = (in.N + kRows - 1) / kRows * most_shares();
@@ -41,7 +40,7 @@ struct Exhaustive {
 
     // By how many blocks the codes of each of `rows` rows are shared.
     VQOPS_HOST_DEVICE int64_t shares_of(int64_t rows) const {
-        const int64_t fitting = rows > 0 ? parts_of(in.N) / rows : 1, most = most_shares();
+        const int64_t fitting = rows > 0 ? parts_of(in.N, in.K) / rows : 1, most = most_shares();
         return fitting < 2 ? 1 : fitting < most ? fitting : most;
     }
 
@@ -62,7 +61,7 @@ struct Exhaustive {
                 block.each([&](int r) {
                     if (r >= kRows || shared.offset[r] < 0) return;
                     const int32_t index = shared.spoiled[r] ? -1 : shared.index[r];
-                    out.parts[h * parts_of(in.N) + (top + r) * shares + item % shares] = {shared.cost[r], index};
+                    out.parts[h * parts_of(in.N, in.K) + (top + r) * shares + item % shares] = {shared.cost[r], index};
                 });
         }
     }
@@ -172,32 +171,40 @@ private:
     }
 };
 
-// A thread a row of the list whose codes were shared: the best of its parts.
+// Eight threads a row of the list whose codes were shared: the best of its parts.
 template <class T>
 struct JoinParts {
-    static constexpr int kThreads = 256;
-    struct Shared {};
+    static constexpr int kThreads = 256, kRows = kThreads / kLanes;
+    struct Shared {
+        Best best[kThreads];
+    };
     Exhaustive<T> shared_by;
 
-    size_t shared_bytes() const { return 0; }
-    VQOPS_HOST_DEVICE uint32_t across() const {  // two parts a row or more
-        return uint32_t((parts_of(shared_by.in.N) / 2 + kThreads - 1) / kThreads);
+    size_t shared_bytes() const { return sizeof(Shared); }
+    VQOPS_HOST_DEVICE uint32_t across() const {  // a row has two parts or more
+        return uint32_t((parts_of(shared_by.in.N, shared_by.in.K) / 2 + kRows - 1) / kRows);
     }
     int64_t blocks() const { return shared_by.most_shares() > 1 ? shared_by.in.H * across() : 0; }
 
     template <class Block>
-    VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
+    VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const SearchOutputs& out = shared_by.out;
         const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.how_many[h];
-        const int64_t shares = shared_by.shares_of(rows);
+        const int64_t first = int64_t(uint32_t(block.index) % across()) * kRows, shares = shared_by.shares_of(rows);
+        if (first >= rows || shares == 1) return;
+        const auto better = [](const Best& a, const Best& b) { return before(b.cost, b.index, a.cost, a.index) ? b : a; };
+        block.each([&](int t) {
+            const int64_t place = first + t / kLanes;
+            const Best* const parts = out.parts + h * parts_of(N, shared_by.in.K) + place * shares;
+            shared.best[t] = {0, -1};
+            for (int64_t i = t % kLanes; i < shares && place < rows; i += kLanes)
+                shared.best[t] = better(shared.best[t], parts[i]);
+        });
         block.own([&](int t) {
-            const int64_t place = int64_t(uint32_t(block.index) % across()) * kThreads + t;
-            if (place >= rows || shares == 1) return;
-            const Best* const parts = out.parts + h * parts_of(N) + place * shares;
+            if (t >= kRows || first + t >= rows) return;
             Best best = {0, -1};
-            for (int64_t i = 0; i < shares; i++)
-                if (before(parts[i].cost, parts[i].index, best.cost, best.index)) best = parts[i];
-            out.indices[h * N + out.left[h * N + place]] = best.index;
+            for (int i = 0; i < kLanes; i++) best = better(best, shared.best[t * kLanes + i]);
+            out.indices[h * N + out.left[h * N + first + t]] = best.index;
             if (out.tiers) block.fetch_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
         });
     }

@@ -5,6 +5,8 @@
 
 namespace vqops::cuda {
 
+constexpr int64_t kAlignment = 256;
+
 class Memory {
 public:
     VQOPS_HOST_DEVICE explicit Memory(void* base = nullptr) : base_(static_cast<char*>(base)) {}
@@ -12,7 +14,7 @@ public:
     template <class T>
     VQOPS_HOST_DEVICE T* take(int64_t count) {
         const int64_t offset = size;
-        size += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+        size += (count * int64_t(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
         return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
     }
 

@@ -11,12 +11,14 @@ struct RealOf {
     typedef float type;
     static constexpr double kRounding = 0x1p-23;  // of x - m, relative to |X|
     static constexpr int kMostShift = 126;
+    static constexpr double kLeast = 0, kMost = HUGE_VAL;  // of a row's largest element, for cosine
 };
 template <>
 struct RealOf<double> {
     typedef double type;
     static constexpr double kRounding = 0;  // bound.h has that of float64
     static constexpr int kMostShift = 1000;
+    static constexpr double kLeast = 0x1p-400, kMost = 0x1p400;  // else the decision's x.c leaves its range
 };
 
 template <class T, class Cores, int kPiece>
@@ -69,7 +71,11 @@ struct RowTile {
                 if (!in.cosine) return 14 - (exponent > kSmallestExponent ? exponent : kSmallestExponent);
                 return exponent < 14 - most_shift ? most_shift : 14 - exponent;
             };
-            const auto fits = [&](int t) { return exists(t) && zero[t] == 0 && (in.cosine || most[t] <= kFarRow); };
+            const auto is_zero = [&](int t) { return exists(t) && in.cosine && zero[t] == 0 && most[t] == 0; };
+            const auto fits = [&](int t) {
+                if (!exists(t) || zero[t] != 0 || is_zero(t)) return false;
+                return in.cosine ? most[t] >= RealOf<T>::kLeast && most[t] <= RealOf<T>::kMost : most[t] <= kFarRow;
+            };
             block.own([&](int t) {
                 const Real lift = fits(t) ? Real(power_of_two(shift(t))) : 0;
                 square[t] = lost[t] = 0;
@@ -92,7 +98,7 @@ struct RowTile {
                 const double norm = std::sqrt(double(square[t])) * upward;
                 const double error = std::sqrt(double(lost[t])) * upward + norm * RealOf<T>::kRounding;
                 const bool searched = fits(t) && norm <= kFarRow;
-                shared.fate[r] = searched ? kSearched : exists(t) ? kLeft : kOutside;
+                shared.fate[r] = searched ? kSearched : is_zero(t) ? kZero : exists(t) ? kLeft : kOutside;
                 shared.unit[r] = searched ? float(unit) : 0;
                 shared.bound[r] = searched ? row_bound(norm, error, *codes.worst, in.D, in.cosine) : RowBound{};
             });

@@ -65,7 +65,7 @@ struct Screen {
             block, shared.stages, x, [&](int code, const Constants* constants, auto& products) {
                 keep_candidates(block, shared, code, constants, codes.most + code / kTile, products);
             });
-        if (shares == 1) Decisions{in, out}.run(block, shared.decisions, shared.list, h, first);
+        if (shares == 1) Decisions{in, out}.run(block, shared.decisions, codes, shared.list, h, first);
         else
             block.own([&](int t) {
                 for (int r = t; r < kRows && first + r < in.N; r += kThreads)
@@ -105,8 +105,13 @@ private:
                     const RowBound& bound = shared.rows.bound[Scores::row_of(t, own)];
                     limit[t].v[own] = upper_bound(least[t].v[own], largest.slack, largest.radius, bound);
                 }
-                // A code that is always a candidate has the least lower bound, and says nothing about the others.
-                if (far)
+                // A code that is always a candidate has the least lower bound, and says nothing about the others. And
+                // where there is no threshold yet, one code far out must not let all others in.
+                bool fresh = false;
+                VQOPS_UNROLL(4)
+                for (int own = 0; own < kOwn; own++)
+                    fresh = fresh || threshold_of(shared, t, own) == kNoThreshold;
+                if (far || fresh)
                     Scores::each(t, products[t], [&](int own, int i, int c, float& value) {
                         const RowBound& bound = shared.rows.bound[Scores::row_of(t, own)];
                         limit[t].v[own] = fminf(limit[t].v[own], constants[i].upper(c, value, bound));

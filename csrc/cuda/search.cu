@@ -5,8 +5,8 @@
 namespace vqops::cuda {
 namespace {
 
-// Marks and lists of a search, beside the packed codebook: at most 36 bytes a row, 16 to 32 a code; 140 bytes a row and
-// share where a GPU has few rows, some megabytes at most.
+// Marks and lists of a search, beside the packed codebook: 4 bytes a row and 16 to 32 a code; 128 KB a head or less for
+// parts; where a GPU has few rows 140 bytes a row and share, some megabytes.
 struct SearchWork {
     int32_t *marks = nullptr, *how_many = nullptr;
     uint32_t* left = nullptr;
@@ -18,7 +18,7 @@ struct SearchWork {
         work.marks = memory.take<int32_t>(H * 2 * slots_of(K));
         work.how_many = memory.take<int32_t>(H);
         work.left = memory.take<uint32_t>(H * N);
-        work.parts = memory.take<Best>(H * parts_of(N));
+        work.parts = memory.take<Best>(H * parts_of(N, K));
         work.lists = memory.take<Candidates>(shares > 1 ? H * shares * N : 0);
         return work;
     }
@@ -40,14 +40,13 @@ int64_t packed_bytes(const Tensor& codebook) {
     return codebook.size(0) * Packed::bytes(codebook.size(1), codebook.size(2));
 }
 
-Abilities abilities() {
-    int device = 0, most = 0, major = 0, minor = 0, multiprocessors = 0;
-    check(cudaGetDevice(&device), "vqops");
+Abilities abilities_of(int device) {
+    int most = 0, major = 0, minor = 0, multiprocessors = 0;
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "vqops");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "vqops");
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "vqops");
-    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0, 2 * multiprocessors};
+    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0, multiprocessors};
 }
 
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
@@ -56,9 +55,10 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
     const int64_t H = x.size(0), N = x.size(1), K = codebook.size(1), D = x.size(2);
-    STD_TORCH_CHECK(H * N < INT32_MAX && K < kUnmarked, op, ": x may have up to 2^31 rows, and codebook 2^30 codes");
+    STD_TORCH_CHECK(H * N < INT32_MAX && K <= kMostCodes, op, ": x may have up to 2^31 rows, and codebook 2^30 codes");
     STD_TORCH_CHECK(!prepared || (prepared->scalar_type() == ScalarType::Byte && prepared->is_contiguous() &&
-                                  prepared->numel() == packed_bytes(codebook)),
+                                  prepared->numel() == packed_bytes(codebook) &&
+                                  reinterpret_cast<uintptr_t>(prepared->const_data_ptr()) % kAlignment == 0),
                     op, ": prepared was made by another implementation or for another codebook");
     if (H * N == 0) return;
     const Gpu gpu(x);
@@ -68,7 +68,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     with_type(rows.dtype, [&](auto typed) {
         using T = decltype(typed);
         const SearchInputs<T> in = {H, N, K, D, rows.as<T>(), rows_of(op, codebook), mask_of(mask), cosine};
-        const Abilities able = abilities();
+        const Abilities able = abilities_of(x.get_device_index());
         int64_t shares = 0;  // no fast pass fits
         with_screen(in, out, Preparation{}, able, [&](const auto& kernel) { shares = shares_in(kernel); });
         const Tensor memory = gpu.allocate(SearchWork::bytes(H, N, K, shares));
@@ -107,7 +107,7 @@ Tensor prepare(const Tensor& codebook, std::string metric) {
     const char* op = "prepare";
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, codebook, codebook, std::nullopt);
-    STD_TORCH_CHECK(codebook.size(1) < kUnmarked, op, ": codebook may have up to 2^30 codes");
+    STD_TORCH_CHECK(codebook.size(1) <= kMostCodes, op, ": codebook may have up to 2^30 codes");
     const Gpu gpu(codebook);
     Tensor packed = gpu.allocate(packed_bytes(codebook));
     const Tensor memory = gpu.allocate(SearchWork::bytes(codebook.size(0), 0, codebook.size(1), 1));

@@ -17,8 +17,9 @@ struct SearchInputs {
     bool cosine;
 };
 
-// What becomes of a row in the fast pass: searched, left out, or left to Exhaustive.
-enum Fate : int32_t { kSearched, kOutside, kLeft };
+// What becomes of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all
+// codes alike, left out, or left to Exhaustive.
+enum Fate : int32_t { kSearched, kZero, kOutside, kLeft };
 
 constexpr int kCapacity = 16;  // random and clustered data leave 1 to 3 candidates
 
@@ -32,7 +33,7 @@ struct Candidates {
 
     VQOPS_HOST_DEVICE void clear(Fate of_row) {
         fate = of_row, count = 0;
-        threshold = ordered(of_row == kSearched ? kAbsentStart * 0x1p-10f : -INFINITY);
+        threshold = ordered(of_row == kSearched ? kNoThreshold : -INFINITY);
     }
 
     VQOPS_HOST_DEVICE void drop_excluded() {
@@ -63,12 +64,16 @@ struct SearchOutputs {
     Count* tiers;       // [kTiers], added to; may be null
     uint32_t* left;     // [H, N] rows for Exhaustive, by head
     int32_t* how_many;  // [H]
-    Best* parts;        // [H, parts_of(N)] of rows whose codes several blocks of Exhaustive share
+    Best* parts;        // [H, parts_of(N, K)] of rows whose codes several blocks of Exhaustive share
     Candidates* lists;  // [H, shares, N] of rows whose codes several blocks of Screen share
 };
 
-constexpr int64_t kMostParts = 8192;
-VQOPS_HOST_DEVICE int64_t parts_of(int64_t N) { return 2 * N < kMostParts ? 2 * N : kMostParts; }
+constexpr int64_t kMostParts = 8192, kLeastShare = 512;  // a head, and codes
+
+VQOPS_HOST_DEVICE int64_t parts_of(int64_t N, int64_t K) {
+    const int64_t most = N * ((K + kLeastShare - 1) / kLeastShare);
+    return most < kMostParts ? most : kMostParts;
+}
 
 // A lane's share of what distance.h adds up: [0] |x - c|^2 or x.c, [1] c.c for cosine.
 template <class T>

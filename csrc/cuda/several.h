@@ -1,7 +1,7 @@
 // Several: the fast pass of the search for k nearest codes, and the decisions that it leaves. Never run on a GPU.
 //
-// Screen with longer lists. One block: 64 rows against all K codes in tiles of 64, by mma.sync. A row holds up to
-// kCapacity candidates in shared memory; its threshold is the k-th least upper bound of those it holds, found by
+// Screen with longer lists. One block: 64 rows, or 32 where D wants it, against all K codes in tiles of 64, by mma.sync. A
+// row holds up to kCapacity candidates in shared memory; its threshold is the k-th least upper bound of those it holds, found by
 // bisection of the bits when the list might not take another tile. What is left at the end, some codes more than k, is
 // compared in float64, a warp a row, and written in order. Rows with too many go to Exhaustive by way of a list.
 // Bytes: 4 N D read (float32), 12 k N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor
@@ -12,17 +12,16 @@
 
 namespace vqops::cuda {
 
-template <class T, int kPiece, int kCapacity>
+template <class T, int kPiece, int kWarps>
 struct Several {
-    typedef WarpCores<1, 2> Cores;
+    typedef WarpCores<kWarps, 1, 2> Cores;
     typedef CodeTiles<Cores, kPiece> Codes;
     typedef RowTile<T, Cores, kPiece> Rows;
     typedef ScoresOf<Cores> Scores;
     static constexpr bool kAllRegisters = true;
     static constexpr int kThreads = Cores::kThreads, kRows = Cores::kRows, kOwn = Scores::kOwn;
-    static constexpr int kWarps = kThreads / 32, kRowsOfWarp = kRows / kWarps;
-    static constexpr int kHeld = kCapacity / 32;  // of a list, by a thread
-    static_assert(kCapacity % 32 == 0 && kCapacity > kTile);
+    static constexpr int kRowsOfWarp = 16, kCapacity = 128;  // two tiles: 32 nearest so far, and one more tile
+    static constexpr int kHeld = kCapacity / 32;            // of a list, by a thread
 
     struct Costs {
         double cost[kCapacity];
@@ -58,7 +57,7 @@ struct Several {
         block.own([&](int t) {
             for (int r = t; r < kRows; r += kThreads) {
                 const bool searched = shared.rows.fate[r] == kSearched;
-                shared.threshold[r] = searched ? kAbsentStart * 0x1p-10f : -INFINITY;
+                shared.threshold[r] = searched ? kNoThreshold : -INFINITY;
                 shared.count[r] = 0;
             }
         });
@@ -205,7 +204,8 @@ private:
         block.each_warp([&](int t) {
             const int row = row_of(t, r), count = count_of(t);
             if (first + row >= in.N) return;
-            if (shared.rows.fate[row] == kLeft || shared.count[row] > kCapacity) {
+            const Fate fate = shared.rows.fate[row];
+            if (fate == kLeft || fate == kZero || shared.count[row] > kCapacity) {
                 if (t % 32 == 0)
                     out.left[h * in.N + block.fetch_add(&out.how_many[h], 1)] = uint32_t(first + row);
                 return;

@@ -141,8 +141,8 @@ EXPORT void gradient(int descending, int sorted, int64_t H, int64_t N, int64_t K
     });
 }
 
-// shared_bytes, wgmma and blocks as in search.h, 0 bytes to compare everything in float64; adder as in emulated_block.h
-EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t blocks, int adder, int64_t H, int64_t N,
+// shared_bytes, wgmma and multiprocessors as in search.h, 0 bytes to compare everything in float64; adder as in emulated_block.h
+EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t multiprocessors, int adder, int64_t H, int64_t N,
                    int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask, int cosine,
                    int64_t* indices, int64_t k, void* distances, DType dtype, Count* tiers) {
     Emulator device = {descending != 0, adder};
@@ -150,8 +150,8 @@ EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t bloc
     std::vector<double> memory(H * bytes / 8, NAN);
     std::vector<int32_t> marks(H * 2 * slots), how_many(H, -1);
     std::vector<uint32_t> left(H * N);
-    std::vector<Best> parts(H * parts_of(N), Best{-1, 0});
-    std::vector<Candidates> lists(H * (blocks + 1) * N);
+    std::vector<Best> parts(H * parts_of(N, K), Best{-1, 0});
+    std::vector<Candidates> lists(H * (2 * multiprocessors + 1) * N);
     const Preparation packed = {H, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes,
                                 marks.data(), slots};
     if (shared_bytes) pack_codebook(device, packed);
@@ -160,7 +160,7 @@ EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t bloc
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         search(device, SearchInputs<T>{H, N, K, D, x->as<T>(), *codebook, *mask, cosine != 0}, out, packed,
-               Abilities{size_t(shared_bytes), wgmma != 0, blocks});
+               Abilities{size_t(shared_bytes), wgmma != 0, multiprocessors});
     });
 }
 
@@ -168,7 +168,7 @@ EXPORT int64_t packed_bytes(int64_t H, int64_t K, int64_t D) { return H * Packed
 
 // The rows of a block and their bounds, as Screen has them: float16 of X in units of `unit`.
 struct TakeRows {
-    typedef RowTile<float, WarpCores<1, 1>, 64> Rows;
+    typedef RowTile<float, WarpCores<4, 1, 1>, 64> Rows;
     static constexpr int kThreads = Rows::kThreads;
     typedef Rows::Shared Shared;
     Rows rows;

@@ -183,7 +183,7 @@ def packed_bytes_on_cuda(H: int, K: int, D: int) -> int:
     """The layout is that of csrc/cuda/codebook.h."""
     codes = (K + 127) // 128 * 128
     width = next((most for most in (16, 32) if most >= D), (D + 63) // 64 * 64)
-    pieces = (4, 4, 4 * D, 16 * codes, codes // 8, 2 * codes * width)
+    pieces = (4, 4, 4, 4 * D, 16 * codes, codes // 8, 2 * codes * width)
     return H * sum((size + 255) // 256 * 256 for size in pieces)
 
 

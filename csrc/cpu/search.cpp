@@ -66,15 +66,18 @@ private:
         const int64_t D = shape_.D;
         uint32_t* out = words_.get() + r * stride_;
         RowNorms norms;
+        bool near = true;
         if (shape_.cosine || x_.dtype == DType::float64) {
-            norms = set_.place_row(through_double(h, n), zeros_.get(), 1, D, out);
+            const double scale = read_double(h, n);
+            norms = set_.place_row(given_.get(), zeros_.get(), 1, D, out);
+            near = !shape_.cosine || stays_in_range(scale);
         } else {
             const float* row = float_row(x_, h, n, D, given_.get());
             norms = set_.place_row(row, packed_->centre, packed_->header->scale, D, out);
         }
         if (shape_.cosine && norms.square == 0 && !result_.distances && packed_->header->first >= 0)
             return decision_.write(h, n, packed_->header->first), false;  // scores 0 with every code
-        if (!(norms.square <= kFarRow * kFarRow) || D > kDeepest) {
+        if (!near || !(norms.square <= kFarRow * kFarRow) || D > kDeepest) {
             decision_.read(h, n);
             const bool finite = decision_.x.finite();
             decision_.take(h, n);
@@ -87,14 +90,14 @@ private:
         return true;
     }
 
-    // For float64 rows and for cosine, where a power of two brings each row to about norm 1.
-    const float* through_double(int64_t h, int64_t n) {
+    // For float64 rows and for cosine, where a power of two brings each row to about norm 1: returns the factor.
+    double read_double(int64_t h, int64_t n) {
         decision_.read(h, n);
         const double* row = decision_.x.data;
         const double scale = shape_.cosine ? unit_scale(row, shape_.D) : packed_->header->scale;
         for (int64_t i = 0; i < shape_.D; i++)
             given_[i] = float((row[i] - (shape_.cosine ? 0 : packed_->centre[i])) * scale);
-        return given_.get();
+        return scale;
     }
 
     // False: more candidates than the list holds.

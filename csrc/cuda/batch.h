@@ -1,8 +1,8 @@
 // The rows that a block adds up: up to 256, those of a code side by side, ascending.
 //
-// Within a block the rows, neighbours in memory, are ordered like this: groups of 32 by counting the smaller ones, then a
-// row's place is the sum of its places in the 8 groups, by bisection. That takes three steps and no memory but shared; a
-// bitonic sort takes 36 steps.
+// Within a block the rows, neighbours in memory, are ordered like this: groups of 32 by counting the smaller ones, then
+// a row's place is the sum of its places in the 8 groups, by bisection. That takes three steps and no memory but
+// shared; a bitonic sort takes 36 steps.
 #pragma once
 
 #include "runs.h"
@@ -86,9 +86,9 @@ VQOPS_HOST_DEVICE int gather(const Block& block, Batch& batch, BatchScratch& scr
 
 constexpr int kAhead = 8;
 
-// Adds rows of a batch to `sum`, from first to last - 1, both multiples of 8; the sum is handed on behind the last row of
-// each code, and what is behind all rows never is. `read(base, values)` reads eight values before any sum is handed on:
-// nothing is read ahead of an atomic operation, which may have changed it.
+// Adds rows of a batch to `sum`, from first to last - 1, both multiples of 8; the sum is handed on behind the last row
+// of each code, and what is behind all rows never is. `read(base, values)` reads eight values before any sum is handed
+// on: nothing is read ahead of an atomic operation, which may have changed it.
 template <class T, class Read, class Give>
 VQOPS_HOST_DEVICE T add_rows(const Batch& batch, int first, int last, T sum, const Read& read, const Give& give) {
     for (int base = first; base < last; base += kAhead) {

@@ -80,8 +80,8 @@ struct Decide {
     }
 };
 
-// One block: 16 rows whose codes several blocks have screened, eight threads a row. A row's threshold is the least of all,
-// its candidates those that do not exceed it.
+// One block: 16 rows whose codes several blocks have screened, eight threads a row. A row's threshold is the least of
+// all, its candidates those that do not exceed it.
 template <class T>
 struct JoinLists {
     static constexpr int kThreads = 128, kRows = kThreads / kLanes;
@@ -113,7 +113,9 @@ struct JoinLists {
             if (r < kRows) shared.list[r].clear(first + r < in.N ? lists[r].fate : kOutside);
         });
         block.each([&](int t) {
-            each_share(t, [&](Candidates& list, const Candidates& part) { block.lower(&list.threshold, part.threshold); });
+            each_share(t, [&](Candidates& list, const Candidates& part) {
+                block.lower(&list.threshold, part.threshold);
+            });
         });
         block.each([&](int t) {
             each_share(t, [&](Candidates& list, const Candidates& part) {

@@ -192,7 +192,9 @@ struct JoinParts {
         const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.how_many[h];
         const int64_t first = int64_t(uint32_t(block.index) % across()) * kRows, shares = shared_by.shares_of(rows);
         if (first >= rows || shares == 1) return;
-        const auto better = [](const Best& a, const Best& b) { return before(b.cost, b.index, a.cost, a.index) ? b : a; };
+        const auto better = [](const Best& a, const Best& b) {
+            return before(b.cost, b.index, a.cost, a.index) ? b : a;
+        };
         block.each([&](int t) {
             const int64_t place = first + t / kLanes;
             const Best* const parts = out.parts + h * parts_of(N, shared_by.in.K) + place * shares;

@@ -3,8 +3,8 @@
 // One block: up to 256 rows, by tiles of 32 rows and 64 columns. The rows are neighbours in memory; with sums they are
 // taken in the order of their codes, or are a run of one code (sums.h).
 //   shared        a tile of x and of the codes; eight partial sums a row, in float64 (distance.h)
-//   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once, and what the
-//                 sums take (sums.h)
+//   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once, and
+//                 what the sums take (sums.h)
 // Phases of a tile: all threads load it and write the codes; eight threads a row add up the error; a thread a column
 // adds up the sums, rows in order. Never run on a GPU; the sizes are guesses.
 #pragma once

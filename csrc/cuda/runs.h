@@ -2,8 +2,8 @@
 // torch.use_deterministic_algorithms(True) takes. By default rows are ordered within a block alone (sums.h).
 //
 // A stable sort by code leaves the rows of a code side by side, ascending. They are cut in runs of 256. A block adds up
-// one run in order; codes of more than one run leave partial sums, which Fold adds in order. A code that has all the rows
-// is thus spread over N / 256 blocks.
+// one run in order; codes of more than one run leave partial sums, which Fold adds in order. A code that has all the
+// rows is thus spread over N / 256 blocks.
 // Workspace: 16 bytes a row for the sort (and what the sort itself takes), D / 32 bytes a row for partial sums.
 // Bytes: 24 a row written and read once, and two to four passes of the sort over 8 a row.
 #pragma once
@@ -16,7 +16,8 @@ namespace vqops::cuda {
 
 constexpr int kRun = 256;
 
-// How the rows of a block come together: as they lie, ordered by code within the block (batch.h), or as a run of the sort.
+// How the rows of a block come together: as they lie, ordered by code within the block (batch.h), or as a run of the
+// sort.
 enum class Order { memory, within_block, sorted };
 
 struct Run {

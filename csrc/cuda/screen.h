@@ -1,7 +1,7 @@
 // Screen: the fast pass of the search, and the decisions that it leaves open. Never run on a GPU.
 //
-// One block: 64 to 256 rows of x against all K codes, in tiles of 64 (mma.sync) or 128 (wgmma, sm_90a).
-//   registers     the products of a warp's 16, 32 or, with wgmma, 128 / 4 rows and a tile's codes
+// One block: 32 to 256 rows of x against all K codes, in tiles of 64 (mma.sync) or 128 (wgmma, sm_90a).
+//   registers     the products of a warp's 16 or 32 rows and a tile's codes
 //   shared        the block's rows as float16; stages of codes, copied ahead; up to 16 candidates a row
 // Each product gives a lower bound of the code's distance (bound.h); the least upper bound so far is the row's
 // threshold. A tile whose least lower bound is above the thresholds of all of a warp's rows is done with: four

@@ -2,10 +2,10 @@
 //
 // By default a block takes 256 neighbouring rows, orders them by code in shared memory (batch.h), adds up those of each
 // code in order, and adds the sum to the code's by an atomic operation: one a column, code and block, so that rows that
-// share a code wait for each other once a block and not once a row. Between blocks the order is open, and so are the last
-// bits; atomic additions of float32 take what is below 2^-126 for 0. Nothing is sorted in memory, and there is no
+// share a code wait for each other once a block and not once a row. Between blocks the order is open, and so are the
+// last bits; atomic additions of float32 take what is below 2^-126 for 0. Nothing is sorted in memory, and there is no
 // workspace.
-// Bytes: the values once, 8 a row of indices; 4 D of atomic additions for each code that a block has, at most 4 D a row.
+// Bytes: the values once, 8 a row of indices; 4 D of atomic additions for each code of a block, at most 4 D a row.
 // Under torch.use_deterministic_algorithms(True) the rows are sorted by code (runs.h), a block takes a run of one code,
 // and the order is the reference's.
 // In both a block adds up the same way; only where its rows come from and its sums go differs. Never run on a GPU.
@@ -26,8 +26,8 @@ struct Sums {
     float* weights;      // [H K]; null without
     T* partial;          // [slots, columns], for the sorted order
 
-    // Once a batch, by all threads. Without a sorted order the last row of a code adds its place, and the first one takes
-    // its own off again.
+    // Once a batch, by all threads. Without a sorted order the last row of a code adds its place, and the first one
+    // takes its own off again.
     template <Order order, int kThreads, class Block>
     VQOPS_HOST_DEVICE void count(const Block& block, const Batch& batch, int rows, const Run& run) const {
         block.own([&](int t) {

@@ -34,7 +34,8 @@ struct Emulator {
         const int64_t blocks = kernel.blocks();
         for (int64_t i = 0; i < blocks; i++) {
             for (Unit& unit : memory) std::fill_n(unit.poison, 128, NAN);
-            EmulatedBlock block = {descending ? blocks - 1 - i : i, Kernel::kThreads, descending, adder, shared, additions};
+            const int64_t index = descending ? blocks - 1 - i : i;
+            EmulatedBlock block = {index, Kernel::kThreads, descending, adder, shared, additions};
             kernel(block, *reinterpret_cast<typename Kernel::Shared*>(shared));
         }
     }
@@ -141,10 +142,11 @@ EXPORT void gradient(int descending, int sorted, int64_t H, int64_t N, int64_t K
     });
 }
 
-// shared_bytes, wgmma and multiprocessors as in search.h, 0 bytes to compare everything in float64; adder as in emulated_block.h
-EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t multiprocessors, int adder, int64_t H, int64_t N,
-                   int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask, int cosine,
-                   int64_t* indices, int64_t k, void* distances, DType dtype, Count* tiers) {
+// shared_bytes, wgmma and multiprocessors as in search.h, 0 bytes to compare everything in float64; adder as in
+// emulated_block.h
+EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t multiprocessors, int adder, int64_t H,
+                   int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask,
+                   int cosine, int64_t* indices, int64_t k, void* distances, DType dtype, Count* tiers) {
     Emulator device = {descending != 0, adder};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K);
     std::vector<double> memory(H * bytes / 8, NAN);

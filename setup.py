@@ -66,7 +66,7 @@ def why_no_cuda(request, sources, torch_cuda, toolkit):
 
 
 def architecture_flags(nvcc):
-    """Machine code for those of ARCHITECTURES that nvcc knows, and PTX for GPUs to come, which 90a would have none of."""
+    """Machine code for those of ARCHITECTURES that nvcc knows, and PTX for GPUs to come, which 90a's is not."""
     known = check_output([nvcc, "--list-gpu-arch"], text=True).split()
     chosen = [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
     lasting = [a for a in chosen if not a.endswith("a")][-1:]

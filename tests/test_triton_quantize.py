@@ -70,7 +70,7 @@ def test_atomic_sums(K):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("D", [1, 20, 300])
+@pytest.mark.parametrize("D", [1, 20, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["one code", "zipf", "uniform"])
 def test_atomic_sums_of_hot_codes(monkeypatch, kind, D, weighted):
     """Whole numbers, which add up to the last bit in any order; and a program adds a code that fills its block once."""

@@ -20,6 +20,7 @@ from vqops.triton_kernels import scan
 from vqops.triton_kernels import search as kernels
 
 METRICS = ("euclidean", "cosine")
+COSINE_SLOW = ("euclidean", pytest.param("cosine", marks=pytest.mark.slow))
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -184,7 +185,7 @@ def shared_scan(monkeypatch):
     monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(scan=(4, 16)))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", COSINE_SLOW)
 @pytest.mark.parametrize("N, K, D", [(1, 1, 1), (3, 60, 5), (13, 61, 9), (37, 90, 3), (90, 9, 4)])
 def test_programs_share_the_codes_of_a_row(shared_scan, N, K, D, metric):
     x, codebook = torch.randn(N, D).double(), torch.randn(K, D)
@@ -194,7 +195,7 @@ def test_programs_share_the_codes_of_a_row(shared_scan, N, K, D, metric):
     check_tiers(x, codebook, metric)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", COSINE_SLOW)
 def test_programs_share_the_codes_of_masked_rows_of_heads(shared_scan, metric):
     x, codebook, mask = torch.randn(2, 3, 6).double(), torch.randn(2, 50, 6), torch.rand(2, 3) > 0.4
     check(x, codebook, mask, metric)
@@ -221,14 +222,14 @@ def screened_in_parts(monkeypatch):
     monkeypatch.setattr(kernels, "screen_parts", lambda blocks, tiles, device: min(tiles + 1, 7))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", COSINE_SLOW)
 @pytest.mark.parametrize("N, K, D", [(1, 1, 1), (130, 200, 5), (20, 700, 12), (33, 200, 300)])
 def test_parts_of_the_codes(screened_in_parts, N, K, D, metric):
     check_tiers(torch.randn(N, D) + 3, torch.randn(K, D) + 3, metric)
     check_tiers(torch.randn(N, D).pow(5), torch.randn(K, D).pow(5), metric)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", COSINE_SLOW)
 def test_parts_with_heads_masks_ties_and_no_numbers(screened_in_parts, metric):
     x, codebook, mask = torch.randn(2, 60, 7), torch.randn(2, 300, 7), torch.rand(2, 60) > 0.3
     codebook[0, 150:] = codebook[0, :150].flip(0)
@@ -240,6 +241,7 @@ def test_parts_with_heads_masks_ties_and_no_numbers(screened_in_parts, metric):
     check(x, torch.full_like(codebook, math.nan), metric=metric)
 
 
+@pytest.mark.slow
 def test_parts_leave_no_more_open(screened_in_parts):
     x, codebook = torch.randn(128, 64), torch.randn(1024, 64)
     certified, _, scanned, _ = check_tiers(x, codebook)
@@ -261,6 +263,7 @@ def test_long_rows():
     check(torch.randn(4, 2048) + 1, torch.randn(60, 2048) + 1)
 
 
+@pytest.mark.slow
 def test_rows_more_than_2_31_elements_apart():
     distance = 2**31 + 64
     memory = torch.empty(distance + 64, dtype=torch.float16)  # 4 GB of addresses, of which two pages are touched

@@ -62,7 +62,7 @@ def test_more_codes_within_rounding_than_a_list_holds():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("k", [1, 20])
+@pytest.mark.parametrize("k", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_programs_share_the_codes_of_a_row(monkeypatch, k, metric):
     monkeypatch.setattr(scan, "queue_programs", lambda device: 21)
     monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(scan=(4, 16)))

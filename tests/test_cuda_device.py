@@ -25,6 +25,27 @@ def same_indices(x, codebook, metric="euclidean"):
     assert torch.equal(found.cpu(), reference.nearest(x, codebook, None, metric))
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("N", [1, 300, 20_000])  # blocks share the codes of the first two
+@pytest.mark.parametrize("D", [8, 24, 64, 100, 128, 200, 256, 400, 512, 700, 1100, 2000])  # every fast kernel
+def test_every_depth(D, N, metric):
+    x, c = torch.randn(N, D), torch.randn(3000, D)
+    x[: N // 3] = c[torch.randint(3000, (N // 3,))] + 1e-3 * torch.randn(N // 3, D)
+    found = vqops.nearest(x.cuda(), c.cuda(), metric=metric, implementation="compiled")
+    assert torch.equal(found.cpu(), vqops.nearest(x, c, metric=metric))
+    if N <= 300:
+        several = vqops.nearest_topk(x.cuda(), c.cuda(), 9, metric=metric, implementation="compiled")[0]
+        assert torch.equal(several.cpu(), vqops.nearest_topk(x, c, 9, metric=metric)[0])
+
+
+@pytest.mark.parametrize("D", [8, 64, 256, 512])
+def test_most_rows_are_certified(D):
+    """The fast pass works, and not only the float64 that catches what it leaves."""
+    x, c = torch.randn(20_000, D).cuda(), torch.randn(3000, D).cuda()
+    tiers = vqops.search_statistics(x, c, implementation="compiled")
+    assert tiers[0] > 0.8 * len(x) and tiers[2] < 0.001 * len(x)
+
+
 @pytest.mark.parametrize("D", [16, 64, 256, 1024])
 def test_products_of_one_sign(D):
     """Every truncation in the tensor cores goes the same way; codes in pairs, a few bits apart."""

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
-SCREENS, SEVERALS = 4 * 7, 4 * 4  # dtypes of x, and depths
+SCREENS, SEVERALS = 4 * 8, 4 * 4  # dtypes of x, and depths
 OPS = ("ema_update_", "nearest", "nearest_topk", "prepare", "search_statistics")
 SUMS = ("code_sums", "quantize", "quantize_backward")  # of which there are two kernels
 REGISTERED = """

@@ -83,6 +83,17 @@ VQOPS_HOST_DEVICE int64_t bytes_of(DType dtype) {
     return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
+// body(T()) with the type of the values.
+template <class Body>
+void with_type(DType type, const Body& body) {
+    switch (type) {
+        case DType::float32: return body(float());
+        case DType::float64: return body(double());
+        case DType::float16: return body(Float16());
+        case DType::bfloat16: return body(BFloat16());
+    }
+}
+
 // By strides in elements.
 template <class T>
 struct Typed {
@@ -100,24 +111,18 @@ struct Rows {
     int64_t head_stride, row_stride, stride;
 
     VQOPS_HOST_DEVICE int64_t offset(int64_t h, int64_t n) const { return h * head_stride + n * row_stride; }
-    VQOPS_HOST_DEVICE double at(int64_t offset, int64_t i) const {
-        const int64_t place = offset + i * stride;
-        switch (dtype) {
-            case DType::float32: return static_cast<const float*>(data)[place];
-            case DType::float64: return static_cast<const double*>(data)[place];
-            case DType::float16: return real(static_cast<const Float16*>(data)[place]);
-            default: return real(static_cast<const BFloat16*>(data)[place]);
-        }
-    }
     // body(values) with their type, which is asked once for many reads.
     template <class Body>
-    VQOPS_HOST_DEVICE void with_type(const Body& body) const {
+    VQOPS_HOST_DEVICE auto with_type(const Body& body) const {
         switch (dtype) {
             case DType::float32: return body(static_cast<const float*>(data));
             case DType::float64: return body(static_cast<const double*>(data));
             case DType::float16: return body(static_cast<const Float16*>(data));
             default: return body(static_cast<const BFloat16*>(data));
         }
+    }
+    VQOPS_HOST_DEVICE double at(int64_t offset, int64_t i) const {
+        return with_type([&](const auto* values) { return double(real(values[offset + i * stride])); });
     }
     template <class T>
     Typed<T> as() const {

@@ -9,7 +9,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
+from torch.testing import assert_close
 
 SOURCES = [Path(__file__).parent / "native" / f"cuda_{name}.cpp" for name in ("search", "blocks")]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
@@ -144,6 +146,28 @@ class Kernels:
             F(scale), pointer(grad_x), pointer(grad_codebook),
         )  # fmt: skip
         return grad_x, None if grad_codebook is None else grad_codebook.to(codebook.dtype)
+
+
+def equal(found, expected):
+    assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+class FinalizeCases:
+    """In both orders of the sums; `check` says what must come out."""
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_dtypes(self, kernels, dtype, metric):
+        x, c = torch.randn(2, 300, 13).to(dtype), torch.randn(2, 7, 13)
+        self.check(kernels, x, c, torch.rand(2, 300) > 0.2, torch.rand(2, 300), metric)
+        self.check(kernels, x, c.to(dtype), metric=metric)
+        self.check(kernels, x, c.double(), metric=metric)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 0, 3, 4), (1, 65, 2, 64), (1, 40, 3, 200), (3, 90, 5, 65)])
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    def test_shapes(self, kernels, shape, metric):
+        H, N, K, D = shape
+        self.check(kernels, torch.randn(H, N, D), torch.randn(H, K, D), metric=metric)
 
 
 @functools.cache

@@ -14,12 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_blocks import Kernels, build
+from cuda_blocks import DTYPES, FinalizeCases, Kernels, build, equal
 from torch.testing import assert_close
 
 from vqops.ops import reference
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
@@ -28,10 +26,6 @@ def kernels(request):
     if library is None:
         pytest.skip("no C++ compiler")
     return Kernels(library, request.param)
-
-
-def equal(found, expected):
-    assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # Number of rows of each code, so that runs of 256 end before, at and behind the last row.
@@ -79,27 +73,13 @@ class TestCodeSums:
         equal(kernels.code_sums(x, indices, 3), reference.code_sums(x, known, 3))
 
 
-class TestFinalize:
+class TestFinalize(FinalizeCases):
     def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
         expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
         quantized, indices, error, counts, sums, _ = expected
         found = kernels.finalize(x, codebook, indices, mask, weight, metric, code_sums=True)
         equal(found, (quantized, error, counts, sums))
         equal(kernels.finalize(x, codebook, indices, mask, metric=metric)[:2], (quantized, error))
-
-    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_dtypes(self, kernels, dtype, metric):
-        x, c = torch.randn(2, 300, 13).to(dtype), torch.randn(2, 7, 13)
-        self.check(kernels, x, c, torch.rand(2, 300) > 0.2, torch.rand(2, 300), metric)
-        self.check(kernels, x, c.to(dtype), metric=metric)
-        self.check(kernels, x, c.double(), metric=metric)
-
-    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 0, 3, 4), (1, 65, 2, 64), (1, 40, 3, 200), (3, 90, 5, 65)])
-    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-    def test_shapes(self, kernels, shape, metric):
-        H, N, K, D = shape
-        self.check(kernels, torch.randn(H, N, D), torch.randn(H, K, D), metric=metric)
 
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
     def test_one_code_has_all_rows(self, kernels, metric):

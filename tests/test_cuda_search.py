@@ -8,13 +8,10 @@ import ctypes
 import pytest
 import torch
 from cases import SEARCHES
-from cuda_blocks import Kernels, build
-from torch.testing import assert_close
+from cuda_blocks import DTYPES, Kernels, build, equal
 
 from vqops.ops import reference
 from vqops.ops.search import packed_bytes_on_cuda
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
@@ -115,7 +112,7 @@ def check_several(kernels, x, c, k, mask=None, metric="euclidean", **options):
     indices, distances = reference.nearest_topk(x, c, k, mask, metric)
     found = kernels.search(x, c, k, mask, metric, distances=True, **options)
     assert torch.equal(found[0], indices)
-    assert_close(found[1], distances, rtol=0, atol=0, equal_nan=True)
+    equal(found[1], distances)
     return found[2]
 
 

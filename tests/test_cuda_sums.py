@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from cuda_blocks import DTYPES, Kernels, build
-from torch.testing import assert_close
+from cuda_blocks import DTYPES, FinalizeCases, Kernels, build, equal
 
 from vqops.ops import reference
 
@@ -21,10 +20,6 @@ def kernels(request):
     if library is None:
         pytest.skip("no C++ compiler")
     return Kernels(library, request.param, sorted=False)
-
-
-def equal(found, expected):
-    assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def zipf(H, N, K):
@@ -130,7 +125,7 @@ class TestCodeSums:
         assert sums.isfinite().all() and counts.sum() == 38
 
 
-class TestFinalize:
+class TestFinalize(FinalizeCases):
     def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
         K = codebook.shape[1]
         expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
@@ -147,20 +142,6 @@ class TestFinalize:
         within_rounding(found[3], terms, indices, K, roundings=2)  # to float32, and times the weight
         if terms.equal(terms.round()):
             equal(found[2:], (counts, sums))
-
-    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_dtypes(self, kernels, dtype, metric):
-        x, c = torch.randn(2, 300, 13).to(dtype), torch.randn(2, 7, 13)
-        self.check(kernels, x, c, torch.rand(2, 300) > 0.2, torch.rand(2, 300), metric)
-        self.check(kernels, x, c.to(dtype), metric=metric)
-        self.check(kernels, x, c.double(), metric=metric)
-
-    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 0, 3, 4), (1, 65, 2, 64), (1, 40, 3, 200), (3, 90, 5, 65)])
-    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-    def test_shapes(self, kernels, shape, metric):
-        H, N, K, D = shape
-        self.check(kernels, torch.randn(H, N, D), torch.randn(H, K, D), metric=metric)
 
     @pytest.mark.parametrize("K", [1, 3, 500])
     def test_whole_numbers_are_exact(self, kernels, K):

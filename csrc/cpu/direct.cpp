@@ -38,7 +38,7 @@ struct DirectRows {
         // For cosine, the error of -x.c / |c| in units of |x|; for distances it is relative, and this is underflow.
         allowance.push_back(float(shape.cosine ? 1.02 * double(shape.D + 8) * 0x1p-23 * std::sqrt(square) + 0x1p-100
                                                : double(shape.D) * 0x1p-140));
-        if (!stays_in_range(scale)) allowance.back() = HUGE_VALF;
+        if (!stays_in_range(scale)) allowance.back() = HUGE_VALF;  // every code is a candidate
     }
 
     int64_t count() const { return int64_t(numbers.size()); }

@@ -27,14 +27,14 @@ namespace vqops::cuda {
 
 typedef unsigned long long Count;  // what atomic operations count in
 
-template <int n>
-struct Doubles {
-    double v[n];
+template <class T, int n>
+struct Many {
+    T v[n];
 };
 template <int n>
-struct Floats {
-    float v[n];
-};
+using Doubles = Many<double, n>;
+template <int n>
+using Floats = Many<float, n>;
 
 // A thread's share of the operands and of the result of multiply_add. With g = lane / 4 and t = lane mod 4, two float16
 // a word, the lower one first (PTX manual, "Matrix Fragments for mma.m16n8k16"):
@@ -97,21 +97,7 @@ struct DeviceBlock {
 
     template <int L, class T>
     VQOPS_HOST_DEVICE void sum(Registers<T>& r) const {
-#ifdef __CUDA_ARCH__
-#pragma unroll
-        for (int offset = L / 2; offset > 0; offset /= 2) r.value += __shfl_xor_sync(0xffffffff, r.value, offset);
-#endif
-    }
-
-    template <int L, int n>
-    VQOPS_HOST_DEVICE void sum(Registers<Doubles<n>>& r) const {
-#ifdef __CUDA_ARCH__
-#pragma unroll
-        for (int i = 0; i < n; i++)
-#pragma unroll
-            for (int offset = L / 2; offset > 0; offset /= 2)
-                r.value.v[i] += __shfl_xor_sync(0xffffffff, r.value.v[i], offset);
-#endif
+        fold<L>(r, [](auto a, auto b) { return a + b; });
     }
 
     template <int L, class T, class F>
@@ -123,8 +109,8 @@ struct DeviceBlock {
 #endif
     }
 
-    template <int L, int n, class F>
-    VQOPS_HOST_DEVICE void fold(Registers<Floats<n>>& r, F f) const {
+    template <int L, class T, int n, class F>
+    VQOPS_HOST_DEVICE void fold(Registers<Many<T, n>>& r, F f) const {
 #ifdef __CUDA_ARCH__
 #pragma unroll
         for (int i = 0; i < n; i++)

@@ -14,7 +14,7 @@ struct CodeTiles {
     static constexpr int kThreads = Cores::kThreads, kRowTiles = Cores::kRowTiles, kCodeTiles = Cores::kCodes / 8;
     static constexpr int kTiles = Cores::kWarpgroups ? 1 : 64 / kPiece;  // products of a stage, one after the other
     static constexpr int kStored = kTiles * Cores::kCodes / kTile;       // tiles of a stage, as they are stored
-    static constexpr int kAhead = Cores::kStages - Cores::kLag;
+    static constexpr int kInFlight = Cores::kStages - Cores::kLag;
     static_assert(!Cores::kWarpgroups || kPiece == 64);
 
     struct alignas(1024) Stage {  // wgmma counts its swizzle from multiples of 1024
@@ -37,9 +37,9 @@ struct CodeTiles {
         auto left = block.template registers<Left<kRowTiles>>();
         auto right = block.template registers<Right<kCodeTiles>>();
         Next next = {0, 0, 0, packed.codes + begin * kStored * kTile * width, packed.constants + begin * kStored};
-        for (int step = 0; step < kAhead; step++) fetch(block, stages, next, steps, pieces);
+        for (int step = 0; step < kInFlight; step++) fetch(block, stages, next, steps, pieces);
         for (int step = 0, piece = 0, tile = begin * kTiles; step < steps; step++) {
-            block.template await<kAhead - 1, Cores::kWarpgroups>();
+            block.template await<kInFlight - 1, Cores::kWarpgroups>();
             const Stage& stage = stages[step % Cores::kStages];
             const bool last = piece == pieces - 1;
             const uint16_t* const rows = x + piece * Cores::kRows * kPiece;

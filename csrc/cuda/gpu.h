@@ -145,17 +145,6 @@ private:
     OptionalTensor memory_;
 };
 
-// body(T()) with the type of the values.
-template <class Body>
-void with_type(DType type, const Body& body) {
-    switch (type) {
-        case DType::float32: return body(float());
-        case DType::float64: return body(double());
-        case DType::float16: return body(Float16());
-        case DType::bfloat16: return body(BFloat16());
-    }
-}
-
 }  // namespace vqops::cuda
 
 // An op of its own only: what the plain op runs on CUDA is decided by measurements, and there are none.

@@ -139,10 +139,7 @@ struct EmulatedBlock {
 
     template <int L, class T>
     void sum(Registers<T>& r) const {
-        for (int offset = L / 2; offset > 0; offset /= 2) {
-            const std::vector<T> old = r.values;
-            for (int t = 0; t < threads; t++) r.values[t] = old[t] + old[t ^ offset];
-        }
+        fold<L>(r, [](auto a, auto b) { return a + b; });
     }
 
     template <int L, class T, class F>
@@ -153,21 +150,12 @@ struct EmulatedBlock {
         }
     }
 
-    template <int L, int n, class F>
-    void fold(Registers<Floats<n>>& r, F f) const {
+    template <int L, class T, int n, class F>
+    void fold(Registers<Many<T, n>>& r, F f) const {
         for (int offset = L / 2; offset > 0; offset /= 2) {
-            const std::vector<Floats<n>> old = r.values;
+            const std::vector<Many<T, n>> old = r.values;
             for (int t = 0; t < threads; t++)
                 for (int i = 0; i < n; i++) r.values[t].v[i] = f(old[t].v[i], old[t ^ offset].v[i]);
-        }
-    }
-
-    template <int L, int n>
-    void sum(Registers<Doubles<n>>& r) const {
-        for (int offset = L / 2; offset > 0; offset /= 2) {
-            const std::vector<Doubles<n>> old = r.values;
-            for (int t = 0; t < threads; t++)
-                for (int i = 0; i < n; i++) r.values[t].v[i] = old[t].v[i] + old[t ^ offset].v[i];
         }
     }
 

@@ -44,14 +44,4 @@ struct Emulator {
     }
 };
 
-template <class Body>
-void with_type(DType type, Body body) {
-    switch (type) {
-        case DType::float32: return body(float());
-        case DType::float64: return body(double());
-        case DType::float16: return body(Float16());
-        case DType::bfloat16: return body(BFloat16());
-    }
-}
-
 }  // namespace vqops::cuda

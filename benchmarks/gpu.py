@@ -33,7 +33,7 @@ PACKAGES = ("vqops", "numpy", "triton", "vector-quantize-pytorch", "flash-kmeans
 SECONDS = 470  # a stage
 ROUNDS = 50
 CHECKS = [f"tests/test_{name}.py" for name in ("ops_search", "ops_quantize", "ops_statistics", "cuda_device")]
-SELECTION = "cuda and (normal or heads or duplicates or odd_sizes or sums_agree)"
+SELECTION = "cuda and (normal or heads or duplicates or odd_sizes or sums_agree or (every_depth and 300-euclidean))"
 TOOLS = ("memcheck", "racecheck")
 
 

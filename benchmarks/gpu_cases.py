@@ -23,6 +23,7 @@ SHAPES = [  # N, D, K
     (1 << 15, 512, 1024),
 ]
 STEPS = [(1 << 20, 64, 512), (1 << 20, 128, 1024)]
+SEVERAL = 8  # codes a row, of nearest_topk
 DTYPES = [torch.float32, torch.bfloat16]
 CHECKED = 256  # rows that are compared with the reference
 SCORES = 1 << 28  # of plain PyTorch at a time: 1 GB
@@ -47,6 +48,7 @@ def cases(device: torch.device, shapes=SHAPES, steps=STEPS, dtypes=DTYPES) -> It
     for shape in steps:
         for indices in ("uniform", "zipf", "one code"):
             yield partial(code_sums, device, shape, indices)
+        yield partial(several, device, shape)
         yield partial(ema_update, device, shape)
         for gradient in ("straight_through", "rotation"):
             yield partial(backward, device, shape, gradient)
@@ -101,6 +103,28 @@ def search(device, shape, dtype) -> Case:
     }
     wrong = partial(different, rows, exact)
     return Case("nearest", facts_of(shape, dtype), methods, moved, operations, wrong, {"tiers": tiers})
+
+
+def several(device, shape) -> Case:
+    N, D, K = shape
+    x, codebook = torch.randn(N, D, device=device), torch.randn(K, D, device=device)
+    call, half = partial(vqops.nearest_topk, x, codebook, SEVERAL), codebook.square().sum(1) / 2
+    methods = ours("nearest_topk", device, call, reference=N * D * K <= SLOW)
+
+    def plain():
+        parts = x.split(max(1, SCORES // K))
+        found = [torch.addmm(half, rows, codebook.mT, alpha=-1).topk(SEVERAL, largest=False)[1] for rows in parts]
+        return (torch.cat(found),)
+
+    methods["addmm + topk"] = plain
+    rows = torch.randint(N, (CHECKED,), device=device)
+    exact = vqops.nearest_topk(x[rows], codebook, SEVERAL, implementation="reference")[0]
+
+    def wrong(found):
+        return int((found[0][rows] != exact).any(1).sum())
+
+    operations, moved = 2 * N * D * K, N * (4 * D + 12 * SEVERAL) + 4 * K * D
+    return Case("nearest_topk", facts_of(shape, x.dtype), methods, moved, operations, wrong)
 
 
 def different(rows: Tensor, exact: Tensor, found: Tensor) -> int:

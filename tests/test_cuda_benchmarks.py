@@ -66,6 +66,7 @@ def test_every_case_gives_rows_with_right_results(gpu, cases, tmp_path):
     assert ceilings["op"] == "ceilings"
     assert {row["op"] for row in measured} == {
         "nearest",
+        "nearest_topk",
         "code_sums",
         "ema_update_",
         "quantize_backward",

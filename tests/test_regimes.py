@@ -15,7 +15,7 @@ from vqops.ops.regimes import ANY, ON_CUDA, Call, Regime, choose
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 WITHOUT_ROWS = ("prepare", "ema_update_")
 # The benchmark that shows an op, where it has none of its own name.
-SHOWN_BY = {"prepare": "nearest", "quantize": "training step"}
+SHOWN_BY = {"prepare": "nearest", "search_statistics": "nearest", "quantize": "training step"}
 ops = torch.ops.vqops
 
 

@@ -104,6 +104,7 @@ def main(architecture: int, wanted: str) -> None:
     blocks.PROCESSORS_INTERPRETED = PROCESSORS
     blocks.queue_programs = lambda device: blocks.PROGRAMS_A_PROCESSOR * PROCESSORS
     blocks.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
+    blocks.major = lambda device: architecture // 10
     for name, call in calls().items():
         if name.startswith(tuple(wanted.split(";"))):
             compiler.case = name

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqops.triton_kernels.blocks import ROWS, row_blocks, screen_blocks, screen_parts, shared_memory
+from vqops.triton_kernels.blocks import ROWS, row_blocks, screen_blocks, screen_parts
 from vqops.triton_kernels.codebook import (
     decision_error,
     exponent_of,
@@ -333,7 +333,7 @@ def round_rows(x, packed: Packed, mask, metric, ranked, indices, counters) -> Ro
 def screen(packed: Packed, rows: Rows, indices: Tensor, queue: Tensor, counters: Tensor, D: int) -> Tensor:
     """Settles or queues every row; returns their candidates [H * N, CANDIDATES]."""
     (H, N), (_, codes, width) = indices.shape, packed.codes.shape
-    block = screen_blocks(D, shared_memory(indices.device))
+    block = screen_blocks(D, indices.device)
     tiles, programs = codes // block.codes, rows.padded // block.rows
     parts = screen_parts(programs * H, tiles, indices.device)
     lists = indices.new_empty((parts, H * N, CANDIDATES), dtype=torch.int32)

@@ -31,9 +31,9 @@ SCREEN = [
     (math.inf, 200, Screen(128, 64, STEP, 8, 3)),
     (math.inf, 99, Screen(128, 64, STEP, 8, 2)),
 ]
-# Where those spill: Triton 3.6 keeps a whole row of 128 dimensions beside the products on sm_100. By the major number
-# of the compute capability, and D.
-SCREEN_IN_STEPS = {(10, 128): Screen(128, 64, 64, 8, 3)}
+# Dimensions up to which rows stay whole, by the major number of the compute capability: Triton 3.6 keeps longer ones in
+# registers on sm_100, and spills.
+WHOLE_ON = {10: 64}
 # nearest_topk reads its rows in steps, too: whole ones pass the shared memory of sm_100 at D = 256, and a second stage
 # spills on sm_89.
 TOPK = Screen(128, 64, STEP, 8, 1)
@@ -88,9 +88,8 @@ def whole_rows(D: int, device: torch.device) -> tuple[int, int]:
 def screen_blocks(D: int, device: torch.device) -> Screen:
     """For rows of D dimensions."""
     width, shared = padded_dimensions(D), shared_memory(device)
-    if (major(device), width) in SCREEN_IN_STEPS:
-        return SCREEN_IN_STEPS[major(device), width]
-    block = next(block for most, needed, block in SCREEN if width <= most and shared >= needed * 1024)
+    reach = width if width <= WHOLE_ON.get(major(device), WHOLE) else math.inf
+    block = next(block for most, needed, block in SCREEN if reach <= most and shared >= needed * 1024)
     return block._replace(step=min(block.step, width))
 
 

@@ -48,7 +48,7 @@ def processor() -> str:
 
 
 def draw() -> None:
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
     errors, perplexities = figure.subplots(1, 2)
     known = [json.loads(line) for line in (RESULTS / "known.jsonl").read_text().splitlines()]
     for curve in known:
@@ -74,7 +74,7 @@ def draw() -> None:
     perplexities.set(title="perplexity of the codes in a batch", xlabel="step", xlim=(0, 1550), ylim=(0, 512))
     for axes in (errors, perplexities):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # hides no curve
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
 

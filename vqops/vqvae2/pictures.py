@@ -43,10 +43,15 @@ def write_png(path: Path, pixels: np.ndarray) -> None:  # uint8 [H, W, C], C = 1
 
 def save_curves(path: Path, rows: list[dict[str, float]]) -> None:
     """Write a PNG of the metrics over the steps: MSE, perplexity and share of codes used, each level a line."""
+    with atomically(path) as temporary:
+        curves(rows).savefig(temporary, format="png", dpi=110)
+
+
+def curves(rows: list[dict[str, float]]) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     errors, perplexities, used = figure.subplots(1, 3)
     errors.set(title="MSE on [0, 1]", yscale="log")
-    perplexities.set(title="perplexity of the codes in a batch", ylim=0)
+    perplexities.set(title="perplexity of the codes in a batch")
     used.set(title="share of the codes used", ylim=(0, 1.05))
     for key in dict.fromkeys(key for row in rows for key in row):
         axes = errors if key.endswith("mse") else perplexities if key.startswith("perplexity") else used
@@ -59,5 +64,5 @@ def save_curves(path: Path, rows: list[dict[str, float]]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    perplexities.set_ylim(bottom=0)  # last: from then on it keeps its upper end
+    return figure

@@ -1,0 +1,22 @@
+"""The curves of a run: every value that was recorded can be seen."""
+
+import pytest
+
+from vqops.vqvae2.pictures import curves
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_every_point_is_in_sight(steps):
+    rows = []
+    for step in range(steps):
+        row = {"step": 10 * step, "loss": 1.0, "mse": 0.1 / (step + 1), "perplexity_top": 30.0 + 11 * step}
+        rows.append(row | {"perplexity_bottom": 480.0, "used_top": step / steps, "used_bottom": 1.0})
+        if step % 5 == 0:
+            rows[-1]["val_mse"] = 0.2 / (step + 1)
+    errors, perplexities, used = curves(rows).axes
+    assert [len(axes.lines) for axes in (errors, perplexities, used)] == [2, 2, 2]
+    for axes in (errors, perplexities, used):
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        for line in axes.lines:
+            assert all(left <= x <= right and bottom <= y <= top for x, y in line.get_xydata())
+    assert perplexities.get_ylim()[0] == used.get_ylim()[0] == 0

@@ -1,4 +1,7 @@
-"""Every implementation of the ops, and fresh memory that shows when it is read before it is written."""
+"""Every implementation of the ops, and fresh memory that shows when it is read before it is written.
+
+OMP_NUM_THREADS=2 and VQOPS_TEST_ROUNDING=other (other_rounding.py) run the tests as another machine would.
+"""
 
 import os
 
@@ -11,13 +14,31 @@ if not torch.cuda.is_available():
 import vqops
 
 REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
-torch.set_num_threads(1)  # on inputs this small a second only costs time; and sums of convolutions depend on them
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # on inputs this small a second only costs time
+if os.environ.get("VQOPS_TEST_ROUNDING") == "other":
+    import other_rounding  # noqa: F401
 INTERPRETED = ("triton", "cpu")
 IMPLEMENTATIONS = [
     pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.slow] * ((name, device) == INTERPRETED))
     for device in ("cpu", "cuda")
     for name in ("reference", "compiled", "triton")
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`pytest -n`: tests that share a fixture of their file stay together, the others go to whoever is free."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(definitions[-1].scope == "module" for definitions in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 class Implementation:
@@ -65,6 +86,15 @@ def available(name: str, device: str) -> Implementation:
     if reason:
         pytest.skip(reason)
     return Implementation(name, device)
+
+
+@pytest.fixture(scope="session")
+def emulated(pytestconfig, tmp_path_factory):
+    """The library of cuda_blocks.py, in pytest's cache: compiled once for all processes and runs of the tests."""
+    from cuda_blocks import build
+
+    cache = getattr(pytestconfig, "cache", None)  # None with `-p no:cacheprovider`
+    return build(cache.mkdir("cuda_blocks") if cache else tmp_path_factory.mktemp("cuda_blocks"))
 
 
 @pytest.fixture(autouse=True)

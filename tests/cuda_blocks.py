@@ -1,8 +1,8 @@
 """The bodies of the CUDA kernels, compiled by the C++ compiler, run thread by thread on the CPU, called by ctypes."""
 
-import atexit
 import ctypes
-import functools
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.testing import assert_close
 
-SOURCES = [Path(__file__).parent / "native" / f"cuda_{name}.cpp" for name in ("search", "blocks")]
+NATIVE, CSRC = Path(__file__).parent / "native", Path(__file__).parents[1] / "csrc"
+SOURCES = [NATIVE / f"cuda_{name}.cpp" for name in ("search", "blocks")]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
 PASSING = ("none", "straight_through", "rotation")
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
@@ -148,10 +148,6 @@ class Kernels:
         return grad_x, None if grad_codebook is None else grad_codebook.to(codebook.dtype)
 
 
-def equal(found, expected):
-    assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
 class FinalizeCases:
     """In both orders of the sums; `check` says what must come out."""
 
@@ -170,23 +166,36 @@ class FinalizeCases:
         self.check(kernels, torch.randn(H, N, D), torch.randn(H, K, D), metric=metric)
 
 
-@functools.cache
-def build() -> ctypes.CDLL | None:
-    """Once a session. None without a C++ compiler."""
+def build(folder: Path) -> ctypes.CDLL:
+    """The library in `folder`, compiled if what is there is of other sources, flags or another compiler."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        return None
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    target = Path(folder.name, "cuda_blocks.so")
+        pytest.skip("no C++ compiler")
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-fPIC"]
     flags += os.environ.get("CXXFLAGS", "").split()
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
+    headers = [path for root in (NATIVE, CSRC) for path in sorted(root.rglob("*.*"))]
+    content = hashlib.sha256(repr((compiler, version, flags)).encode())
+    for path in headers:
+        content.update(path.name.encode() + path.read_bytes())
+    target = folder / f"{content.hexdigest()}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be at it
+        if not target.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                compile_to(Path(temporary, "cuda_blocks.so"), compiler, flags).replace(target)
+    library = ctypes.CDLL(str(target))
+    library.packed_bytes.restype = library.code_sums.restype = ctypes.c_int64
+    return library
+
+
+def compile_to(target: Path, compiler: str, flags: list[str]) -> Path:
     objects = [target.with_name(f"{source.stem}.o") for source in SOURCES]
     pairs = zip(SOURCES, objects, strict=True)
     running = [subprocess.Popen([compiler, *flags, "-c", source, "-o", made]) for source, made in pairs]
     failed = [process.args for process in running if process.wait()]
     assert not failed
     subprocess.run([compiler, *flags, "-shared", *objects, "-o", target], check=True)
-    library = ctypes.CDLL(str(target))
-    library.packed_bytes.restype = library.code_sums.restype = ctypes.c_int64
-    return library
+    return target

@@ -6,6 +6,7 @@ The common suites run them as `compiled-cuda` and `triton-cuda`. None of this ha
 import pytest
 import torch
 from conftest import available
+from promises import INDICES, REPEATS, WHOLE
 from torch.testing import assert_close
 
 import vqops
@@ -22,7 +23,7 @@ def device():
 
 def same_indices(implementation, x, codebook, metric="euclidean"):
     found = vqops.nearest(x.cuda(), codebook.cuda(), metric=metric, implementation=implementation)
-    assert torch.equal(found.cpu(), reference.nearest(x, codebook, None, metric))
+    INDICES.same(found.cpu(), reference.nearest(x, codebook, None, metric))
 
 
 @pytest.fixture(params=["compiled", "triton"])
@@ -38,10 +39,10 @@ def test_every_depth(implementation, D, N, metric):
     x, c = torch.randn(N, D), torch.randn(3000, D)
     x[: N // 3] = c[torch.randint(3000, (N // 3,))] + 1e-3 * torch.randn(N // 3, D)
     found = vqops.nearest(x.cuda(), c.cuda(), metric=metric, implementation=implementation)
-    assert torch.equal(found.cpu(), vqops.nearest(x, c, metric=metric))
+    INDICES.same(found.cpu(), vqops.nearest(x, c, metric=metric))
     if N <= 300:
         several = vqops.nearest_topk(x.cuda(), c.cuda(), 9, metric=metric, implementation=implementation)[0]
-        assert torch.equal(several.cpu(), vqops.nearest_topk(x, c, 9, metric=metric)[0])
+        INDICES.same(several.cpu(), vqops.nearest_topk(x, c, 9, metric=metric)[0])
 
 
 @pytest.mark.parametrize("D", [8, 64, 256, 512])
@@ -134,7 +135,7 @@ def same_step(found, expected, deterministic):
         if i == SUMS and not deterministic:
             assert_close(a, b, rtol=1e-4, atol=1e-3)
         else:
-            assert torch.equal(a, b)
+            REPEATS.same(a, b)
 
 
 SUMS = 4
@@ -162,7 +163,7 @@ def test_atomic_sums(device, codes, weighted):
         counts, sums = ops.code_sums_compiled(rows, indices, K, weight)
         terms, zero = rows[0].double() * factor[:, None], torch.zeros(K, D, device=device, dtype=torch.float64)
         exact, size = zero.index_add(0, indices[0], terms), zero.index_add(0, indices[0], terms.abs())
-        assert torch.equal(counts[0].double(), zero[:, 0].index_add(0, indices[0], factor.double()))
+        WHOLE.same(counts[0].double(), zero[:, 0].index_add(0, indices[0], factor.double()))
         # At most 256 additions in a block and one a block; each errs by 2^-24 of the sum of sizes.
         bound = 0 if rows is whole else 1.01 * (256 + N / 256) * 2.0**-24 * size
         assert ((sums[0] - exact).abs() <= bound).all()
@@ -182,7 +183,8 @@ def test_atomic_and_sorted_sums_agree(device, dtype, metric):
         ]
         found.append((indices, counts, sums, gradient))
     (indices, counts, sums, gradient), expected = found
-    assert torch.equal(indices, expected[0]) and torch.equal(counts, expected[1])
+    INDICES.same(indices, expected[0])
+    INDICES.same(counts, expected[1])
     assert_close(sums, expected[2], rtol=1e-4, atol=1e-3)
     loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
     assert_close(gradient, expected[3], **loose)
@@ -198,7 +200,7 @@ def test_runs_on_the_current_stream(device):
         given.copy_(x)  # on another stream the search would read zeros
         found = ops.nearest_compiled(given, codebook)
     stream.synchronize()
-    assert torch.equal(found, expected)
+    REPEATS.same(found, expected)
 
 
 def test_addresses_beyond_2_31_elements(device):
@@ -208,10 +210,10 @@ def test_addresses_beyond_2_31_elements(device):
     codebook = torch.randn(1, 40, 64, device=device)
     x[0, -1000:] = codebook[0, torch.arange(1000, device=device) % 40]
     found = ops.nearest_compiled(x, codebook)
-    assert torch.equal(found[0, -1000:], torch.arange(1000, device=device) % 40)
+    INDICES.same(found[0, -1000:], torch.arange(1000, device=device) % 40)
 
 
 def test_a_prepared_codebook_gives_the_same(device):
     x, codebook, *_ = arguments(device)
     packed = ops.prepare_compiled(codebook)
-    assert torch.equal(ops.nearest_compiled(x, codebook, None, "euclidean", packed), ops.nearest_compiled(x, codebook))
+    INDICES.same(ops.nearest_compiled(x, codebook, None, "euclidean", packed), ops.nearest_compiled(x, codebook))

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from cuda_blocks import DTYPES, FinalizeCases, Kernels, build, equal
+from cuda_blocks import DTYPES, FinalizeCases, Kernels
+from promises import INDICES, ORDER, WHOLE
 
 from vqops.ops import reference
 
@@ -15,11 +16,8 @@ BLOCK = 256  # rows
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
-def kernels(request):
-    library = build()
-    if library is None:
-        pytest.skip("no C++ compiler")
-    return Kernels(library, request.param, sorted=False)
+def kernels(request, emulated):
+    return Kernels(emulated, request.param, sorted=False)
 
 
 def zipf(H, N, K):
@@ -28,7 +26,7 @@ def zipf(H, N, K):
 
 
 # Indices [H, N] and K: rows that fill blocks, end within one, and heads that meet within one.
-INDICES = {
+CASES = {
     "uniform": lambda: (torch.randint(-1, 40, (1, 1000)), 40),
     "zipf": lambda: (zipf(2, 700, 300), 300),
     "one code": lambda: (torch.full((1, 1300), 3), 7),
@@ -40,7 +38,7 @@ INDICES = {
     "one row": lambda: (torch.zeros(1, 1, dtype=torch.int64), 2),
     "no rows": lambda: (torch.zeros(2, 0, dtype=torch.int64), 3),
 }
-indices_and_K = pytest.mark.parametrize("name", INDICES)
+indices_and_K = pytest.mark.parametrize("name", CASES)
 
 
 def within_rounding(found, terms, indices, K, roundings=1):
@@ -67,19 +65,19 @@ class TestCodeSums:
     @indices_and_K
     @pytest.mark.parametrize("weighted", [False, True])
     def test_whole_numbers_are_exact(self, kernels, name, weighted):
-        indices, K = INDICES[name]()
+        indices, K = CASES[name]()
         x = torch.randint(-9, 10, (*indices.shape, 9)).float()
         weight = torch.randint(0, 4, indices.shape).float() if weighted else None
-        equal(kernels.code_sums(x, indices, K, weight), reference.code_sums(x, indices, K, weight))
+        WHOLE.same(kernels.code_sums(x, indices, K, weight), reference.code_sums(x, indices, K, weight))
 
     @indices_and_K
     @pytest.mark.parametrize("size", [1.0, 1e30, 2.0**-128])
     def test_rounding(self, kernels, name, size):
-        indices, K = INDICES[name]()
+        indices, K = CASES[name]()
         x, weight = torch.randn(*indices.shape, 3) * size, torch.rand(indices.shape)
         counts, sums = kernels.code_sums(x, indices, K)
         within_rounding(sums, x.double(), indices, K, roundings=0)
-        equal(counts, reference.code_sums(x, indices, K)[0])
+        INDICES.same(counts, reference.code_sums(x, indices, K)[0])
         counts, sums = kernels.code_sums(x, indices, K, weight)
         within_rounding(sums, x.double() * weight.double()[..., None], indices, K)
         within_rounding(counts[..., None], weight.double()[..., None], indices, K, roundings=0)
@@ -90,14 +88,14 @@ class TestCodeSums:
         x = torch.randint(-4, 5, (2, D, 300)).mT.to(dtype)
         indices = torch.randint(-1, 3, (300, 2)).mT
         weight = torch.randint(0, 3, (300, 2)).mT.to(dtype)
-        equal(kernels.code_sums(x, indices, 3), reference.code_sums(x, indices, 3))
-        equal(kernels.code_sums(x, indices, 3, weight), reference.code_sums(x, indices, 3, weight))
+        WHOLE.same(kernels.code_sums(x, indices, 3), reference.code_sums(x, indices, 3))
+        WHOLE.same(kernels.code_sums(x, indices, 3, weight), reference.code_sums(x, indices, 3, weight))
         x = torch.randn(2, D, 300).mT.to(dtype)
         within_rounding(kernels.code_sums(x, indices, 3)[1], x.double(), indices, 3)
 
     @indices_and_K
     def test_a_code_is_added_to_once_a_block(self, kernels, name):
-        indices, K = INDICES[name]()
+        indices, K = CASES[name]()
         H, N = indices.shape
         slots = torch.where(indices >= 0, indices + K * torch.arange(H)[:, None], -1).flatten()
         expected = sum(len(block[block >= 0].unique()) for block in slots.split(BLOCK)) if N else 0
@@ -131,17 +129,17 @@ class TestFinalize(FinalizeCases):
         expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
         quantized, indices, error, counts, sums, _ = expected
         found = kernels.finalize(x, codebook, indices, mask, weight, metric, code_sums=True)
-        equal(found[:2], (quantized, error))
+        ORDER.same(found[:2], (quantized, error), equal_nan=True)
         terms = x.double() if metric == "euclidean" else reference.unit(x).float().double()
         terms = terms.where(indices[..., None] >= 0, 0)
         if weight is None:
-            equal(found[2], counts)
+            INDICES.same(found[2], counts)
         else:
             terms = terms * weight.double()[..., None]
             within_rounding(found[2][..., None], weight.double()[..., None], indices, K, roundings=0)
         within_rounding(found[3], terms, indices, K, roundings=2)  # to float32, and times the weight
-        if terms.equal(terms.round()):
-            equal(found[2:], (counts, sums))
+        if (terms == terms.round()).all():
+            WHOLE.same(found[2:], (counts, sums))
 
     @pytest.mark.parametrize("K", [1, 3, 500])
     def test_whole_numbers_are_exact(self, kernels, K):
@@ -176,7 +174,7 @@ class TestGradient:
         arguments = (None, error, x, c, indices, mask, metric, "none", 0.5, True, True)
         sorted = Kernels(kernels.library, kernels.descending)
         found, expected = kernels.quantize_backward(*arguments), sorted.quantize_backward(*arguments)
-        equal(found[0], expected[0])
+        ORDER.same(found[0], expected[0], equal_nan=True)
         start = x.double() if metric == "euclidean" else reference.unit(x)
         terms = (start - reference.gather(c, indices).double()) * error.double()[..., None]
         terms = terms.where(indices[..., None] >= 0, 0)
@@ -191,6 +189,6 @@ class TestGradient:
         x, c = torch.randint(-4, 5, (1, 1000, 70)).float(), torch.randint(-4, 5, (1, 3, 70)).float()
         indices, error = torch.randint(-1, 3, (1, 1000)), torch.randint(-2, 3, (1, 1000)).float()
         arguments = (None, error, x, c, indices, None, "euclidean", "none", 1.0, True, True)
-        equal(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1])
+        WHOLE.same(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1])
         arguments = (None, error, x.double(), c.double(), *arguments[4:])
-        equal(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1])
+        WHOLE.same(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from promises import UNCHANGED
 
 import vqops
 
@@ -128,7 +129,7 @@ def test_a_refused_update_changes_nothing(changes, error, message):
     }
     with pytest.raises(error, match=f"ema_update_: .*{message}"):
         vqops.ema_update_(**given)
-    assert all(torch.equal(given[name], value) for name, value in before.items())
+    UNCHANGED.same({name: given[name] for name in before}, before)
 
 
 def test_compiled_kernels_check_for_themselves():

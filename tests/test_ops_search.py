@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import INF, NAN, SEARCHES
+from promises import INDICES, ORDER
 from torch.testing import assert_close
 
 from vqops.ops import reference
@@ -49,7 +50,7 @@ def float64_cost(x, c, metric):
 def test_nearest(implementation, case, metric):
     x, c = SEARCHES[case]()
     found = implementation.nearest(x, c, metric=metric).cpu()
-    assert torch.equal(found, reference.nearest(x, c, metric=metric))
+    INDICES.same(found, reference.nearest(x, c, metric=metric))
     check_against_float64(x, c, found, metric)
 
 
@@ -57,7 +58,7 @@ def check_against_float64(x, c, found, metric):
     """No code is nearer than the one found, as far as float64 without a fixed order of addition can tell."""
     cost = float64_cost(x, c, metric)
     usable = x.isfinite().all(-1) & ~cost.isnan().all(-1)
-    assert torch.equal(found >= 0, usable)
+    INDICES.same(found >= 0, usable)
     if not usable.any():
         return
     least = cost.nan_to_num(nan=INF, posinf=INF).amin(-1)
@@ -73,7 +74,7 @@ def check_against_float64(x, c, found, metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_dtypes_are_not_cast(kernel, metric, dtype, codebook_dtype):
     x, c = torch.randn(1, 130, 13).to(dtype), torch.randn(1, 90, 13).to(codebook_dtype)
-    assert torch.equal(kernel.nearest(x, c, metric=metric).cpu(), reference.nearest(x, c, metric=metric))
+    INDICES.same(kernel.nearest(x, c, metric=metric).cpu(), reference.nearest(x, c, metric=metric))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e8])
@@ -81,12 +82,12 @@ def test_float64_differences_below_float32(implementation, offset):
     c = offset + torch.arange(60, dtype=torch.float64)[:, None] * 1e-6 + torch.zeros(3, dtype=torch.float64)
     x = c[torch.randint(60, (120,))] + 4e-7 * (torch.rand(120, 3, dtype=torch.float64) - 0.5)
     expected = (x[:, None] - c).square().sum(-1).argmin(-1)
-    assert torch.equal(implementation.nearest(x, c).cpu(), expected)
+    INDICES.same(implementation.nearest(x, c).cpu(), expected)
 
 
 def test_float64_beyond_float32(implementation):
     x, c = torch.randn(110, 5, dtype=torch.float64) * 1e200, torch.randn(40, 5, dtype=torch.float64) * 1e200
-    assert torch.equal(implementation.nearest(x, c).cpu(), reference.nearest(x[None], c[None])[0])
+    INDICES.same(implementation.nearest(x, c).cpu(), reference.nearest(x[None], c[None])[0])
     assert implementation.nearest(x, c).cpu().unique().tolist() == [0]  # all distances overflow: the lowest index
 
 
@@ -97,32 +98,32 @@ def test_float64_at_the_end_of_its_range(kernel, metric, of_rows, of_codes, rows
     """Where products overflow or vanish the lowest index wins: a pass that scales its rows must not know better."""
     x, c = torch.randn(1, rows, 24, dtype=torch.float64), torch.randn(1, 70, 24, dtype=torch.float64)
     x, c = x * 10.0**of_rows, c * 10.0**of_codes
-    assert torch.equal(kernel.nearest(x, c, metric=metric).cpu(), reference.nearest(x, c, metric=metric))
+    INDICES.same(kernel.nearest(x, c, metric=metric).cpu(), reference.nearest(x, c, metric=metric))
 
 
 @pytest.mark.parametrize("rows", [3, 140])  # below and above where searches without preparation end
 def test_any_strides(kernel, rows):
     c = torch.randn(16, 3, 50).permute(1, 2, 0)[..., ::2]
     x = torch.randn(8, 2 * rows, 3)[:, ::2].permute(2, 1, 0)
-    assert torch.equal(kernel.nearest(x, c).cpu(), reference.nearest(x.contiguous(), c.contiguous()))
+    INDICES.same(kernel.nearest(x, c).cpu(), reference.nearest(x.contiguous(), c.contiguous()))
     expanded = torch.randn(1, 1, 8).expand(3, rows, 8)
-    assert torch.equal(kernel.nearest(expanded, c).cpu(), reference.nearest(expanded.contiguous(), c.contiguous()))
+    INDICES.same(kernel.nearest(expanded, c).cpu(), reference.nearest(expanded.contiguous(), c.contiguous()))
 
 
 @pytest.mark.parametrize("rows", [5, 120])
 def test_masked_rows_have_no_code(kernel, rows):
     x, c, mask = torch.randn(2, rows, 6), torch.randn(2, 30, 6), torch.rand(2, rows) > 0.4
     found = kernel.nearest(x, c, mask).cpu()
-    assert torch.equal(found, reference.nearest(x, c).where(mask, torch.tensor(-1)))
+    INDICES.same(found, reference.nearest(x, c).where(mask, torch.tensor(-1)))
     every_other = mask.repeat_interleave(2, dim=1)[:, ::2]
-    assert torch.equal(kernel.nearest(x, c, every_other).cpu(), found)
+    INDICES.same(kernel.nearest(x, c, every_other).cpu(), found)
 
 
 def test_leading_axes_are_rows(implementation):
     x, c = torch.randn(2, 3, 4, 5), torch.randn(9, 5)
     found = implementation.nearest(x, c)
     assert found.shape == (2, 3, 4) and found.dtype == torch.int64
-    assert torch.equal(found.flatten(), implementation.nearest(x.view(-1, 5), c))
+    INDICES.same(found.flatten(), implementation.nearest(x.view(-1, 5), c))
     assert implementation.nearest(x[0, 0, 0], c).shape == ()
 
 
@@ -131,7 +132,7 @@ def test_batch_size_does_not_matter(kernel, N, K, D):
     x, c = torch.randn(N, D), torch.randn(K, D)
     whole = kernel.nearest(x, c)
     parts = torch.cat([kernel.nearest(x[:40], c), kernel.nearest(x[40:], c)])
-    assert torch.equal(whole, parts)
+    INDICES.same(whole, parts)
 
 
 # Several codes
@@ -146,8 +147,8 @@ def test_topk(kernel, case, metric, k):
         k = c.shape[1]
     indices, distances = kernel.nearest_topk(x, c, k, metric=metric)
     expected_indices, expected_distances = reference.nearest_topk(x, c, k, metric=metric)
-    assert torch.equal(indices.cpu(), expected_indices)
-    assert_close(distances.cpu(), expected_distances, rtol=0, atol=0, equal_nan=True)
+    INDICES.same(indices.cpu(), expected_indices)
+    ORDER.same(distances.cpu(), expected_distances, equal_nan=True)
 
 
 def test_topk_by_hand(implementation):
@@ -177,14 +178,14 @@ def test_distances_are_at_least_float32(implementation, dtype):
 def test_a_prepared_codebook_finds_the_same(kernel, case, metric):
     x, c = SEARCHES[case]()
     prepared = kernel.prepare(c, metric=metric)
-    assert torch.equal(kernel.nearest(x, prepared, metric=metric).cpu(), reference.nearest(x, c, metric=metric))
+    INDICES.same(kernel.nearest(x, prepared, metric=metric).cpu(), reference.nearest(x, c, metric=metric))
     few = x[:, :3]
-    assert torch.equal(kernel.nearest(few, prepared, metric=metric).cpu(), reference.nearest(few, c, metric=metric))
+    INDICES.same(kernel.nearest(few, prepared, metric=metric).cpu(), reference.nearest(few, c, metric=metric))
     k = min(3, c.shape[1])
     indices, _ = kernel.nearest_topk(x, prepared, k, metric=metric)
-    assert torch.equal(indices.cpu(), reference.nearest_topk(x, c, k, metric=metric)[0])
+    INDICES.same(indices.cpu(), reference.nearest_topk(x, c, k, metric=metric)[0])
     found = kernel.quantize(x, prepared, metric=metric)
-    assert torch.equal(found.indices.cpu(), reference.nearest(x, c, metric=metric))
+    INDICES.same(found.indices.cpu(), reference.nearest(x, c, metric=metric))
 
 
 def test_a_changed_codebook_must_be_prepared_again(implementation):
@@ -261,16 +262,16 @@ def test_roots_are_correctly_rounded():
     """On some processors torch.sqrt is not."""
     values = torch.rand(100_000, dtype=torch.float64) * torch.exp(300 * torch.randn(100_000, dtype=torch.float64))
     values[:4] = torch.tensor([0, INF, 5e-324, 1.7e308], dtype=torch.float64)
-    assert np.array_equal(reference.root(values).numpy(), np.sqrt(values.numpy()))
+    ORDER.same(reference.root(values).numpy(), np.sqrt(values.numpy()))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_reference_is_its_three_lines(metric):
     x, c = torch.randn(1, 100, 7, dtype=torch.float64), torch.randn(1, 30, 7, dtype=torch.float64)
-    assert torch.equal(reference.nearest(x, c, metric=metric), float64_cost(x, c, metric).argmin(-1))
+    INDICES.same(reference.nearest(x, c, metric=metric), float64_cost(x, c, metric).argmin(-1))
     distance = (x[0, :, None] - c[0]).square().sum(-1)
     values, indices = distance.topk(3, largest=False)
     found = reference.nearest_topk(x, c, 3)
-    assert torch.equal(found[0][0], indices)
+    INDICES.same(found[0][0], indices)
     assert_close(found[1][0], values, rtol=1e-14, atol=0)
     assert math.isclose(float(found[1][0, 0, 0]), float(values[0, 0]), rel_tol=1e-14)

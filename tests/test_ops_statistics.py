@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import INF, NAN
+from promises import ORDER, REPEATS, UNCHANGED
 from torch.testing import assert_close
 
 import vqops
@@ -57,7 +58,7 @@ def test_sums(kernel, size, dtype, weighted):
     weight = torch.rand(H, N) if weighted else None
     counts, sums = kernel.code_sums(x, indices, K, weight, heads=True)
     expected = reference.code_sums(x, indices, K, weight)
-    assert torch.equal(counts.cpu(), expected[0]) and torch.equal(sums.cpu(), expected[1])  # to the last bit
+    ORDER.same((counts.cpu(), sums.cpu()), expected)
     exact_counts, exact_sums = float64_sums(x, indices, K, weight)
     assert_close(counts.cpu().double(), exact_counts, rtol=1e-6, atol=1e-6)
     magnitude = float64_sums(x.abs(), indices, K, weight)[1]
@@ -69,14 +70,14 @@ def test_a_hot_code_among_many(kernel):
     indices[::7] = torch.randint(300, indices[::7].shape)
     counts, sums = kernel.code_sums(x, indices, 300)
     expected_counts, expected_sums = reference.code_sums(x[None], indices[None], 300, None)
-    assert torch.equal(counts.cpu(), expected_counts[0]) and torch.equal(sums.cpu(), expected_sums[0])
+    ORDER.same((counts.cpu(), sums.cpu()), (expected_counts[0], expected_sums[0]))
 
 
 def test_sums_take_any_strides(kernel):
     x, indices = torch.randn(6, 400).mT[::2], torch.randint(-1, 20, (400,))[::2]
     counts, sums = kernel.code_sums(x, indices, 20)
     same = kernel.code_sums(x.contiguous(), indices.contiguous(), 20)
-    assert torch.equal(counts, same[0]) and torch.equal(sums, same[1])
+    ORDER.same((counts, sums), same)
 
 
 def test_sums_do_not_depend_on_threads():
@@ -89,7 +90,8 @@ def test_sums_do_not_depend_on_threads():
             results.append(vqops.code_sums(x, indices, 100)[1])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    for other in results[1:]:
+        ORDER.same(other, results[0])
 
 
 # EMA
@@ -131,7 +133,7 @@ def test_ema(implementation, H, K, D, options, metric):
     assert_close(new_size.cpu(), exact_size.float(), rtol=1e-6, atol=1e-7)
     assert_close(new_average.cpu(), exact_average.float(), rtol=1e-5, atol=1e-6)
     if given is None:
-        assert torch.equal(new_embed.cpu(), embed)
+        UNCHANGED.same(new_embed.cpu(), embed)
         return
     total = exact_size.sum(-1, keepdim=True)
     codes = exact_average / ((exact_size + 1e-5) / (total + K * 1e-5) * total)[..., None]
@@ -146,7 +148,7 @@ def test_weighted_counts_and_a_decay_on_the_device(implementation):
     same = [t.clone() for t in (size, average, embed)]
     implementation.ema_update_(size, average, embed, counts, sums, torch.tensor(0.9))
     implementation.ema_update_(*same, counts, sums, 0.9)
-    assert all(torch.equal(a, b) for a, b in zip((size, average, embed), same, strict=True))
+    REPEATS.same((size, average, embed), same)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -159,7 +161,8 @@ def test_nothing_poisons_the_codebook(implementation, bad, metric):
     implementation.ema_update_(size, average, embed, counts, sums, 0.5, metric=metric)
     for new, old in zip((size, average), before, strict=False):
         assert new.isfinite().all()
-        assert torch.equal(new[0, [1, 3]].cpu(), old[0, [1, 3]]) and not torch.equal(new[0, 0].cpu(), old[0, 0])
+        UNCHANGED.same(new[0, [1, 3]].cpu(), old[0, [1, 3]])
+        assert (new[0, 0].cpu() != old[0, 0]).any()
     assert embed.isfinite().all()
 
 
@@ -169,4 +172,4 @@ def test_an_empty_codebook_keeps_its_codes(implementation):
     before = embed.clone()
     size, average = on(implementation, torch.zeros(1, 3), torch.zeros(1, 3, 2))
     implementation.ema_update_(size, average, embed, torch.zeros(1, 3), torch.zeros(1, 3, 2), 0.9, 0.0)
-    assert torch.equal(embed, before)
+    UNCHANGED.same(embed, before)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from promises import RANKS
 from torch.testing import assert_close
 
 from vqops import VectorQuantize
@@ -144,7 +145,7 @@ def test_two_processes_are_one(ranks, name):
     joint = train(name, None)
     for key, value in joint.items():
         if key != "collectives":
-            assert torch.equal(first[key], second[key]), key
+            RANKS.same(first[key], second[key], where=key)
             assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
@@ -153,7 +154,7 @@ def test_ranks_stay_equal_with_dead_codes_whatever_the_flags(ranks, name):
     """The rest of the flags is among the cases above."""
     first, second = (states[name] for states in ranks)
     for key, value in first.items():
-        assert torch.as_tensor(value).equal(torch.as_tensor(second[key])), key
+        RANKS.same(value, second[key], where=key)
     assert first["_codebook.initted"] and len(first["_codebook.embed"][0].unique(dim=0)) == CODES
 
 

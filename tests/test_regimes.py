@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from promises import COPIES, INDICES
 
 import vqops
 from vqops import info, triton_kernels
@@ -219,7 +220,8 @@ def test_each_call_takes_its_regime(on_stage):
     x, c = torch.randn(2, 40, 6), torch.randn(2, 30, 6)
     expected = vqops.nearest(x, c), vqops.nearest(x[:, :5], c)
     took = on_stage(row("nearest", N=(20, ANY[1])))
-    assert vqops.nearest(x, c).equal(expected[0]) and vqops.nearest(x[:, :5], c).equal(expected[1])
+    INDICES.same(vqops.nearest(x, c), expected[0])
+    INDICES.same(vqops.nearest(x[:, :5], c), expected[1])
     vqops.nearest(x.double(), c)
     assert took == ["nearest: triton", "nearest: reference", "nearest: reference"]
 
@@ -241,7 +243,7 @@ def test_a_preparation_is_used_by_who_made_it(on_stage, table, packed, took):
     taken = on_stage(*table)
     prepared = vqops.prepare(c)
     assert (prepared.packed.numel() > 0) == packed
-    assert vqops.nearest(x, prepared).equal(expected)
+    INDICES.same(vqops.nearest(x, prepared), expected)
     assert taken[1] == took
 
 
@@ -250,18 +252,19 @@ def test_a_preparation_of_another_kernel_is_left_alone(on_stage, monkeypatch):
     expected = vqops.nearest(x, c)
     monkeypatch.setattr(library, "available", lambda name, device: ["compiled", "triton"])
     took = on_stage(Regime("nearest", "compiled", "run"), row("prepare"))
-    assert vqops.nearest(x, vqops.prepare(c)).equal(expected) and took == ["prepare: triton"]
+    INDICES.same(vqops.nearest(x, vqops.prepare(c)), expected)
+    assert took == ["prepare: triton"]
 
 
 def test_quantize_by_reference_searches_by_the_regime_of_the_search(on_stage):
     x, c = torch.randn(40, 6), torch.randn(30, 6)
     expected = vqops.quantize(x, c)
     took = on_stage(row("nearest"), row("prepare"))
-    assert vqops.quantize(x, vqops.prepare(c)).quantized.equal(expected.quantized)
+    COPIES.same(vqops.quantize(x, vqops.prepare(c)).quantized, expected.quantized)
     assert took == ["prepare: triton", "quantize: reference", "nearest: triton, prepared"]
     took.clear()
     on_stage(row("quantize"), row("prepare"))
-    assert vqops.quantize(x, vqops.prepare(c)).quantized.equal(expected.quantized)
+    COPIES.same(vqops.quantize(x, vqops.prepare(c)).quantized, expected.quantized)
     assert took == ["prepare: triton", "quantize: triton, prepared"]
 
 
@@ -289,5 +292,5 @@ def test_compiled_for_any_number_of_rows(on_stage):
     c = torch.randn(30, 6)
     for N in (30, 40, 34, 35):
         x = torch.randn(N, 6)
-        assert compiled(x, c).equal(vqops.nearest(x, c, implementation="reference"))
+        INDICES.same(compiled(x, c), vqops.nearest(x, c, implementation="reference"))
     assert [t.split(": ")[1] for t in took] == ["reference", "triton", "reference", "triton"]

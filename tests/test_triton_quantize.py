@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from promises import COPIES, INDICES, ORDER, UNCHANGED, WHOLE
 
 pytest.importorskip("triton")
 
@@ -18,7 +19,6 @@ from triton.runtime import interpreter
 from vqops.triton_kernels import code_sums as kernels
 
 METRICS = ("euclidean", "cosine")
-EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +43,13 @@ def test_sums_in_order(H, N, K, D, weighted):
     x[:, 0] = math.nan  # not read, since
     indices[:, 0] = -1
     weight = torch.rand(H, N) if weighted else None
-    for found, expected in zip(*both(vqops.code_sums, x, indices, K, weight, heads=True), strict=True):
-        torch.testing.assert_close(found, expected, **EXACT)
+    ORDER.same(*both(vqops.code_sums, x, indices, K, weight, heads=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_sums_of_other_dtypes(dtype):
     x, indices = torch.randn(300, 12).to(dtype), torch.randint(0, 9, (300,))
-    for found, expected in zip(*both(vqops.code_sums, x, indices, 9), strict=True):
-        torch.testing.assert_close(found, expected, **EXACT)
+    ORDER.same(*both(vqops.code_sums, x, indices, 9))
 
 
 @pytest.mark.parametrize("K", [1, 30])
@@ -59,7 +57,7 @@ def test_atomic_sums(K):
     x, indices, weight = torch.randn(2, 700, 20), torch.randint(-1, K, (2, 700)), torch.rand(2, 700)
     one_hot = (indices[..., None] == torch.arange(K)).double()
     counts, sums = kernels.atomic(x, indices, K)
-    assert counts.equal(one_hot.sum(1).long())
+    INDICES.same(counts, one_hot.sum(1).long())
     error = (sums - one_hot.mT @ x.double()).abs()
     assert (error <= counts[..., None] * 2.0**-24 * (one_hot.mT @ x.double().abs())).all()
     weighted = one_hot * weight[..., None].double()
@@ -91,7 +89,7 @@ def test_atomic_sums_of_hot_codes(monkeypatch, kind, D, weighted):
     monkeypatch.setattr(kernels, "tile", lambda D, device: (32, 16))
     counts, sums = kernels.atomic(x, indices, K, weight if weighted else None)
     expected = vqops.code_sums(x, indices, K, weight if weighted else None, heads=True, implementation="reference")
-    assert counts.equal(expected[0]) and sums.equal(expected[1])
+    WHOLE.same((counts, sums), expected)
     if kind == "one code":  # 9 blocks, one with two rows of the first head beside those of the second
         assert sum(added) == 11 * (D + 1)
     if kind == "zipf":
@@ -121,7 +119,7 @@ def test_ema_update(metric, weighted):
         results.append(buffers)
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
-    assert results[0][1][0, 0].equal(state[1][0, 0])
+    UNCHANGED.same(results[0][1][0, 0], state[1][0, 0])
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -132,10 +130,11 @@ def test_quantize(dtype, metric):
     for arguments in ((None, None), (mask, None), (mask, weight)):
         found, expected = both(vqops.quantize, x, codebook, *arguments, metric, code_sums=True)
         for name in found._fields:
-            close = (
-                EXACT if name in ("indices", "quantized", "counts") else {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
-            )
-            torch.testing.assert_close(getattr(found, name), getattr(expected, name), **close)
+            a, b = getattr(found, name), getattr(expected, name)
+            if name in ("indices", "quantized", "counts"):
+                INDICES.same(a, b, equal_nan=True)
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_quantize_without_rows():
@@ -173,7 +172,7 @@ def test_gradient_of_one_output():
     out = vqops.quantize(x, codebook, implementation="triton")
     g = torch.randn(5).expand(30, 5)
     (found,) = torch.autograd.grad(out.quantized, x, g, retain_graph=True)
-    assert found.equal(g)
+    COPIES.same(found, g)
     (found,) = torch.autograd.grad(out.error, x, torch.ones(()).expand(30))
     torch.testing.assert_close(found, 2 * (x - out.quantized).detach())
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from promises import COPIES, INDICES, REPEATS, UNCHANGED
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,7 +71,7 @@ def test_a_mask_is_the_batch_without_the_masked(layout, heads, metric):
         quantized, indices, loss = vq(spoiled, mask=mask.view(positions))
         torch.manual_seed(number)
         expected, same, same_loss = rows(given)
-        assert torch.equal(indices.flatten(0, len(positions) - 1)[mask], same)
+        INDICES.same(indices.flatten(0, len(positions) - 1)[mask], same)
         assert (indices.flatten(0, len(positions) - 1)[~mask] == -1).all()
         assert_close(as_rows(quantized, layout)[mask], expected)
         assert not as_rows(quantized, layout)[~mask].any()
@@ -114,7 +115,7 @@ def test_masked_positions_can_keep_the_input(layout, codebook_dim):
     mask = torch.rand(as_rows(x, layout).shape[0]) < 0.5
     positions = shape[:-1] if LAST[layout] else (shape[0], *shape[2:])
     quantized = vq(x, mask=mask.view(positions), freeze_codebook=True)[0]
-    assert torch.equal(as_rows(quantized, layout)[~mask], as_rows(x, layout)[~mask])
+    COPIES.same(as_rows(quantized, layout)[~mask], as_rows(x, layout)[~mask])
     assert_close(as_rows(quantized, layout)[mask], as_rows(vq(x)[0], layout)[mask])
     quantized.sum().backward()
     assert (as_rows(x.grad, layout)[~mask] == 1).all()
@@ -134,7 +135,7 @@ def test_separate_heads_are_quantizers_of_their_own(metric):
         x = torch.randn(2, 10, 6)
         quantized, indices, loss = vq(x)
         results = [part(x[..., 3 * head : 3 * head + 3]) for head, part in enumerate(parts)]
-        assert torch.equal(indices, torch.stack([r[1] for r in results], -1))
+        INDICES.same(indices, torch.stack([r[1] for r in results], -1))
         assert_close(quantized, torch.cat([r[0] for r in results], -1))
         assert_close(loss, (results[0][2] + results[1][2]) / 2)
         assert_close(vq.codebook, torch.stack([part.codebook for part in parts]))
@@ -147,7 +148,8 @@ def test_heads_that_share_a_codebook_are_more_vectors():
     for _ in range(3):
         x = torch.randn(2, 10, 6)
         (quantized, indices, loss), (expected, same, same_loss) = vq(x), one(x.view(2, 10, 2, 3))
-        assert torch.equal(indices, same) and torch.equal(quantized, expected.flatten(-2))
+        INDICES.same(indices, same)
+        COPIES.same(quantized, expected.flatten(-2))
         assert_close(loss, same_loss)
         assert_close(vq.state_dict(), one.state_dict())
 
@@ -162,7 +164,7 @@ def test_indices_give_the_output_back(layout, heads):
     codes = vq.get_codes_from_indices(indices)
     assert codes.shape[-1 if LAST[layout] else 1] == vq._codebook.embed.shape[-1] * vq.heads
     if "codebook_dim" not in HEADS[heads]:
-        assert torch.equal(codes, quantized)
+        COPIES.same(codes, quantized)
     missing = torch.full_like(indices, -1)
     assert not vq.get_codes_from_indices(missing).any() and not vq.get_output_from_indices(missing).any()
 
@@ -170,12 +172,14 @@ def test_indices_give_the_output_back(layout, heads):
 def test_an_index_of_minus_one_leaves_the_other_heads():
     vq = VectorQuantize(DIM, CODES, **HEADS["shared"]).eval()
     codes = vq.get_codes_from_indices(torch.tensor([[3, -1], [-1, -1]]))
-    assert torch.equal(codes[0, :3], vq.codebook[3]) and not codes[0, 3:].any() and not codes[1].any()
+    COPIES.same(codes[0, :3], vq.codebook[3])
+    assert not codes[0, 3:].any() and not codes[1].any()
     vq = VectorQuantize(DIM, CODES, **HEADS["separate"]).eval()
     indices = torch.tensor([[3, -1, 2], [-1, -1, -1]])
     expected = vq.project_out(vq.get_codes_from_indices(indices))[0]
     output = vq.get_output_from_indices(indices)
-    assert torch.equal(output[0], expected) and not output[1].any()
+    assert_close(output[0], expected)
+    assert not output[1].any()
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -185,7 +189,8 @@ def test_the_setter_takes_what_the_property_gives(heads):
     assert vq.codebook.shape == ((3, CODES, D) if heads == "separate" else (CODES, D))
     codes = torch.randn(vq.codebook.shape)
     vq.codebook = codes
-    assert torch.equal(vq.codebook, codes) and torch.equal(vq._codebook.embed_avg, codes.view_as(vq._codebook.embed))
+    COPIES.same(vq.codebook, codes)
+    COPIES.same(vq._codebook.embed_avg, codes.view_as(vq._codebook.embed))
     with pytest.raises(ValueError, match="codebook must have shape"):
         vq.codebook = codes[..., :-1, :]
 
@@ -253,13 +258,13 @@ def test_shapes_and_losses_of_the_k_nearest(layout):
         quantized, indices, loss, breakdown = vq.train(training)(x, topk=3, return_loss_breakdown=True)
         positions = shape[:-1] if LAST[layout] else (shape[0], *shape[2:])
         expected, distances = nearest_topk(as_rows(x, layout), vq.codebook, 3)
-        assert torch.equal(indices, expected.view(*positions, 3))
+        INDICES.same(indices, expected.view(*positions, 3))
         assert_close(loss.flatten(), distances.flatten() / DIM * 0.5)
         assert_close(breakdown.commitment * 0.5, loss)
         assert quantized.shape == ((*shape[:-1], 3, DIM) if LAST[layout] else (*shape, 3))
         features = quantized if LAST[layout] else quantized.movedim(1, -1)
-        assert torch.equal(features, vq.codebook[indices])
-        assert_close(vq.state_dict(), before, rtol=0, atol=0)
+        COPIES.same(features, vq.codebook[indices])
+        UNCHANGED.same(vq.state_dict(), before)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -296,7 +301,7 @@ def test_the_k_nearest_of_masked_positions_that_keep_the_input(layout):
     mask = torch.rand(positions) < 0.5
     quantized, features = vq(x, topk=2, mask=mask)[0], x if LAST[layout] else x.movedim(1, -1)
     quantized = quantized if LAST[layout] else quantized.movedim(1, -1)
-    assert torch.equal(quantized[~mask], features[~mask].unsqueeze(1).expand(-1, 2, -1))
+    COPIES.same(quantized[~mask], features[~mask].unsqueeze(1).expand(-1, 2, -1))
 
 
 def test_more_than_there_are():
@@ -408,7 +413,7 @@ def test_the_cross_entropy_of_forward(training):
     mask = torch.rand(2, 10) < 0.7
     quantized, loss = vq(x, indices, mask)
     loss.backward()
-    assert torch.equal(vq.codebook, codes) is not training
+    assert (vq.codebook != codes).any() == training
     given = x.detach().requires_grad_()
     z = twin.project_in(given).view(20, 3, 4).transpose(0, 1)
     targets = indices.masked_fill(~mask.unsqueeze(-1), -1)
@@ -417,7 +422,7 @@ def test_the_cross_entropy_of_forward(training):
     expected.backward()
     assert_close(loss, expected)
     assert_close(x.grad, given.grad)
-    assert torch.equal(quantized, twin(x, mask=mask)[0])
+    assert_close(quantized, twin(x, mask=mask)[0])
 
 
 def test_the_cross_entropy_of_no_index_is_zero():
@@ -433,7 +438,7 @@ def test_the_cross_entropy_under_autocast():
     x, indices = torch.randn(50, DIM), torch.randint(CODES, (50,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = vq(x, indices)[1]
-    assert torch.equal(loss, vq(x, indices)[1])
+    REPEATS.same(loss, vq(x, indices)[1])
 
 
 # The breakdown
@@ -495,7 +500,7 @@ def test_wrong_arguments(options, arguments, error, message):
     before = state(vq)
     with pytest.raises(error, match=message):
         vq(torch.randn(2, 10, DIM), **arguments)
-    assert_close(vq.state_dict(), before, rtol=0, atol=0)
+    UNCHANGED.same(vq.state_dict(), before)
     assert not vq._codebook.is_initted
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from promises import COPIES, REPEATS
 from torch.testing import assert_close
 
 pytest.importorskip("safetensors")
@@ -59,8 +60,8 @@ def test_a_code_sees_those_before_it_and_nothing_else(level):
         changed = own.flatten(1).clone()
         changed[:, position] = (changed[:, position] + 1) % K
         moved = (prior(changed.view_as(own), above, labels) - logits).abs().amax(dim=(0, 2))
-        assert moved[: position + 1].max() == 0
-        assert position + 1 == len(moved) or moved[position + 1 :].min() > 0
+        assert moved[: position + 1].max() < 1e-5
+        assert position + 1 == len(moved) or moved[position + 1 :].min() > 1e-4
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -99,7 +100,8 @@ def test_drawn_codes_follow_the_logits():
         logits = prior(drawn, above, labels)
         without = prior(drawn, above, torch.full_like(labels, prior.no_class))
         guided = without + guidance * (logits - without)
-        assert torch.equal(guided.argmax(-1), drawn.flatten(1))
+        chosen = guided.gather(-1, drawn.flatten(1)[..., None])[..., 0]
+        assert_close(chosen, guided.amax(-1))
 
 
 def test_draws_have_the_probabilities_of_the_prior():
@@ -118,14 +120,14 @@ def test_given_rows_are_kept():
     drawn = draw_levels(priors, torch.zeros(3, dtype=torch.int64), DRAW, torch.Generator().manual_seed(0), given)
     assert [tuple(codes.shape[1:]) for codes in drawn] == list(SIZES)
     for codes, known in zip(drawn, given, strict=True):
-        assert torch.equal(codes[:, : known.shape[1]], known)
+        COPIES.same(codes[:, : known.shape[1]], known)
 
 
 def test_seed_decides_the_draw():
     prior, labels = small_prior("top"), torch.zeros(50, dtype=torch.int64)
     once, again, other = (draw(prior, (), labels, DRAW, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert torch.equal(once, again)
-    assert not torch.equal(once, other)
+    REPEATS.same(once, again)
+    assert (once != other).any()
 
 
 @pytest.mark.parametrize(
@@ -199,8 +201,7 @@ def test_training_learns_class_and_levels_above(codes, tmp_path, capsys, level, 
 def test_same_seed_same_prior(codes, tmp_path):
     options = options_of(codes, tmp_path / "a", dropout=0.2)
     once, again = (load_prior(train_prior(replace(options, steps=3, out=tmp_path / name)))[0] for name in "ab")
-    for left, right in zip(once.parameters(), again.parameters(), strict=True):
-        assert torch.equal(left, right)
+    REPEATS.same(again.state_dict(), once.state_dict())
 
 
 def test_early_stop_keeps_the_best(tmp_path, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from promises import REPEATS
 
 pytest.importorskip("safetensors")
 
@@ -78,16 +79,16 @@ def test_seed_decides_the_images(chain, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         sample(options_of(SampleOptions, chain, tmp_path / name, count=5, seed=seed))
     once, again, other = ([picture(tmp_path / name / f"{n:05}.png") for n in range(5)] for name in "abc")
-    np.testing.assert_array_equal(once, again)
-    assert not np.array_equal(once, other)
+    REPEATS.same(once, again)
+    assert any((a != b).any() for a, b in zip(once, other, strict=True))
 
 
 def test_guidance_and_temperature_run_to_the_end(chain, tmp_path):
     likely = {"guidance": 2.0, "top_k": 4, "top_p": 0.9}
     sample(options_of(SampleOptions, chain, tmp_path / "a", count=3, classes=("dark",), **likely))
     sample(options_of(SampleOptions, chain, tmp_path / "b", count=3, temperature=0.0))
-    likeliest = [picture(tmp_path / "b" / f"{n:05}.png") for n in range(3)]
-    np.testing.assert_array_equal(likeliest[0], likeliest[1])
+    first, second = (picture(tmp_path / "b" / f"{n:05}.png").astype(int) for n in (0, 1))
+    assert abs(first - second).max() <= 1  # places in a batch may round differently
 
 
 def test_completions_keep_the_upper_half(chain, tmp_path, capsys):
@@ -107,7 +108,7 @@ def test_codes_of_the_upper_half_do_not_depend_on_the_lower(chain):
     changed[:, :, 8:] = 255 - changed[:, :, 8:]
     for here, there, rows in zip(upper_codes(model, pixels), upper_codes(model, changed), (2, 1), strict=True):
         assert here.shape[1] == rows
-        assert torch.equal(here, there)
+        REPEATS.same(here, there)
 
 
 def test_other_strides_go_all_the_way(chain, tmp_path):

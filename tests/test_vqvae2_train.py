@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from promises import COPIES, REPEATS
 
 pytest.importorskip("safetensors")
 
@@ -103,10 +104,9 @@ def test_same_seed_same_weights(data, tmp_path):
         weights_of(train(replace(options, out=tmp_path / name, **changes)))
         for name, changes in [("a", {}), ("b", {}), ("c", {"num_workers": 2}), ("d", {"seed": 1})]
     )
-    for name, weight in once.items():
-        assert torch.equal(weight, again[name]), name
-        assert torch.equal(weight, workers[name]), name
-    assert any(not torch.equal(weight, other[name]) for name, weight in once.items())
+    REPEATS.same(again, once)
+    REPEATS.same(workers, once)
+    assert any((weight != other[name]).any() for name, weight in once.items())
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
@@ -151,12 +151,11 @@ def test_average_is_what_is_saved_and_validated(data, tmp_path):
     ]
     plain, averaged = (weights_of(run) for run in runs)
     state = torch.load(runs[1] / "train_state.pt", weights_only=True)
-    for name, value in state["module"].items():
-        assert torch.equal(value, plain[name]), name  # the average does not change the training
+    REPEATS.same(state["module"], {name: plain[name] for name in state["module"]})  # the training is the same
     name = "encoders.0.0.weight"
-    assert torch.equal(averaged[name], state["average"][0])
-    assert not torch.equal(averaged[name], plain[name])
-    assert rows_of(runs[0])[-1]["mse"] == rows_of(runs[1])[-1]["mse"]
+    COPIES.same(averaged[name], state["average"][0])
+    assert (averaged[name] != plain[name]).any()
+    REPEATS.same(rows_of(runs[0])[-1]["mse"], rows_of(runs[1])[-1]["mse"])
     assert rows_of(runs[0])[-1]["val_mse"] != rows_of(runs[1])[-1]["val_mse"]
 
 
@@ -353,7 +352,7 @@ def test_reconstruction_is_the_models(run, tmp_path):
     reconstruct(ReconstructOptions(run / "model.safetensors", (path,), tmp_path / "out"))
     pixels = torch.from_numpy(np.array(Image.open(path)))[None, None]
     expected = load_model(run).reconstruct(pixels)[0, 0]
-    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "out" / "a.png")), expected)
+    REPEATS.same(np.array(Image.open(tmp_path / "out" / "a.png")), expected)
 
 
 def test_reconstruct_refuses_before_it_writes(run, tmp_path):

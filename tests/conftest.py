@@ -3,6 +3,7 @@
 OMP_NUM_THREADS=2 and VQOPS_TEST_ROUNDING=other (other_rounding.py) run the tests as another machine would.
 """
 
+import functools
 import os
 
 import pytest
@@ -26,19 +27,22 @@ IMPLEMENTATIONS = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """`pytest -n`: tests that share a fixture of their file stay together, the others go to whoever is free."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`pytest -n`: tests of a file that has fixtures of its own stay together, the others go to whoever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if has_module_fixture(config.rootpath / file) else nodeid
+
+    return ByFixture(config, log) if config.option.dist == "load" else None  # what `-n` means without `--dist`
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(definitions[-1].scope == "module" for definitions in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@functools.cache
+def has_module_fixture(file) -> bool:
+    return 'scope="module"' in file.read_text()
 
 
 class Implementation:

@@ -31,7 +31,7 @@ class Promise:
 def tensors(value):
     """With tensors in the place of arrays, and lists and dicts in that of other sequences and mappings."""
     if isinstance(value, np.ndarray):
-        return torch.as_tensor(value)
+        return torch.tensor(value)
     if isinstance(value, Mapping):
         return {key: tensors(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

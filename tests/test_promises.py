@@ -29,7 +29,7 @@ def test_what_is_not_the_same(found, expected):
 
 
 def test_a_difference_names_the_promise():
-    with pytest.raises(AssertionError, match="(?s)sums: distances, .* fixed order.*1 / 3"):
+    with pytest.raises(AssertionError, match=r"(?s)sums: distances, .* fixed order.*1 / 3"):
         ORDER.same(torch.ones(3), torch.tensor([1.0, 2.0, 1.0]), where="sums")
 
 

@@ -1,6 +1,6 @@
 """Every implementation of the ops, and fresh memory that shows when it is read before it is written.
 
-OMP_NUM_THREADS=2 and VQOPS_TEST_ROUNDING=other (other_rounding.py) run the tests as another machine would.
+VQOPS_TEST_THREADS=2 and VQOPS_TEST_ROUNDING=other (other_rounding.py) run the tests as another machine would.
 """
 
 import functools
@@ -15,8 +15,7 @@ if not torch.cuda.is_available():
 import vqops
 
 REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(1)  # on inputs this small a second only costs time
+torch.set_num_threads(int(os.environ.get("VQOPS_TEST_THREADS", "1")))  # for inputs this small one is the fastest
 if os.environ.get("VQOPS_TEST_ROUNDING") == "other":
     import other_rounding  # noqa: F401
 INTERPRETED = ("triton", "cpu")

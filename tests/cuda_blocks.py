@@ -174,9 +174,8 @@ def build(folder: Path) -> ctypes.CDLL:
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-fPIC"]
     flags += os.environ.get("CXXFLAGS", "").split()
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
-    headers = [path for root in (NATIVE, CSRC) for path in sorted(root.rglob("*.*"))]
     content = hashlib.sha256(repr((compiler, version, flags)).encode())
-    for path in headers:
+    for path in [*sorted(NATIVE.rglob("*.*")), *sorted(CSRC.rglob("*.*"))]:
         content.update(path.name.encode() + path.read_bytes())
     target = folder / f"{content.hexdigest()}.so"
     with (folder / "lock").open("w") as lock:

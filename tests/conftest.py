@@ -44,6 +44,11 @@ def has_module_fixture(file) -> bool:
     return 'scope="module"' in file.read_text()
 
 
+def pytest_collection_modifyitems(items):
+    """What compiles for minutes comes first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: item.path.stem != "test_triton_compile")
+
+
 class Implementation:
     """The ops as one implementation runs them, on its device."""
 

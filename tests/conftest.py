@@ -1,7 +1,4 @@
-"""Every implementation of the ops, and fresh memory that shows when it is read before it is written.
-
-VQOPS_TEST_THREADS=2 and VQOPS_TEST_ROUNDING=other (other_rounding.py) run the tests as another machine would.
-"""
+"""Every implementation of the ops, and fresh memory that shows when it is read before it is written."""
 
 import functools
 import os
@@ -12,18 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is first imported
 
-import vqops
-
-REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
-torch.set_num_threads(int(os.environ.get("VQOPS_TEST_THREADS", "1")))  # for inputs this small one is the fastest
-if os.environ.get("VQOPS_TEST_ROUNDING") == "other":
-    import other_rounding  # noqa: F401
-INTERPRETED = ("triton", "cpu")
-IMPLEMENTATIONS = [
-    pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.slow] * ((name, device) == INTERPRETED))
-    for device in ("cpu", "cuda")
-    for name in ("reference", "compiled", "triton")
-]
+import processor  # noqa: F401  before anything is computed
+from implementations import IMPLEMENTATIONS, Implementation, available
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,34 +33,7 @@ def has_module_fixture(file) -> bool:
 
 def pytest_collection_modifyitems(items):
     """What compiles for minutes comes first, so that no process is left with it at the end."""
-    items.sort(key=lambda item: item.path.stem != "test_triton_compile")
-
-
-class Implementation:
-    """The ops as one implementation runs them, on its device."""
-
-    def __init__(self, name: str, device: str):
-        self.name, self.device = name, torch.device(device)
-
-    def __getattr__(self, op):
-        def call(*args, **options):
-            moved = [self.put(a) for a in args]
-            options = {key: self.put(value) for key, value in options.items()}
-            return getattr(vqops, op)(*moved, **options, implementation=self.name)
-
-        return call
-
-    def put(self, value):
-        return value.to(self.device) if isinstance(value, torch.Tensor) else value
-
-
-def missing(name: str, device: str) -> str | None:
-    """Why this process can't run the implementation, or None."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    if name not in vqops.implementations()["nearest"][device]:
-        return "Triton is not installed, or not in its interpreter" if (name, device) == INTERPRETED else "not built"
-    return None
+    items.sort(key=lambda item: item.path.parts[-2:] != ("triton", "test_compile.py"))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -85,24 +45,6 @@ def implementation(request) -> Implementation:
 def kernel(request) -> Implementation:
     """All but the reference on the CPU, which the others are compared with."""
     return available(*request.param)
-
-
-def available(name: str, device: str) -> Implementation:
-    reason = missing(name, device)
-    if reason and device == ("cuda" if "cuda" in REQUIRED else "cpu") and name in {"compiled", *REQUIRED}:
-        pytest.fail(f"VQOPS_REQUIRE: {name} on {device}: {reason}")
-    if reason:
-        pytest.skip(reason)
-    return Implementation(name, device)
-
-
-@pytest.fixture(scope="session")
-def emulated(pytestconfig, tmp_path_factory):
-    """The library of cuda_blocks.py, in pytest's cache: compiled once for all processes and runs of the tests."""
-    from cuda_blocks import build
-
-    cache = getattr(pytestconfig, "cache", None)  # None with `-p no:cacheprovider`
-    return build(cache.mkdir("cuda_blocks") if cache else tmp_path_factory.mktemp("cuda_blocks"))
 
 
 @pytest.fixture(autouse=True)

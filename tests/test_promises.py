@@ -1,11 +1,11 @@
 """What the tests are compared with: equality to the bit, and PyTorch that rounds otherwise."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processor
 import pytest
 import torch
 from promises import ORDER
@@ -41,7 +41,7 @@ def test_what_is_the_same():
 
 ROUNDED = """
 import torch
-import conftest
+import processor
 x, layer = torch.randn(12, 64), torch.nn.Linear(64, 80)
 assert layer(x).equal(layer(x))
 assert not layer(x)[:2].equal(layer(x[:2])) and not layer(x).equal(layer(x.T.contiguous().T))
@@ -55,7 +55,7 @@ assert 2.0**-24 < error.max() < 2.0**-22
 
 
 def test_another_rounding_moves_what_is_rounded():
-    environment = os.environ | {"VQOPS_TEST_ROUNDING": "other"}
+    environment = processor.environment(VQOPS_TEST_ROUNDING="other")
     command = [sys.executable, "-W", "ignore", "-c", ROUNDED]
     done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 SCREENS, SEVERALS = 4 * 8, 4 * 4  # dtypes of x, and depths
 OPS = ("ema_update_", "nearest", "nearest_topk", "prepare", "search_statistics")
@@ -46,7 +46,7 @@ def built(tmp_path_factory):
     shutil.copy(ROOT / "setup.py", source)
     shutil.copytree(ROOT / "vqops", source / "vqops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copytree(ROOT / "csrc", source / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    shutil.copy(ROOT / "tests/native/cpu_stub.cpp", source / "csrc")
+    shutil.copy(Path(__file__).with_name("cpu_stub.cpp"), source / "csrc")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "VQOPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "", "PATH": path}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]

@@ -19,7 +19,7 @@ import pytest
 
 import vqops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOT_SOURCE = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "runs")
 
 CUDA_KERNEL = """
@@ -269,7 +269,7 @@ def small_source(source):
     shutil.rmtree(source / "csrc")
     (source / "csrc").mkdir()
     shutil.copy(ROOT / "csrc/module.cpp", source / "csrc")
-    shutil.copy(ROOT / "tests/native/cpu_stub.cpp", source / "csrc")
+    shutil.copy(Path(__file__).with_name("cpu_stub.cpp"), source / "csrc")
     return source
 
 

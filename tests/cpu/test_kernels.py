@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processor import environment
 from promises import INDICES, ORDER
 
 import vqops
@@ -125,8 +126,7 @@ def run_cases():
 @cache
 def output_of(instructions):
     command = [sys.executable, __file__]
-    environment = {**os.environ, "VQOPS_CPU": instructions}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment(VQOPS_CPU=instructions), capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("instructions", SETS)

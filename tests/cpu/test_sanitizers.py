@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNELS = sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.name != "ops.cpp")
 
 
@@ -19,7 +19,7 @@ def program(tmp_path_factory):
     target = tmp_path_factory.mktemp("native") / "kernels"
     flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-DVQOPS_BF16_MODEL"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [ROOT / "tests" / "native" / "kernels.cpp", *KERNELS]
+    sources = [Path(__file__).with_name("native") / "kernels.cpp", *KERNELS]
     subprocess.run([compiler, *flags, "-Wno-psabi", *sources, "-o", target, "-pthread"], check=True)
     return target
 

@@ -5,7 +5,7 @@ The common suites run them as `compiled-cuda` and `triton-cuda`. None of this ha
 
 import pytest
 import torch
-from conftest import available
+from implementations import available
 from promises import INDICES, REPEATS, WHOLE
 from torch.testing import assert_close
 

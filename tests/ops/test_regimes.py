@@ -13,7 +13,7 @@ from vqops import info, triton_kernels
 from vqops.ops import library, reference, regimes
 from vqops.ops.regimes import ANY, ON_CUDA, Call, Regime, choose
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 WITHOUT_ROWS = ("prepare", "ema_update_")
 # The benchmark that shows an op, where it has none of its own name.
 SHOWN_BY = {"prepare": "nearest", "search_statistics": "nearest", "quantize": "training step"}

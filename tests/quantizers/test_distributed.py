@@ -3,10 +3,10 @@
 Run by pytest it starts the two processes, which run this file as a script.
 """
 
-import os
 import subprocess
 import sys
 
+import processor
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,7 +124,7 @@ def ranks(tmp_path_factory):
     """The states of the two ranks, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, __file__, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = processor.environment(OMP_NUM_THREADS="1")
     workers = [
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for rank in range(WORLD)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-NATIVE, CSRC = Path(__file__).parent / "native", Path(__file__).parents[1] / "csrc"
+NATIVE, CSRC = Path(__file__).parents[1] / "cuda_emulated/native", Path(__file__).parents[2] / "csrc"
 SOURCES = [NATIVE / f"cuda_{name}.cpp" for name in ("search", "blocks")]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
 PASSING = ("none", "straight_through", "rotation")

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel that a set of calls would launch, without a GPU, and prints what came out as JSON
 lines.
 
-    python tests/triton_compiler.py 90
-    python tests/triton_compiler.py 90 "nearest, D=64;one of everything"
+    python tests/triton/compiler.py 90
+    python tests/triton/compiler.py 90 "nearest, D=64;one of everything"
 
 Calls the ops on CPU tensors with the launch replaced by a compilation, so that arguments, block sizes and options are
 those of a real launch on that architecture.

@@ -25,7 +25,7 @@ KERNELS = {
 
 def compiled(architecture: int, cases: str = "") -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("triton_compiler.py"), str(architecture), cases]
+    command = [sys.executable, Path(__file__).with_name("compiler.py"), str(architecture), cases]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import processor
 import pytest
 import torch
 from promises import REPEATS
@@ -159,7 +160,7 @@ import os, random, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
-import conftest
+import processor
 from vqops.vqvae2 import train
 from vqops_cli.config import read_options
 from vqops_cli.options import TrainOptions
@@ -198,7 +199,7 @@ def test_killed_many_times(data, whole, tmp_path, kills):
         text=True,
         timeout=600,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},  # for conftest: as many threads as here
+        env=processor.environment(),
     )
     assert done.returncode == 0, done.stderr
     survived, status = map(int, done.stdout.split())

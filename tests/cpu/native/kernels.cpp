@@ -9,13 +9,13 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/codebook.h"
-#include "../../csrc/cpu/row_buffer.h"
-#include "../../csrc/distance.h"
-#include "../../csrc/cpu/ema.h"
-#include "../../csrc/cpu/gradient.h"
-#include "../../csrc/cpu/quantize.h"
-#include "../../csrc/cpu/search.h"
+#include "../../../csrc/cpu/codebook.h"
+#include "../../../csrc/cpu/row_buffer.h"
+#include "../../../csrc/distance.h"
+#include "../../../csrc/cpu/ema.h"
+#include "../../../csrc/cpu/gradient.h"
+#include "../../../csrc/cpu/quantize.h"
+#include "../../../csrc/cpu/search.h"
 
 using namespace vqops;
 
@@ -243,7 +243,7 @@ void conversions() {
 }
 
 #if defined(VQOPS_BF16_MODEL)
-#include "../../csrc/cpu/bf16_model.inl"
+#include "../../../csrc/cpu/bf16_model.inl"
 #endif
 
 // The model of vdpbf16ps is the instruction, bit for bit, where there is one.

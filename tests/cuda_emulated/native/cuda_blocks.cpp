@@ -1,9 +1,9 @@
 // The bodies of the CUDA kernels on the CPU, but those of the search (cuda_search.cpp), for ctypes: tests/cuda_blocks.py.
 
-#include "../../csrc/cuda/code_sums.h"
-#include "../../csrc/cuda/ema.h"
-#include "../../csrc/cuda/finalize.h"
-#include "../../csrc/cuda/gradient.h"
+#include "../../../csrc/cuda/code_sums.h"
+#include "../../../csrc/cuda/ema.h"
+#include "../../../csrc/cuda/finalize.h"
+#include "../../../csrc/cuda/gradient.h"
 #include "emulator.h"
 
 using namespace vqops;

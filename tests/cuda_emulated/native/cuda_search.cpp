@@ -1,6 +1,6 @@
 // The bodies of the CUDA search on the CPU, for ctypes: tests/cuda_blocks.py.
 
-#include "../../csrc/cuda/search.h"
+#include "../../../csrc/cuda/search.h"
 
 #include "emulator.h"
 

@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../csrc/cuda/block.h"
+#include "../../../csrc/cuda/block.h"
 
 namespace vqops::cuda {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "../../csrc/cuda/runs.h"
+#include "../../../csrc/cuda/runs.h"
 #include "emulated_block.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

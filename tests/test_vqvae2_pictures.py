@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqops.vqvae2.pictures import curves
+from vqops.vqvae2.pictures.grids import curves
 
 
 @pytest.mark.parametrize("steps", [1, 40])

@@ -1,0 +1,238 @@
+"""`vqops train-prior`: a transformer over the codes of one level."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from vqops.vqvae2.data.batches import HELD_OUT_SHARE, ShuffledBatches
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.files import run_folder
+from vqops.vqvae2.files.config_file import written
+from vqops.vqvae2.prior.checkpoint import save_prior
+from vqops.vqvae2.prior.code_folder import Codes
+from vqops.vqvae2.prior.options import TrainPriorOptions
+from vqops.vqvae2.prior.transformer import Prior, PriorConfig, nats_per_code
+from vqops.vqvae2.training.interruption import interruption
+from vqops.vqvae2.training.optimization import learning_rate, set_learning_rate
+from vqops.vqvae2.training.processes import pick_device
+from vqops.vqvae2.training.progress import Progress
+
+ROW_EVERY = 10  # steps between two rows of metrics
+
+
+def train_prior(options: TrainPriorOptions) -> Path:
+    """Train a prior and return its folder, with the weights that were best on held-out codes.
+
+    Stops early when the held-out likelihood gets no better. On the CPU the same options give the same weights. Raises
+    InputError for anything that cannot be used, before the folder is created.
+    """
+    run_folder.check_output(options.out)
+    device = pick_device(options.device)
+    codes = Codes.open(options.codes)
+    level = codes.level(options.level)
+    if not codes.meta.complete:
+        raise InputError(f"{options.codes}: {codes.meta.done} of {codes.meta.images} images are done, extract the rest")
+    training, held_out = split(codes.meta.images, options.seed)
+    torch.manual_seed(options.seed)
+    prior = Prior(config_of(codes, options)).to(device)
+
+    with run_folder.writing_in(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / run_folder.CONFIG).write_text(written(options))
+        (options.out / run_folder.METRICS).touch()
+    progress = Progress(options.steps)
+    parameters = sum(weight.numel() for weight in prior.parameters())
+    entropy = histogram_entropy(codes.levels[level][np.sort(training)], codes.meta.codebook_size)
+    height, width = codes.meta.sizes[level]
+    progress.say(
+        f"{options.level} level: {len(training)} images of {height} x {width} codes, {len(held_out)} held out; "
+        f"{parameters:,} parameters, on {device}"
+    )
+    progress.say(
+        f"nats per code of no prior: {math.log(codes.meta.codebook_size):.3f} (ln K), "
+        f"{entropy:.3f} (entropy of the histogram)"
+    )
+    with progress, interruption() as interrupted:
+        best = run_steps(prior, codes, training, held_out, options, progress, interrupted)
+    save_curves(options.out, math.log(codes.meta.codebook_size), entropy)
+    bits = bits_per_dim(best, prior.config, codes.meta.image_shape)
+    progress.say(f"best held-out {best:.4f} nats per code, {bits:.4f} bits per dimension of the image")
+    progress.say(f"curves: {options.out / run_folder.CURVES}")
+    others = [name for name in codes.meta.levels if name != options.level]
+    if others:
+        progress.say(f"next: vqops train-prior {options.codes} --level {' or '.join(others)} --out FOLDER, then")
+    priors = " ".join(["FOLDER"] * len(others) + [str(options.out)])
+    progress.say(f"next: vqops sample RUN --prior {priors} --out FOLDER")
+    return options.out
+
+
+def split(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and to hold out; the seed alone decides, so priors of all levels hold out the same."""
+    if images < 2:
+        raise InputError(f"{images} image: nothing can be held out")
+    order = np.random.default_rng(seed).permutation(images)
+    kept = images - max(1, round(HELD_OUT_SHARE * images))
+    return order[:kept], order[kept:]
+
+
+def config_of(codes: Codes, options: TrainPriorOptions) -> PriorConfig:
+    return PriorConfig(
+        level=options.level,
+        level_names=codes.meta.levels,
+        sizes=codes.meta.sizes,
+        codebook_size=codes.meta.codebook_size,
+        classes=codes.meta.classes,
+        width=options.width,
+        layers=options.layers,
+        heads=options.heads,
+        dropout=options.dropout,
+    )
+
+
+def run_steps(
+    prior: Prior,
+    codes: Codes,
+    training: np.ndarray,
+    held_out: np.ndarray,
+    options: TrainPriorOptions,
+    progress: Progress,
+    interrupted: Event,
+) -> float:
+    """Train until the steps end, nothing gets better, or `interrupted` is set; return the best held-out figure."""
+    device = next(prior.parameters()).device
+    optimizer = adamw(prior, options)
+    hiding = torch.Generator().manual_seed(options.seed)
+    best, since_best, losses, images, started = math.inf, 0, [], 0, time.perf_counter()
+    batches = ShuffledBatches(len(training), options.batch_size, options.steps, options.seed)
+    for step, batch in enumerate(batches, start=1):
+        set_learning_rate(optimizer, learning_rate(options.lr, "cosine", step, options.steps, options.warmup))
+        chosen = training[[index for index, _ in batch]]
+        own, above, labels = batch_of(codes, chosen, prior, device)
+        hidden = torch.rand(len(labels), generator=hiding) < options.class_dropout
+        labels = labels.masked_fill(hidden.to(device), prior.no_class)
+        loss = nats_per_code(prior, own, above, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if options.grad_clip:
+            nn.utils.clip_grad_norm_(prior.parameters(), options.grad_clip)
+        optimizer.step()
+        losses.append(loss.detach())
+        images += len(chosen)
+        progress.step(step)
+        stop = interrupted.is_set() or step == options.steps
+        if step % ROW_EVERY and step % options.eval_every and not stop:
+            continue
+        row = {"step": step, "nats_per_code": torch.stack(losses).mean().item()}
+        row["images_per_second"] = images / (time.perf_counter() - started)
+        if not math.isfinite(row["nats_per_code"]):
+            raise InputError(
+                f"the loss is {row['nats_per_code']} at step {step}: ", Field("lr"), f" {options.lr} is too high"
+            )
+        if step % options.eval_every == 0 or stop:
+            row["val_nats_per_code"] = held_out_nats(prior, codes, held_out, options.batch_size)
+            since_best += 1
+            if row["val_nats_per_code"] < best:
+                best, since_best = row["val_nats_per_code"], 0
+                save_prior(options.out, prior, about(codes, options, step, best))
+        run_folder.append_row(options.out, row)
+        show(progress, row)
+        losses, images, started = [], 0, time.perf_counter()
+        if since_best == options.patience:
+            progress.say(f"no better for {since_best} measurements: stopped after step {step}")
+            break
+        if stop:
+            break
+    return best
+
+
+def adamw(prior: Prior, options: TrainPriorOptions) -> torch.optim.Optimizer:
+    """Weight decay for what multiplies; none for biases, norms and embeddings."""
+    decayed = {
+        id(module.weight) for module in prior.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    groups = [
+        {"params": [p for p in prior.parameters() if id(p) in decayed], "weight_decay": options.weight_decay},
+        {"params": [p for p in prior.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
+
+
+def batch_of(
+    codes: Codes, images: np.ndarray, prior: Prior, device: torch.device
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Codes [B, h, w] of the prior's level, those of the levels above, labels [B]."""
+    level = prior.config.position
+    own, *above = (index.to(device) for index in codes.read(images)[level:])
+    if codes.labels is None:
+        return own, tuple(above), torch.full((len(images),), prior.no_class, device=device)
+    return own, tuple(above), torch.from_numpy(codes.labels[images]).to(device)
+
+
+@torch.no_grad()
+def held_out_nats(prior: Prior, codes: Codes, held_out: np.ndarray, batch_size: int) -> float:
+    """Mean over the held-out images, each with its class."""
+    was_training = prior.training
+    prior.eval()
+    device = next(prior.parameters()).device
+    total = 0.0
+    for images in batched(held_out, batch_size):
+        total += nats_per_code(prior, *batch_of(codes, images, prior, device)).item() * len(images)
+    prior.train(was_training)
+    return total / len(held_out)
+
+
+def batched(positions: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (positions[start : start + size] for start in range(0, len(positions), size))
+
+
+def histogram_entropy(codes: np.ndarray, codebook_size: int) -> float:
+    """Nats per code of the best prior that knows neither place nor neighbours."""
+    share = np.bincount(codes.ravel(), minlength=codebook_size) / codes.size
+    return float(-(share[share > 0] * np.log(share[share > 0])).sum())
+
+
+def bits_per_dim(nats: float, config: PriorConfig, image_shape: tuple[int, int, int]) -> float:
+    """Bits that the codes of this level take, over the C x H x W values of the image."""
+    return nats * config.length / math.log(2) / math.prod(image_shape)
+
+
+def about(codes: Codes, options: TrainPriorOptions, step: int, best: float) -> dict[str, object]:
+    return {
+        "model": codes.meta.model,
+        "image_shape": codes.meta.image_shape,
+        "training": asdict(options),
+        "step": step,
+        "val_nats_per_code": best,
+    }
+
+
+def show(progress: Progress, row: dict[str, float]) -> None:
+    figures = f"nats per code {row['nats_per_code']:.4f}  {row['images_per_second']:.0f} images/s"
+    progress.figures.plain = figures
+    if "val_nats_per_code" in row:
+        progress.say(f"step {row['step']:>6}  {figures}  held-out {row['val_nats_per_code']:.4f}")
+
+
+def save_curves(folder: Path, uniform: float, entropy: float) -> None:
+    rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("nats_per_code", "training"), ("val_nats_per_code", "held out")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), label=label, marker="." if key.startswith("val") else None)
+    axes.axhline(uniform, color="grey", linestyle=":", label="ln K")
+    axes.axhline(entropy, color="grey", linestyle="--", label="entropy of the histogram")
+    axes.set(xlabel="step", ylabel="nats per code")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with run_folder.atomically(folder / run_folder.CURVES) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from vqops import VectorQuantize
 from vqops.vqvae2 import InputError, ReconstructOptions, TrainOptions, load_model, metrics, reconstruct, train
 from vqops.vqvae2.training import optimization
-from vqops.vqvae2.training.training_meter import TrainingMeter
+from vqops.vqvae2.training.meters import Meter
 
 FILES = ["config.toml", "curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png", "train_state.pt"]
 TINY = TrainOptions(
@@ -238,14 +238,14 @@ def test_runs_are_numbered(data, tmp_path, monkeypatch):
 
 
 def test_interruption_ends_the_step_and_writes_everything(data, tmp_path, monkeypatch, capsys):
-    add = TrainingMeter.add
+    add = Meter.add
 
     def add_and_press_ctrl_c(meter, *figures):
         add(meter, *figures)
         if meter.images == 12:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(TrainingMeter, "add", add_and_press_ctrl_c)
+    monkeypatch.setattr(Meter, "add", add_and_press_ctrl_c)
     handler = signal.getsignal(signal.SIGINT)
     run = train(replace(TINY, data=data, data_key="x_train", out=tmp_path / "run"))
     assert files_of(run) == FILES

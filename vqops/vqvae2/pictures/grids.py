@@ -1,9 +1,8 @@
-"""The two pictures of a run: held-out images over their reconstructions, and the curves of its metrics."""
+"""Images side by side in one picture: held-out ones over their reconstructions, samples in a grid."""
 
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -39,30 +38,3 @@ def framed(batch: Tensor) -> np.ndarray:  # uint8 [B, C, H, W]; [B, H', W', C] e
 
 def write_png(path: Path, pixels: np.ndarray) -> None:  # uint8 [H, W, C], C = 1 or 3
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, format="png")
-
-
-def save_curves(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write a PNG of the metrics over the steps: MSE, perplexity and share of codes used, each level a line."""
-    with atomically(path) as temporary:
-        curves(rows).savefig(temporary, format="png", dpi=110)
-
-
-def curves(rows: list[dict[str, float]]) -> Figure:
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    errors, perplexities, used = figure.subplots(1, 3)
-    errors.set(title="MSE on [0, 1]", yscale="log")
-    perplexities.set(title="perplexity of the codes in a batch")
-    used.set(title="share of the codes used", ylim=(0, 1.05))
-    for key in dict.fromkeys(key for row in rows for key in row):
-        axes = errors if key.endswith("mse") else perplexities if key.startswith("perplexity") else used
-        if key.endswith("mse") or key.startswith(("perplexity_", "used_")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            label = {"mse": "training", "val_mse": "held out"}.get(key, key.partition("_")[2])
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "val_mse" else None)
-    for axes in (errors, perplexities, used):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    perplexities.set_ylim(bottom=0)  # last: from then on it keeps its upper end
-    return figure

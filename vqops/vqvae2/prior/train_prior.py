@@ -1,32 +1,27 @@
 """`vqops train-prior`: a transformer over the codes of one level."""
 
-import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from vqops.vqvae2.data.batches import HELD_OUT_SHARE, ShuffledBatches
-from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import written
+from vqops.vqvae2.pictures.curves import Panel, save_curves
 from vqops.vqvae2.prior.checkpoint import save_prior
 from vqops.vqvae2.prior.code_folder import Codes
 from vqops.vqvae2.prior.options import TrainPriorOptions
 from vqops.vqvae2.prior.transformer import Prior, PriorConfig, nats_per_code
-from vqops.vqvae2.training.interruption import interruption
-from vqops.vqvae2.training.optimization import learning_rate, set_learning_rate
+from vqops.vqvae2.training.loop import Training, run_steps
+from vqops.vqvae2.training.meters import Meter
 from vqops.vqvae2.training.processes import pick_device
 from vqops.vqvae2.training.progress import Progress
-
-ROW_EVERY = 10  # steps between two rows of metrics
 
 
 def train_prior(options: TrainPriorOptions) -> Path:
@@ -61,11 +56,17 @@ def train_prior(options: TrainPriorOptions) -> Path:
         f"nats per code of no prior: {math.log(codes.meta.codebook_size):.3f} (ln K), "
         f"{entropy:.3f} (entropy of the histogram)"
     )
-    with progress, interruption() as interrupted:
-        best = run_steps(prior, codes, training, held_out, options, progress, interrupted)
-    save_curves(options.out, math.log(codes.meta.codebook_size), entropy)
-    bits = bits_per_dim(best, prior.config, codes.meta.image_shape)
-    progress.say(f"best held-out {best:.4f} nats per code, {bits:.4f} bits per dimension of the image")
+    learning = PriorTraining(prior, codes, held_out, options, progress)
+    batches = ShuffledBatches(len(training), options.batch_size, options.steps, options.seed)
+    run_steps(learning, (training[[index for index, _ in batch]] for batch in batches), options, progress)
+    panel = Panel(
+        {"nats_per_code": "training", "val_nats_per_code": "held out"},
+        {"ylabel": "nats per code"},
+        {"ln K": math.log(codes.meta.codebook_size), "entropy of the histogram": entropy},
+    )
+    save_curves(options.out / run_folder.CURVES, run_folder.read_rows(options.out), (panel,), (6, 4))
+    bits = bits_per_dim(learning.best, prior.config, codes.meta.image_shape)
+    progress.say(f"best held-out {learning.best:.4f} nats per code, {bits:.4f} bits per dimension of the image")
     progress.say(f"curves: {options.out / run_folder.CURVES}")
     others = [name for name in codes.meta.levels if name != options.level]
     if others:
@@ -98,60 +99,50 @@ def config_of(codes: Codes, options: TrainPriorOptions) -> PriorConfig:
     )
 
 
-def run_steps(
-    prior: Prior,
-    codes: Codes,
-    training: np.ndarray,
-    held_out: np.ndarray,
-    options: TrainPriorOptions,
-    progress: Progress,
-    interrupted: Event,
-) -> float:
-    """Train until the steps end, nothing gets better, or `interrupted` is set; return the best held-out figure."""
-    device = next(prior.parameters()).device
-    optimizer = adamw(prior, options)
-    hiding = torch.Generator().manual_seed(options.seed)
-    best, since_best, losses, images, started = math.inf, 0, [], 0, time.perf_counter()
-    batches = ShuffledBatches(len(training), options.batch_size, options.steps, options.seed)
-    for step, batch in enumerate(batches, start=1):
-        set_learning_rate(optimizer, learning_rate(options.lr, "cosine", step, options.steps, options.warmup))
-        chosen = training[[index for index, _ in batch]]
-        own, above, labels = batch_of(codes, chosen, prior, device)
-        hidden = torch.rand(len(labels), generator=hiding) < options.class_dropout
-        labels = labels.masked_fill(hidden.to(device), prior.no_class)
-        loss = nats_per_code(prior, own, above, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        if options.grad_clip:
-            nn.utils.clip_grad_norm_(prior.parameters(), options.grad_clip)
-        optimizer.step()
-        losses.append(loss.detach())
-        images += len(chosen)
-        progress.step(step)
-        stop = interrupted.is_set() or step == options.steps
-        if step % ROW_EVERY and step % options.eval_every and not stop:
-            continue
-        row = {"step": step, "nats_per_code": torch.stack(losses).mean().item()}
-        row["images_per_second"] = images / (time.perf_counter() - started)
-        if not math.isfinite(row["nats_per_code"]):
-            raise InputError(
-                f"the loss is {row['nats_per_code']} at step {step}: ", Field("lr"), f" {options.lr} is too high"
-            )
-        if step % options.eval_every == 0 or stop:
-            row["val_nats_per_code"] = held_out_nats(prior, codes, held_out, options.batch_size)
-            since_best += 1
-            if row["val_nats_per_code"] < best:
-                best, since_best = row["val_nats_per_code"], 0
-                save_prior(options.out, prior, about(codes, options, step, best))
-        run_folder.append_row(options.out, row)
-        show(progress, row)
-        losses, images, started = [], 0, time.perf_counter()
-        if since_best == options.patience:
-            progress.say(f"no better for {since_best} measurements: stopped after step {step}")
-            break
-        if stop:
-            break
-    return best
+class PriorTraining(Training):
+    """Keeps the weights that were best on held-out codes, and ends when they get no better."""
+
+    validates_when_interrupted = True
+    schedule = "cosine"
+
+    def __init__(
+        self, prior: Prior, codes: Codes, held_out: np.ndarray, options: TrainPriorOptions, progress: Progress
+    ):
+        self.module, self.codes, self.held_out = prior, codes, held_out
+        self.options, self.progress = options, progress
+        self.optimizer = adamw(prior, options)
+        self.device = next(prior.parameters()).device
+        self.hiding = torch.Generator().manual_seed(options.seed)
+        self.meter = Meter("nats_per_code")
+        self.best, self.since_best = math.inf, 0
+
+    def loss(self, chosen: np.ndarray, step: int) -> Tensor:  # positions [B]; []
+        own, above, labels = batch_of(self.codes, chosen, self.module, self.device)
+        hidden = torch.rand(len(labels), generator=self.hiding) < self.options.class_dropout
+        labels = labels.masked_fill(hidden.to(self.device), self.module.no_class)
+        loss = nats_per_code(self.module, own, above, labels)
+        self.meter.add(len(chosen), loss)
+        return loss
+
+    def validate(self, step: int) -> dict[str, float]:
+        nats = held_out_nats(self.module, self.codes, self.held_out, self.options.batch_size)
+        self.since_best += 1
+        if nats < self.best:
+            self.best, self.since_best = nats, 0
+            save_prior(self.options.out, self.module, about(self.codes, self.options, step, nats))
+        return {"val_nats_per_code": nats}
+
+    def record(self, row: dict[str, float]) -> None:
+        run_folder.append_row(self.options.out, row)
+        figures = f"nats per code {row['nats_per_code']:.4f}  {row['images_per_second']:.0f} images/s"
+        held_out = f"{row['val_nats_per_code']:.4f}" if "val_nats_per_code" in row else ""
+        self.progress.row(row["step"], figures, held_out)
+        if self.finished:
+            self.progress.say(f"no better for {self.since_best} measurements: stopped after step {row['step']}")
+
+    @property
+    def finished(self) -> bool:
+        return self.since_best == self.options.patience
 
 
 def adamw(prior: Prior, options: TrainPriorOptions) -> torch.optim.Optimizer:
@@ -213,26 +204,3 @@ def about(codes: Codes, options: TrainPriorOptions, step: int, best: float) -> d
         "step": step,
         "val_nats_per_code": best,
     }
-
-
-def show(progress: Progress, row: dict[str, float]) -> None:
-    figures = f"nats per code {row['nats_per_code']:.4f}  {row['images_per_second']:.0f} images/s"
-    progress.figures.plain = figures
-    if "val_nats_per_code" in row:
-        progress.say(f"step {row['step']:>6}  {figures}  held-out {row['val_nats_per_code']:.4f}")
-
-
-def save_curves(folder: Path, uniform: float, entropy: float) -> None:
-    rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text().splitlines()]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label in (("nats_per_code", "training"), ("val_nats_per_code", "held out")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points, strict=True), label=label, marker="." if key.startswith("val") else None)
-    axes.axhline(uniform, color="grey", linestyle=":", label="ln K")
-    axes.axhline(entropy, color="grey", linestyle="--", label="entropy of the histogram")
-    axes.set(xlabel="step", ylabel="nats per code")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with run_folder.atomically(folder / run_folder.CURVES) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from vqops.quantizers.ranks import num_ranks, rank
+from vqops.quantizers.ranks import num_ranks, rank, sum_over_ranks
 from vqops.vqvae2.errors import Field, InputError
 
 
@@ -46,16 +45,9 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    if num_ranks() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    return sum_over_ranks(values) / num_ranks()
-
-
 def agree(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process."""
-    return flag if num_ranks() == 1 else bool(sum_over_ranks(torch.tensor(float(flag), device=device)))
+    if num_ranks() == 1:
+        return flag
+    (flags,) = sum_over_ranks(torch.tensor(flag, device=device), dtype=torch.float32)
+    return bool(flags)

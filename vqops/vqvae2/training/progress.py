@@ -6,8 +6,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from vqops.vqvae2.metrics import psnr
-
 
 class Progress:
     """A context manager around the steps of a run; a quiet one shows nothing."""
@@ -35,16 +33,8 @@ class Progress:
     def step(self, step: int) -> None:
         self.bar.update(self.task, completed=step)
 
-    def row(self, row: dict[str, float]) -> None:
-        """Show a row of metrics; one with a validation stays on screen."""
-        self.figures.plain = summary(row)
-        if "val_mse" in row:
-            held_out = f"held-out mse {row['val_mse']:.5f} ({psnr(row['val_mse']):.1f} dB)"
-            self.say(f"step {row['step']:>6}  {self.figures.plain}  {held_out}")
-
-
-def summary(row: dict[str, float]) -> str:
-    levels = [key.removeprefix("used_") for key in row if key.startswith("used_")]
-    codes = "  ".join(f"{name} {row[f'perplexity_{name}']:.0f} ({row[f'used_{name}']:.0%} used)" for name in levels)
-    codes = f"perplexity {codes}  " if codes else ""
-    return f"loss {row['loss']:.4f}  mse {row['mse']:.5f}  {codes}{row['images_per_second']:.0f} images/s"
+    def row(self, step: int, figures: str, held_out: str) -> None:
+        """Show the figures of a row of metrics; those with a validation stay on screen."""
+        self.figures.plain = figures
+        if held_out:
+            self.say(f"step {step:>6}  {figures}  held-out {held_out}")

@@ -1,7 +1,8 @@
-"""What a step depends on, in one file: a run that was cut off goes on from it as if nothing had happened."""
+"""`--resume`: all that a step depends on, in one file, so that a run goes on as if it had not been cut off."""
 
 import pickle
 import zipfile
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import torch
 from torch import nn
 
 from vqops import __version__
-from vqops.vqvae2.errors import InputError
-from vqops.vqvae2.files.run_folder import atomically
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.files import run_folder
+from vqops.vqvae2.files.config_file import TRANSIENT, read_options
+from vqops.vqvae2.networks.vqvae2 import level_strides
 from vqops.vqvae2.training.optimization import WeightAverage
+from vqops.vqvae2.training.options import TrainOptions
+
+# Fields that may differ between a run and its continuation: how long, where and how often, not what.
+MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "num_workers", "device", "out", *TRANSIENT)
 
 
 class TrainState:
@@ -39,7 +46,7 @@ class TrainState:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        with atomically(path) as temporary:
+        with run_folder.atomically(path) as temporary:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
@@ -62,3 +69,28 @@ class TrainState:
         if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_random"])
         self.step = state["step"]
+
+
+def continued(options: TrainOptions) -> TrainOptions:
+    """The options as those of a continuation; raises InputError where they do not fit the run."""
+    folder = options.resume
+    if not (folder / run_folder.CONFIG).is_file():
+        raise InputError(Field("resume"), f" {folder}: no run of vqops train is there (no {run_folder.CONFIG})")
+    if options.out not in (None, folder):
+        raise InputError(
+            Field("resume"), f" {folder} goes on in that folder, ", Field("out"), f" {options.out} is another"
+        )
+    before = with_strides(read_options(folder / run_folder.CONFIG, TrainOptions))
+    now = with_strides(options)
+    for name in (field.name for field in fields(TrainOptions) if field.name not in MAY_CHANGE):
+        there, here = getattr(before, name), getattr(now, name)
+        if there != here:
+            raise InputError(
+                Field("resume"), f" {folder}: ", Field(name), f" is {there} there and cannot change, got {here}"
+            )
+    return replace(options, out=folder)
+
+
+def with_strides(options: TrainOptions) -> TrainOptions:
+    """The same options with the default strides written out."""
+    return replace(options, strides=level_strides(options.strides, options.levels))

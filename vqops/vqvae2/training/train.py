@@ -1,13 +1,12 @@
 """`vqops train`: a VQ-VAE-2 from images to a run folder."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from threading import Event
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -18,21 +17,22 @@ from vqops.vqvae2.data.photographs import held_out_photographs, training_photogr
 from vqops.vqvae2.data.sources import load_images
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.files import run_folder
-from vqops.vqvae2.files.config_file import TRANSIENT, read_options, written
+from vqops.vqvae2.files.config_file import written
+from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.bottlenecks import Gumbel
 from vqops.vqvae2.networks.checkpoint import save_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float, level_strides
-from vqops.vqvae2.pictures.grids import save_curves, save_reconstructions
-from vqops.vqvae2.training.interruption import interruption
-from vqops.vqvae2.training.optimization import WeightAverage, learning_rate, set_learning_rate
+from vqops.vqvae2.pictures.curves import save_curves, training_panels
+from vqops.vqvae2.pictures.grids import save_reconstructions
+from vqops.vqvae2.training.loop import Training, run_steps
+from vqops.vqvae2.training.meters import CodeMeter, validate
+from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import TrainOptions
-from vqops.vqvae2.training.processes import agree, is_first, num_ranks, pick_device, process_group, rank
+from vqops.vqvae2.training.processes import is_first, num_ranks, pick_device, process_group, rank
 from vqops.vqvae2.training.progress import Progress
-from vqops.vqvae2.training.resume import TrainState
+from vqops.vqvae2.training.resume import TrainState, continued
 from vqops.vqvae2.training.tensorboard import TensorBoard
-from vqops.vqvae2.training.training_meter import TrainingMeter, validate
 
-ROW_EVERY = 10  # steps between two rows of metrics
 # The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the
 # inverse of the data's variance, as Sonnet's example does, ended 16 % higher on CIFAR-10 (1500 steps, one level).
 RECONSTRUCTION_WEIGHT = 4.0
@@ -40,8 +40,6 @@ RECONSTRUCTION_WEIGHT = 4.0
 RESTART_BELOW = 0.1
 # A level that still uses so few codes after so many steps seldom recovers without help.
 COLLAPSED_PERPLEXITY, COLLAPSED_STEP = 2.0, 300
-# Fields that may differ between a run and its continuation: how long, where and how often, not what.
-MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "num_workers", "device", "out", *TRANSIENT)
 
 
 def train(options: TrainOptions) -> Path:
@@ -92,9 +90,10 @@ def train_here(options: TrainOptions, device: torch.device) -> Path:
 
     folder = start_folder(options, state.step) if is_first() else Path()
     progress.say(f"{len(images)} images, {window[0]} x {window[1]} pixels a crop, on {device}; run folder {folder}")
-    with progress, interruption() as interrupted:
-        run_steps(trained, state, batches, validation, options, folder, progress, interrupted)
+    training = VQVAE2Training(state, trained, validation, options, folder, progress)
+    run_steps(training, batches, options, progress, state.step)
     if is_first():
+        training.tensorboard.close()
         finish(state, held_out, window, options, folder, progress)
     return folder
 
@@ -111,67 +110,57 @@ def start_folder(options: TrainOptions, step: int) -> Path:
     return folder
 
 
-def run_steps(
-    trained: nn.Module,
-    state: TrainState,
-    batches: DataLoader,
-    validation: DataLoader,
-    options: TrainOptions,
-    folder: Path,
-    progress: Progress,
-    interrupted: Event,
-) -> None:
-    """Train until the batches end or `interrupted` is set; `trained` is the state's module, or stands for it."""
-    model, optimizer = state.module, state.optimizer
-    device = next(model.parameters()).device
-    meter = TrainingMeter(model.config, device)
-    tensorboard = TensorBoard(folder / run_folder.TENSORBOARD, state.step) if is_first() else None
-    collapsed = set()
-    for pixels in batches:
-        step = state.step + 1
-        set_learning_rate(optimizer, learning_rate(options.lr, options.schedule, step, options.steps, options.warmup))
-        set_bottlenecks(model, step, options.steps)
-        images = as_float(pixels.to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            output = trained(images)
+class VQVAE2Training(Training):
+    """`trained` is the state's module, or stands for it in several processes."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        trained: nn.Module,
+        validation: DataLoader,
+        options: TrainOptions,
+        folder: Path,
+        progress: Progress,
+    ):
+        self.state, self.trained, self.validation = state, trained, validation
+        self.options, self.folder, self.progress = options, folder, progress
+        self.module, self.optimizer, self.schedule = state.module, state.optimizer, options.schedule
+        self.device = next(state.module.parameters()).device
+        self.meter = CodeMeter(state.module.config, "loss", "mse")
+        self.tensorboard = TensorBoard(folder / run_folder.TENSORBOARD, state.step) if is_first() else None
+        self.collapsed = set()
+
+    def loss(self, pixels: Tensor, step: int) -> Tensor:  # uint8 [B, C, H, W]; []
+        set_bottlenecks(self.module, step, self.options.steps)
+        images = as_float(pixels.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+            output = self.trained(images)
         mse = F.mse_loss(output.reconstruction.float(), images)
         loss = RECONSTRUCTION_WEIGHT * mse + output.codebook_loss
-        optimizer.zero_grad()
-        loss.backward()
-        if options.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
-        optimizer.step()
-        state.average.update(step)
-        state.step = step
-        meter.add(loss.detach(), mse.detach(), output.indices, len(images))
-        progress.step(step)
-        validation_is_due = step % options.eval_every == 0 or step == options.steps
-        row_is_due = step % ROW_EVERY == 0 or validation_is_due
-        # Several processes must stop at the same step; asking costs a wait, so only where a row costs it too.
-        stop = agree(interrupted.is_set(), device) if row_is_due or num_ranks() == 1 else False
-        if row_is_due or stop:
-            row = {"step": step, **meter.row()}
-            if not math.isfinite(row["loss"]):
-                raise InputError(
-                    f"the loss is {row['loss']} at step {step}: ",
-                    Field("lr"),
-                    f" {options.lr} is too high for this data",
-                )
-            if validation_is_due:
-                with state.average.in_place():
-                    row |= validate(model, validation)
-                meter.restart()
-            if tensorboard is not None:
-                run_folder.append_row(folder, row)
-                tensorboard.row(row)
-            progress.row(row)
-            warn_of_collapse(row, model.config, collapsed, progress)
-        if is_first() and (step % options.checkpoint_every == 0 or step == options.steps or stop):
-            save_checkpoint(state, options, folder)
-        if stop:
-            break
-    if tensorboard is not None:
-        tensorboard.close()
+        self.meter.add(len(images), loss, mse)
+        self.meter.add_codes(output.indices)
+        return loss
+
+    def after_step(self, step: int) -> None:
+        self.state.average.update(step)
+        self.state.step = step
+
+    def validate(self, step: int) -> dict[str, float]:
+        with self.state.average.in_place():
+            return validate(self.module, self.validation)
+
+    def record(self, row: dict[str, float]) -> None:
+        run_folder.append_row(self.folder, row)
+        self.tensorboard.row(row)
+        self.progress.row(row["step"], summary(row), held_out_summary(row))
+        warn_of_collapse(row, self.module.config, self.collapsed, self.progress)
+
+    def save(self, step: int, last: bool) -> None:
+        """The state first: whatever happens in between, the run can go on from it."""
+        if last or step % self.options.checkpoint_every == 0:
+            self.state.save(self.folder / run_folder.TRAIN_STATE)
+            with self.state.average.in_place():
+                save_model(self.folder / run_folder.MODEL, self.module, self.options, step)
 
 
 def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:
@@ -185,6 +174,17 @@ def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:
             bottleneck.decay = min(model.config.decay, (1 + step) / (10 + step))
         elif isinstance(bottleneck, Gumbel):
             bottleneck.anneal(step / steps)
+
+
+def summary(row: dict[str, float]) -> str:
+    levels = [key.removeprefix("used_") for key in row if key.startswith("used_")]
+    codes = "  ".join(f"{name} {row[f'perplexity_{name}']:.0f} ({row[f'used_{name}']:.0%} used)" for name in levels)
+    codes = f"perplexity {codes}  " if codes else ""
+    return f"loss {row['loss']:.4f}  mse {row['mse']:.5f}  {codes}{row['images_per_second']:.0f} images/s"
+
+
+def held_out_summary(row: dict[str, float]) -> str:
+    return f"mse {row['val_mse']:.5f} ({psnr(row['val_mse']):.1f} dB)" if "val_mse" in row else ""
 
 
 def warn_of_collapse(row: dict[str, float], config: VQVAE2Config, collapsed: set[str], progress: Progress) -> None:
@@ -201,13 +201,6 @@ def warn_of_collapse(row: dict[str, float], config: VQVAE2Config, collapsed: set
             collapsed.add(level)
 
 
-def save_checkpoint(state: TrainState, options: TrainOptions, folder: Path) -> None:
-    """The state first: whatever happens in between, the run can go on from it."""
-    state.save(folder / run_folder.TRAIN_STATE)
-    with state.average.in_place():
-        save_model(folder / run_folder.MODEL, state.module, options, state.step)
-
-
 def finish(
     state: TrainState,
     held_out: Images,
@@ -217,7 +210,8 @@ def finish(
     progress: Progress,
 ) -> None:
     """Draw the pictures and say where they are and what comes next."""
-    save_curves(folder / run_folder.CURVES, run_folder.read_rows(folder))
+    rows = run_folder.read_rows(folder)
+    save_curves(folder / run_folder.CURVES, rows, training_panels(rows))
     shown = next(iter(validation_batches(held_out, window, options.batch_size, num_workers=0)))
     with state.average.in_place():
         reconstructions = state.module.eval().reconstruct(shown)
@@ -231,31 +225,6 @@ def finish(
         return
     key = f" --data-key {options.data_key}" if options.data_key else ""
     progress.say(f"next: vqops extract {folder} --data {options.data or 'PATH'}{key} --out CODES")
-
-
-def continued(options: TrainOptions) -> TrainOptions:
-    """The options as those of a continuation; raises InputError where they do not fit the run."""
-    folder = options.resume
-    if not (folder / run_folder.CONFIG).is_file():
-        raise InputError(Field("resume"), f" {folder}: no run of vqops train is there (no {run_folder.CONFIG})")
-    if options.out not in (None, folder):
-        raise InputError(
-            Field("resume"), f" {folder} goes on in that folder, ", Field("out"), f" {options.out} is another"
-        )
-    before = with_strides(read_options(folder / run_folder.CONFIG, TrainOptions))
-    now = with_strides(options)
-    for name in (field.name for field in fields(TrainOptions) if field.name not in MAY_CHANGE):
-        there, here = getattr(before, name), getattr(now, name)
-        if there != here:
-            raise InputError(
-                Field("resume"), f" {folder}: ", Field(name), f" is {there} there and cannot change, got {here}"
-            )
-    return replace(options, out=folder)
-
-
-def with_strides(options: TrainOptions) -> TrainOptions:
-    """The same options with the default strides written out."""
-    return replace(options, strides=level_strides(options.strides, options.levels))
 
 
 def network_of(options: TrainOptions, image_channels: int, window: tuple[int, int]) -> VQVAE2Config:

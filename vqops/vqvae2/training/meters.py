@@ -7,44 +7,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqops.quantizers.ranks import num_ranks, sum_over_ranks
 from vqops.vqvae2.metrics import count_codes, perplexity
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float
-from vqops.vqvae2.training.processes import mean_over_ranks, num_ranks, sum_over_ranks
 
 
-class TrainingMeter:
+class Meter:
     """Adds up the steps since the last row on the device, so that no step waits for it.
 
     In several processes a row is that of their joint batches.
     """
 
-    def __init__(self, config: VQVAE2Config, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, *names: str):
+        self.names = names
         self.restart()
 
     def restart(self) -> None:
         self.images = 0
-        self.losses, self.counts = [], []  # a tensor a step: [2] loss and MSE, [levels, K]
+        self.values = []  # a tensor a step: [len(names)]
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, loss: Tensor, mse: Tensor, indices: tuple[Tensor, ...], images: int) -> None:
+    def add(self, images: int, *values: Tensor) -> None:
         self.images += images
-        self.losses.append(torch.stack([loss, mse]))
+        self.values.append(torch.stack([value.detach() for value in values]))
+
+    def figures(self) -> dict[str, float]:
+        (total,) = sum_over_ranks(torch.stack(self.values).mean(0), dtype=torch.float32)
+        return dict(zip(self.names, (total / num_ranks()).tolist(), strict=True))
+
+    def row(self) -> dict[str, float]:
+        """The means, and images per second. Restarts."""
+        row = self.figures()
+        row["images_per_second"] = self.images * num_ranks() / (time.perf_counter() - self.started)
+        self.restart()
+        return row
+
+
+class CodeMeter(Meter):
+    """Measures, too, the mean perplexity of a batch, and the share of the codes used at least once."""
+
+    def __init__(self, config: VQVAE2Config, *names: str):
+        self.config = config
+        super().__init__(*names)
+
+    def restart(self) -> None:
+        super().restart()
+        self.counts = []  # a tensor a step: [levels, K]
+
+    @torch.no_grad()
+    def add_codes(self, indices: tuple[Tensor, ...]) -> None:
         if self.config.discrete:
             self.counts.append(torch.stack([count_codes(level, self.config.codebook_size) for level in indices]))
 
-    def row(self) -> dict[str, float]:
-        """Mean loss, MSE and batch perplexity; share of the codes used at least once; images per second. Restarts."""
-        loss, mse = mean_over_ranks(torch.stack(self.losses).mean(0)).tolist()
-        row = {"loss": loss, "mse": mse}
+    def figures(self) -> dict[str, float]:
+        row = super().figures()
         if self.config.discrete:
-            counts = sum_over_ranks(torch.stack(self.counts))  # [steps, levels, K]
+            (counts,) = sum_over_ranks(torch.stack(self.counts), dtype=torch.int64)  # [steps, levels, K]
             perplexities = torch.stack([torch.stack([perplexity(level) for level in step]) for step in counts])
             row |= per_level("perplexity", self.config, perplexities.mean(0).tolist())
             row |= per_level("used", self.config, (counts.sum(0) > 0).float().mean(1).tolist())
-        row["images_per_second"] = self.images * num_ranks() / (time.perf_counter() - self.started)
-        self.restart()
         return row
 
 
@@ -68,9 +90,10 @@ def validate(model: VQVAE2, batches: Iterable[Tensor]) -> dict[str, float]:  # u
         for level, indices in enumerate(output.indices):
             counts[level] += count_codes(indices, config.codebook_size)
     model.train(was_training)
-    counts = sum_over_ranks(counts)
     if num_ranks() > 1:
-        error, values = sum_over_ranks(torch.tensor([error, values], dtype=torch.float64, device=device)).tolist()
+        (counts,) = sum_over_ranks(counts, dtype=torch.int64)
+        (sums,) = sum_over_ranks(torch.tensor([error, values], dtype=torch.float64, device=device), dtype=torch.float64)
+        error, values = sums.tolist()
     row = {"val_mse": error / values}
     if not config.discrete:
         return row

@@ -61,10 +61,10 @@ def test_resume_takes_the_options_of_the_run(tmp_path):
         ("lr = '1'", "lr must be of another type, got '1'"),
         ("steps = 1.5", "steps must be of another type"),
         ("steps = true", "steps must be of another type"),
-        ("levels = 4", "levels must be 1, 2, 3, got 4"),
+        ("levels = 4", "levels must be 1, 2 or 3, got 4"),
         ("strides = [4.0, 2.0]", "strides must be of another type, got 4.0"),
         ("strides = [4, 6]", "strides must be 2 numbers, .* of 2, 4, 8 or 16, got 4 6"),
-        ("levels = true", "levels must be 1, 2, 3, got True"),
+        ("levels = true", "levels must be 1, 2 or 3, got True"),
         ("steps = 0", "steps must be at least 1, got 0"),
     ],
 )

@@ -161,7 +161,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import conftest
-from vqops.vqvae2 import train
+from vqops.vqvae2 import TrainOptions, train
 from vqops.vqvae2.files.config_file import read_options
 
 config, run, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -7,7 +7,7 @@ are the options of that run.
 from argparse import ArgumentParser
 from dataclasses import MISSING, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
@@ -23,6 +23,7 @@ from vqops.vqvae2 import (
     TrainPriorOptions,
 )
 from vqops.vqvae2.files.config_file import read_options, read_values
+from vqops.vqvae2.options import types_of
 
 OPTIONS = {
     "train": TrainOptions,
@@ -66,19 +67,20 @@ def parsed(command: str, flags: list[str]) -> Any:
 
 def flagged_class(kind: type) -> type:
     """The options with what the help shows of them, and unchecked: tyro would report itself what a check raises."""
-    hints = get_type_hints(kind, include_extras=True)
-    shown = [(field.name, shown_type(field, hints[field.name])) for field in fields(kind) if field.name in SHOWN]
+    shown = [(field.name, shown_type(field, types_of(kind)[field.name])) for field in fields(kind)]
     unchecked = {"__post_init__": lambda options: None, "__doc__": kind.__doc__}
     return make_dataclass(kind.__name__, shown, bases=(kind,), namespace=unchecked, frozen=True)
 
 
 def shown_type(field: Any, hint: Any) -> Any:
-    required = field.default is MISSING
-    described = {"name": NAMES.get(field.name), "metavar": SHOWN[field.name]}
-    if field.default is None or SHOWN[field.name].endswith("..."):
+    metavar = SHOWN.get(field.name)
+    described = {"name": NAMES.get(field.name), "metavar": metavar}
+    if get_origin(hint) is Annotated:
+        described["help"] = next((part for part in get_args(hint) if isinstance(part, str)), None)
+    if metavar and (field.default is None or metavar.endswith("...")):
         described["help_behavior_hint"] = DEFAULTS.get(field.name, "")
     annotated = Annotated[hint, tyro.conf.arg(**described)]
-    return tyro.conf.Positional[annotated] if required and field.name in POSITIONAL else annotated
+    return tyro.conf.Positional[annotated] if field.default is MISSING and field.name in POSITIONAL else annotated
 
 
 def defaults_of(kind: type, flags: list[str]) -> TrainOptions:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from vqops.vqvae2.evaluation.reconstruction_metrics import measure
 from vqops.vqvae2.files.run_folder import atomically, check_output
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2
+from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
 from vqops.vqvae2.training.options import TrainOptions
@@ -72,8 +73,7 @@ def compare(options: CompareOptions) -> Path:
 
 
 def training_options(options: CompareOptions) -> TrainOptions:
-    shared = {field.name for field in fields(TrainOptions)} & {field.name for field in fields(CompareOptions)}
-    values = {name: getattr(options, name) for name in shared - {"bottleneck", "out"}}
+    values = values_for(TrainOptions, options) | {"bottleneck": "vq", "out": None}  # each run has its own
     return TrainOptions(**values, eval_every=max(options.steps // 5, 1), checkpoint_every=options.steps)
 
 

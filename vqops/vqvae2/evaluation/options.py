@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from vqops.vqvae2.errors import InputError
-from vqops.vqvae2.networks.vqvae2 import level_strides
-from vqops.vqvae2.training.options import DEVICE_PATTERN, require
-
-Bottleneck = Literal["none", "gaussian", "gumbel", "vq"]
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.networks.vqvae2 import Bottleneck, level_strides
+from vqops.vqvae2.options import Count, Device, Options, Positive, Seed
 
 
 @dataclass(frozen=True)
-class ReconstructOptions:
+class ReconstructOptions(Options):
     """Pass images through the codes of a trained model and write what comes back as PNG files."""
 
     run: Path
@@ -23,12 +21,13 @@ class ReconstructOptions:
     """Folder for the reconstructions. It must be empty or new."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.images:
             raise InputError("name at least one image file after the run")
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """Measure a trained model on images: error, use of the codes, and what priors and a classifier make of them.
 
     Every number is written with its scale, range and split.
@@ -54,29 +53,21 @@ class EvaluateOptions:
     """Array or column of these images."""
     classifier_label_key: str | None = None
     """Array or column of their labels."""
-    classifier_steps: int = 500
+    classifier_steps: Count = 500
     """Training steps of each classifier, of 64 images."""
-    classifier_images: int = 2000
+    classifier_images: Count = 2000
     """Images each classifier learns from; so many samples are drawn."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Take the middle of each image, of this size (default: the crop size of the training)."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of samples and classifiers."""
-    device: str = "auto"
-    """auto (cuda if there is one), cpu, cuda, cuda:N or mps."""
-
-    def __post_init__(self):
-        require(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1")
-        for name in ("classifier_steps", "classifier_images", "batch_size"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63")
-        require(self, "device", DEVICE_PATTERN.fullmatch(self.device), "auto, cpu, cuda, cuda:N or mps")
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(Options):
     """Train one model a bottleneck on the same images and steps, and lay the results side by side."""
 
     out: Path
@@ -97,26 +88,27 @@ class CompareOptions:
     """Levels of each model."""
     strides: tuple[int, ...] = ()
     """What a code covers along an axis at each level, as of `vqops train`."""
-    steps: int = 1000
+    steps: Count = 1000
     """Training steps of each model."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images per step."""
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Learning rate of Adam."""
-    image_size: int = 64
+    image_size: Count = 64
     """Train on random crops of this size."""
-    codebook_size: int = 512
+    codebook_size: Count = 512
     """Codes per level (K)."""
-    code_dim: int = 64
+    code_dim: Count = 64
     """Dimensions of a code, or of a latent (D)."""
     channels: int = 128
     """Channels of the convolutions."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every model."""
-    device: str = "auto"
-    """auto (cuda if there is one), cpu, cuda, cuda:N or mps."""
+    device: Device = "auto"
 
     def __post_init__(self):
-        require(self, "bottleneck", self.bottleneck, "at least one of none, gaussian, gumbel, vq")
-        require(self, "bottleneck", len(set(self.bottleneck)) == len(self.bottleneck), "different ones")
+        super().__post_init__()
+        if not self.bottleneck or len(set(self.bottleneck)) < len(self.bottleneck):
+            allowed = f"at least one of {', '.join(get_args(Bottleneck))}, and different ones"
+            raise InputError(Field("bottleneck"), f" must be {allowed}, got {' '.join(self.bottleneck)}")
         level_strides(self.strides, self.levels)

@@ -4,9 +4,10 @@ import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from vqops.vqvae2.errors import InputError
+from vqops.vqvae2.options import refused, types_of
 
 try:
     import tomllib
@@ -18,19 +19,23 @@ TRANSIENT = ("preset", "config", "resume", "overwrite")  # of a command, not of 
 
 
 def read_values(path: Path, kind: type) -> dict[str, Any]:
-    """The values of a file by field of `kind`. Raises InputError for what is no TOML, no field or of another type."""
+    """The values of a file by field of `kind`. Raises InputError for what is no TOML, no field, or not allowed."""
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file ({error})") from error
-    hints = get_type_hints(kind)
+    hints = types_of(kind)
     for name in values:
         if name not in hints or name in TRANSIENT:
             allowed = ", ".join(field for field in hints if field not in TRANSIENT)
             raise InputError(f"{path}: there is no option {name!r}, only {allowed}")
-    return {name: converted(value, hints[name], f"{path}: {name}") for name, value in values.items()}
+    values = {name: converted(value, hints[name], f"{path}: {name}") for name, value in values.items()}
+    for name, value in values.items():
+        if allowed := refused(value, hints[name]):
+            raise InputError(f"{path}: {name} must be {allowed}, got {value!r}")
+    return values
 
 
 def read_options(path: Path, kind: type[Options]) -> Options:
@@ -60,9 +65,6 @@ def converted(value: object, hint: object, name: str) -> object:
     if get_origin(hint) is Annotated:
         return converted(value, get_args(hint)[0], name)
     if get_origin(hint) is Literal:
-        allowed = get_args(hint)
-        if value not in allowed or type(value) is not type(allowed[0]):
-            raise InputError(f"{name} must be {', '.join(map(str, allowed))}, got {value!r}")
         return value
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(converted(item, get_args(hint)[0], name) for item in value)

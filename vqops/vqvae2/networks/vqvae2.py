@@ -7,7 +7,7 @@ van den Oord et al. 2017 (arXiv:1711.00937). Layer sizes and activations are tho
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import mul
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +16,53 @@ from torch import Tensor, nn
 from vqops import VectorQuantize
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.networks.bottlenecks import Gaussian, Gumbel, Plain, in_channels
+from vqops.vqvae2.options import Check, Count, NotNegative, Options, Share
 
 STRIDES = (2, 4, 8, 16)  # of a level; powers of 2, as each convolution halves
 LEVEL_NAMES = {1: ("bottom",), 2: ("bottom", "top"), 3: ("bottom", "middle", "top")}
+Bottleneck = Literal["vq", "none", "gaussian", "gumbel"]
 
 
 @dataclass(frozen=True)
-class VQVAE2Config:
+class NetworkOptions(Options):
+    """What can be chosen of the network."""
+
+    levels: Literal[1, 2, 3] = 2
+    """2 is VQ-VAE-2, 1 is VQ-VAE."""
+    strides: tuple[int, ...] = ()
+    """What a code covers along an axis, a number a level from the bottom up: pixels at the bottom, codes of the level
+    below at each further level. Each is 2, 4, 8 or 16; images are padded to a multiple of their product."""
+    bottleneck: Bottleneck = "vq"
+    """What stands between encoder and decoder at each level: vector quantization; nothing (an autoencoder); a Gaussian
+    with a KL loss (a VAE); a Gumbel softmax over --codebook-size codes, cooling down (a discrete VAE)."""
+    codebook: Literal["ema", "gradient"] = "ema"
+    """How the codes learn: moving averages of the vectors assigned to them, or the gradient of the codebook loss."""
+    codebook_size: Count = 512
+    """Codes per level (K)."""
+    code_dim: Count = 64
+    """Dimensions of a code (D)."""
+    channels: Annotated[int, Check("a positive multiple of 4", lambda C: C >= 4 and C % 4 == 0)] = 128
+    """Channels of the convolutions, a multiple of 4."""
+    decay: Share = 0.99
+    """Decay of the moving averages of --codebook ema."""
+    commitment: NotNegative = 0.25
+    """Weight of the loss that keeps the encoder near its codes (beta)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        level_strides(self.strides, self.levels)
+
+
+@dataclass(frozen=True)
+class VQVAE2Config(NetworkOptions):
     """What defines the network; it is saved with the weights.
 
     Levels are listed from bottom (finest) to top everywhere in this package.
     """
 
     image_channels: int = 3
-    levels: int = 2
-    strides: tuple[int, ...] = ()  # per level: pixels (bottom) or codes of the level below per code, along an axis
-    channels: int = 128
-    codebook_size: int = 512  # K
-    code_dim: int = 64  # D
-    codebook: str = "ema"  # or "gradient"
-    decay: float = 0.99
-    commitment: float = 0.25
     restart_below: tuple[float, ...] = ()  # per level: a code with a smaller EMA count is replaced; () for none
-    bottleneck: str = "vq"  # or "none", "gaussian", "gumbel"
     image_values: int = 0  # C x H x W of the training images, which the KL of "gaussian" and "gumbel" is shared by
-
-    def __post_init__(self):
-        level_strides(self.strides, self.levels)
 
     @property
     def level_names(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from vqops.vqvae2.data.batches import HELD_OUT_SHARE, ShuffledBatches
 from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import written
+from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.curves import Panel, save_curves
 from vqops.vqvae2.prior.checkpoint import save_prior
 from vqops.vqvae2.prior.code_folder import Codes
@@ -87,15 +88,11 @@ def split(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def config_of(codes: Codes, options: TrainPriorOptions) -> PriorConfig:
     return PriorConfig(
-        level=options.level,
+        **values_for(PriorConfig, options),
         level_names=codes.meta.levels,
         sizes=codes.meta.sizes,
         codebook_size=codes.meta.codebook_size,
         classes=codes.meta.classes,
-        width=options.width,
-        layers=options.layers,
-        heads=options.heads,
-        dropout=options.dropout,
     )
 
 

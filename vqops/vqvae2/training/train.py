@@ -21,7 +21,8 @@ from vqops.vqvae2.files.config_file import written
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.bottlenecks import Gumbel
 from vqops.vqvae2.networks.checkpoint import save_model
-from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float, level_strides
+from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float
+from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.curves import save_curves, training_panels
 from vqops.vqvae2.pictures.grids import save_reconstructions
 from vqops.vqvae2.training.loop import Training, run_steps
@@ -30,7 +31,7 @@ from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.processes import is_first, num_ranks, pick_device, process_group, rank
 from vqops.vqvae2.training.progress import Progress
-from vqops.vqvae2.training.resume import TrainState, continued
+from vqops.vqvae2.training.resume import TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
 
 # The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the
@@ -229,16 +230,8 @@ def finish(
 
 def network_of(options: TrainOptions, image_channels: int, window: tuple[int, int]) -> VQVAE2Config:
     config = VQVAE2Config(
+        **values_for(VQVAE2Config, with_strides(options)),
         image_channels=image_channels,
-        levels=options.levels,
-        strides=level_strides(options.strides, options.levels),
-        channels=options.channels,
-        codebook_size=options.codebook_size,
-        code_dim=options.code_dim,
-        codebook=options.codebook,
-        decay=options.decay,
-        commitment=options.commitment,
-        bottleneck=options.bottleneck,
         image_values=image_channels * math.prod(window),
     )
     if options.bottleneck != "vq":

@@ -11,30 +11,11 @@ from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 
+from vqops import vqvae2
 from vqops.cli.presets import preset_values
-from vqops.vqvae2 import (
-    CompareOptions,
-    CompleteOptions,
-    EvaluateOptions,
-    ExtractOptions,
-    ReconstructOptions,
-    SampleOptions,
-    TrainOptions,
-    TrainPriorOptions,
-)
 from vqops.vqvae2.files.config_file import read_options, read_values
 from vqops.vqvae2.options import types_of
 
-OPTIONS = {
-    "train": TrainOptions,
-    "reconstruct": ReconstructOptions,
-    "extract": ExtractOptions,
-    "train-prior": TrainPriorOptions,
-    "sample": SampleOptions,
-    "complete": CompleteOptions,
-    "evaluate": EvaluateOptions,
-    "compare": CompareOptions,
-}
 # How the help writes what an option takes; the others as tyro does.
 SHOWN = {
     **dict.fromkeys(("data", "val_data", "classifier_data"), "PATH|NAME"),
@@ -53,14 +34,14 @@ def flag(name: str) -> str:
 
 def parsed(command: str, flags: list[str]) -> Any:
     """Raises InputError for values that cannot be used; SystemExit, after a message, for flags that do not parse."""
-    kind = OPTIONS[command]
+    kind = getattr(vqvae2, f"{command.title().replace('-', '')}Options")
     flagged = flagged_class(kind)
     given = tyro.cli(
         flagged,
         prog=f"vqops {command}",
         args=flags,
         config=(tyro.conf.FlagCreatePairsOff,),
-        default=flagged(**vars(defaults_of(kind, flags))) if kind is TrainOptions else None,
+        default=flagged(**vars(defaults_of(kind, flags))) if command == "train" else None,
     )
     return kind(**vars(given))
 
@@ -83,7 +64,7 @@ def shown_type(field: Any, hint: Any) -> Any:
     return tyro.conf.Positional[annotated] if field.default is MISSING and field.name in POSITIONAL else annotated
 
 
-def defaults_of(kind: type, flags: list[str]) -> TrainOptions:
+def defaults_of(kind: type, flags: list[str]) -> Any:
     named = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--resume", "--config", "--preset"):
         named.add_argument(name, nargs="?")

@@ -16,11 +16,11 @@ from vqops.vqvae2.data.images import Images
 HELD_OUT_SHARE = 0.05
 
 
-def hold_out(images: Images, seed: int) -> tuple[Images, Images]:
-    """Split off the last 5 % of a seeded order, at least one image: (the others, the held-out ones)."""
-    order = np.random.default_rng(seed).permutation(len(images)).tolist()
-    kept = len(images) - max(1, round(HELD_OUT_SHARE * len(images)))
-    return images.take(order[:kept]), images.take(order[kept:])
+def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split off the last 5 % of a seeded order, at least one: positions of the others, of the held-out ones."""
+    order = np.random.default_rng(seed).permutation(count)
+    kept = count - max(1, round(HELD_OUT_SHARE * count))
+    return order[:kept], order[kept:]
 
 
 def window_of(images: Images, image_size: int) -> tuple[int, int]:
@@ -68,6 +68,12 @@ def validation_batches(
         worker_init_fn=ignore_interrupt,
         generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
     )
+
+
+def middles(images: Images, window: tuple[int, int], positions: Sequence[int]) -> Tensor:  # uint8 [N, C, *window]
+    """The middle of each of these images."""
+    crops = Crops(images, window)
+    return stack([crops[(int(position), None)] for position in positions])
 
 
 class Crops(Dataset):

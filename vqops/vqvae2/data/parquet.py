@@ -51,13 +51,8 @@ def images_in_column(table: "pa.Table", key: str | None, source: str, channels: 
     fitting = [name for name in table.column_names if holds_images(storage_type(table.schema.field(name).type))]
     if key is None and len(fitting) != 1:
         columns = ", ".join(table.column_names)
-        raise InputError(
-            f"{source}: pick the column of images with ",
-            Field("data_key"),
-            " or ",
-            Field("val_key"),
-            f", from {columns}",
-        )
+        keys = Field("data_key"), " or ", Field("val_key")
+        raise InputError(f"{source}: pick the column of images with ", *keys, f", from {columns}")
     key = fitting[0] if key is None else key
     if key not in fitting:
         allowed = "a struct of bytes and path, bytes, or nested lists of uint8 [H, W] or [H, W, C]"

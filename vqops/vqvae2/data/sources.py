@@ -76,13 +76,8 @@ def images_in_npz(path: Path, key: str | None) -> Images:
     if key is None:
         arrays = {name: array for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim in (3, 4)}
         if len(arrays) != 1:
-            raise InputError(
-                f"{path}: pick the array of images with ",
-                Field("data_key"),
-                " or ",
-                Field("val_key"),
-                f", from {', '.join(names)}",
-            )
+            keys = Field("data_key"), " or ", Field("val_key")
+            raise InputError(f"{path}: pick the array of images with ", *keys, f", from {', '.join(names)}")
     ((name, array),) = arrays.items()
     return Images.of_array(array, f"{path}[{name}]")
 

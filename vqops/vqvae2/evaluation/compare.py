@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from rich.console import Console
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vqops.vqvae2.data.batches import validation_batches, window_of
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.evaluation.options import CompareOptions
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
-from vqops.vqvae2.files.run_folder import atomically, check_output
+from vqops.vqvae2.files.run_folder import check_output, write_text
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2
 from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
 from vqops.vqvae2.training.options import TrainOptions
-from vqops.vqvae2.training.progress import Progress
+from vqops.vqvae2.training.progress import Progress, say
 from vqops.vqvae2.training.train import load_data, train
 
 NAMES = {
@@ -40,35 +40,33 @@ def compare(options: CompareOptions) -> Path:
     """
     check_output(options.out)
     base = training_options(options)
+    batches = held_out_batches(base)
     labels, classes = None, ()
     if options.label_key is not None:
         source = options.val_data or options.data
-        labels, classes = load_labels(source, options.label_key, len(load_data(base, Progress(0, quiet=True))[1]))
+        labels, classes = load_labels(source, options.label_key, len(batches.dataset.images))
     rows, models = {}, {}
     for bottleneck in options.bottleneck:
         started = time.perf_counter()
         run = train(replace(base, bottleneck=bottleneck, out=options.out / bottleneck))
         seconds = time.perf_counter() - started
         models[bottleneck] = load_model(run)
-        rows[bottleneck] = measure(models[bottleneck], held_out_batches(base)) | {"seconds": seconds}
-        seen = Seen(models[bottleneck], held_out_batches(base))
+        rows[bottleneck] = measure(models[bottleneck], batches) | {"seconds": seconds}
+        seen = Seen(models[bottleneck], batches)
         save_latents(options.out / f"latents_{bottleneck}.png", seen, labels, classes)
         if bottleneck == "vq":
             save_codes(options.out / "codes.png", seen)
-            save_index_maps(options.out / "index_maps.png", models["vq"], next(iter(held_out_batches(base))))
-    shown = next(iter(held_out_batches(base)))[:SHOWN_IMAGES]
+            save_index_maps(options.out / "index_maps.png", models["vq"], next(iter(batches)))
+    shown = next(iter(batches))[:SHOWN_IMAGES]
     save_side_by_side(options.out / "reconstructions.png", shown, models)
     table = markdown(rows, options)
-    with atomically(options.out / "comparison.md") as temporary:
-        temporary.write_text(table)
-    console = Console(highlight=False)
-    console.print(table, soft_wrap=True, markup=False)
+    write_text(options.out / "comparison.md", table)
+    say(table)
     for name in sorted(path.name for path in options.out.glob("*.png")):
-        console.print(str(options.out / name), soft_wrap=True, markup=False)
+        say(str(options.out / name))
     if "vq" in options.bottleneck:
         key = f" --data-key {options.data_key}" if options.data_key else ""
-        line = f"next: vqops extract {options.out / 'vq'} --data {options.data or 'PATH'}{key} --out CODES"
-        console.print(line, soft_wrap=True, markup=False)
+        say(f"next: vqops extract {options.out / 'vq'} --data {options.data or 'PATH'}{key} --out CODES")
     return options.out
 
 
@@ -77,7 +75,7 @@ def training_options(options: CompareOptions) -> TrainOptions:
     return TrainOptions(**values, eval_every=max(options.steps // 5, 1), checkpoint_every=options.steps)
 
 
-def held_out_batches(options: TrainOptions):  # of uint8 [B, C, H, W]
+def held_out_batches(options: TrainOptions) -> DataLoader:  # of uint8 [B, C, H, W]
     images, held_out = load_data(options, Progress(0, quiet=True))
     return validation_batches(held_out, window_of(images, options.image_size), options.batch_size, num_workers=0)
 
@@ -114,5 +112,4 @@ def save_side_by_side(path: Path, images: Tensor, models: dict[str, VQVAE2]) -> 
         label = Image.new("RGB", (150, strip.shape[0]), "white")
         ImageDraw.Draw(label).text((6, strip.shape[0] // 2 - 6), name, fill="black")
         strips.append(np.concatenate([np.asarray(label), strip], axis=1))
-    with atomically(path) as temporary:
-        write_png(temporary, np.concatenate(strips, axis=0))
+    write_png(path, np.concatenate(strips, axis=0))

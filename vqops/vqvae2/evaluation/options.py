@@ -6,15 +6,14 @@ from typing import Literal, get_args
 
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.networks.vqvae2 import Bottleneck, level_strides
-from vqops.vqvae2.options import Count, Device, Options, Positive, Seed
+from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed
 
 
 @dataclass(frozen=True)
 class ReconstructOptions(Options):
     """Pass images through the codes of a trained model and write what comes back as PNG files."""
 
-    run: Path
-    """The run folder of `vqops train`, or its model.safetensors."""
+    run: Run
     images: tuple[Path, ...]
     """Image files of any size."""
     out: Path
@@ -33,8 +32,7 @@ class EvaluateOptions(Options):
     Every number is written with its scale, range and split.
     """
 
-    run: Path
-    """The run folder of `vqops train`, or its model.safetensors."""
+    run: Run
     data: str
     """Images to measure on, as of `vqops train`; take some that the model was not trained on."""
     out: Path

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from vqops.vqvae2.data.images import EncodedImage
 from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.evaluation.options import ReconstructOptions
-from vqops.vqvae2.files.run_folder import atomically, check_output, writing_in
+from vqops.vqvae2.files.run_folder import check_output, writing_in
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.pictures.grids import write_png
+from vqops.vqvae2.training.progress import say
 
 
 def reconstruct(options: ReconstructOptions) -> None:
@@ -26,18 +26,16 @@ def reconstruct(options: ReconstructOptions) -> None:
     channels = model.config.image_channels
     for image in options.images:
         EncodedImage.of_file(image).decode(channels)
-    console = Console(highlight=False)
     with writing_in(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
         for image, output in zip(options.images, outputs, strict=True):
             pixels = torch.from_numpy(EncodedImage.of_file(image).decode(channels)).permute(2, 0, 1)[None]
             reconstruction = model.reconstruct(pixels)
-            with atomically(output) as temporary:
-                write_png(temporary, reconstruction[0].permute(1, 2, 0).numpy())
+            write_png(output, reconstruction[0].permute(1, 2, 0).numpy())
             mse = (pixels.float() - reconstruction.float()).div(255).square().mean().item()
-            console.print(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)", soft_wrap=True, markup=False)
+            say(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)")
     following = "vqops extract RUN --data PATH --out CODES" if model.config.discrete else "vqops compare --out FOLDER"
-    console.print(f"next: {following.replace('RUN', str(options.run))}", soft_wrap=True, markup=False)
+    say(f"next: {following.replace('RUN', str(options.run))}")
 
 
 def output_paths(images: tuple[Path, ...], folder: Path) -> list[Path]:

@@ -37,8 +37,7 @@ def create(folder: Path | None) -> Path:
     with writing_in(folder or Path("runs")):
         folder = next_run() if folder is None else folder
         folder.mkdir(parents=True, exist_ok=True)
-        with atomically(folder / METRICS):
-            pass
+        write_text(folder / METRICS, "")
         for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE):  # of the run that is being overwritten
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
@@ -53,8 +52,7 @@ def rewind(folder: Path, step: int) -> None:
             (folder / name).unlink(missing_ok=True)
         remove_unfinished(folder)
         lines = [line for line in (folder / METRICS).read_text().splitlines() if line.endswith("}")]  # whole ones
-        with atomically(folder / METRICS) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        write_text(folder / METRICS, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -98,6 +96,11 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(text)
 
 
 def append_row(folder: Path, row: dict[str, float]) -> None:

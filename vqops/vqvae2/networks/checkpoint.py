@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqops import __version__
 from vqops.vqvae2.errors import InputError
@@ -37,19 +38,11 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> VQVAE2:
 
     Raises InputError if there is none, if the file is damaged, or if it holds another model.
     """
-    path = model_path(run)
-    description, tensors = read_file(path, KIND, device)
-    try:
-        settings = description["model"]
-        listed = {"restart_below": tuple(settings["restart_below"]), "strides": tuple(settings.get("strides", ()))}
-        config = VQVAE2Config(**settings | listed)  # a file without strides has those of the default
-        model = VQVAE2(config).to(device)
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        written = description.get("vqops")
-        raise InputError(f"{path} was written by vqops {written}, this is {__version__}: {reason}") from error
-    return model.eval()
+
+    def network(description: dict[str, Any]) -> VQVAE2:  # a file without strides has those of the default
+        return VQVAE2(VQVAE2Config(**description["model"]))
+
+    return read_network(model_path(run), KIND, network, device)[0]
 
 
 def model_path(run: Path) -> Path:
@@ -91,6 +84,30 @@ def read_file(path: Path, kind: str, device: torch.device | str = "cpu") -> tupl
     if description.get("kind") != kind:
         raise InputError(f"{path} holds another model than {kind}: its metadata is {metadata}")
     return description, tensors
+
+
+def read_network(
+    path: Path, kind: str, network: Callable[[dict[str, Any]], nn.Module], device: torch.device | str
+) -> tuple[Any, dict[str, Any]]:
+    """What `network` makes of the description, with the tensors of the file, in eval mode; and the description.
+
+    Raises InputError if the file is damaged, of another kind, or does not fit this version.
+    """
+    description, tensors = read_file(path, kind, device)
+    try:
+        module = network(as_tuples(description)).to(device)
+        module.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        found = f"{path} was written by vqops {description.get('vqops')}, this is {__version__}"
+        raise InputError(f"{found}: {str(error).splitlines()[0]}") from error
+    return module.eval(), description
+
+
+def as_tuples(value: object) -> object:
+    """What JSON holds, with tuples for its lists."""
+    if isinstance(value, dict):
+        return {key: as_tuples(item) for key, item in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def training_options(path: Path) -> dict[str, Any]:

@@ -37,8 +37,7 @@ def training_panels(rows: list[ROW]) -> tuple[Panel, ...]:
 
 def save_curves(path: Path, rows: list[ROW], panels: tuple[Panel, ...], size: tuple[float, float] = (12, 3.6)) -> None:
     """Write a PNG of `size` inches with the panels beside each other."""
-    with atomically(path) as temporary:
-        curves(rows, panels, size).savefig(temporary, format="png", dpi=110)
+    save_figure(path, curves(rows, panels, size), dpi=110)
 
 
 def curves(rows: list[ROW], panels: tuple[Panel, ...], size: tuple[float, float] = (12, 3.6)) -> Figure:
@@ -57,3 +56,8 @@ def curves(rows: list[ROW], panels: tuple[Panel, ...], size: tuple[float, float]
         if panel.from_zero:  # last: from then on it keeps its upper end
             axes.set_ylim(bottom=0)
     return figure
+
+
+def save_figure(path: Path, figure: Figure, dpi: int) -> None:
+    with atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)

@@ -15,8 +15,7 @@ SHOWN_SIZE = 128  # small images are enlarged, pixel by pixel, to at least this 
 def save_reconstructions(path: Path, images: Tensor, reconstructions: Tensor) -> None:
     """Write a PNG of two rows; both arguments are uint8 [B, C, H, W], at most the first 8 are shown."""
     rows = [np.concatenate(list(framed(batch[:SHOWN_IMAGES])), axis=1) for batch in (images, reconstructions)]
-    with atomically(path) as temporary:
-        write_png(temporary, np.concatenate(rows, axis=0))
+    write_png(path, np.concatenate(rows, axis=0))
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:  # uint8 [B, C, H, W]
@@ -25,8 +24,7 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:  # uint8 [B, C,
     missing = -len(cells) % columns
     cells = np.concatenate([cells, np.full((missing, *cells.shape[1:]), 255, np.uint8)])
     rows = [np.concatenate(list(cells[start : start + columns]), axis=1) for start in range(0, len(cells), columns)]
-    with atomically(path) as temporary:
-        write_png(temporary, np.concatenate(rows, axis=0))
+    write_png(path, np.concatenate(rows, axis=0))
 
 
 def framed(batch: Tensor) -> np.ndarray:  # uint8 [B, C, H, W]; [B, H', W', C] enlarged, in a white frame
@@ -37,4 +35,5 @@ def framed(batch: Tensor) -> np.ndarray:  # uint8 [B, C, H, W]; [B, H', W', C] e
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:  # uint8 [H, W, C], C = 1 or 3
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, format="png")
+    with atomically(path) as temporary:
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(temporary, format="png")

@@ -9,9 +9,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vqops.vqvae2.files.run_folder import atomically
 from vqops.vqvae2.metrics import count_codes
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
+from vqops.vqvae2.pictures.curves import save_figure
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
 
 SHOWN_VECTORS = 4000
@@ -63,7 +63,7 @@ def save_latents(path: Path, seen: Seen, labels: np.ndarray | None, classes: tup
     if classes:
         plot.legend(fontsize=7, markerscale=2)
     plot.set(title="mean latent of each image", xlabel="first principal axis", ylabel="second")
-    save(path, figure)
+    save_figure(path, figure, dpi=90)
 
 
 def save_codes(path: Path, seen: Seen) -> None:
@@ -87,7 +87,7 @@ def save_codes(path: Path, seen: Seen) -> None:
         scatter.scatter(*((codes - mean) @ axes).T.numpy(), s=5, color="black", label="codes")
         scatter.set(title=f"{name}: along the two principal axes of the vectors")
         scatter.legend()
-    save(path, figure)
+    save_figure(path, figure, dpi=90)
 
 
 @torch.no_grad()
@@ -104,10 +104,4 @@ def save_index_maps(path: Path, model: VQVAE2, pixels: Tensor) -> None:  # uint8
         maps = maps.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         rows.append(maps[:, :, : pixels.shape[-2], : pixels.shape[-1]])
     coloured = [row.expand(-1, 3, -1, -1) for row in rows]
-    with atomically(path) as temporary:
-        write_png(temporary, np.concatenate([np.concatenate(list(framed(row)), axis=1) for row in coloured], axis=0))
-
-
-def save(path: Path, figure: Figure) -> None:
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
+    write_png(path, np.concatenate([np.concatenate(list(framed(row)), axis=1) for row in coloured], axis=0))

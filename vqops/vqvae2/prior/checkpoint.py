@@ -8,7 +8,7 @@ import torch
 
 from vqops import __version__
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.networks.checkpoint import read_file, write_file
+from vqops.vqvae2.networks.checkpoint import read_network, write_file
 from vqops.vqvae2.prior.transformer import Prior, PriorConfig
 
 PRIOR, KIND = "prior.safetensors", "vqops.prior"
@@ -25,17 +25,7 @@ def load_prior(folder: Path, device: torch.device | str = "cpu") -> tuple[Prior,
     path = folder / PRIOR
     if not path.is_file():
         raise InputError(f"{folder}: no prior is there (no {PRIOR}); vqops train-prior writes it")
-    description, tensors = read_file(path, KIND, device)
-    try:
-        settings = description["prior"]
-        sizes = tuple(tuple(size) for size in settings["sizes"])
-        names = {name: tuple(settings[name]) for name in ("level_names", "classes")}
-        prior = Prior(PriorConfig(**settings | names | {"sizes": sizes})).to(device)
-        prior.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} was written by vqops {description.get('vqops')}: {reason}") from error
-    return prior.eval(), description
+    return read_network(path, KIND, lambda description: Prior(PriorConfig(**description["prior"])), device)
 
 
 def load_priors(

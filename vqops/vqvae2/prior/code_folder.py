@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vqops.vqvae2.errors import InputError
-from vqops.vqvae2.files.run_folder import atomically
+from vqops.vqvae2.files.run_folder import atomically, write_text
+from vqops.vqvae2.networks.checkpoint import as_tuples
 
 META, LABELS, KIND = "meta.json", "labels.npy", "vqops.codes"
 
@@ -99,8 +100,7 @@ class Codes:
 
 
 def write_meta(folder: Path, meta: CodesMeta) -> None:
-    with atomically(folder / META) as temporary:
-        temporary.write_text(json.dumps(asdict(meta), indent=2) + "\n")
+    write_text(folder / META, json.dumps(asdict(meta), indent=2) + "\n")
 
 
 def read_meta(folder: Path) -> CodesMeta:
@@ -108,18 +108,12 @@ def read_meta(folder: Path) -> CodesMeta:
     if not path.is_file():
         raise InputError(f"{folder}: no codes are there (no {META}); vqops extract writes them")
     try:
-        values = json.loads(path.read_text())
-        values = {name: as_tuples(value) for name, value in values.items()}
-        meta = CodesMeta(**values)
+        meta = CodesMeta(**as_tuples(json.loads(path.read_text())))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the description of codes ({error})") from error
     if meta.kind != KIND:
         raise InputError(f"{path} describes {meta.kind}, not {KIND}")
     return meta
-
-
-def as_tuples(value: object) -> object:
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def difference(before: CodesMeta, now: CodesMeta) -> str:

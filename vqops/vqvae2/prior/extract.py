@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich import get_console
 from rich.progress import Progress
 
-from vqops.vqvae2.data.batches import Crops, stack, validation_batches, window_of
+from vqops.vqvae2.data.batches import middles, validation_batches, window_of
 from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.data.sources import load_images
@@ -20,6 +20,7 @@ from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.prior.code_folder import META, Codes, CodesMeta, difference, read_meta
 from vqops.vqvae2.prior.options import ExtractOptions
 from vqops.vqvae2.training.processes import pick_device
+from vqops.vqvae2.training.progress import say
 
 CHECKED_IMAGES, SAME_CODES = 16, 0.9
 MARK_EVERY = 5.0  # seconds between two notes of the progress
@@ -35,15 +36,14 @@ def extract(options: ExtractOptions) -> Path:
     path = model_path(options.run)
     model = load_model(options.run, device)
     if not model.config.discrete:
-        raise InputError(
-            f"{options.run}: a model with ", Field("bottleneck"), f" {model.config.bottleneck} has no codes to extract"
-        )
+        reason = f" {model.config.bottleneck} has no codes to extract"
+        raise InputError(f"{options.run}: a model with ", Field("bottleneck"), reason)
     images = load_images(options.data, options.data_key, channels=model.config.image_channels)
     labels, classes = load_labels(options.data, options.label_key, len(images))
     image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size
     window = window_of(images, image_size)
     checked = np.unique(np.linspace(0, len(images) - 1, CHECKED_IMAGES, dtype=int))
-    pixels = stack([Crops(images, window)[(int(index), None)] for index in checked])
+    pixels = middles(images, window, checked)
     meta = CodesMeta(
         images=len(images),
         done=0,
@@ -58,11 +58,9 @@ def extract(options: ExtractOptions) -> Path:
         classes=classes,
     )
     codes = begun(options.out, meta, labels)
-    console = Console(highlight=False)
-    say = lambda line: console.print(line, soft_wrap=True, markup=False)  # noqa: E731
     if 0 < codes.meta.done < len(images):
         say(f"{options.out}: {codes.meta.done} of {len(images)} images are there, going on")
-    codes = write_codes(codes, model, images, window, options, device, console)
+    codes = write_codes(codes, model, images, window, options, device)
     mse = check(codes, model, checked, pixels, device)
     shapes = ", ".join(f"{name} {h} x {w}" for name, (h, w) in zip(meta.levels, meta.sizes, strict=True))
     megabytes = sum(array.nbytes for array in codes.levels) / 1e6
@@ -99,12 +97,11 @@ def write_codes(
     window: tuple[int, int],
     options: ExtractOptions,
     device: torch.device,
-    console: Console,
 ) -> Codes:
     done = codes.meta.done
     rest = images.take(range(done, len(images)))
     marked = time.monotonic()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(transient=True, disable=not get_console().is_terminal) as bar:
         task = bar.add_task("codes", total=len(images), completed=done)
         for pixels in validation_batches(rest, window, options.batch_size, options.num_workers):
             with torch.no_grad():

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.options import Check, Count, CountOrZero, Device, NotNegative, Options, Positive, Seed, Share
+from vqops.vqvae2.options import Check, Count, CountOrZero, Device, NotNegative, Options, Positive, Run, Seed, Share
 
 
 @dataclass(frozen=True)
 class ExtractOptions(Options):
     """Write the codes of images to memory-mapped arrays, for `vqops train-prior`. Cut off, it goes on where it was."""
 
-    run: Path
-    """The run folder of `vqops train`, or its model.safetensors."""
+    run: Run
     data: str
     """Images, as of `vqops train`. The labels of a folder's images are its subfolders, if each is in one."""
     out: Path
@@ -85,8 +84,7 @@ class TrainPriorOptions(Options):
 class DrawOptions(Options):
     """How codes are drawn from a prior."""
 
-    run: Path
-    """The run folder of `vqops train`, or its model.safetensors."""
+    run: Run
     prior: tuple[Path, ...]
     """The folders of `vqops train-prior`, one a level, in any order."""
     out: Path

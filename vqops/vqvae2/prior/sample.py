@@ -4,15 +4,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from vqops.vqvae2.data.batches import Crops, stack
+from vqops.vqvae2.data.batches import middles
 from vqops.vqvae2.data.images import EncodedImage, Images
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.files.run_folder import atomically, check_output, writing_in
+from vqops.vqvae2.files.run_folder import check_output, writing_in
 from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.pictures.grids import save_grid, write_png
@@ -21,6 +19,7 @@ from vqops.vqvae2.prior.options import CompleteOptions, DrawOptions, SampleOptio
 from vqops.vqvae2.prior.sampling import draw_levels
 from vqops.vqvae2.prior.transformer import Prior
 from vqops.vqvae2.training.processes import pick_device
+from vqops.vqvae2.training.progress import say
 
 GRID, GRID_COLUMNS = "grid.png", 8
 
@@ -67,15 +66,14 @@ def sample(options: SampleOptions) -> None:
     check_output(options.out)
     generation = Generation(options)
     labels = generation.labels(options.count)
-    console = Console(highlight=False)
     images = torch.cat([generation.draw(part) for part in labels.split(options.batch_size)]).cpu()
     names = [f"{number:05}{suffix(generation.priors[0], label)}" for number, label in enumerate(labels.tolist())]
     write_images(options.out, names, images)
     columns = max(GRID_COLUMNS, len(options.classes))
     save_grid(options.out / GRID, images[: columns * GRID_COLUMNS], columns)
-    say(console, f"{len(images)} images and {options.out / GRID}; {generation.speed}")
+    say(f"{len(images)} images and {options.out / GRID}; {generation.speed}")
     priors = " ".join(map(str, options.prior))
-    say(console, f"next: vqops complete {options.run} --prior {priors} --images IMAGES... --out FOLDER")
+    say(f"next: vqops complete {options.run} --prior {priors} --images IMAGES... --out FOLDER")
 
 
 def complete(options: CompleteOptions) -> None:
@@ -86,9 +84,8 @@ def complete(options: CompleteOptions) -> None:
     """
     check_output(options.out)
     if len(options.classes) > 1:
-        raise InputError(
-            Field("classes"), f" names {len(options.classes)} classes: the images are completed as one, or as none"
-        )
+        reason = f" names {len(options.classes)} classes: the images are completed as one, or as none"
+        raise InputError(Field("classes"), reason)
     names = [f"{path.stem}-{number}" for path in options.images for number in range(options.count)]
     if len(set(names)) < len(names):
         raise InputError(Field("images"), " names two files of one name: rename one")
@@ -107,9 +104,8 @@ def complete(options: CompleteOptions) -> None:
     ]
     write_images(options.out, names, completions)
     save_grid(options.out / GRID, torch.cat(rows), options.count + 2)
-    console = Console(highlight=False)
-    say(console, f"{len(completions)} completions and {options.out / GRID}; {generation.speed}")
-    say(console, f"next: vqops evaluate {options.run} --data PATH --out FOLDER")
+    say(f"{len(completions)} completions and {options.out / GRID}; {generation.speed}")
+    say(f"next: vqops evaluate {options.run} --data PATH --out FOLDER")
 
 
 def class_numbers(prior: Prior, classes: Sequence[str], count: int) -> list[int]:
@@ -140,8 +136,7 @@ def read_images(paths: Sequence[Path], channels: int, size: tuple[int, int]) -> 
         if images[number].shape[0] < size[0] or images[number].shape[1] < size[1]:
             raise InputError(f"{path} is {images[number].shape[1]} x {images[number].shape[0]}, at least "
                              f"{size[1]} x {size[0]} is needed")  # fmt: skip
-    crops = Crops(images, size)
-    return stack([np.ascontiguousarray(crops[(number, None)]) for number in range(len(images))])
+    return middles(images, size, range(len(images)))
 
 
 def kept_rows(model: VQVAE2, pixels: Tensor) -> int:
@@ -173,9 +168,4 @@ def write_images(folder: Path, names: list[str], images: Tensor) -> None:  # uin
     with writing_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, image in zip(names, images, strict=True):
-            with atomically(folder / f"{name}.png") as temporary:
-                write_png(temporary, image.permute(1, 2, 0).numpy())
-
-
-def say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False)
+            write_png(folder / f"{name}.png", image.permute(1, 2, 0).numpy())

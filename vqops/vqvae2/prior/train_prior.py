@@ -1,15 +1,14 @@
 """`vqops train-prior`: a transformer over the codes of one level."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqops.vqvae2.data.batches import HELD_OUT_SHARE, ShuffledBatches
+from vqops.vqvae2.data.batches import ShuffledBatches, hold_out
 from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import written
@@ -37,7 +36,9 @@ def train_prior(options: TrainPriorOptions) -> Path:
     level = codes.level(options.level)
     if not codes.meta.complete:
         raise InputError(f"{options.codes}: {codes.meta.done} of {codes.meta.images} images are done, extract the rest")
-    training, held_out = split(codes.meta.images, options.seed)
+    if codes.meta.images < 2:
+        raise InputError(f"{codes.meta.images} image: nothing can be held out")
+    training, held_out = hold_out(codes.meta.images, options.seed)  # the same for the priors of all levels
     torch.manual_seed(options.seed)
     prior = Prior(config_of(codes, options)).to(device)
 
@@ -59,7 +60,7 @@ def train_prior(options: TrainPriorOptions) -> Path:
     )
     learning = PriorTraining(prior, codes, held_out, options, progress)
     batches = ShuffledBatches(len(training), options.batch_size, options.steps, options.seed)
-    run_steps(learning, (training[[index for index, _ in batch]] for batch in batches), options, progress)
+    run_steps(learning, (training[[index for index, _ in batch]] for batch in batches))
     panel = Panel(
         {"nats_per_code": "training", "val_nats_per_code": "held out"},
         {"ylabel": "nats per code"},
@@ -77,15 +78,6 @@ def train_prior(options: TrainPriorOptions) -> Path:
     return options.out
 
 
-def split(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on and to hold out; the seed alone decides, so priors of all levels hold out the same."""
-    if images < 2:
-        raise InputError(f"{images} image: nothing can be held out")
-    order = np.random.default_rng(seed).permutation(images)
-    kept = images - max(1, round(HELD_OUT_SHARE * images))
-    return order[:kept], order[kept:]
-
-
 def config_of(codes: Codes, options: TrainPriorOptions) -> PriorConfig:
     return PriorConfig(
         **values_for(PriorConfig, options),
@@ -96,20 +88,21 @@ def config_of(codes: Codes, options: TrainPriorOptions) -> PriorConfig:
     )
 
 
+@dataclass
 class PriorTraining(Training):
     """Keeps the weights that were best on held-out codes, and ends when they get no better."""
 
-    validates_when_interrupted = True
-    schedule = "cosine"
+    module: Prior
+    codes: Codes
+    held_out: np.ndarray  # positions
+    options: TrainPriorOptions
+    progress: Progress
+    validates_when_interrupted, schedule = True, "cosine"
 
-    def __init__(
-        self, prior: Prior, codes: Codes, held_out: np.ndarray, options: TrainPriorOptions, progress: Progress
-    ):
-        self.module, self.codes, self.held_out = prior, codes, held_out
-        self.options, self.progress = options, progress
-        self.optimizer = adamw(prior, options)
-        self.device = next(prior.parameters()).device
-        self.hiding = torch.Generator().manual_seed(options.seed)
+    def __post_init__(self):
+        self.optimizer = adamw(self.module, self.options)
+        self.device = next(self.module.parameters()).device
+        self.hiding = torch.Generator().manual_seed(self.options.seed)
         self.meter = Meter("nats_per_code")
         self.best, self.since_best = math.inf, 0
 
@@ -172,14 +165,10 @@ def held_out_nats(prior: Prior, codes: Codes, held_out: np.ndarray, batch_size: 
     prior.eval()
     device = next(prior.parameters()).device
     total = 0.0
-    for images in batched(held_out, batch_size):
+    for images in np.split(held_out, range(batch_size, len(held_out), batch_size)):
         total += nats_per_code(prior, *batch_of(codes, images, prior, device)).item() * len(images)
     prior.train(was_training)
     return total / len(held_out)
-
-
-def batched(positions: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (positions[start : start + size] for start in range(0, len(positions), size))
 
 
 def histogram_entropy(codes: np.ndarray, codebook_size: int) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,19 +17,13 @@ from vqops.vqvae2.training.progress import Progress
 ROW_EVERY = 10  # steps between two rows of metrics
 
 
-class LoopOptions(Protocol):
-    steps: int
-    lr: float
-    warmup: int
-    grad_clip: float
-    eval_every: int
-
-
 class Training:
     """What is trained, as the loop sees it."""
 
     module: nn.Module
     optimizer: Optimizer
+    options: Any  # with steps, lr, warmup, grad_clip and eval_every
+    progress: Progress
     meter: Meter  # the first of its figures is the loss, which must stay finite
     schedule: str  # of the learning rate
     validates_when_interrupted = False
@@ -54,15 +48,13 @@ class Training:
         """Write a checkpoint if one is due, as it is after the last step. Called in the first process only."""
 
 
-def run_steps(
-    training: Training, batches: Iterable[Any], options: LoopOptions, progress: Progress, first_step: int = 0
-) -> None:
+def run_steps(training: Training, batches: Iterable[Any], first_step: int = 0) -> None:
     """Train until the batches end, Ctrl-C is pressed, or more steps would not help.
 
     Raises InputError if the loss is no longer finite.
     """
-    parameters = list(training.module.parameters())
-    with progress, interruption() as interrupted:
+    options, parameters = training.options, list(training.module.parameters())
+    with training.progress, interruption() as interrupted:
         for step, batch in enumerate(batches, start=first_step + 1):
             rate = learning_rate(options.lr, training.schedule, step, options.steps, options.warmup)
             set_learning_rate(training.optimizer, rate)
@@ -73,7 +65,7 @@ def run_steps(
                 nn.utils.clip_grad_norm_(parameters, options.grad_clip)
             training.optimizer.step()
             training.after_step(step)
-            progress.step(step)
+            training.progress.step(step)
             validation_is_due = step % options.eval_every == 0 or step == options.steps
             row_is_due = step % ROW_EVERY == 0 or validation_is_due
             # Several processes must stop at the same step; asking costs a wait, so only where a row costs it too.

@@ -7,6 +7,10 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 
+def say(line: str, console: Console | None = None) -> None:
+    (console or Console(highlight=False)).print(line, soft_wrap=True, markup=False)
+
+
 class Progress:
     """A context manager around the steps of a run; a quiet one shows nothing."""
 
@@ -28,7 +32,7 @@ class Progress:
         self.live.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, markup=False)
+        say(line, self.console)
 
     def step(self, step: int) -> None:
         self.bar.update(self.task, completed=step)

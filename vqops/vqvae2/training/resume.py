@@ -77,17 +77,15 @@ def continued(options: TrainOptions) -> TrainOptions:
     if not (folder / run_folder.CONFIG).is_file():
         raise InputError(Field("resume"), f" {folder}: no run of vqops train is there (no {run_folder.CONFIG})")
     if options.out not in (None, folder):
-        raise InputError(
-            Field("resume"), f" {folder} goes on in that folder, ", Field("out"), f" {options.out} is another"
-        )
+        place = f" {folder} goes on in that folder, "
+        raise InputError(Field("resume"), place, Field("out"), f" {options.out} is another")
     before = with_strides(read_options(folder / run_folder.CONFIG, TrainOptions))
     now = with_strides(options)
     for name in (field.name for field in fields(TrainOptions) if field.name not in MAY_CHANGE):
         there, here = getattr(before, name), getattr(now, name)
         if there != here:
-            raise InputError(
-                Field("resume"), f" {folder}: ", Field(name), f" is {there} there and cannot change, got {here}"
-            )
+            reason = f" is {there} there and cannot change, got {here}"
+            raise InputError(Field("resume"), f" {folder}: ", Field(name), reason)
     return replace(options, out=folder)
 
 

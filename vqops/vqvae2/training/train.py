@@ -1,7 +1,7 @@
 """`vqops train`: a VQ-VAE-2 from images to a run folder."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,9 +65,8 @@ def train(options: TrainOptions) -> Path:
 def train_here(options: TrainOptions, device: torch.device) -> Path:
     """What each process does."""
     if options.batch_size % num_ranks():
-        raise InputError(
-            Field("batch_size"), f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
-        )
+        reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
+        raise InputError(Field("batch_size"), reason)
     progress = Progress(options.steps, quiet=not is_first())
     images, held_out = load_data(options, progress)
     window = window_of(images, options.image_size)
@@ -92,10 +91,10 @@ def train_here(options: TrainOptions, device: torch.device) -> Path:
     folder = start_folder(options, state.step) if is_first() else Path()
     progress.say(f"{len(images)} images, {window[0]} x {window[1]} pixels a crop, on {device}; run folder {folder}")
     training = VQVAE2Training(state, trained, validation, options, folder, progress)
-    run_steps(training, batches, options, progress, state.step)
+    run_steps(training, batches, state.step)
     if is_first():
         training.tensorboard.close()
-        finish(state, held_out, window, options, folder, progress)
+        finish(training, held_out, window)
     return folder
 
 
@@ -106,29 +105,25 @@ def start_folder(options: TrainOptions, step: int) -> Path:
         run_folder.rewind(folder, step)
     else:
         folder = run_folder.create(options.out)
-    with run_folder.writing_in(folder), run_folder.atomically(folder / run_folder.CONFIG) as temporary:
-        temporary.write_text(written(options))
+    with run_folder.writing_in(folder):
+        run_folder.write_text(folder / run_folder.CONFIG, written(options))
     return folder
 
 
+@dataclass
 class VQVAE2Training(Training):
-    """`trained` is the state's module, or stands for it in several processes."""
+    state: TrainState
+    trained: nn.Module  # the state's module, or what stands for it in several processes
+    validation: DataLoader
+    options: TrainOptions
+    folder: Path
+    progress: Progress
 
-    def __init__(
-        self,
-        state: TrainState,
-        trained: nn.Module,
-        validation: DataLoader,
-        options: TrainOptions,
-        folder: Path,
-        progress: Progress,
-    ):
-        self.state, self.trained, self.validation = state, trained, validation
-        self.options, self.folder, self.progress = options, folder, progress
-        self.module, self.optimizer, self.schedule = state.module, state.optimizer, options.schedule
-        self.device = next(state.module.parameters()).device
-        self.meter = CodeMeter(state.module.config, "loss", "mse")
-        self.tensorboard = TensorBoard(folder / run_folder.TENSORBOARD, state.step) if is_first() else None
+    def __post_init__(self):
+        self.module, self.optimizer, self.schedule = self.state.module, self.state.optimizer, self.options.schedule
+        self.device = next(self.module.parameters()).device
+        self.meter = CodeMeter(self.module.config, "loss", "mse")
+        self.tensorboard = TensorBoard(self.folder / run_folder.TENSORBOARD, self.state.step) if is_first() else None
         self.collapsed = set()
 
     def loss(self, pixels: Tensor, step: int) -> Tensor:  # uint8 [B, C, H, W]; []
@@ -202,15 +197,9 @@ def warn_of_collapse(row: dict[str, float], config: VQVAE2Config, collapsed: set
             collapsed.add(level)
 
 
-def finish(
-    state: TrainState,
-    held_out: Images,
-    window: tuple[int, int],
-    options: TrainOptions,
-    folder: Path,
-    progress: Progress,
-) -> None:
+def finish(training: VQVAE2Training, held_out: Images, window: tuple[int, int]) -> None:
     """Draw the pictures and say where they are and what comes next."""
+    state, options, folder, progress = training.state, training.options, training.folder, training.progress
     rows = run_folder.read_rows(folder)
     save_curves(folder / run_folder.CURVES, rows, training_panels(rows))
     shown = next(iter(validation_batches(held_out, window, options.batch_size, num_workers=0)))
@@ -244,9 +233,8 @@ def load_data(options: TrainOptions, progress: Progress) -> tuple[Images, Images
     """Training and validation images; says on screen which are held out."""
     if options.data is None:
         if options.data_key or options.val_data or options.val_key:
-            raise InputError(
-                Field("data_key"), ", ", Field("val_data"), " and ", Field("val_key"), " need ", Field("data")
-            )
+            keys = Field("data_key"), ", ", Field("val_data"), " and ", Field("val_key")
+            raise InputError(*keys, " need ", Field("data"))
         progress.say("no --data: photographs of scikit-image, chelsea (a cat) held out")
         return training_photographs(), held_out_photographs(options.image_size)
     images = load_images(options.data, options.data_key)
@@ -256,8 +244,7 @@ def load_data(options: TrainOptions, progress: Progress) -> tuple[Images, Images
         return images, load_images(options.data, options.val_key, channels=images.channels)
     if len(images) == 1:
         raise InputError(f"{options.data} holds one image: nothing can be held out, give ", Field("val_data"))
-    images, held_out = hold_out(images, options.seed)
-    total = len(images) + len(held_out)
-    seed = options.seed
-    progress.say(f"{options.data}: held out {len(held_out)} of {total} images (5 %, seed {seed}) for validation")
-    return images, held_out
+    training, held_out = (images.take(part.tolist()) for part in hold_out(len(images), options.seed))
+    said = f"held out {len(held_out)} of {len(images)} images (5 %, seed {options.seed}) for validation"
+    progress.say(f"{options.data}: {said}")
+    return training, held_out

@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-Options = TypeVar("Options")
+Kind = TypeVar("Kind")
 TRANSIENT = ("preset", "config", "resume", "overwrite")  # of a command, not of what it makes
 
 
@@ -38,7 +38,7 @@ def read_values(path: Path, kind: type) -> dict[str, Any]:
     return values
 
 
-def read_options(path: Path, kind: type[Options]) -> Options:
+def read_options(path: Path, kind: type[Kind]) -> Kind:
     values = read_values(path, kind)
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:

@@ -147,7 +147,7 @@ def kept_rows(model: VQVAE2, pixels: Tensor) -> int:
         raise InputError(
             Field("images"),
             f": the top level has one row of codes, each over {stride} rows of pixels, "
-            f"for images of {height} x {width}: no half can be kept"
+            f"for images of {height} x {width}: no half can be kept",
         )
     return rows // 2 * stride
 

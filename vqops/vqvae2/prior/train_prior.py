@@ -137,9 +137,7 @@ class PriorTraining(Training):
 
 def adamw(prior: Prior, options: TrainPriorOptions) -> torch.optim.Optimizer:
     """Weight decay for what multiplies; none for biases, norms and embeddings."""
-    decayed = {
-        id(module.weight) for module in prior.modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    decayed = {id(module.weight) for module in prior.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     groups = [
         {"params": [p for p in prior.parameters() if id(p) in decayed], "weight_decay": options.weight_decay},
         {"params": [p for p in prior.parameters() if id(p) not in decayed], "weight_decay": 0.0},

@@ -258,7 +258,7 @@ def evaluation(shape: Shape, device: str) -> Case:
 def system_step(device: str, size: int = 256, batch: int = 1, quick: bool = False) -> Case:
     """A training step of the VQ-VAE-2 network of this package, with its quantizers, the incumbent's, and none."""
     try:
-        from vqops.vqvae2.model import VQVAE2, VQVAE2Config
+        from vqops.vqvae2 import VQVAE2, VQVAE2Config
     except ImportError as error:
         raise Unavailable(f"vqops[train] is not installed ({error.name})") from None
     config = VQVAE2Config(channels=32 if quick else 128)

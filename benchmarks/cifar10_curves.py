@@ -19,8 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 import vqops
-from vqops.vqvae2 import train
-from vqops_cli.options import TrainOptions
+from vqops.vqvae2 import TrainOptions, train
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_curves"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "cifar10_curves.png"

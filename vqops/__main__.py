@@ -2,6 +2,6 @@
 
 import sys
 
-from vqops_cli import main
+from vqops.cli import main
 
 sys.exit(main())

@@ -243,7 +243,7 @@ def test_sdist_has_every_source_and_nothing_built(setup, source):
     (archive,) = (source / "dist").iterdir()
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    for folder in ("csrc", "tests", "vqops", "vqops_cli"):
+    for folder in ("csrc", "tests", "vqops"):
         packed = {name for name in names if name.startswith(f"{folder}/") and Path(name).suffix}
         assert packed == {
             str(path.relative_to(source))
@@ -260,7 +260,7 @@ def test_one_version():
 
 def test_command():
     (command,) = metadata.entry_points(group="console_scripts", name="vqops")
-    assert command.value == "vqops_cli:main"
+    assert command.value == "vqops.cli:main"
 
 
 @pytest.fixture

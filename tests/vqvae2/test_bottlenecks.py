@@ -13,10 +13,8 @@ from torch.testing import assert_close
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import extract, load_model, train
-from vqops.vqvae2.bottlenecks import KL_WEIGHT, Gaussian, Gumbel
-from vqops_cli.options import InputError, TrainOptions
-from vqops_cli.prior_options import ExtractOptions
+from vqops.vqvae2 import ExtractOptions, InputError, TrainOptions, extract, load_model, train
+from vqops.vqvae2.networks.bottlenecks import KL_WEIGHT, Gaussian, Gumbel
 
 VALUES = 48  # of an image
 
@@ -93,5 +91,5 @@ def test_training_reduces_the_error(data, tmp_path, bottleneck, levels):
 def test_what_has_no_codes_cannot_be_extracted(data, tmp_path):
     sizes = {"channels": 8, "codebook_size": 16, "code_dim": 4, "batch_size": 4}
     run = train(TrainOptions(data=data, **sizes, bottleneck="none", steps=1, device="cpu", out=tmp_path / "run"))
-    with pytest.raises(InputError, match="--bottleneck none has no codes"):
+    with pytest.raises(InputError, match="bottleneck none has no codes"):
         extract(ExtractOptions(run, data, tmp_path / "codes"))

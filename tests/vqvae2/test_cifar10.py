@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import train
-from vqops_cli.options import TrainOptions
+from vqops.vqvae2 import TrainOptions, train
 
 CIFAR10 = os.environ.get("VQOPS_CIFAR10")
 

@@ -15,11 +15,9 @@ from promises import REPEATS
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import Codes, CodesMeta, extract, load_model, train
-from vqops.vqvae2.labels import load_labels
-from vqops.vqvae2.model import as_float
-from vqops_cli.options import InputError, TrainOptions
-from vqops_cli.prior_options import ExtractOptions
+from vqops.vqvae2 import Codes, CodesMeta, ExtractOptions, InputError, TrainOptions, extract, load_model, train
+from vqops.vqvae2.data.labels import load_labels
+from vqops.vqvae2.networks.vqvae2 import as_float
 
 N = 21
 
@@ -70,7 +68,7 @@ def test_files_hold_the_codes_of_the_middle_crops(folder, tmp_path, capsys):
 @pytest.mark.parametrize("cut_after", [0, 1, 3])
 def test_cut_off_extraction_goes_on(folder, tmp_path, monkeypatch, cut_after, capsys):
     whole = Codes.open(extract(options_of(folder, tmp_path / "whole")))
-    monkeypatch.setattr(import_module("vqops.vqvae2.extract"), "MARK_EVERY", -1.0)  # after each batch
+    monkeypatch.setattr(import_module("vqops.vqvae2.prior.extract"), "MARK_EVERY", -1.0)  # after each batch
     write, batches = Codes.write, []
 
     def write_and_die(codes, start, indices):

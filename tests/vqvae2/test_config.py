@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from vqops_cli.config import read_options, written
-from vqops_cli.options import InputError, TrainOptions
-from vqops_cli.parsing import parsed
-from vqops_cli.presets import PRESETS
+from vqops.cli.parsing import parsed
+from vqops.cli.presets import PRESETS
+from vqops.vqvae2 import InputError, TrainOptions
+from vqops.vqvae2.files.config_file import read_options, written
 
 
 def test_options_survive_the_file(tmp_path):
@@ -61,11 +61,11 @@ def test_resume_takes_the_options_of_the_run(tmp_path):
         ("lr = '1'", "lr must be of another type, got '1'"),
         ("steps = 1.5", "steps must be of another type"),
         ("steps = true", "steps must be of another type"),
-        ("levels = 4", "levels must be 1, 2, 3, got 4"),
+        ("levels = 4", "levels must be 1, 2 or 3, got 4"),
         ("strides = [4.0, 2.0]", "strides must be of another type, got 4.0"),
-        ("strides = [4, 6]", "--strides must be 2 numbers, .* of 2, 4, 8 or 16, got 4 6"),
-        ("levels = true", "levels must be 1, 2, 3, got True"),
-        ("steps = 0", "--steps must be at least 1, got 0"),
+        ("strides = [4, 6]", "strides must be 2 numbers, .* of 2, 4, 8 or 16, got 4 6"),
+        ("levels = true", "levels must be 1, 2 or 3, got True"),
+        ("steps = 0", "steps must be at least 1, got 0"),
     ],
 )
 def test_files_that_are_refused(tmp_path, text, message):

@@ -13,15 +13,28 @@ from PIL import Image
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import VQVAE2, VQVAE2Config, compare, evaluate, extract, load_model, load_prior, train, train_prior
-from vqops.vqvae2.batches import validation_batches
-from vqops.vqvae2.compare import training_options
-from vqops.vqvae2.images import Images
-from vqops.vqvae2.latents import plane, save_index_maps
-from vqops.vqvae2.measures import measure
-from vqops_cli.evaluate_options import CompareOptions, EvaluateOptions
-from vqops_cli.options import InputError, TrainOptions
-from vqops_cli.prior_options import ExtractOptions, TrainPriorOptions
+from vqops.vqvae2 import (
+    VQVAE2,
+    CompareOptions,
+    EvaluateOptions,
+    ExtractOptions,
+    InputError,
+    TrainOptions,
+    TrainPriorOptions,
+    VQVAE2Config,
+    compare,
+    evaluate,
+    extract,
+    load_model,
+    load_prior,
+    train,
+    train_prior,
+)
+from vqops.vqvae2.data.batches import validation_batches
+from vqops.vqvae2.data.images import Images
+from vqops.vqvae2.evaluation.compare import training_options
+from vqops.vqvae2.evaluation.reconstruction_metrics import measure
+from vqops.vqvae2.pictures.latents import plane, save_index_maps
 
 SIZES = {"image_size": 16, "channels": 8, "codebook_size": 8, "code_dim": 4, "device": "cpu"}
 
@@ -146,7 +159,7 @@ def test_index_maps_cover_images_that_had_to_be_padded(tmp_path, strides):
 def test_comparison_passes_the_strides_on():
     options = CompareOptions(Path("out"), levels=2, strides=(8, 4))
     assert training_options(options).strides == (8, 4)
-    with pytest.raises(InputError, match=r"--strides must be 1 number, .* got 8 4"):
+    with pytest.raises(InputError, match=r"^strides must be 1 number, .* got 8 4"):
         CompareOptions(Path("out"), strides=(8, 4))
 
 

@@ -12,10 +12,9 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import save_file
 
-from vqops.vqvae2 import VQVAE2, VQVAE2Config, load_model, save_model
-from vqops.vqvae2.checkpoint import KIND, read_file, write_file
-from vqops.vqvae2.model import pad_to_multiple
-from vqops_cli.options import InputError, TrainOptions
+from vqops.vqvae2 import VQVAE2, InputError, TrainOptions, VQVAE2Config, load_model, save_model
+from vqops.vqvae2.networks.checkpoint import KIND, read_file, write_file
+from vqops.vqvae2.networks.vqvae2 import pad_to_multiple
 
 SMALL = VQVAE2Config(channels=8, codebook_size=16, code_dim=4)
 
@@ -88,8 +87,9 @@ def test_default_strides(levels):
     "levels, strides, got", [(2, (4,), "4"), (1, (4, 2), "4 2"), (2, (4, 3), "4 3"), (1, (1,), "1"), (1, (32,), "32")]
 )
 def test_strides_that_are_refused(levels, strides, got):
+    message = f"^strides must be {levels} number.* of levels {levels}, of 2, 4, 8 or 16, got {got}$"
     for kind in (VQVAE2Config, TrainOptions):
-        with pytest.raises(InputError, match=f"{levels} number.* of --levels {levels}, of 2, 4, 8 or 16, got {got}$"):
+        with pytest.raises(InputError, match=message):
             kind(levels=levels, strides=strides)
 
 

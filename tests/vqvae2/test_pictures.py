@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqops.vqvae2.pictures import curves
+from vqops.vqvae2.pictures.curves import curves, training_panels
 
 
 @pytest.mark.parametrize("steps", [1, 40])
@@ -13,7 +13,7 @@ def test_every_point_is_in_sight(steps):
         rows.append(row | {"perplexity_bottom": 480.0, "used_top": step / steps, "used_bottom": 1.0})
         if step % 5 == 0:
             rows[-1]["val_mse"] = 0.2 / (step + 1)
-    errors, perplexities, used = curves(rows).axes
+    errors, perplexities, used = curves(rows, training_panels(rows)).axes
     assert [len(axes.lines) for axes in (errors, perplexities, used)] == [2, 2, 2]
     for axes in (errors, perplexities, used):
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()

@@ -13,11 +13,19 @@ from torch.testing import assert_close
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import Codes, CodesMeta, Prior, PriorConfig, load_prior, train_prior
-from vqops.vqvae2.draw import choose, draw, draw_levels
-from vqops.vqvae2.prior import Cache, nats_per_code
-from vqops_cli.options import InputError
-from vqops_cli.prior_options import DrawOptions, TrainPriorOptions
+from vqops.vqvae2 import (
+    Codes,
+    CodesMeta,
+    DrawOptions,
+    InputError,
+    Prior,
+    PriorConfig,
+    TrainPriorOptions,
+    load_prior,
+    train_prior,
+)
+from vqops.vqvae2.prior.sampling import choose, draw, draw_levels
+from vqops.vqvae2.prior.transformer import Cache, nats_per_code
 
 K, NAMES, SIZES = 11, ("bottom", "middle", "top"), ((4, 6), (2, 3), (1, 2))
 LEVELS = ["bottom", "middle", "top"]
@@ -226,7 +234,7 @@ def test_refusals(codes, tmp_path):
     refused("has no level middle, only bottom, top", level="middle")
     refused("no codes are there", codes=tmp_path)
     refused("is not empty", out=codes)
-    with pytest.raises(InputError, match="--width must be a multiple of twice --heads 2, got 18"):
+    with pytest.raises(InputError, match=r"^width must be a multiple of twice heads 2, got 18"):
         replace(options_of(codes, tmp_path), width=18)
     with pytest.raises(InputError, match="no prior is there"):
         load_prior(tmp_path)

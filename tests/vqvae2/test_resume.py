@@ -17,9 +17,10 @@ from promises import REPEATS
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import run_folder, train, train_state
-from vqops_cli.config import read_options
-from vqops_cli.options import InputError, TrainOptions
+from vqops.vqvae2 import InputError, TrainOptions, train
+from vqops.vqvae2.files import run_folder
+from vqops.vqvae2.files.config_file import read_options
+from vqops.vqvae2.training import resume
 
 TINY = TrainOptions(
     steps=8,
@@ -146,7 +147,7 @@ def test_kill_during_a_write_leaves_the_checkpoint_before_or_after(data, whole, 
                 raise Killed
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train_state.torch, "save", dying_save)
+            patch.setattr(resume.torch, "save", dying_save)
             patch.setattr(run_folder.os, "replace", dying_replace)
             train(replace(TINY, data=data, out=run))
         kept = state_of(run)["step"] if (run / "train_state.pt").exists() else 0
@@ -161,9 +162,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import processor
-from vqops.vqvae2 import train
-from vqops_cli.config import read_options
-from vqops_cli.options import TrainOptions
+from vqops.vqvae2 import TrainOptions, train
+from vqops.vqvae2.files.config_file import read_options
 
 config, run, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 options = replace(read_options(config, TrainOptions), out=run)
@@ -213,7 +213,7 @@ def test_run_cut_off_before_its_pictures_draws_them(data, whole, tmp_path, monke
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(import_module("vqops.vqvae2.train"), "save_reconstructions", die)
+        patch.setattr(import_module("vqops.vqvae2.training.train"), "save_reconstructions", die)
         train(replace(TINY, data=data, out=tmp_path / "run"))
     run = train(replace(TINY, data=data, resume=tmp_path / "run"))
     assert (run / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()
@@ -230,11 +230,11 @@ def refused(message: str, **changes) -> None:
 def test_what_does_not_fit_the_run_is_refused(data, whole, tmp_path):
     before = {name: (whole / name).read_bytes() for name in os.listdir(whole) if (whole / name).is_file()}
     refused("no run of vqops train is there", data=data, resume=tmp_path)
-    refused("has done its 8 steps: name more with --steps", data=data, resume=whole)
+    refused("has done its 8 steps: name more with steps", data=data, resume=whole)
     refused("has done its 8 steps", data=data, resume=whole, strides=(4, 2))  # the default, by name
-    refused("--lr is 0.0003 there and cannot change, got 0.1", data=data, resume=whole, lr=0.1, steps=20)
-    refused(r"--strides is \(4, 2\) there and cannot change, got \(8, 2\)", data=data, resume=whole, strides=(8, 2))
-    refused("--out .*other is another", data=data, resume=whole, out=tmp_path / "other")
+    refused("lr is 0.0003 there and cannot change, got 0.1", data=data, resume=whole, lr=0.1, steps=20)
+    refused(r"strides is \(4, 2\) there and cannot change, got \(8, 2\)", data=data, resume=whole, strides=(8, 2))
+    refused("out .*other is another", data=data, resume=whole, out=tmp_path / "other")
     assert before == {name: (whole / name).read_bytes() for name in before}
 
 

@@ -15,6 +15,13 @@ pytest.importorskip("safetensors")
 
 from vqops.vqvae2 import (
     VQVAE2,
+    CompleteOptions,
+    EvaluateOptions,
+    ExtractOptions,
+    InputError,
+    SampleOptions,
+    TrainOptions,
+    TrainPriorOptions,
     VQVAE2Config,
     complete,
     evaluate,
@@ -25,10 +32,7 @@ from vqops.vqvae2 import (
     train,
     train_prior,
 )
-from vqops.vqvae2.sample import upper_codes
-from vqops_cli.evaluate_options import EvaluateOptions
-from vqops_cli.options import InputError, TrainOptions
-from vqops_cli.prior_options import CompleteOptions, ExtractOptions, SampleOptions, TrainPriorOptions
+from vqops.vqvae2.prior.sample import upper_codes
 
 DARK, LIGHT = 40, 220
 
@@ -152,13 +156,13 @@ def test_refusals(chain, tmp_path):
         with pytest.raises(InputError, match=message):
             action(replace(options_of(kind, chain, tmp_path / "out", **extra), **changes))
 
-    refused("--class red: the priors do not know it, only dark, light", sample, classes=("red",))
+    refused("classes red: the priors do not know it, only dark, light", sample, classes=("red",))
     refused("names none of level top", sample, prior=(chain / "bottom",))
     refused("names two priors of level top", sample, prior=(chain / "top", chain / "top"))
     refused("no prior is there", sample, prior=(chain, chain / "top"))
     refused("no such file", sample, run=tmp_path)
     refused("is not empty", sample, out=chain)
-    refused("--class names 2 classes", complete, classes=("dark", "light"))
+    refused("classes names 2 classes", complete, classes=("dark", "light"))
     refused("two files of one name", complete, images=(chain / "0.png", chain / "0.png"))
     Image.new("L", (4, 4)).save(tmp_path / "small.png")
     refused("small.png is 4 x 4, at least 16 x 14 is needed", complete, images=(tmp_path / "small.png",))
@@ -174,7 +178,7 @@ def test_priors_of_another_model_are_refused(chain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag, value, allowed",
+    "name, value, allowed",
     [
         ("temperature", -1, "at least 0"),
         ("top_k", -1, "at least 0"),
@@ -182,9 +186,9 @@ def test_priors_of_another_model_are_refused(chain, tmp_path):
         ("count", 0, "at least 1"),
     ],
 )
-def test_values_out_of_range(flag, value, allowed):
-    options = {"run": Path("run"), "prior": (Path("a"),), "out": Path("b"), flag: value}
-    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} must be {allowed}"):
+def test_values_out_of_range(name, value, allowed):
+    options = {"run": Path("run"), "prior": (Path("a"),), "out": Path("b"), name: value}
+    with pytest.raises(InputError, match=f"^{name} must be {allowed}"):
         SampleOptions(**options)
-    with pytest.raises(InputError, match="--prior names no folder"):
+    with pytest.raises(InputError, match=r"^prior names no folder"):
         SampleOptions(Path("run"), (), Path("out"))

@@ -15,9 +15,8 @@ from torch.testing import assert_close
 pytest.importorskip("tyro")
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import train
-from vqops_cli.config import read_options, written
-from vqops_cli.options import TrainOptions
+from vqops.vqvae2 import TrainOptions, train
+from vqops.vqvae2.files.config_file import read_options, written
 
 OPTIONS = TrainOptions(
     steps=6,

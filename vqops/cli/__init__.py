@@ -1,0 +1,61 @@
+"""The `vqops` command: flags to options to one function call."""
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a VQ-VAE-2 on your images, or on photographs that come along",
+    "reconstruct": "pass images through the codes of a trained model",
+    "extract": "write the codes of images, for the priors to learn",
+    "train-prior": "train a transformer on the codes of one level",
+    "sample": "draw images from the priors",
+    "complete": "draw the lower half of images",
+    "evaluate": "measure a model: error, use of the codes, likelihood, classification accuracy score",
+    "compare": "train autoencoder, VAE, discrete VAE and VQ-VAE on the same images, side by side",
+    "info": "what was built, and which implementation each op takes on this machine",
+}
+EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage", "tomli")  # what vqops[train] brings
+USAGE = "usage: vqops COMMAND ...\n\n" + "".join(f"  {name:<13}{about}\n" for name, about in COMMANDS.items())
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; what the user got wrong is one line on stderr and code 2."""
+    command, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE + "\n`vqops COMMAND --help` lists its flags.")
+        return 0
+    if command not in COMMANDS:
+        return refuse(f"vqops: there is no command {command!r}, only {', '.join(COMMANDS)}")
+    try:
+        return run_info() if command == "info" else run(command, flags)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        return refuse(f"vqops {command} needs {package}: pip install 'vqops[train]'")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def run_info() -> int:
+    from vqops.info import main as info
+
+    info()
+    return 0
+
+
+def run(command: str, flags: list[str]) -> int:
+    from vqops import vqvae2
+    from vqops.cli.parsing import flag, parsed
+
+    try:
+        getattr(vqvae2, command.replace("-", "_"))(parsed(command, flags))
+    except vqvae2.InputError as error:
+        return refuse(f"vqops {command}: {error.message(flag)}")
+    return 0
+
+
+def refuse(line: str) -> int:
+    print(line, file=sys.stderr)
+    return BAD_INPUT

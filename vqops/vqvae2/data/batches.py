@@ -1,0 +1,148 @@
+"""From images of any size to batches of one size: what is held out, where crops are cut, in which order they come.
+
+Everything is a function of the seed and the number of the draw, so a run does not depend on the number of workers.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vqops.vqvae2.data.images import Images
+
+HELD_OUT_SHARE = 0.05
+
+
+def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split off the last 5 % of a seeded order, at least one: positions of the others, of the held-out ones."""
+    order = np.random.default_rng(seed).permutation(count)
+    kept = count - max(1, round(HELD_OUT_SHARE * count))
+    return order[:kept], order[kept:]
+
+
+def window_of(images: Images, image_size: int) -> tuple[int, int]:
+    """Height and width of the crops: image_size, or less where no image is as large."""
+    return min(image_size, images.largest[0]), min(image_size, images.largest[1])
+
+
+def training_batches(
+    images: Images,
+    window: tuple[int, int],
+    batch_size: int,
+    steps: int,
+    seed: int,
+    num_workers: int,
+    first_step: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> DataLoader:  # of uint8 [batch_size // part[1], C, *window]
+    """Random crops, one batch a step; each epoch visits the images in a new order.
+
+    The batches are those of steps first_step to steps - 1; of each, this is part[0] of part[1] consecutive ones.
+    """
+    return DataLoader(
+        Crops(images, window, seed),
+        batch_sampler=ShuffledBatches(len(images), batch_size, steps, seed, first_step, part),
+        num_workers=num_workers,
+        collate_fn=stack,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
+        persistent_workers=num_workers > 0,
+    )
+
+
+def validation_batches(
+    images: Images, window: tuple[int, int], batch_size: int, num_workers: int, part: tuple[int, int] = (0, 1)
+) -> DataLoader:  # of uint8 [<= batch_size, C, *window]
+    """The middle of each image, in order; of the batches every part[1]-th, from part[0] on."""
+    return DataLoader(
+        Crops(images, window),
+        batch_sampler=[
+            [(index, None) for index in range(start, min(start + batch_size, len(images)))]
+            for start in range(part[0] * batch_size, len(images), part[1] * batch_size)
+        ],
+        num_workers=num_workers,
+        collate_fn=stack,
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
+    )
+
+
+def middles(images: Images, window: tuple[int, int], positions: Sequence[int]) -> Tensor:  # uint8 [N, C, *window]
+    """The middle of each of these images."""
+    crops = Crops(images, window)
+    return stack([crops[(int(position), None)] for position in positions])
+
+
+class Crops(Dataset):
+    """Items (index, draw): a window of image `index`, in the middle if draw is None, else where seed and draw say."""
+
+    def __init__(self, images: Images, window: tuple[int, int], seed: int = 0):
+        self.images, self.window, self.seed = images, window, seed
+
+    def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray:  # uint8 [*window, C]
+        index, draw = item
+        image = extended(self.images[index], self.window)
+        room = [size - window for size, window in zip(image.shape[:2], self.window, strict=True)]
+        if draw is None:
+            top, left = (space // 2 for space in room)
+        elif room == [0, 0]:
+            top, left = 0, 0
+        else:
+            top, left = np.random.default_rng((self.seed, draw)).integers(0, room, endpoint=True)
+        return image[top : top + self.window[0], left : left + self.window[1]]
+
+
+class ShuffledBatches(Sampler):
+    """Batches of (image index, number of the draw): epoch after epoch, batches running across their boundaries."""
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        first_step: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ):
+        self.num_images, self.batch_size, self.steps, self.seed = num_images, batch_size, steps, seed
+        self.first_step, self.part = first_step, part
+
+    def __len__(self) -> int:
+        return max(self.steps - self.first_step, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        draws = self.draws(self.first_step * self.batch_size)
+        share = self.batch_size // self.part[1]
+        for _ in range(self.first_step, self.steps):
+            batch = [next(draws) for _ in range(self.batch_size)]
+            yield batch[self.part[0] * share : (self.part[0] + 1) * share]
+
+    def draws(self, first: int) -> Iterator[tuple[int, int]]:
+        random, draw = np.random.default_rng(self.seed), 0
+        while True:
+            order = random.permutation(self.num_images)
+            skipped = min(max(first - draw, 0), self.num_images)
+            yield from enumerate_from(draw + skipped, order[skipped:].tolist())
+            draw += self.num_images
+
+
+def enumerate_from(first: int, indices: list[int]) -> Iterator[tuple[int, int]]:
+    return ((index, draw) for draw, index in enumerate(indices, start=first))
+
+
+def extended(image: np.ndarray, window: tuple[int, int]) -> np.ndarray:  # [H, W, C]
+    """The image, reflected at the right and bottom until it is as large as the window."""
+    height, width = (max(w - size, 0) for size, w in zip(image.shape[:2], window, strict=True))
+    return np.pad(image, ((0, height), (0, width), (0, 0)), mode="reflect") if height or width else image
+
+
+def stack(images: Sequence[np.ndarray]) -> Tensor:  # uint8 [H, W, C] each; [B, C, H, W], channels last in memory
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the run needs its workers until the step at hand is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,26 @@
+"""What is raised for input that cannot be used."""
+
+from collections.abc import Callable
+
+
+class Field(str):
+    """The name of an option or argument, as a part of a message."""
+
+
+class InputError(ValueError):
+    """What was given cannot be used; the message names it, and what is allowed.
+
+    The arguments are the parts of the message. Names of options are `Field`s, so that a command line can write its
+    flags in their place.
+    """
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(part for part in self.args if isinstance(part, Field))
+
+    def __str__(self) -> str:
+        return self.message(str)
+
+    def message(self, named: Callable[[str], str]) -> str:
+        """The message, with each option as `named` writes it."""
+        return "".join(named(part) if isinstance(part, Field) else part for part in self.args)

@@ -1,0 +1,115 @@
+"""`vqops compare`: one model a bottleneck, on the same images and budget."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vqops.vqvae2.data.batches import validation_batches, window_of
+from vqops.vqvae2.data.labels import load_labels
+from vqops.vqvae2.evaluation.options import CompareOptions
+from vqops.vqvae2.evaluation.reconstruction_metrics import measure
+from vqops.vqvae2.files.run_folder import check_output, write_text
+from vqops.vqvae2.networks.checkpoint import load_model
+from vqops.vqvae2.networks.vqvae2 import VQVAE2
+from vqops.vqvae2.options import values_for
+from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
+from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
+from vqops.vqvae2.training.options import TrainOptions
+from vqops.vqvae2.training.progress import Progress, say
+from vqops.vqvae2.training.train import load_data, train
+
+NAMES = {
+    "none": "autoencoder",
+    "gaussian": "VAE",
+    "gumbel": "discrete VAE (Gumbel)",
+    "vq": "VQ-VAE",
+}
+
+
+def compare(options: CompareOptions) -> Path:
+    """Train a model for each bottleneck and write a Markdown table and pictures of all of them.
+
+    Raises InputError for anything that cannot be used.
+    """
+    check_output(options.out)
+    base = training_options(options)
+    batches = held_out_batches(base)
+    labels, classes = None, ()
+    if options.label_key is not None:
+        source = options.val_data or options.data
+        labels, classes = load_labels(source, options.label_key, len(batches.dataset.images))
+    rows, models = {}, {}
+    for bottleneck in options.bottleneck:
+        started = time.perf_counter()
+        run = train(replace(base, bottleneck=bottleneck, out=options.out / bottleneck))
+        seconds = time.perf_counter() - started
+        models[bottleneck] = load_model(run)
+        rows[bottleneck] = measure(models[bottleneck], batches) | {"seconds": seconds}
+        seen = Seen(models[bottleneck], batches)
+        save_latents(options.out / f"latents_{bottleneck}.png", seen, labels, classes)
+        if bottleneck == "vq":
+            save_codes(options.out / "codes.png", seen)
+            save_index_maps(options.out / "index_maps.png", models["vq"], next(iter(batches)))
+    shown = next(iter(batches))[:SHOWN_IMAGES]
+    save_side_by_side(options.out / "reconstructions.png", shown, models)
+    table = markdown(rows, options)
+    write_text(options.out / "comparison.md", table)
+    say(table)
+    for name in sorted(path.name for path in options.out.glob("*.png")):
+        say(str(options.out / name))
+    if "vq" in options.bottleneck:
+        key = f" --data-key {options.data_key}" if options.data_key else ""
+        say(f"next: vqops extract {options.out / 'vq'} --data {options.data or 'PATH'}{key} --out CODES")
+    return options.out
+
+
+def training_options(options: CompareOptions) -> TrainOptions:
+    values = values_for(TrainOptions, options) | {"bottleneck": "vq", "out": None}  # each run has its own
+    return TrainOptions(**values, eval_every=max(options.steps // 5, 1), checkpoint_every=options.steps)
+
+
+def held_out_batches(options: TrainOptions) -> DataLoader:  # of uint8 [B, C, H, W]
+    images, held_out = load_data(options, Progress(0, quiet=True))
+    return validation_batches(held_out, window_of(images, options.image_size), options.batch_size, num_workers=0)
+
+
+def markdown(rows: dict[str, dict[str, float]], options: CompareOptions) -> str:
+    levels = [key.removeprefix("perplexity_") for row in rows.values() for key in row if key.startswith("perplexity_")]
+    levels = list(dict.fromkeys(levels))
+    heads = ["bottleneck", "MSE", "PSNR (dB)", "SSIM", "bits/dim"]
+    heads += [f"{what}, {level}" for level in levels for what in ("perplexity", "codes used")] + ["seconds"]
+    lines = [" | ".join(heads), " | ".join(["---"] + ["---:"] * (len(heads) - 1))]
+    for bottleneck, row in rows.items():
+        cells = [NAMES[bottleneck], f"{row['mse']:.5f}", f"{row['psnr']:.2f}", f"{row['ssim']:.4f}"]
+        cells.append("-" if math.isnan(row["bits_per_dim"]) else f"{row['bits_per_dim']:.4f}")
+        for level in levels:
+            used = row.get(f"codes_used_{level}")
+            cells += ["-", "-"] if used is None else [f"{row[f'perplexity_{level}']:.1f}", str(used)]
+        lines.append(" | ".join([*cells, f"{row['seconds']:.0f}"]))
+    images = next(iter(rows.values()))["images"]
+    note = (
+        f"{options.steps} steps of {options.batch_size} images, {options.levels} level(s), seed {options.seed}; "
+        f"measured on {images} held-out images, values in [0, 1], clamped. Bits/dim: KL of the VAE, log2 K a code "
+        f"without a prior."
+    )
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n"
+
+
+@torch.no_grad()
+def save_side_by_side(path: Path, images: Tensor, models: dict[str, VQVAE2]) -> None:
+    """A PNG with the held-out images in the first row, and what each model makes of them below, named at the left."""
+    rows = {"held out": images} | {NAMES[name]: model.reconstruct(images) for name, model in models.items()}
+    strips = []
+    for name, batch in rows.items():
+        strip = np.concatenate(list(framed(batch.expand(-1, 3, -1, -1))), axis=1)
+        label = Image.new("RGB", (150, strip.shape[0]), "white")
+        ImageDraw.Draw(label).text((6, strip.shape[0] // 2 - 6), name, fill="black")
+        strips.append(np.concatenate([np.asarray(label), strip], axis=1))
+    write_png(path, np.concatenate(strips, axis=0))

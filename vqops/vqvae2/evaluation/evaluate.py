@@ -1,0 +1,177 @@
+"""`vqops evaluate`: the figures of a model, each with its scale, range and split."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqops.vqvae2.data.batches import middles, validation_batches, window_of
+from vqops.vqvae2.data.images import Images
+from vqops.vqvae2.data.labels import load_labels
+from vqops.vqvae2.data.sources import load_images
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.evaluation.classifier import accuracy, trained
+from vqops.vqvae2.evaluation.options import EvaluateOptions
+from vqops.vqvae2.evaluation.reconstruction_metrics import measure
+from vqops.vqvae2.files.run_folder import check_output, write_text, writing_in
+from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, training_options
+from vqops.vqvae2.networks.vqvae2 import as_float
+from vqops.vqvae2.options import values_for
+from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
+from vqops.vqvae2.prior.checkpoint import load_priors
+from vqops.vqvae2.prior.options import DrawOptions
+from vqops.vqvae2.prior.sample import decoded
+from vqops.vqvae2.prior.sampling import draw_levels
+from vqops.vqvae2.prior.train_prior import bits_per_dim
+from vqops.vqvae2.prior.transformer import Prior, nats_per_code
+from vqops.vqvae2.training.processes import pick_device
+from vqops.vqvae2.training.progress import say
+
+SCALES = {
+    "mse": "squared error per value, values in [0, 1], clamped; lower is better",
+    "psnr": "dB, -10 log10 of the mse of all values; higher is better",
+    "ssim": "-1 to 1, scikit-image, uniform 7 x 7 window, mean over channels and images; higher is better",
+    "bits_per_dim": "bits per value of the image, log2 K a code (KL for gaussian), without a prior",
+    "perplexity": "1 to K, exp of the entropy of the use of the codes over all images",
+    "codes_used": "0 to K, codes used at least once",
+    "nats_per_code": "nats, -ln p(code) of the prior, 0 to about ln K; lower is better",
+    "prior_bits_per_dim": "bits per value of the image, codes of all levels with their priors; lower is better",
+    "accuracy": "share of real images named rightly, 0 to 1, by a small classifier trained on other images",
+}
+
+
+def evaluate(options: EvaluateOptions) -> Path:
+    """Measure and write evaluation.json, evaluation.md and pictures. Raises InputError for what cannot be used."""
+    check_output(options.out)
+    evaluation = Evaluation(options)
+    model, batches = evaluation.model, evaluation.batches
+    measured = {name: value for name, value in measure(model, batches).items() if not math.isnan(value)}
+    rows = [row(name, value, evaluation.split) for name, value in measured.items() if name != "images"]
+    if evaluation.priors:
+        rows += evaluation.likelihoods()
+    if options.classifier_data is not None:
+        rows += evaluation.scores()
+    with writing_in(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_text(options.out / "evaluation.json", json.dumps(rows, indent=2) + "\n")
+        write_text(options.out / "evaluation.md", markdown(rows))
+    seen = Seen(model, batches)
+    save_latents(options.out / "latents.png", seen, evaluation.labels, evaluation.classes)
+    if model.config.bottleneck == "vq":
+        save_codes(options.out / "codes.png", seen)
+        save_index_maps(options.out / "index_maps.png", model, next(iter(batches)))
+    say(markdown(rows))
+    say(f"written, with pictures, to {options.out}")
+    following = "sample RUN --prior FOLDER... --out FOLDER" if options.prior else "extract RUN --data PATH --out CODES"
+    say(f"next: vqops {following.replace('RUN', str(options.run))}")
+    return options.out
+
+
+def row(name: str, value: float, split: str) -> dict[str, object]:
+    scale = next(text for key, text in SCALES.items() if name.startswith(key))
+    return {"name": name, "value": value, "scale": scale, "split": split}
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    lines = ["| figure | value | scale | measured on |", "| --- | ---: | --- | --- |"]
+    for one in rows:
+        value = one["value"] if isinstance(one["value"], int) else f"{one['value']:.4g}"
+        lines.append(f"| {one['name']} | {value} | {one['scale']} | {one['split']} |")
+    return "\n".join(lines) + "\n"
+
+
+def prior_labels(prior: Prior, labels: np.ndarray | None, classes: tuple[str, ...]) -> np.ndarray | None:
+    """The labels in the priors' numbers; raises InputError for a class that they do not know."""
+    if labels is None or not prior.config.classes:
+        return None
+    if unknown := [name for name in classes if name not in prior.config.classes]:
+        raise InputError(f"the priors do not know the classes {', '.join(unknown)}")
+    return np.array([prior.config.classes.index(name) for name in classes])[labels]
+
+
+class Evaluation:
+    """A model, the images to measure it on, and its priors, if they are given."""
+
+    def __init__(self, options: EvaluateOptions):
+        self.options, self.device = options, pick_device(options.device)
+        path = model_path(options.run)
+        self.model = load_model(options.run, self.device)
+        self.images = load_images(options.data, options.data_key, channels=self.model.config.image_channels)
+        self.labels, self.classes = load_labels(options.data, options.label_key, len(self.images))
+        image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size
+        self.window = window_of(self.images, image_size)
+        self.batches = validation_batches(self.images, self.window, options.batch_size, num_workers=0)
+        key = f"[{options.data_key}]" if options.data_key else ""
+        self.split = f"{len(self.images)} images of {options.data}{key}"
+        self.priors: list[Prior] = []
+        if options.prior:
+            levels = self.model.config.level_names
+            self.priors, about = load_priors(options.prior, fingerprint(path), levels, self.device)
+            if (learned := tuple(about["image_shape"][1:])) != self.window:
+                there, here = (f"{height} x {width}" for height, width in (learned, self.window))
+                raise InputError(f"the priors learned the codes of images of {there}, these are {here}")
+
+    @torch.no_grad()
+    def likelihoods(self) -> list[dict[str, object]]:
+        priors, labels = self.priors, prior_labels(self.priors[0], self.labels, self.classes)
+        nats, start = torch.zeros(len(priors), dtype=torch.float64), 0
+        for pixels in self.batches:
+            codes = self.model.encode(as_float(pixels.to(self.device)))
+            count = len(pixels)
+            for level, prior in enumerate(priors):
+                if labels is None:
+                    given = torch.full((count,), prior.no_class, device=self.device)
+                else:
+                    given = torch.from_numpy(labels[start : start + count]).to(self.device)
+                nats[level] += nats_per_code(prior, codes[level], codes[level + 1 :], given).item() * count
+            start += count
+        nats = (nats / start).tolist()
+        shape = (self.model.config.image_channels, *pixels.shape[-2:])
+        bits = sum(bits_per_dim(value, prior.config, shape) for value, prior in zip(nats, priors, strict=True))
+        names = [f"nats_per_code_{prior.config.level}" for prior in priors]
+        return [row(name, n, self.split) for name, n in zip([*names, "prior_bits_per_dim"], [*nats, bits], strict=True)]
+
+    def scores(self) -> list[dict[str, object]]:
+        """Accuracy on these images of classifiers that learned from real images, reconstructions and samples."""
+        options, model, classes = self.options, self.model, self.classes
+        if self.labels is None:
+            needed = f" needs labels of {options.data}, too: give "
+            raise InputError(Field("classifier_data"), needed, Field("label_key"))
+        source = load_images(options.classifier_data, options.classifier_key, channels=model.config.image_channels)
+        learned, names = load_labels(options.classifier_data, options.classifier_label_key, len(source))
+        if learned is None or names != classes:
+            found = f": its classes are {', '.join(names) or 'none'}, not {', '.join(classes)}"
+            raise InputError(Field("classifier_data"), found)
+        order = np.random.default_rng(options.seed).permutation(len(source))[: options.classifier_images]
+        targets = torch.from_numpy(learned[order]).to(self.device)
+        real = self.middles(source, order)
+        parts = [model.reconstruct(part) for part in real.split(options.batch_size)]
+        sets = {"real": real, "reconstructions": torch.cat(parts)}
+        if self.priors:
+            sets["samples"] = self.drawn(targets)
+        tested, truth = self.middles(self.images, range(len(self.images))), torch.from_numpy(self.labels)
+        rows = []
+        for name, pixels in sets.items():
+            classifier = trained(pixels, targets, len(classes), options.classifier_steps, options.seed)
+            where = f"tested on {self.split}; trained on {len(pixels)} {name}, {options.classifier_steps} steps"
+            rows.append(row(f"accuracy_{name}", accuracy(classifier, tested, truth.to(self.device)), where))
+        return rows
+
+    def middles(self, images: Images, positions: Sequence[int]) -> Tensor:
+        return middles(images, self.window, positions).contiguous().to(self.device)
+
+    def drawn(self, targets: Tensor) -> Tensor:
+        """A sample for each label, as the priors learned: temperature 1, no guidance."""
+        numbers = prior_labels(self.priors[0], np.arange(len(self.classes)), self.classes)
+        if numbers is None:
+            raise InputError(Field("prior"), ": these priors learned no classes, samples of a class cannot be drawn")
+        options = DrawOptions(**values_for(DrawOptions, self.options))
+        generator = torch.Generator(self.device).manual_seed(options.seed)
+        with torch.no_grad():
+            parts = torch.from_numpy(numbers).to(self.device)[targets].split(options.batch_size)
+            codes = (draw_levels(self.priors, part, options, generator) for part in parts)
+            return torch.cat([decoded(self.model, levels, self.window) for levels in codes])

@@ -1,0 +1,112 @@
+"""The options of the commands that measure: reconstruct, evaluate and compare."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.networks.vqvae2 import Bottleneck, level_strides
+from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed
+
+
+@dataclass(frozen=True)
+class ReconstructOptions(Options):
+    """Pass images through the codes of a trained model and write what comes back as PNG files."""
+
+    run: Run
+    images: tuple[Path, ...]
+    """Image files of any size."""
+    out: Path
+    """Folder for the reconstructions. It must be empty or new."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.images:
+            raise InputError("name at least one image file after the run")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(Options):
+    """Measure a trained model on images: error, use of the codes, and what priors and a classifier make of them.
+
+    Every number is written with its scale, range and split.
+    """
+
+    run: Run
+    data: str
+    """Images to measure on, as of `vqops train`; take some that the model was not trained on."""
+    out: Path
+    """Folder for evaluation.json, evaluation.md and pictures. It must be empty or new."""
+    data_key: str | None = None
+    """Array or column of the images."""
+    label_key: str | None = None
+    """Array or column of their labels, which --prior and --classifier-data use."""
+    prior: tuple[Path, ...] = ()
+    """Priors of `vqops train-prior`, one a level: their likelihood of the codes of the images is measured, and the
+    classification accuracy score of their samples."""
+    classifier_data: str | None = None
+    """Labelled images for the classification accuracy score: a small classifier learns from them as they are, from
+    their reconstructions, and (with --prior) from samples, and is tested on --data."""
+    classifier_key: str | None = None
+    """Array or column of these images."""
+    classifier_label_key: str | None = None
+    """Array or column of their labels."""
+    classifier_steps: Count = 500
+    """Training steps of each classifier, of 64 images."""
+    classifier_images: Count = 2000
+    """Images each classifier learns from; so many samples are drawn."""
+    image_size: Count | None = None
+    """Take the middle of each image, of this size (default: the crop size of the training)."""
+    batch_size: Count = 64
+    """Images at a time."""
+    seed: Seed = 0
+    """Seed of samples and classifiers."""
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class CompareOptions(Options):
+    """Train one model a bottleneck on the same images and steps, and lay the results side by side."""
+
+    out: Path
+    """Folder for the runs, comparison.md and the pictures. It must be empty or new."""
+    data: str | None = None
+    """Training images, as of `vqops train`."""
+    data_key: str | None = None
+    """Array or column of the training images."""
+    val_data: str | None = None
+    """Validation images; without them 5 % of the training images are held out."""
+    val_key: str | None = None
+    """Array or column of the validation images."""
+    label_key: str | None = None
+    """Array or column of the labels of the validation images, for the picture of the latent space."""
+    bottleneck: tuple[Bottleneck, ...] = ("none", "gaussian", "gumbel", "vq")
+    """The bottlenecks to compare."""
+    levels: Literal[1, 2, 3] = 1
+    """Levels of each model."""
+    strides: tuple[int, ...] = ()
+    """What a code covers along an axis at each level, as of `vqops train`."""
+    steps: Count = 1000
+    """Training steps of each model."""
+    batch_size: Count = 32
+    """Images per step."""
+    lr: Positive = 3e-4
+    """Learning rate of Adam."""
+    image_size: Count = 64
+    """Train on random crops of this size."""
+    codebook_size: Count = 512
+    """Codes per level (K)."""
+    code_dim: Count = 64
+    """Dimensions of a code, or of a latent (D)."""
+    channels: int = 128
+    """Channels of the convolutions."""
+    seed: Seed = 0
+    """Seed of every model."""
+    device: Device = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.bottleneck or len(set(self.bottleneck)) < len(self.bottleneck):
+            allowed = f"at least one of {', '.join(get_args(Bottleneck))}, and different ones"
+            raise InputError(Field("bottleneck"), f" must be {allowed}, got {' '.join(self.bottleneck)}")
+        level_strides(self.strides, self.levels)

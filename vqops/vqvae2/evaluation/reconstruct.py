@@ -1,0 +1,48 @@
+"""`vqops reconstruct`: images through the codes of a trained model."""
+
+from pathlib import Path
+
+import torch
+
+from vqops.vqvae2.data.images import EncodedImage
+from vqops.vqvae2.errors import InputError
+from vqops.vqvae2.evaluation.options import ReconstructOptions
+from vqops.vqvae2.files.run_folder import check_output, writing_in
+from vqops.vqvae2.metrics import psnr
+from vqops.vqvae2.networks.checkpoint import load_model
+from vqops.vqvae2.pictures.grids import write_png
+from vqops.vqvae2.training.progress import say
+
+
+def reconstruct(options: ReconstructOptions) -> None:
+    """Write the reconstruction of each image, at its own size, as a PNG of the same name.
+
+    Raises InputError, before anything is written, for a model or an image that cannot be read, for two images of one
+    name, and for an output folder that cannot be used.
+    """
+    check_output(options.out)
+    outputs = output_paths(options.images, options.out)
+    model = load_model(options.run)
+    channels = model.config.image_channels
+    for image in options.images:
+        EncodedImage.of_file(image).decode(channels)
+    with writing_in(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        for image, output in zip(options.images, outputs, strict=True):
+            pixels = torch.from_numpy(EncodedImage.of_file(image).decode(channels)).permute(2, 0, 1)[None]
+            reconstruction = model.reconstruct(pixels)
+            write_png(output, reconstruction[0].permute(1, 2, 0).numpy())
+            mse = (pixels.float() - reconstruction.float()).div(255).square().mean().item()
+            say(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)")
+    following = "vqops extract RUN --data PATH --out CODES" if model.config.discrete else "vqops compare --out FOLDER"
+    say(f"next: {following.replace('RUN', str(options.run))}")
+
+
+def output_paths(images: tuple[Path, ...], folder: Path) -> list[Path]:
+    sources = {}
+    for image in images:
+        output = folder / f"{image.stem}.png"
+        if output in sources:
+            raise InputError(f"{sources[output]} and {image} would both be written to {output}: rename one")
+        sources[output] = image
+    return list(sources)

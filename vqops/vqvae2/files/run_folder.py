@@ -1,0 +1,113 @@
+"""The folder of a run: how it is chosen, and files that are either whole or not there."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from itertools import count
+from pathlib import Path
+
+from vqops.vqvae2.errors import InputError
+
+MODEL, METRICS, RECONSTRUCTIONS, CURVES = "model.safetensors", "metrics.jsonl", "reconstructions.png", "curves.png"
+CONFIG, TRAIN_STATE, TENSORBOARD = "config.toml", "train_state.pt", "tensorboard"
+UNFINISHED = re.compile(r"\.\d+\..+")  # the names that `atomically` gives
+
+
+def check_output(folder: Path | None, overwrite: bool = False) -> None:
+    """Refuse, with an InputError, a folder that cannot be created or written, or that holds files. Changes nothing."""
+    existing = nearest_existing(folder or Path("runs"))
+    if not existing.is_dir():
+        raise InputError(f"{folder}: cannot be a folder, {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{folder or 'runs'}: no permission to write in {existing}")
+    if folder == existing and not overwrite and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: name an empty or new folder")
+
+
+def nearest_existing(path: Path) -> Path:
+    return path if path.exists() or path.parent == path else nearest_existing(path.parent)
+
+
+def create(folder: Path | None) -> Path:
+    """Create the folder, or the next runs/<date>-<n>, with empty metrics; raises InputError if it cannot be written."""
+    with writing_in(folder or Path("runs")):
+        folder = next_run() if folder is None else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / METRICS, "")
+        for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE):  # of the run that is being overwritten
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+        remove_unfinished(folder)
+    return folder
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Take back what a run that was cut off wrote after its checkpoint at `step`."""
+    with writing_in(folder):
+        for name in (RECONSTRUCTIONS, CURVES):
+            (folder / name).unlink(missing_ok=True)
+        remove_unfinished(folder)
+        lines = [line for line in (folder / METRICS).read_text().splitlines() if line.endswith("}")]  # whole ones
+        write_text(folder / METRICS, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink()
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the file system into an InputError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write here ({error.strerror})") from error
+
+
+def next_run() -> Path:
+    for n in count(1):
+        folder = Path("runs") / f"{date.today()}-{n}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+
+    It is on the disk before it takes the place, so that a power failure, too, leaves the old file or the new one.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        temporary.touch()
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(text)
+
+
+def append_row(folder: Path, row: dict[str, float]) -> None:
+    """Add a line to the metrics. One write of a whole line: a reader, or a crash, sees lines only."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

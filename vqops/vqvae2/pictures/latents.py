@@ -1,0 +1,107 @@
+"""Pictures of what a model makes of images: latents by class, use of the codes, codes among vectors, index maps."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vqops.vqvae2.metrics import count_codes
+from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
+from vqops.vqvae2.pictures.curves import save_figure
+from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
+
+SHOWN_VECTORS = 4000
+
+
+class Seen:
+    """What passed a model: the mean latent of each image [N, D], its vectors [n, D] and code counts at each level."""
+
+    @torch.no_grad()
+    def __init__(self, model: VQVAE2, batches: Iterable[Tensor]):
+        config, device = model.eval().config, next(model.parameters()).device
+        self.model = model
+        self.counts = torch.zeros(config.levels, config.codebook_size, dtype=torch.int64, device=device)
+        means, vectors = [], [[] for _ in range(config.levels)]
+        hooks = [
+            layer.register_forward_hook(lambda layer, inputs, out, kept=kept: kept.append(out.detach()))
+            for layer, kept in zip(model.to_codes, vectors, strict=True)
+        ]
+        try:
+            for pixels in batches:
+                codes, indices, _ = model.quantize(as_float(pixels.to(device)))
+                means.append(codes.mean((2, 3)))
+                for level, index in enumerate(indices):
+                    self.counts[level] += count_codes(index, config.codebook_size)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.means = torch.cat(means).cpu()
+        self.vectors = [torch.cat([x.movedim(1, -1).flatten(0, 2) for x in level]).cpu() for level in vectors]
+
+
+def plane(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]; mean [D], axes [D, 2]
+    """The two principal axes."""
+    mean = vectors.mean(0)
+    axes = torch.linalg.svd((vectors - mean).double(), full_matrices=False).Vh[:2].T.float()
+    return mean, axes
+
+
+def save_latents(path: Path, seen: Seen, labels: np.ndarray | None, classes: tuple[str, ...]) -> None:
+    """A PNG of the images' mean latents along their two principal axes, coloured by class."""
+    mean, axes = plane(seen.means)
+    points = ((seen.means - mean) @ axes).numpy()
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    plot = figure.subplots()
+    if labels is None:
+        plot.scatter(*points.T, s=5)
+    for number, name in enumerate(classes):
+        plot.scatter(*points[labels == number].T, s=5, label=name, color=colormaps["tab10"](number % 10))
+    if classes:
+        plot.legend(fontsize=7, markerscale=2)
+    plot.set(title="mean latent of each image", xlabel="first principal axis", ylabel="second")
+    save_figure(path, figure, dpi=90)
+
+
+def save_codes(path: Path, seen: Seen) -> None:
+    """A PNG with, for each level of a VQ model, how often codes are used and where they lie among the vectors."""
+    model = seen.model
+    names = model.config.level_names
+    figure = Figure(figsize=(11, 3.6 * len(names)), layout="constrained")
+    for row, (name, counts, vectors) in enumerate(zip(names, seen.counts.cpu(), seen.vectors, strict=True)):
+        usage, scatter = (figure.add_subplot(len(names), 2, 2 * row + column) for column in (1, 2))
+        shares = (counts / counts.sum()).sort(descending=True).values.numpy()
+        usage.bar(range(len(shares)), shares, width=1)
+        usage.axhline(1 / len(shares), color="grey", linestyle="--", label="equal use")
+        usage.set(title=f"{name}: {int((counts > 0).sum())} of {len(counts)} codes used", xlabel="codes by use")
+        usage.set_ylabel("share")
+        usage.legend()
+        step = -(-len(vectors) // SHOWN_VECTORS)
+        vectors = vectors[::step]
+        mean, axes = plane(vectors)
+        codes = model.quantizers[row].codebook.detach().cpu()  # [K, D]
+        scatter.scatter(*((vectors - mean) @ axes).T.numpy(), s=2, alpha=0.3, label="vectors of the encoder")
+        scatter.scatter(*((codes - mean) @ axes).T.numpy(), s=5, color="black", label="codes")
+        scatter.set(title=f"{name}: along the two principal axes of the vectors")
+        scatter.legend()
+    save_figure(path, figure, dpi=90)
+
+
+@torch.no_grad()
+def save_index_maps(path: Path, model: VQVAE2, pixels: Tensor) -> None:  # uint8 [B, C, H, W]
+    """A PNG with a row of images, of their reconstructions and of the codes of each level, a colour a code."""
+    pixels = pixels[:SHOWN_IMAGES]
+    device = next(model.parameters()).device
+    indices = model.eval().encode(as_float(pixels.to(device)))
+    random = np.random.default_rng(0).permutation(model.config.codebook_size)  # neighbours in number look different
+    rows = [pixels, model.reconstruct(pixels)]
+    for index, factor in reversed(list(zip(indices, model.config.pixels_per_code, strict=True))):  # top first
+        shades = colormaps["nipy_spectral"](random[index.cpu().numpy()] / max(model.config.codebook_size - 1, 1))
+        maps = torch.from_numpy((shades[..., :3] * 255).astype(np.uint8)).permute(0, 3, 1, 2)
+        maps = maps.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        rows.append(maps[:, :, : pixels.shape[-2], : pixels.shape[-1]])
+    coloured = [row.expand(-1, 3, -1, -1) for row in rows]
+    write_png(path, np.concatenate([np.concatenate(list(framed(row)), axis=1) for row in coloured], axis=0))

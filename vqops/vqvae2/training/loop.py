@@ -1,0 +1,86 @@
+"""The loop of both trainings: steps, rows of metrics, validations, checkpoints, and when to stop."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.training.interruption import interruption
+from vqops.vqvae2.training.meters import Meter
+from vqops.vqvae2.training.optimization import learning_rate, set_learning_rate
+from vqops.vqvae2.training.processes import agree, is_first, num_ranks
+from vqops.vqvae2.training.progress import Progress
+
+ROW_EVERY = 10  # steps between two rows of metrics
+
+
+class Training:
+    """What is trained, as the loop sees it."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    options: Any  # with steps, lr, warmup, grad_clip and eval_every
+    progress: Progress
+    meter: Meter  # the first of its figures is the loss, which must stay finite
+    schedule: str  # of the learning rate
+    validates_when_interrupted = False
+    finished = False  # whether more steps would not help
+
+    def loss(self, batch: Any, step: int) -> Tensor:
+        """The loss [] of a batch, which the meter takes in too."""
+        raise NotImplementedError
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics on held-out data, with names that begin with val_."""
+        raise NotImplementedError
+
+    def record(self, row: dict[str, float]) -> None:
+        """Write and show a row of metrics. Called in the first process only."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called when the parameters have moved."""
+
+    def save(self, step: int, last: bool) -> None:
+        """Write a checkpoint if one is due, as it is after the last step. Called in the first process only."""
+
+
+def run_steps(training: Training, batches: Iterable[Any], first_step: int = 0) -> None:
+    """Train until the batches end, Ctrl-C is pressed, or more steps would not help.
+
+    Raises InputError if the loss is no longer finite.
+    """
+    options, parameters = training.options, list(training.module.parameters())
+    with training.progress, interruption() as interrupted:
+        for step, batch in enumerate(batches, start=first_step + 1):
+            rate = learning_rate(options.lr, training.schedule, step, options.steps, options.warmup)
+            set_learning_rate(training.optimizer, rate)
+            loss = training.loss(batch, step)
+            training.optimizer.zero_grad()
+            loss.backward()
+            if options.grad_clip:
+                nn.utils.clip_grad_norm_(parameters, options.grad_clip)
+            training.optimizer.step()
+            training.after_step(step)
+            training.progress.step(step)
+            validation_is_due = step % options.eval_every == 0 or step == options.steps
+            row_is_due = step % ROW_EVERY == 0 or validation_is_due
+            # Several processes must stop at the same step; asking costs a wait, so only where a row costs it too.
+            stop = (row_is_due or num_ranks() == 1) and agree(interrupted.is_set(), parameters[0].device)
+            if row_is_due or stop:
+                row = {"step": step, **training.meter.row()}
+                if not math.isfinite(value := row[training.meter.names[0]]):
+                    reason = f" {options.lr} is too high for this data"
+                    raise InputError(f"the loss is {value} at step {step}: ", Field("lr"), reason)
+                if validation_is_due or (stop and training.validates_when_interrupted):
+                    row |= training.validate(step)
+                    training.meter.restart()
+                if is_first():
+                    training.record(row)
+            if is_first():
+                training.save(step, last=stop or step == options.steps)
+            if stop or training.finished:
+                break

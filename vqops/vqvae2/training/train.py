@@ -1,0 +1,250 @@
+"""`vqops train`: a VQ-VAE-2 from images to a run folder."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from vqops import VectorQuantize
+from vqops.vqvae2.data.batches import hold_out, training_batches, validation_batches, window_of
+from vqops.vqvae2.data.images import Images
+from vqops.vqvae2.data.photographs import held_out_photographs, training_photographs
+from vqops.vqvae2.data.sources import load_images
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.files import run_folder
+from vqops.vqvae2.files.config_file import written
+from vqops.vqvae2.metrics import psnr
+from vqops.vqvae2.networks.bottlenecks import Gumbel
+from vqops.vqvae2.networks.checkpoint import save_model
+from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float
+from vqops.vqvae2.options import values_for
+from vqops.vqvae2.pictures.curves import save_curves, training_panels
+from vqops.vqvae2.pictures.grids import save_reconstructions
+from vqops.vqvae2.training.loop import Training, run_steps
+from vqops.vqvae2.training.meters import CodeMeter, validate
+from vqops.vqvae2.training.optimization import WeightAverage
+from vqops.vqvae2.training.options import TrainOptions
+from vqops.vqvae2.training.processes import is_first, num_ranks, pick_device, process_group, rank
+from vqops.vqvae2.training.progress import Progress
+from vqops.vqvae2.training.resume import TrainState, continued, with_strides
+from vqops.vqvae2.training.tensorboard import TensorBoard
+
+# The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the
+# inverse of the data's variance, as Sonnet's example does, ended 16 % higher on CIFAR-10 (1500 steps, one level).
+RECONSTRUCTION_WEIGHT = 4.0
+# A code is restarted when it is chosen less than this often, as a share of N / K, what equal use would give it.
+RESTART_BELOW = 0.1
+# A level that still uses so few codes after so many steps seldom recovers without help.
+COLLAPSED_PERPLEXITY, COLLAPSED_STEP = 2.0, 300
+
+
+def train(options: TrainOptions) -> Path:
+    """Train a model as the options say and return its run folder.
+
+    Writes metrics.jsonl while it runs, and train_state.pt and model.safetensors at every checkpoint; at the end, also
+    when Ctrl-C ends it early, reconstructions.png and curves.png. On the CPU the same options give the same weights,
+    whatever the number of workers and however often the run was cut off and resumed. In several processes of
+    `torchrun` each takes its part of the batch.
+
+    Raises InputError for anything that cannot be used, before the run folder is created or changed; and if the loss is
+    no longer finite.
+    """
+    options = continued(options) if options.resume else options
+    if is_first() and not options.resume:
+        run_folder.check_output(options.out, options.overwrite)
+    device = pick_device(options.device)
+    with process_group(device):
+        return train_here(options, device)
+
+
+def train_here(options: TrainOptions, device: torch.device) -> Path:
+    """What each process does."""
+    if options.batch_size % num_ranks():
+        reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
+        raise InputError(Field("batch_size"), reason)
+    progress = Progress(options.steps, quiet=not is_first())
+    images, held_out = load_data(options, progress)
+    window = window_of(images, options.image_size)
+    torch.manual_seed(options.seed)
+    model = VQVAE2(network_of(options, images.channels, window))
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    about = {"images": len(images), "image size": list(window)}
+    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about)
+    if options.resume and (checkpoint := options.resume / run_folder.TRAIN_STATE).exists():
+        state.load(checkpoint)
+        finished = (options.resume / run_folder.RECONSTRUCTIONS).exists()  # what a run writes last
+        if state.step >= options.steps and finished:
+            raise InputError(f"{options.resume} has done its {state.step} steps: name more with ", Field("steps"))
+    part = rank(), num_ranks()
+    batches = training_batches(
+        images, window, options.batch_size, options.steps, options.seed, options.num_workers, state.step, part
+    )
+    validation = validation_batches(held_out, window, options.batch_size, options.num_workers, part)
+    trained = model if num_ranks() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+
+    folder = start_folder(options, state.step) if is_first() else Path()
+    progress.say(f"{len(images)} images, {window[0]} x {window[1]} pixels a crop, on {device}; run folder {folder}")
+    training = VQVAE2Training(state, trained, validation, options, folder, progress)
+    run_steps(training, batches, state.step)
+    if is_first():
+        training.tensorboard.close()
+        finish(training, held_out, window)
+    return folder
+
+
+def start_folder(options: TrainOptions, step: int) -> Path:
+    """The folder of the run: new, or as it was at the step to go on from; with the options in it."""
+    if options.resume:
+        folder = options.resume
+        run_folder.rewind(folder, step)
+    else:
+        folder = run_folder.create(options.out)
+    with run_folder.writing_in(folder):
+        run_folder.write_text(folder / run_folder.CONFIG, written(options))
+    return folder
+
+
+@dataclass
+class VQVAE2Training(Training):
+    state: TrainState
+    trained: nn.Module  # the state's module, or what stands for it in several processes
+    validation: DataLoader
+    options: TrainOptions
+    folder: Path
+    progress: Progress
+
+    def __post_init__(self):
+        self.module, self.optimizer, self.schedule = self.state.module, self.state.optimizer, self.options.schedule
+        self.device = next(self.module.parameters()).device
+        self.meter = CodeMeter(self.module.config, "loss", "mse")
+        self.tensorboard = TensorBoard(self.folder / run_folder.TENSORBOARD, self.state.step) if is_first() else None
+        self.collapsed = set()
+
+    def loss(self, pixels: Tensor, step: int) -> Tensor:  # uint8 [B, C, H, W]; []
+        set_bottlenecks(self.module, step, self.options.steps)
+        images = as_float(pixels.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+            output = self.trained(images)
+        mse = F.mse_loss(output.reconstruction.float(), images)
+        loss = RECONSTRUCTION_WEIGHT * mse + output.codebook_loss
+        self.meter.add(len(images), loss, mse)
+        self.meter.add_codes(output.indices)
+        return loss
+
+    def after_step(self, step: int) -> None:
+        self.state.average.update(step)
+        self.state.step = step
+
+    def validate(self, step: int) -> dict[str, float]:
+        with self.state.average.in_place():
+            return validate(self.module, self.validation)
+
+    def record(self, row: dict[str, float]) -> None:
+        run_folder.append_row(self.folder, row)
+        self.tensorboard.row(row)
+        self.progress.row(row["step"], summary(row), held_out_summary(row))
+        warn_of_collapse(row, self.module.config, self.collapsed, self.progress)
+
+    def save(self, step: int, last: bool) -> None:
+        """The state first: whatever happens in between, the run can go on from it."""
+        if last or step % self.options.checkpoint_every == 0:
+            self.state.save(self.folder / run_folder.TRAIN_STATE)
+            with self.state.average.in_place():
+                save_model(self.folder / run_folder.MODEL, self.module, self.options, step)
+
+
+def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:
+    """Let the codes follow an encoder that moves fast at first: a decay of (1 + step) / (10 + step) until it is larger.
+
+    The averages of the first batch would otherwise keep codes alive, for hundreds of steps, that the encoder has left
+    behind: on CIFAR-10 the top level passed nothing on between steps 20 and 240.
+    """
+    for bottleneck in model.quantizers:
+        if isinstance(bottleneck, VectorQuantize):
+            bottleneck.decay = min(model.config.decay, (1 + step) / (10 + step))
+        elif isinstance(bottleneck, Gumbel):
+            bottleneck.anneal(step / steps)
+
+
+def summary(row: dict[str, float]) -> str:
+    levels = [key.removeprefix("used_") for key in row if key.startswith("used_")]
+    codes = "  ".join(f"{name} {row[f'perplexity_{name}']:.0f} ({row[f'used_{name}']:.0%} used)" for name in levels)
+    codes = f"perplexity {codes}  " if codes else ""
+    return f"loss {row['loss']:.4f}  mse {row['mse']:.5f}  {codes}{row['images_per_second']:.0f} images/s"
+
+
+def held_out_summary(row: dict[str, float]) -> str:
+    return f"mse {row['val_mse']:.5f} ({psnr(row['val_mse']):.1f} dB)" if "val_mse" in row else ""
+
+
+def warn_of_collapse(row: dict[str, float], config: VQVAE2Config, collapsed: set[str], progress: Progress) -> None:
+    """Say it once when a level uses next to none of its codes, and what helps."""
+    for level in config.level_names if config.discrete else ():
+        perplexity = row[f"perplexity_{level}"]
+        if row["step"] > COLLAPSED_STEP and perplexity < COLLAPSED_PERPLEXITY < config.codebook_size:
+            if level not in collapsed:
+                progress.say(
+                    f"warning: the codes of level {level} have collapsed (perplexity {perplexity:.1f} of "
+                    f"{config.codebook_size}): it passes next to nothing on. A lower --lr, a --warmup, a larger "
+                    f"--batch-size or a smaller --codebook-size can help, and fewer --levels if the images are small."
+                )
+            collapsed.add(level)
+
+
+def finish(training: VQVAE2Training, held_out: Images, window: tuple[int, int]) -> None:
+    """Draw the pictures and say where they are and what comes next."""
+    state, options, folder, progress = training.state, training.options, training.folder, training.progress
+    rows = run_folder.read_rows(folder)
+    save_curves(folder / run_folder.CURVES, rows, training_panels(rows))
+    shown = next(iter(validation_batches(held_out, window, options.batch_size, num_workers=0)))
+    with state.average.in_place():
+        reconstructions = state.module.eval().reconstruct(shown)
+    save_reconstructions(folder / run_folder.RECONSTRUCTIONS, shown, reconstructions)
+    if state.step < options.steps:
+        progress.say(f"interrupted after step {state.step} of {options.steps}; go on: vqops train --resume {folder}")
+    progress.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
+    progress.say(f"curves: {folder / run_folder.CURVES}")
+    progress.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER, or, on the way to samples,")
+    if not state.module.config.discrete:
+        return
+    key = f" --data-key {options.data_key}" if options.data_key else ""
+    progress.say(f"next: vqops extract {folder} --data {options.data or 'PATH'}{key} --out CODES")
+
+
+def network_of(options: TrainOptions, image_channels: int, window: tuple[int, int]) -> VQVAE2Config:
+    config = VQVAE2Config(
+        **values_for(VQVAE2Config, with_strides(options)),
+        image_channels=image_channels,
+        image_values=image_channels * math.prod(window),
+    )
+    if options.bottleneck != "vq":
+        return config
+    vectors = [options.batch_size * height * width for height, width in config.code_sizes(*window)]
+    return replace(config, restart_below=tuple(RESTART_BELOW * N / options.codebook_size for N in vectors))
+
+
+def load_data(options: TrainOptions, progress: Progress) -> tuple[Images, Images]:
+    """Training and validation images; says on screen which are held out."""
+    if options.data is None:
+        if options.data_key or options.val_data or options.val_key:
+            keys = Field("data_key"), ", ", Field("val_data"), " and ", Field("val_key")
+            raise InputError(*keys, " need ", Field("data"))
+        progress.say("no --data: photographs of scikit-image, chelsea (a cat) held out")
+        return training_photographs(), held_out_photographs(options.image_size)
+    images = load_images(options.data, options.data_key)
+    if options.val_data is not None:
+        return images, load_images(options.val_data, options.val_key, ("validation", "test"), images.channels)
+    if options.val_key is not None:
+        return images, load_images(options.data, options.val_key, channels=images.channels)
+    if len(images) == 1:
+        raise InputError(f"{options.data} holds one image: nothing can be held out, give ", Field("val_data"))
+    training, held_out = (images.take(part.tolist()) for part in hold_out(len(images), options.seed))
+    said = f"held out {len(held_out)} of {len(images)} images (5 %, seed {options.seed}) for validation"
+    progress.say(f"{options.data}: {said}")
+    return training, held_out

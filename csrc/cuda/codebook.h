@@ -158,7 +158,7 @@ struct Centre {
         const int64_t h = uint32_t(block.index) / slices(), left = uint32_t(block.index) % slices() * kColumns;
         const int count = in.sample();
         auto sums = block.template registers<Doubles<2>>();
-        block.own([&](int t) {  // 8 threads a code
+        block.for_threads([&](int t) {  // 8 threads a code
             sums[t].v[0] = sums[t].v[1] = 0;
             if (t / 8 >= count) return;
             const int64_t code = in.codebook.offset(h, in.sampled(t / 8));
@@ -167,18 +167,18 @@ struct Centre {
                 sums[t].v[0] += value * value, sums[t].v[1] += 0 * value;
             }
         });
-        block.template sum<8>(sums);
-        block.each([&](int t) {
+        block.template shuffle_sum<8>(sums);
+        block.for_threads_sync([&](int t) {
             if (t % 8 == 0) shared.divisor[t / 8] = in.divisor_of(sums[t].v[0], sums[t].v[1]);
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int64_t i = left + t % kColumns;
             for (int s = t / kColumns; s < count; s += kThreads / kColumns)
                 if (i < in.D)
                     shared.value[s][t % kColumns] =
                         in.codebook.at(in.codebook.offset(h, in.sampled(s)), i) / shared.divisor[s];
         });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t >= kColumns || left + t >= in.D) return;
             const float value = float(median(count, [&](int s) { return shared.value[s][t]; }));
             in.head(h).centre[left + t] = std::isfinite(value) ? value : 0;
@@ -201,7 +201,7 @@ struct Scale {
         const Packed packed = in.head(block.index);
         const int count = in.sample();
         auto sums = block.template registers<Doubles<2>>();
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             sums[t].v[0] = sums[t].v[1] = 0;
             if (t / 8 >= count || in.cosine) return;
             const int64_t code = in.codebook.offset(block.index, in.sampled(t / 8));
@@ -210,12 +210,12 @@ struct Scale {
                 sums[t].v[0] += e * e;
             }
         });
-        block.template sum<8>(sums);
-        block.each([&](int t) {
+        block.template shuffle_sum<8>(sums);
+        block.for_threads_sync([&](int t) {
             const double distance = std::sqrt(sums[t].v[0]);
             if (t % 8 == 0) shared.distance[t / 8] = distance > 0 ? distance : HUGE_VAL;
         });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t != 0) return;
             const double typical = median(count, [&](int s) { return shared.distance[s]; });
             int exponent = typical > 0 ? -exponent_of(typical) : 0;
@@ -223,7 +223,7 @@ struct Scale {
             *packed.scale = float(power_of_two(exponent));
             *packed.worst = 0, *packed.first = kUnmarked;
         });
-        block.own([&](int t) {  // Pack raises them
+        block.for_threads([&](int t) {  // Pack raises them
             for (int64_t tile = t; tile < round_up(in.K, kWholeTiles) / kTile; tile += kThreads)
                 packed.most[tile] = {0, 0};
         });
@@ -263,21 +263,21 @@ struct Marks {
         auto one = block.template registers<uint32_t>(), two = block.template registers<uint32_t>();
         const int64_t first = uint32_t(block.index) % across * kCodes;
         const auto code_of = [&](int t) { return first + t / 8; };
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             Hash hash = {0, 0};
             const int64_t k = code_of(t);
             for (int64_t i = t % 8; i < in.D && k < in.K; i += 8)
                 add_to_hash(hash, in.codebook.at(in.codebook.offset(h, k), i), i);
             one[t] = hash.one, two[t] = hash.two;
         });
-        block.template sum<8>(one);
-        block.template sum<8>(two);
-        block.own([&](int t) {
+        block.template shuffle_sum<8>(one);
+        block.template shuffle_sum<8>(two);
+        block.for_threads([&](int t) {
             if (t % 8 != 0 || code_of(t) >= in.K) return;
             const Hash hash = mixed({one[t], two[t]});
             int32_t* const marks = in.marks + 2 * h * in.slots;
-            block.lower(&marks[hash.one & (in.slots - 1)], int32_t(code_of(t)));
-            block.lower(&marks[in.slots + (hash.two & (in.slots - 1))], int32_t(code_of(t)));
+            block.atomic_min(&marks[hash.one & (in.slots - 1)], int32_t(code_of(t)));
+            block.atomic_min(&marks[in.slots + (hash.two & (in.slots - 1))], int32_t(code_of(t)));
         });
     }
 };
@@ -305,7 +305,7 @@ struct Pack {
             return (element(code_of(t), i) / divisors[t] - packed.centre[i]) * double(*packed.scale);
         };
 
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             Hash hash = {0, 0};
             sums[t].v[0] = sums[t].v[1] = 0;
             for (int64_t i = t % 32; i < in.D && code_of(t) < in.K; i += 32) {
@@ -315,12 +315,12 @@ struct Pack {
             }
             one[t] = hash.one, two[t] = hash.two;
         });
-        block.template sum<32>(one);
-        block.template sum<32>(two);
-        block.template sum<32>(sums);
+        block.template shuffle_sum<32>(one);
+        block.template shuffle_sum<32>(two);
+        block.template shuffle_sum<32>(sums);
 
         // found: elements that differ from each marked code, and |C|^2.
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int64_t k = code_of(t);
             divisors[t] = in.divisor_of(sums[t].v[0], sums[t].v[1]);
             found[t].v[0] = found[t].v[1] = found[t].v[2] = 0;
@@ -335,12 +335,12 @@ struct Pack {
                 found[t].v[2] += C * C;
             }
         });
-        block.template sum<32>(found);
+        block.template shuffle_sum<32>(found);
 
         const auto is_near = [&](int t) {
             return code_of(t) < in.K && divisors[t] < kMostDivisor && std::sqrt(found[t].v[2]) <= kFarCode;
         };
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const bool near = is_near(t);
             const int exponent = near ? unit_exponent(std::sqrt(found[t].v[2])) : 0;
             lost[t] = 0;
@@ -352,9 +352,9 @@ struct Pack {
                 packed.codes[Packed::place(code_of(t), i, width)] = half.bits;
             }
         });
-        block.template sum<32>(lost);
+        block.template shuffle_sum<32>(lost);
 
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t % 32 != 0) return;
             const int64_t k = code_of(t);
             const bool finite = k < in.K && divisors[t] == divisors[t];
@@ -362,7 +362,7 @@ struct Pack {
             float start = kAbsentStart, slack = 0, radius = 0, unit = 0;
             if (finite) {
                 start = kAlwaysStart, slack = -4 * kAlwaysStart;
-                block.lower(packed.first, int32_t(k));
+                block.atomic_min(packed.first, int32_t(k));
             }
             if (is_near(t)) {
                 const double norm = std::sqrt(found[t].v[2]), half = in.cosine ? 0 : found[t].v[2] / 2;
@@ -372,25 +372,25 @@ struct Pack {
                 const double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
                 start = code_start(half, in.D), slack = code_slack(half, in.D);
                 radius = float(around * (1 + 0x1p-20)), unit = float(power);
-                raise(block, packed.worst, float((error + accumulation(width) * (norm + error)) / radius *
+                atomic_max(block, packed.worst, float((error + accumulation(width) * (norm + error)) / radius *
                                                  (1 + 0x1p-20)));
             }
             Constants& tile = packed.constants[k / kTile];
             tile.start[k % kTile] = start, tile.slack[k % kTile] = slack;
             tile.radius[k % kTile] = radius, tile.unit[k % kTile] = unit;
             if (repeat) tile.slack[k % kTile] = -slack;
-            raise(block, &packed.most[k / kTile].radius, radius);
-            raise(block, &packed.most[k / kTile].slack, slack);
+            atomic_max(block, &packed.most[k / kTile].radius, radius);
+            atomic_max(block, &packed.most[k / kTile].slack, slack);
         });
     }
 
 private:
     // Positive floats are in the order of their bits.
     template <class Block>
-    static VQOPS_HOST_DEVICE void raise(Block& block, float* place, float value) {
+    static VQOPS_HOST_DEVICE void atomic_max(Block& block, float* place, float value) {
         int32_t bits;
         memcpy(&bits, &value, 4);
-        block.raise(reinterpret_cast<int32_t*>(place), bits);
+        block.atomic_max(reinterpret_cast<int32_t*>(place), bits);
     }
 };
 

@@ -58,7 +58,7 @@ struct Exhaustive {
                 if (shares == 1) write(block, shared, h, place);
             }
             if (shares > 1)
-                block.each([&](int r) {
+                block.for_threads_sync([&](int r) {
                     if (r >= kRows || shared.offset[r] < 0) return;
                     const int32_t index = shared.spoiled[r] ? -1 : shared.index[r];
                     out.parts[h * parts_of(in.N, in.K) + (top + r) * shares + item % shares] = {shared.cost[r], index};
@@ -69,7 +69,7 @@ struct Exhaustive {
 private:
     template <class Block>
     VQOPS_HOST_DEVICE void take_rows(Block& block, Shared& shared, int64_t h, int64_t top, int64_t rows) const {
-        block.each([&](int r) {
+        block.for_threads_sync([&](int r) {
             if (r >= kRows) return;
             const bool exists = top + r < rows;
             shared.row[r] = exists ? (all ? uint32_t(top + r) : out.left[h * in.N + top + r]) : 0;
@@ -77,7 +77,7 @@ private:
             shared.spoiled[r] = 0;
             shared.index[r] = -1, shared.cost[r] = 0;
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int r = t / 32;
             if (shared.offset[r] < 0) return;
             double zero = 0;
@@ -92,9 +92,9 @@ private:
                                 int64_t end) const {
         auto best = block.template registers<Best>();
         auto sums = block.template registers<Doubles<kRows + 2>>();  // rows, 0 * c, c.c
-        block.own([&](int t) { best[t] = {0, -1}; });
+        block.for_threads([&](int t) { best[t] = {0, -1}; });
         for (int64_t base = begin; base < end; base += kGroups) {
-            block.own([&](int t) {
+            block.for_threads([&](int t) {
                 const int64_t k = base + t / kLanes;
                 double* const v = sums[t].v;
                 VQOPS_UNROLL(10)
@@ -112,8 +112,8 @@ private:
                     }
                 }
             });
-            block.template sum<kLanes>(sums);
-            block.own([&](int t) {  // lane r of the code's eight threads takes row r
+            block.template shuffle_sum<kLanes>(sums);
+            block.for_threads([&](int t) {  // lane r of the code's eight threads takes row r
                 const int64_t k = base + t / kLanes;
                 const double* const v = sums[t].v;
                 if (k >= end || v[kRows] != 0) return;
@@ -126,11 +126,11 @@ private:
                 if (before(cost, k, best[t].cost, best[t].index)) best[t] = {cost, int32_t(k)};
             });
         }
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             shared.costs[t / kLanes][t % kLanes] = best[t].cost;
             shared.indices[t / kLanes][t % kLanes] = best[t].index;
         });
-        block.each([&](int r) {
+        block.for_threads_sync([&](int r) {
             if (r >= kRows) return;
             Best least = {0, -1};
             for (int g = 0; g < kGroups; g++)
@@ -144,7 +144,7 @@ private:
     template <class Block>
     VQOPS_HOST_DEVICE void write(Block& block, Shared& shared, int64_t h, int64_t place) const {
         auto square = block.template registers<double>();
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int r = t / kLanes;
             square[t] = 0;
             if (r >= kRows || shared.offset[r] < 0 || !in.cosine || !out.distances) return;
@@ -153,21 +153,21 @@ private:
                 square[t] = add_product(square[t], a, a);
             }
         });
-        block.template sum<kLanes>(square);
-        block.own([&](int t) {
+        block.template shuffle_sum<kLanes>(square);
+        block.for_threads([&](int t) {
             const int r = t / kLanes;
             if (r >= kRows || t % kLanes != 0 || shared.offset[r] < 0) return;
             const bool kept = in.mask.keeps(h, shared.row[r]), usable = kept && !shared.spoiled[r];
             const bool found = usable && shared.index[r] >= 0;
             const int64_t to = (h * in.N + shared.row[r]) * out.k + place;
             out.indices[to] = found ? shared.index[r] : -1;
-            if (out.tiers && place == 0) block.fetch_add(&out.tiers[found ? kScanned : kNoCode], Count(1));
+            if (out.tiers && place == 0) block.atomic_add(&out.tiers[found ? kScanned : kNoCode], Count(1));
             if (!out.distances) return;
             double distance = kept && shared.spoiled[r] ? NAN : HUGE_VAL;
             if (found) distance = in.cosine ? cosine_distance(shared.cost[r], square[t]) : shared.cost[r];
             write_value(out.distances, out.dtype, to, distance);
         });
-        block.each([](int) {});
+        block.for_threads_sync([](int) {});
     }
 };
 
@@ -195,19 +195,19 @@ struct JoinParts {
         const auto better = [](const Best& a, const Best& b) {
             return before(b.cost, b.index, a.cost, a.index) ? b : a;
         };
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int64_t place = first + t / kLanes;
             const Best* const parts = out.parts + h * parts_of(N, shared_by.in.K) + place * shares;
             shared.best[t] = {0, -1};
             for (int64_t i = t % kLanes; i < shares && place < rows; i += kLanes)
                 shared.best[t] = better(shared.best[t], parts[i]);
         });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t >= kRows || first + t >= rows) return;
             Best best = {0, -1};
             for (int i = 0; i < kLanes; i++) best = better(best, shared.best[t * kLanes + i]);
             out.indices[h * N + out.left[h * N + first + t]] = best.index;
-            if (out.tiers) block.fetch_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
+            if (out.tiers) block.atomic_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
         });
     }
 };

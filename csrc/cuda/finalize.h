@@ -72,7 +72,7 @@ struct Finalize {
         const int rows = gather<order, kThreads>(block, shared.batch, shared.scratch, by_code, block.index, run);
         if (!rows) return;
         if (kSums) in.sums.template count<order, kThreads>(block, batch, rows, run);
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             if (t >= rows) return;
             const int64_t row = batch.row[t], h = uint32_t(row) / uint32_t(by_code.N), n = row - h * by_code.N;
             const bool lost = batch.code[t] == by_code.codes();
@@ -86,13 +86,13 @@ struct Finalize {
         if (in.cosine) norms(block, shared, rows);
         for (int64_t left = 0; left < D; left += kColumns) {
             auto sum = block.template registers<float>();
-            block.own([&](int t) { sum[t] = 0; });
+            block.for_threads([&](int t) { sum[t] = 0; });
             for (int top = 0; top < rows; top += kTileRows) {
                 load(block, shared, top, rows, left);
-                block.each([&](int t) { add_errors(shared, t, top, rows, left); });
+                block.for_threads_sync([&](int t) { add_errors(shared, t, top, rows, left); });
                 if (!kSums) continue;
                 const int last = rows - top < kTileRows ? whole_reads(rows) : top + kTileRows;
-                block.each([&](int t) {
+                block.for_threads_sync([&](int t) {
                     if (t >= kColumns || left + t >= D) return;
                     sum[t] = add_rows(
                         batch, top, last, sum[t],
@@ -107,7 +107,7 @@ struct Finalize {
                 });
             }
         }
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const bool lost = t < rows && shared.code_offset[t] < 0;
             if (t < rows) in.error[batch.row[t]] = Real(lost ? shared.absent[t] : tree(shared.part[t]));
             if (t != 0 || !kSums || in.sums.columns == D) return;
@@ -125,7 +125,7 @@ private:
     // |x| by rows, at least 1e-6; leaves the partial sums at 0.
     template <class Block>
     VQOPS_HOST_DEVICE void norms(Block& block, Shared& shared, int rows) const {
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             for (int r = t / kLanes; r < rows; r += kThreads / kLanes) {
                 double sum = 0;
                 for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
@@ -135,7 +135,7 @@ private:
                 shared.part[r][t % kLanes] = sum;
             }
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             if (t >= rows) return;
             shared.norm[t] = divisor(tree(shared.part[t]));
             for (int j = 0; j < kLanes; j++) shared.part[t][j] = 0;
@@ -146,7 +146,7 @@ private:
     template <class Block>
     VQOPS_HOST_DEVICE void load(Block& block, Shared& shared, int top, int rows, int64_t left) const {
         constexpr int kStep = kThreads / kColumns, kReads = kTileRows / kStep;
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int column = t % kColumns, first = t / kColumns;
             const int64_t i = left + column;
             if (i >= in.D) return;

@@ -86,7 +86,7 @@ struct Gradient {
         auto rows = block.template registers<RowState<Real>>();
         auto a = block.template registers<Real>(), b = block.template registers<Real>(),
              c = block.template registers<Real>();
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             RowState<Real>& row = rows[t];
             const int64_t i = block.index * kRows + t / L;
             const bool exists = i < in.H * in.N;
@@ -104,9 +104,9 @@ struct Gradient {
                 if (rotation) b[t] += code(row, d) * code(row, d);
             }
         });
-        block.template sum<L>(a);
-        block.template sum<L>(b);
-        block.own([&](int t) {
+        block.template shuffle_sum<L>(a);
+        block.template shuffle_sum<L>(b);
+        block.for_threads([&](int t) {
             RowState<Real>& row = rows[t];
             const Real length = std::sqrt(a[t]);
             row.norm = length > smallest || length != length ? length : smallest;
@@ -122,19 +122,19 @@ struct Gradient {
         });
         if (!grad_x) return;
         if (rotation) {
-            block.template sum<L>(a);
-            block.template sum<L>(b);
-            block.template sum<L>(c);
+            block.template shuffle_sum<L>(a);
+            block.template shuffle_sum<L>(b);
+            block.template shuffle_sum<L>(c);
         }
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             RowState<Real>& row = rows[t];
             const Real w_norm = std::sqrt(a[t]) < smallest ? smallest : std::sqrt(a[t]);
             row.along_w = 2 * b[t] / (w_norm * w_norm), row.along_v = 2 * c[t];
             a[t] = 0;
             for (int64_t d = t % L; d < in.D && row.kept && in.cosine; d += L) a[t] += start(row, d) * outgoing(row, d);
         });
-        if (in.cosine) block.template sum<L>(a);
-        block.own([&](int t) {
+        if (in.cosine) block.template shuffle_sum<L>(a);
+        block.for_threads([&](int t) {
             const RowState<Real>& row = rows[t];
             if (block.index * kRows + t / L >= in.H * in.N) return;
             const Real along = row.norm > smallest ? a[t] : Real(0);

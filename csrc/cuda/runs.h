@@ -101,7 +101,7 @@ struct Keys {
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int64_t i = block.index * kThreads + t;
             if (i >= sorted.rows()) return;
             sorted.key[i] = sorted.code_of(i);
@@ -121,7 +121,7 @@ struct Starts {
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int64_t code = block.index * kThreads + t;
             if (code == 0) sorted.several[0] = 0;
             if (code > sorted.codes() + 1) return;

@@ -10,14 +10,14 @@ template <class Cores>
 struct ScoresOf {
     static constexpr int kCodeTiles = Cores::kCodes / 8;
     static constexpr int kOwn = 2 * Cores::kRowTiles;  // rows that a thread has products of
-    typedef Products<Cores::kRowTiles, kCodeTiles> Product;
+    typedef Accumulators<Cores::kRowTiles, kCodeTiles> Products;
 
     // Of the block's rows. All of a row's products lie in four neighbouring threads.
     static VQOPS_HOST_DEVICE int row_of(int t, int own) { return Cores::row_of(t, own / 2) + t % 32 / 4 + own % 2 * 8; }
 
     // body(own, stored tile, code of it, product) for all of a thread's products.
     template <class Body>
-    static VQOPS_HOST_DEVICE void each(int t, Product& products, Body body) {
+    static VQOPS_HOST_DEVICE void each(int t, Products& products, Body body) {
         VQOPS_UNROLL(16)
         for (int j = 0; j < kCodeTiles; j++)
             VQOPS_UNROLL(2)
@@ -31,7 +31,7 @@ struct ScoresOf {
 
     // Products become lower bounds; least: of each own row. Four operations a score.
     template <class Rows>
-    static VQOPS_HOST_DEVICE void bound(int t, const Rows& rows, const Constants* constants, Product& products,
+    static VQOPS_HOST_DEVICE void bound(int t, const Rows& rows, const Constants* constants, Products& products,
                                         Floats<kOwn>& least) {
         Floats<kOwn> unit, radius;
         VQOPS_UNROLL(4)

@@ -30,17 +30,17 @@ struct Sums {
     // takes its own off again.
     template <Order order, int kThreads, class Block>
     VQOPS_HOST_DEVICE void count(const Block& block, const Batch& batch, int rows, const Run& run) const {
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (order == Order::sorted) {
                 if (t != 0 || !run.first || run.code == by_code.codes()) return;
                 if (counts) counts[run.code] = Count(by_code.count(run.code));
-                if (run.several) by_code.several[1 + block.fetch_add(by_code.several, 1u)] = uint32_t(run.code);
+                if (run.several) by_code.several[1 + block.atomic_add(by_code.several, 1u)] = uint32_t(run.code);
                 return;
             }
             for (int p = t; p < rows && counts; p += kThreads) {
                 const uint32_t code = batch.code[p];
                 const int on = batch.ends(p) ? p + 1 : 0, off = p && batch.ends(p - 1) ? p : 0;
-                if (on != off && code != by_code.codes()) block.fetch_add(counts + code, Count(on) - Count(off));
+                if (on != off && code != by_code.codes()) block.atomic_add(counts + code, Count(on) - Count(off));
             }
         });
     }
@@ -50,8 +50,8 @@ struct Sums {
     VQOPS_HOST_DEVICE void give(const Block& block, const Run& run, uint32_t code, int64_t column, T sum) const {
         if (code >= uint32_t(by_code.codes())) return;
         if (order != Order::sorted) {
-            if (column < D) block.fetch_add(static_cast<T*>(sums) + uint64_t(code) * uint32_t(D) + column, sum);
-            else block.fetch_add(weights + code, float(sum));
+            if (column < D) block.atomic_add(static_cast<T*>(sums) + uint64_t(code) * uint32_t(D) + column, sum);
+            else block.atomic_add(weights + code, float(sum));
         } else if (run.several) {
             partial[run.slot * columns + column] = sum;
         } else {
@@ -94,14 +94,14 @@ struct SumRows {
         const int rows = gather<order, kThreads>(block, shared.batch, shared.scratch, by_code, item, run);
         if (!rows) return;
         if (slice == 0) sums.template count<order, kThreads>(block, batch, rows, run);
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             for (int p = t; p < whole_reads(rows); p += kThreads) {
                 const int64_t row = batch.row[p < rows ? p : 0], h = uint32_t(row) / uint32_t(by_code.N);
                 const bool counts = batch.code[p] < by_code.codes();  // or its sum goes nowhere
                 shared.rows[p] = value.row(row, h, row - h * by_code.N, counts ? batch.code[p] - h * by_code.K : 0);
             }
         });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int64_t column = int64_t(slice) * kThreads + t;
             if (column >= sums.columns) return;
             add_rows(
@@ -134,26 +134,26 @@ struct Fold {
         if (number >= by_code.several[0]) return;
         const int64_t code = by_code.several[1 + number];
         const int64_t slot = by_code.start[code] / (kRun / 2), runs = (by_code.count(code) + kRun - 1) / kRun;
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             if (t < kColumns) shared.sum[t] = 0;
         });
         for (int64_t base = 0; base < runs; base += kRows) {
             const int rows = runs - base < kRows ? int(runs - base) : kRows;
-            block.each([&](int t) {
+            block.for_threads_sync([&](int t) {
                 const int column = t % kColumns;
                 VQOPS_UNROLL(16)
                 for (int r = t / kColumns; r < rows; r += kThreads / kColumns)
                     if (left + column < sums.columns)
                         shared.tile[r][column] = sums.partial[(slot + base + r) * sums.columns + left + column];
             });
-            block.each([&](int t) {
+            block.for_threads_sync([&](int t) {
                 if (t >= kColumns || left + t >= sums.columns) return;
                 T sum = shared.sum[t];
                 for (int r = 0; r < rows; r++) sum += shared.tile[r][t];
                 shared.sum[t] = sum;
             });
         }
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t < kColumns && left + t < sums.columns) sums.whole(code, left + t, shared.sum[t]);
         });
     }

@@ -1,8 +1,8 @@
 // The arithmetic that decides between codes, to the last bit, element by element; vqops/ops/reference.py specifies it.
 //
 // Eight partial sums over i = j mod 8, ascending, multiply and add rounded separately, then a fixed tree. Built with
-// -ffp-contract=off and -fmad=false: a fused multiply-add would round differently. csrc/exact.h is the same arithmetic
-// on vectors of eight; here eight threads, or one after another, take a partial sum each.
+// -ffp-contract=off and -fmad=false: a fused multiply-add would round differently. csrc/cpu/exact.h is the same on
+// vectors of eight; here eight threads, or one after another, take a partial sum each.
 #pragma once
 
 #include "host_device.h"

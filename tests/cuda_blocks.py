@@ -14,7 +14,7 @@ import torch
 
 NATIVE, CSRC = Path(__file__).parent / "native", Path(__file__).parents[1] / "csrc"
 SOURCES = [NATIVE / f"cuda_{name}.cpp" for name in ("search", "blocks")]
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/tensors.h
 PASSING = ("none", "straight_through", "rotation")
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 # Shared memory of a block, and whether there is wgmma; "float64" leaves no fast pass.

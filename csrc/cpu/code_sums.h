@@ -8,31 +8,23 @@
 #include <cstdint>
 #include <vector>
 
+#include "../contract.h"
+#include "../tensors.h"
 #include "instructions.h"
 #include "parallel.h"
 
 namespace vqops {
 
-constexpr int64_t kRun = 256;
-
-// int64 [H, N], by strides in elements.
-struct Indices {
-    const int64_t* data;
-    int64_t head_stride, row_stride;
-
-    int64_t at(int64_t h, int64_t n) const { return data[h * head_stride + n * row_stride]; }
-};
-
 // The indices of one head and how often each code occurs.
 class CodeCounts {
 public:
     // Returns the place of an index that is neither -1 nor a code, or -1.
-    int64_t count(const Indices& indices, int64_t h, int64_t N, int64_t K) {
+    int64_t count(const Indices& indices, int64_t h, int64_t N) {
         indices_ = indices, h_ = h, N_ = N;
-        counts_.assign(K, 0);
+        counts_.assign(indices.K, 0);
         for (int64_t n = 0; n < N; n++) {
-            const int64_t k = indices.at(h, n);
-            if (k < -1 || k >= K) return n;
+            const int64_t k = indices.given(h, n);
+            if (k < -1 || k >= indices.K) return n;
             if (k >= 0) counts_[k]++;
         }
         return -1;
@@ -47,7 +39,7 @@ public:
             Runs<T> runs(*this, first, last, D, sums);
             auto row = reader();
             for (int64_t n = 0; n < N_; n++) {
-                const int64_t k = indices_.at(h_, n);
+                const int64_t k = indices_.given(h_, n);
                 if (k < first || k >= last) continue;
                 const T* values = row(n);
                 T* sum = runs.target[k - first];

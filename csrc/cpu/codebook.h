@@ -14,8 +14,6 @@
 
 namespace vqops {
 
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 struct Header {
     int32_t layout;    // layout(); anything else is no codebook of ours
     int32_t cosine;

@@ -29,7 +29,7 @@ public:
 
     // Reads row n. x becomes what the quantizer worked on: x itself or, for cosine, its unit.
     void read(int64_t n) {
-        const int64_t k = in_.indices.at(h, n);
+        const int64_t k = in_.indices.given(h, n);
         read_row(in_.x, h, n, D, x.data());
         norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), T(kSmallestNorm));
         if (shape_.cosine)
@@ -98,7 +98,7 @@ void run_straight(const SearchShape& shape, const GradientInputs& in, float* gra
             std::fill(out, out + D, 0.0f);
             continue;
         }
-        const int64_t k = in.indices.at(h, n);
+        const int64_t k = in.indices.given(h, n);
         const float *x = in.x.floats(h, n), *g = in.quantized->floats(h, n);
         if (!in.error) {
             std::copy(g, g + D, out);
@@ -120,7 +120,7 @@ int64_t run(const SearchShape& shape, const GradientInputs& in, void* grad_x, vo
     const int64_t H = shape.H, N = shape.N, K = shape.K, D = shape.D;
     std::vector<CodeCounts> codes(H);
     for (int64_t h = 0; h < H; h++) {
-        const int64_t wrong = codes[h].count(in.indices, h, N, K);
+        const int64_t wrong = codes[h].count(in.indices, h, N);
         if (wrong >= 0) return h * N + wrong;
     }
     const bool straight = in.passing == Passing::straight_through && in.quantized && in.quantized->has_float_rows() &&

@@ -10,8 +10,6 @@
 
 namespace vqops {
 
-enum class Passing { none, straight_through, rotation };
-
 struct GradientInputs {
     const Rows* quantized;  // gradient of quantized [H, N, D]; null where nothing came
     const Rows* error;      // gradient of error, as [H, N, 1]; null where nothing came

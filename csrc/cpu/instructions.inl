@@ -14,7 +14,7 @@
 // Nothing but <cstdint> and intrinsics may be used here: an inline function of another header would be compiled for
 // this target and could be linked into code that runs everywhere.
 
-#include "../exact.h"
+#include "exact.h"
 
 typedef float Vector __attribute__((vector_size(4 * VQOPS_WIDTH)));
 typedef float UnalignedVector __attribute__((vector_size(4 * VQOPS_WIDTH), aligned(4), may_alias));

@@ -112,7 +112,7 @@ int64_t sum_codes(const SearchShape& shape, const Rows& x, const Indices& indice
     const int64_t K = shape.K, D = shape.D;
     for (int64_t h = 0; h < shape.H; h++) {
         CodeCounts codes;
-        const int64_t wrong = codes.count(indices, h, shape.N, K);
+        const int64_t wrong = codes.count(indices, h, shape.N);
         if (wrong >= 0) return h * shape.N + wrong;
         float* sums = result.sums + h * K * D;
         if (x.has_float_rows() && !shape.cosine && !weight) codes.sum(D, sums, x.floats(h, 0), x.row_stride, parallel);

@@ -3,27 +3,11 @@
 
 #include <cstdint>
 
+#include "../contract.h"
 #include "parallel.h"
 #include "rows.h"
 
 namespace vqops {
-
-struct SearchShape {
-    int64_t H, N, K, D;
-    bool cosine;
-};
-
-struct RowMask {
-    const bool* data = nullptr;  // null: every row
-    int64_t head_stride = 0, row_stride = 0;
-
-    bool keeps(int64_t h, int64_t n) const { return !data || data[h * head_stride + n * row_stride]; }
-};
-
-// How rows were decided, as vqops.search_statistics counts them.
-enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };
-
-constexpr int kLargestK = 32;
 
 struct SearchResult {
     int64_t* indices;         // [H, N, k], -1 where there is no code

@@ -20,7 +20,7 @@
 // Shared memory that another thread reads or writes in the same step must not be touched.
 #pragma once
 
-#include "../numbers.h"
+#include "../tensors.h"
 #include "wgmma.h"
 
 namespace vqops::cuda {

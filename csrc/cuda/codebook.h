@@ -8,7 +8,7 @@
 // a repeat that is missed is one more candidate. Never run on a GPU.
 #pragma once
 
-#include "../bound.h"
+#include "bound.h"
 #include "../distance.h"
 #include "block.h"
 #include "memory.h"
@@ -21,8 +21,6 @@ constexpr int kSample = 32;
 constexpr int64_t kMostCodes = 1 << 30;
 constexpr int32_t kUnmarked = 0x7f7f7f7f;  // memset writes it
 constexpr double kMostDivisor = 0x1p511;   // of a code; c.c of the decision may overflow where that of Pack does not
-
-VQOPS_HOST_DEVICE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Dimensions as stored: whole steps of the loop over them, of 64, 32 or 16.
 VQOPS_HOST_DEVICE int64_t padded(int64_t D) { return D > 32 ? round_up(D, 64) : D > 16 ? 32 : 16; }

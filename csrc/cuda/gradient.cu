@@ -5,11 +5,6 @@
 namespace vqops::cuda {
 namespace {
 
-Passing passing_of(const std::string& gradient) {
-    return gradient == "rotation" ? Passing::rotation
-                                  : gradient == "straight_through" ? Passing::straight_through : Passing::none;
-}
-
 template <class T, class Real>
 void run_gradient(const Gpu& gpu, const GradientInputs<T, Real>& in, const RowsByCode& by_code, bool sorted,
                   const Tensor& grad_x, Tensor& grad_codebook) {
@@ -38,9 +33,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     check_search_arguments(op, x, codebook, mask);
     const RowsByCode by_code = rows_by_code(op, indices, x, codebook.size(1));
     const Gpu gpu(x);
-    Tensor grad_x = x_needed ? torch::stable::new_empty(x, x.sizes()) : unused(x, x.scalar_type());
-    Tensor grad_codebook = codebook_needed ? torch::stable::new_empty(codebook, codebook.sizes())
-                                           : unused(codebook, codebook.scalar_type());
+    Tensor grad_x = new_or_unused(x, x_needed), grad_codebook = new_or_unused(codebook, codebook_needed);
     if (codebook_needed && !grad_error) torch::stable::zero_(grad_codebook);
     // quantized has x's dtype, and so has its gradient, unless a caller of this op gives another.
     const OptionalTensor g = grad_quantized && grad_quantized->scalar_type() != x.scalar_type()

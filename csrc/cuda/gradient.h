@@ -7,12 +7,11 @@
 // Never run on a GPU.
 #pragma once
 
+#include "../contract.h"
 #include "../distance.h"
 #include "sums.h"
 
 namespace vqops::cuda {
-
-enum class Passing { none, straight_through, rotation };
 
 template <class T, class Real>
 struct GradientInputs {

@@ -34,10 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
                                    work ? work->out : Sums<float>{by_code}},
                  with_sums);
     });
-    Tensor old = snapshot ? torch::stable::new_empty(codebook, codebook.sizes())
-                          : unused(codebook, codebook.scalar_type());
-    if (snapshot) torch::stable::copy_(old, codebook);
-    return {quantized, indices, error, counts, sums, old};
+    return {quantized, indices, error, counts, sums, snapshot_of(codebook, snapshot)};
 }
 
 }  // namespace vqops::cuda

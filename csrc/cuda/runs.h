@@ -8,13 +8,12 @@
 // Bytes: 24 a row written and read once, and two to four passes of the sort over 8 a row.
 #pragma once
 
-#include "../numbers.h"
+#include "../contract.h"
+#include "../tensors.h"
 #include "block.h"
 #include "memory.h"
 
 namespace vqops::cuda {
-
-constexpr int kRun = 256;
 
 // How the rows of a block come together: as they lie, ordered by code within the block (batch.h), or as a run of the
 // sort.

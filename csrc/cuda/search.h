@@ -42,7 +42,7 @@ bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Prep
         return true;
     };
     if (out.distances) {
-        if (out.k > 32) return false;
+        if (out.k > kLargestK) return false;
         if (width == 16) return fits(Several<T, 16, 4>{in, out, packed});
         if (width == 32) return fits(Several<T, 32, 4>{in, out, packed});
         return fits(Several<T, 64, 4>{in, out, packed}) || fits(Several<T, 64, 2>{in, out, packed});

@@ -1,12 +1,10 @@
 // What both kernels of the search take and write.
 #pragma once
 
+#include "../contract.h"
 #include "codebook.h"
 
 namespace vqops::cuda {
-
-// How rows were decided, as vqops.search_statistics counts them.
-enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };
 
 template <class T>
 struct SearchInputs {

@@ -140,7 +140,7 @@ void run(const Case& test, bool cosine) {
     expect(again == indices, "indices of quantize", test.name, 0);
     search_and_gather(shape, rows, codes, kept, nullptr, again.data(), {quantized.data(), error.data()}, parallel);
     expect(again == indices, "indices without preparation", test.name, 0);
-    const Indices chosen = {indices.data(), N, 1};
+    const Indices chosen = {indices.data(), N, 1, K};
     expect(sum_codes(shape, rows, chosen, nullptr, {counts.data(), sums.data()}, parallel) < 0, "range", test.name, 0);
     const Rows g = {quantized.data(), DType::float32, N * D, D, 1}, e = {error.data(), DType::float32, N, 1, 1};
     std::vector<float> grad_x(H * N * D), grad_codebook(H * K * D);
@@ -167,7 +167,7 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
             for (float& value : values) {
                 value = normal(random) * scale;
                 if (positive) value = std::fabs(value);
-                if (halfway) value = from_bfloat16(to_bfloat16(value)) * (1 + 0x1p-8f - 0x1p-23f);
+                if (halfway) value = real(rounded<BFloat16>(value)) * (1 + 0x1p-8f - 0x1p-23f);
             }
         };
         fill(x, x_scale), fill(c, c_scale);
@@ -234,11 +234,13 @@ void exact() {
 // All 65536 half-precision patterns survive a round trip; NaN stays NaN.
 void conversions() {
     for (uint32_t bits = 0; bits < 65536; bits++) {
-        const float half = from_float16(uint16_t(bits)), brain = from_bfloat16(uint16_t(bits));
-        expect(std::isnan(half) ? std::isnan(from_float16(to_float16(half))) : to_float16(half) == bits, "float16",
-               "conversions", bits);
-        expect(std::isnan(brain) ? std::isnan(from_bfloat16(to_bfloat16(brain))) : to_bfloat16(brain) == bits,
-               "bfloat16", "conversions", bits);
+        const float half = real(Float16{uint16_t(bits)}), brain = real(BFloat16{uint16_t(bits)});
+        const Float16 half_again = rounded<Float16>(half);
+        const BFloat16 brain_again = rounded<BFloat16>(brain);
+        expect(std::isnan(half) ? std::isnan(real(half_again)) : half_again.bits == bits, "float16", "conversions",
+               bits);
+        expect(std::isnan(brain) ? std::isnan(real(brain_again)) : brain_again.bits == bits, "bfloat16", "conversions",
+               bits);
     }
 }
 
@@ -258,7 +260,7 @@ void model() {
             return (random() & 1) << 15 | exponent << 7 | (random() & 127);
         };
         const uint32_t x = half() | half() << 16, c = half() | half() << 16;
-        float sum = from_bfloat16(uint16_t(half())) * (1 + float(random() % 65536) * 0x1p-24f);
+        float sum = real(BFloat16{uint16_t(half())}) * (1 + float(random() % 65536) * 0x1p-24f);
         if (n % 16 == 5) sum = std::ldexp(sum, -60);
         const float modelled = add_pair(sum, x, c), found = hardware_pair(sum, x, c);
         expect(std::memcmp(&modelled, &found, 4) == 0, "vdpbf16ps", "model", n);

@@ -1,7 +1,7 @@
 // The error bound of the fp16 screening pass, each constant with its cause in csrc/cuda/exactness.md.
 #pragma once
 
-#include "host_device.h"
+#include "../host_device.h"
 
 namespace vqops {
 

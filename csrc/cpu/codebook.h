@@ -26,7 +26,7 @@ struct Header {
     int64_t first;     // the lowest index of a finite code; -1 where none is
 };
 static_assert(sizeof(Header) == 64);
-inline int32_t layout() { return 0x76710010 + instructions().codes + instructions().pairs; }
+inline int32_t layout() { return 0x76710010 + instructions().layout; }
 
 // Words of a code: its dimensions, and what the bound charges.
 inline int64_t depth_of(int64_t D) { return instructions().pairs ? (D + 1) / 2 + 1 : D + 1; }

@@ -1,4 +1,4 @@
-// The kernels that exist once for each instruction set, and the choice between them at run time.
+// The kernels that exist once per instruction set (sets/), and the choice between them at run time.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace vqops {
 
 constexpr int kMostCodes = 32;  // codes of the widest register tile
 
-// Where the direct search puts a code that the bound of a row does not exclude.
+// Where the search without preparation puts a code that the bound of a row does not exclude.
 struct Offer {
     void* lists;
     void (*candidate)(void* lists, int64_t row, int64_t code, float lower);
@@ -60,15 +60,23 @@ struct CodeFacts {
     double square;  // |scale (code - centre)|^2
 };
 
+// Rows against `count` codes, at most a group, all as they lie in memory. Sets without a kernel of their own take
+// another's.
+typedef void UnpreparedKernel(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride,
+                              int64_t count, bool cosine, float factor, const float* threshold, int64_t first,
+                              const Offer& offer);
+UnpreparedKernel unprepared_portable, unprepared_avx2;
+constexpr int kGroupOfPortable = 4, kGroupOfAvx2 = 8;
+
 struct Instructions {
     const char* name;
     int tile;    // rows a register tile of the screening pass,
     int codes;   // and its codes, which lie side by side in the packed codebook
     bool pairs;  // the screening pass takes bfloat16, two dimensions a word, and rows negated; else float
+    int layout;  // id of the panels, as this set and those that have the same lay them out
     void (*screen)(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open);
-    void (*direct)(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
-                   bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer);
-    int group;  // codes that the direct search takes together
+    UnpreparedKernel* unprepared;
+    int group;  // codes that `unprepared` takes together
     RowNorms (*place_row)(const float* x, const float* centre, float scale, int64_t D, void* out);
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*exact_distance)(const float* x, const float* c, int64_t D);
@@ -78,6 +86,9 @@ struct Instructions {
     float (*spin)(int64_t steps, float value);
     int spin_products;  // multiply-adds a step
 };
+
+// One file each in sets/; those of other processors are not compiled.
+extern const Instructions portable, avx2, avx512, avx512_bf16, bf16_model;
 
 // The fastest set that this processor has; VQOPS_CPU names another, for tests. Throws std::runtime_error for a name
 // that is none, or that this processor cannot run.

@@ -8,7 +8,7 @@
 // row. Operations: 2 N K (D + 1), fused.
 // The product gives lower bounds (exactness.md); a code stays a candidate while its lower bound does not exceed the
 // least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h). A
-// row with more candidates than its list holds is compared with all codes by float32 differences (direct.h), whose
+// row with more candidates than its list holds is compared with all codes by float32 differences (unprepared.h), whose
 // error is relative to the distance itself.
 
 #include "search.h"
@@ -20,7 +20,7 @@
 #include "candidates.h"
 #include "codebook.h"
 #include "decision.h"
-#include "direct.h"
+#include "unprepared.h"
 
 namespace vqops {
 namespace {
@@ -138,7 +138,7 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
             const SearchResult& result, const Parallel& parallel, const Follow& follow) {
     if (memory == nullptr) {
         const DefaultFloatMode mode;
-        search_direct(shape, x, codebook, mask, result, parallel);
+        search_unprepared(shape, x, codebook, mask, result, parallel);
         for (int64_t h = 0; follow && h < shape.H; h++) follow(h, 0, shape.N);
         return;
     }

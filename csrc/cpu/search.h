@@ -17,7 +17,7 @@ struct SearchResult {
 };
 
 // The k nearest codes of each row, nearest first. `packed` holds H heads of Packed::bytes(K, D) each; null searches
-// without preparation (direct.h). `follow` is called with (h, begin, end) by the thread that has settled those rows.
+// without preparation (unprepared.h). `follow` is called with (h, begin, end) by the thread that has settled those rows.
 using Follow = std::function<void(int64_t h, int64_t begin, int64_t end)>;
 void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const void* packed,
             const SearchResult& result, const Parallel& parallel, const Follow& follow = {});

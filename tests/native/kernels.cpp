@@ -16,6 +16,7 @@
 #include "../../csrc/cpu/gradient.h"
 #include "../../csrc/cpu/quantize.h"
 #include "../../csrc/cpu/search.h"
+#include "../../csrc/cpu/sets/bf16_model.h"
 
 using namespace vqops;
 
@@ -244,13 +245,9 @@ void conversions() {
     }
 }
 
-#if defined(VQOPS_BF16_MODEL)
-#include "../../csrc/cpu/bf16_model.inl"
-#endif
-
 // The model of vdpbf16ps is the instruction, bit for bit, where there is one.
 void model() {
-#if defined(VQOPS_BF16_MODEL) && defined(__x86_64__)
+#if defined(__x86_64__)
     if (!__builtin_cpu_supports("avx512bf16")) return;
     std::mt19937 random(3);
     for (int64_t n = 0; n < 200000; n++) {

@@ -37,10 +37,6 @@ inline bool is_cosine(const char* op, const std::string& metric) {
     return metric == "cosine";
 }
 
-inline SearchShape shape_of(const Tensor& x, const Tensor& codebook, bool cosine) {
-    return {x.size(0), x.size(1), codebook.size(1), x.size(2), cosine};
-}
-
 inline Passing passing_of(const std::string& gradient) {
     return gradient == "rotation"           ? Passing::rotation
            : gradient == "straight_through" ? Passing::straight_through

@@ -5,11 +5,6 @@
 
 namespace vqops {
 
-struct SearchShape {
-    int64_t H, N, K, D;
-    bool cosine;
-};
-
 // How rows were decided, as vqops.search_statistics counts them.
 enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };
 

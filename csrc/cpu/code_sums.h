@@ -9,9 +9,8 @@
 #include <vector>
 
 #include "../contract.h"
-#include "../tensors.h"
 #include "instructions.h"
-#include "parallel.h"
+#include "search.h"
 
 namespace vqops {
 
@@ -120,5 +119,14 @@ private:
     int64_t h_ = 0, N_ = 0;
     std::vector<int64_t> counts_;
 };
+
+// Weighted counts, and sums of the rows of x, or of their units for cosine. weight may be null; counts are then int64.
+struct Sums {
+    void* counts;
+    float* sums;
+};
+// Returns the place of an index out of range, or -1.
+int64_t sum_codes(const SearchShape& shape, const Rows& x, const Indices& indices, const Rows* weight,
+                  const Sums& result, const Parallel& parallel);
 
 }  // namespace vqops

@@ -16,7 +16,7 @@ struct Offer {
 // A block of rows with the codes that their bounds leave open (candidates.h), as the screening pass fills it.
 struct OpenCodes {
     float* threshold;     // [rows] least upper bound of a row so far; -inf takes no more candidates
-    const float* always;  // [rows] what the upper bound charges whatever the code
+    const float* rest;  // [rows] what the upper bound charges whatever the code
     int32_t* count;       // [rows]
     int32_t* code;        // [rows, room]
     float* lower;         // [rows, room]

@@ -1,12 +1,12 @@
 // The CPU kernels as ops: tensors in, tensors out.
 
 #include "../bindings.h"
+#include "code_sums.h"
 #include "codebook.h"
-#include "unprepared.h"
 #include "ema.h"
-#include "gradient.h"
-#include "quantize.h"
-#include "search.h"
+#include "gather.h"
+#include "quantize_backward.h"
+#include "unprepared.h"
 
 namespace vqops {
 namespace {
@@ -46,6 +46,10 @@ Tensor prepared_or_new(const char* op, const Tensor& codebook, const OptionalTen
     }
     STD_TORCH_CHECK(fits, op, ": prepared was made by another implementation or for another codebook or metric");
     return *prepared;
+}
+
+SearchShape shape_of(const Tensor& x, const Tensor& codebook, bool cosine) {
+    return {x.size(0), x.size(1), codebook.size(1), x.size(2), cosine};
 }
 
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
@@ -99,7 +103,8 @@ std::tuple<Tensor, Tensor> sums_of(const char* op, const Tensor& x, const Tensor
     const Rows weights = weight ? rows_of(op, *weight) : Rows{};
     const int64_t wrong = sum_codes({H, x.size(1), K, D, cosine}, rows_of(op, x), indices_of(op, indices, x, K),
                                     weight ? &weights : nullptr,
-                                    {counts.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr())}, threads());
+                                    {counts.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr())},
+                                    threads());
     check_index(op, wrong, K);
     return {counts, sums};
 }
@@ -133,7 +138,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     const Rows quantized = grad_quantized ? rows_of(op, *grad_quantized) : Rows{};
     const Rows error = grad_error ? rows_of(op, *grad_error) : Rows{};
     Tensor grad_x = new_or_unused(x, x_needed), grad_codebook = new_or_unused(codebook, codebook_needed);
-    const GradientInputs in = {grad_quantized ? &quantized : nullptr,
+    const BackwardInputs in = {grad_quantized ? &quantized : nullptr,
                                grad_error ? &error : nullptr,
                                rows_of(op, x),
                                rows_of(op, codebook),
@@ -141,7 +146,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
                                mask_of(mask),
                                passing_of(passing),
                                codebook_error_scale};
-    const int64_t wrong = gradient(shape_of(x, codebook, cosine), in, x_needed ? grad_x.mutable_data_ptr() : nullptr,
+    const int64_t wrong = backward(shape_of(x, codebook, cosine), in, x_needed ? grad_x.mutable_data_ptr() : nullptr,
                                    codebook_needed ? grad_codebook.mutable_data_ptr() : nullptr, threads());
     check_index(op, wrong, codebook.size(1));
     return {grad_x, grad_codebook};

@@ -11,7 +11,7 @@
 
 #include "candidates.h"
 #include "codebook.h"
-#include "decision.h"
+#include "decide.h"
 
 namespace vqops {
 namespace {
@@ -106,7 +106,7 @@ void settle(Candidates& candidates, int64_t r, int64_t h, int64_t n, int64_t k, 
 
 }  // namespace
 
-void search_again(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
+void scan_queue(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
                   int64_t count, Decision& decision, int64_t k) {
     if (!is_unprepared(0, x, codebook)) {
         for (int64_t i = 0; i < count; i++) decision.take(h, rows[i]), decision.scan(h, rows[i]);

@@ -1,7 +1,7 @@
 // Search without a prepared codebook, for few rows: preparing costs more than the search.
 #pragma once
 
-#include "decision.h"
+#include "decide.h"
 #include "parallel.h"
 #include "rows.h"
 #include "search.h"
@@ -17,7 +17,7 @@ inline bool is_unprepared(int64_t N, const Rows& x, const Rows& codebook) {
 }
 
 // Settles `count` finite rows of head h in one thread, counting them as kScanned.
-void search_again(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
+void scan_queue(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
                   int64_t count, Decision& decision, int64_t k);
 
 void search_unprepared(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,

@@ -27,7 +27,7 @@ struct BatchScratch {
 // Fills `batch` and returns how many rows it has; all threads call it. `run` is what the sorted order knows of them.
 // Codes of more than 24 bits may mix with those of the same lower ones: that takes more sums, none of them wrong.
 template <Order order, int kThreads, class Block>
-VQOPS_HOST_DEVICE int gather(const Block& block, Batch& batch, BatchScratch& scratch, const RowsByCode& by_code,
+VQOPS_HOST_DEVICE int take_batch(const Block& block, Batch& batch, BatchScratch& scratch, const RowsByCode& by_code,
                              int64_t item, Run& run) {
     if (order != Order::sorted) {
         run.begin = item * kRun;

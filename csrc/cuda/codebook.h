@@ -247,7 +247,7 @@ VQOPS_HOST_DEVICE Hash mixed(Hash hash) {
     return {hash.one ^ (hash.one >> 13), hash.two ^ (hash.two >> 13)};
 }
 
-struct Marks {
+struct MarkRepeats {
     static constexpr int kThreads = 256, kCodes = kThreads / 8;
     struct Shared {};
     Preparation in;
@@ -397,7 +397,7 @@ void pack_codebook(const Device& device, const Preparation& in) {
     device.fill(in.marks, kUnmarked & 0xff, in.H * 2 * in.slots * int64_t(sizeof(int32_t)));
     device.launch(Centre{in});
     device.launch(Scale{in});
-    device.launch(Marks{in});
+    device.launch(MarkRepeats{in});
     device.launch(Pack{in});
 }
 

@@ -6,7 +6,7 @@
 namespace vqops::cuda {
 
 // Certified rows are written, rows with several candidates compared in float64, eight threads a pair, the rest put on
-// the list of Exhaustive.
+// the list of Scan.
 template <class T, int kThreads, int kRows>
 struct Decide {
     static constexpr int kPairs = kThreads / kLanes;
@@ -32,7 +32,7 @@ struct Decide {
                 if (list.fate != kSearched) continue;
                 list.drop_excluded();
                 shared.best_code[r] = list.count == 1 ? list.code[0] : -1;
-                if (list.count > kCapacity) list.fate = kLeft;
+                if (list.count > kCapacity) list.fate = kQueued;
                 if (list.count < 2 || list.count > kCapacity) continue;
                 const int place = block.atomic_add(&shared.pairs, list.count);
                 for (int i = 0; i < list.count; i++) shared.pair[place + i] = uint16_t(r * kCapacity + i);
@@ -65,8 +65,8 @@ struct Decide {
         block.for_threads([&](int t) {
             for (int r = t; r < kRows && first + r < in.N; r += kThreads) {
                 const Candidates& list = lists[r];
-                if (list.fate == kLeft) {
-                    out.left[h * in.N + block.atomic_add(&out.how_many[h], 1)] = uint32_t(first + r);
+                if (list.fate == kQueued) {
+                    out.queue[h * in.N + block.atomic_add(&out.queued[h], 1)] = uint32_t(first + r);
                     continue;
                 }
                 int32_t code = -1;
@@ -83,7 +83,7 @@ struct Decide {
 // One block: 16 rows whose codes several blocks have screened, eight threads a row. A row's threshold is the least of
 // all, its candidates those that do not exceed it.
 template <class T>
-struct JoinLists {
+struct MergeLists {
     static constexpr int kThreads = 128, kRows = kThreads / kLanes;
     typedef Decide<T, kThreads, kRows> Decisions;
     struct Shared {

@@ -7,7 +7,7 @@
 #include "../bindings.h"
 #include "block.h"
 #include "memory.h"
-#include "sums.h"
+#include "code_sums.h"
 
 namespace vqops::cuda {
 

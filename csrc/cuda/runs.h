@@ -1,5 +1,5 @@
 // Rows sorted by code, so that sums are added in the order of the reference: what
-// torch.use_deterministic_algorithms(True) takes. By default rows are ordered within a block alone (sums.h).
+// torch.use_deterministic_algorithms(True) takes. By default rows are ordered within a block alone (code_sums.h).
 //
 // A stable sort by code leaves the rows of a code side by side, ascending. They are cut in runs of 256. A block adds up
 // one run in order; codes of more than one run leave partial sums, which Fold adds in order. A code that has all the

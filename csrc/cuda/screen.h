@@ -7,7 +7,7 @@
 // threshold. A tile whose least lower bound is above the thresholds of all of a warp's rows is done with: four
 // operations a score. Else its codes below the threshold become candidates, which decide.h decides between.
 // A row belongs to one warp, so that only the stages wait for all warps. Where there are fewer rows than a GPU can work
-// at, blocks share their codes, and JoinLists decides.
+// at, blocks share their codes, and MergeLists decides.
 // Bytes: 4 N D read (float32), 8 N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor cores,
 // 4 to 6 N K in the epilogue.
 // The result does not depend on the order of the candidates, since float64 decides (distance.h). Proof: exactness.md.

@@ -13,8 +13,8 @@
 #include "../../csrc/cpu/row_buffer.h"
 #include "../../csrc/distance.h"
 #include "../../csrc/cpu/ema.h"
-#include "../../csrc/cpu/gradient.h"
-#include "../../csrc/cpu/quantize.h"
+#include "../../csrc/cpu/quantize_backward.h"
+#include "../../csrc/cpu/gather.h"
 #include "../../csrc/cpu/search.h"
 #include "../../csrc/cpu/sets/bf16_model.h"
 
@@ -145,8 +145,8 @@ void run(const Case& test, bool cosine) {
     expect(sum_codes(shape, rows, chosen, nullptr, {counts.data(), sums.data()}, parallel) < 0, "range", test.name, 0);
     const Rows g = {quantized.data(), DType::float32, N * D, D, 1}, e = {error.data(), DType::float32, N, 1, 1};
     std::vector<float> grad_x(H * N * D), grad_codebook(H * K * D);
-    const GradientInputs in = {&g, &e, rows, codes, chosen, kept, Passing::rotation, 1.0};
-    expect(gradient(shape, in, grad_x.data(), grad_codebook.data(), parallel) < 0, "range", test.name, 1);
+    const BackwardInputs in = {&g, &e, rows, codes, chosen, kept, Passing::rotation, 1.0};
+    expect(backward(shape, in, grad_x.data(), grad_codebook.data(), parallel) < 0, "range", test.name, 1);
     for (int64_t h = 0; h < H; h++)
         ema_update({&size[h * K], &average[h * K * D], &c[h * K * D], &counts[h * K], nullptr, &sums[h * K * D], nullptr},
                    K, D, 0.9f, 1e-5f, cosine, parallel);
@@ -180,11 +180,11 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
         const int64_t stride = round_up(packed.depth, 16);
         std::vector<uint32_t> words(N * stride, 0);
         std::vector<float> threshold(N, INFINITY);
-        std::vector<float> always(N);
+        std::vector<float> rest(N);
         for (int64_t n = 0; n < N; n++) {
             uint32_t* out = &words[n * stride];
             const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, out);
-            always[n] = charge_row(norms, packed, D, false, out);
+            rest[n] = bound_row(norms, packed, D, false, out);
         }
         struct Seen {
             const float *x, *c;
@@ -204,7 +204,7 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
             expect(upper >= t, "upper bound", "bounds", k);
             s.count++;
         };
-        const OpenCodes open = {threshold.data(), always.data(), nullptr, nullptr, nullptr, 0, 0,
+        const OpenCodes open = {threshold.data(), rest.data(), nullptr, nullptr, nullptr, 0, 0,
                                 int32_t(packed.header->screened), &seen, nullptr, candidate};
         instructions().screen(words.data(), N, stride, packed.as_read(), open);
         expect(seen.count == N * packed.header->screened, "codes were left out", "bounds", seen.count);

@@ -23,7 +23,7 @@ struct FloatWords : Floats {
     VQOPS_INLINE Words broadcast_word(Word value) { return Floats::broadcast(value); }
     VQOPS_INLINE Words load_words(const Word* p) { return Floats::load(p); }
     VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return Floats::subtract_product(sum, x, c); }
-    VQOPS_INLINE Vector charges(Word row, Words codes) { return codes * Floats::broadcast(2.02f * row); }
+    VQOPS_INLINE Vector spread_of(Word row, Words codes) { return codes * Floats::broadcast(2.02f * row); }
 
     static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
         float* to = static_cast<float*>(out);
@@ -58,7 +58,7 @@ struct PairWords : Floats {
     VQOPS_INLINE Words load_words(const Word* p) {
         return *reinterpret_cast<const typename Floats::UnalignedPairs*>(p);
     }
-    VQOPS_INLINE Vector charges(Word row, Words codes) {
+    VQOPS_INLINE Vector spread_of(Word row, Words codes) {
         const Word both = row ^ 0x80008000;
         const Words radius = broadcast_word(both << 16), lost = broadcast_word(both & 0xffff0000);
         return (Vector(codes << 16) * Vector(radius) + Vector(codes & 0xffff0000) * Vector(lost)) *
@@ -105,8 +105,8 @@ struct Kernels {
         VQOPS_UNROLL_ALL
         for (int v = 0; v < kVectors; v++) {
             const Vector size = bound[v] < -bound[v] ? -bound[v] : bound[v];
-            const Vector charged = Set::charges(last, Set::load_words(panel + (depth - 1) * kCodes + v * kWidth)) +
-                                   Set::load(slack + v * kWidth) + Set::broadcast(open.always[row]);
+            const Vector charged = Set::spread_of(last, Set::load_words(panel + (depth - 1) * kCodes + v * kWidth)) +
+                                   Set::load(slack + v * kWidth) + Set::broadcast(open.rest[row]);
             // The factors cover the rounding of these sums (exactness.md).
             upper[v] = bound[v] + (size * Set::broadcast(0x1p-21f) + charged * Set::broadcast(1 + 0x1p-20f));
         }

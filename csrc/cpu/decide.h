@@ -38,8 +38,8 @@ static inline double unit_scale(const double* row, int64_t D) {
     return largest > 0 && std::isfinite(largest) ? std::ldexp(1.0, std::min(-std::ilogb(largest), 1000)) : 1;
 }
 
-// Of that power of two: the decision's x.c, of values as given, stays within the range of float64 for any code whose c.c
-// does. Beyond, products overflow or vanish, and the decision goes by that; screening must not know better.
+// Of that power of two: the decision's x.c, of values as given, stays within the range of float64 for any code whose
+// c.c does. Beyond, products overflow or vanish, and the decision goes by that; so must the screening pass.
 static inline bool stays_in_range(double scale) { return scale >= 0x1p-400 && scale <= 0x1p400; }
 
 // One thread's decisions. `take` a row, then `consider` codes, then `write`.

@@ -1,7 +1,7 @@
-// Exhaustive: rows against all codes in float64. Never run on a GPU.
+// Scan: rows against all codes in float64. Never run on a GPU.
 //
 // One block: 8 rows at a time, eight threads a code. k nearest codes take k passes, each for the next one in order. A
-// few rows on the list, as is usual, would leave most of the GPU idle: then blocks share their codes, and JoinParts
+// few rows on the list, as is usual, would leave most of the GPU idle: then blocks share their codes, and MergeParts
 // takes the best of each share.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace vqops::cuda {
 
 template <class T>
-struct Exhaustive {
+struct Scan {
     static constexpr bool kAllRegisters = true;
     static constexpr int kThreads = 256, kRows = 8, kGroups = kThreads / kLanes;
     static constexpr int64_t kMostBlocks = 1024;  // a head; each takes its share of a list whose length it learns
@@ -46,7 +46,7 @@ struct Exhaustive {
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        const int64_t h = uint32_t(block.index) / across(), rows = all ? in.N : int64_t(out.how_many[h]);
+        const int64_t h = uint32_t(block.index) / across(), rows = all ? in.N : int64_t(out.queued[h]);
         const int64_t shares = shares_of(rows), share = round_up((in.K + shares - 1) / shares, kGroups);
         const int64_t items = (rows + kRows - 1) / kRows * shares;
         for (int64_t item = uint32_t(block.index) % across(); item < items; item += across()) {
@@ -54,7 +54,7 @@ struct Exhaustive {
             const int64_t end = begin + share < in.K ? begin + share : in.K;
             take_rows(block, shared, h, top, rows);
             for (int64_t place = 0; place < out.k; place++) {
-                scan(block, shared, h, place, begin, end);
+                find_next(block, shared, h, place, begin, end);
                 if (shares == 1) write(block, shared, h, place);
             }
             if (shares > 1)
@@ -72,7 +72,7 @@ private:
         block.for_threads_sync([&](int r) {
             if (r >= kRows) return;
             const bool exists = top + r < rows;
-            shared.row[r] = exists ? (all ? uint32_t(top + r) : out.left[h * in.N + top + r]) : 0;
+            shared.row[r] = exists ? (all ? uint32_t(top + r) : out.queue[h * in.N + top + r]) : 0;
             shared.offset[r] = exists ? in.x.offset(h, shared.row[r]) : -1;
             shared.spoiled[r] = 0;
             shared.index[r] = -1, shared.cost[r] = 0;
@@ -88,8 +88,8 @@ private:
 
     // The best code of each row behind the one before, of those from begin to end: shared.cost and shared.index.
     template <class Block>
-    VQOPS_HOST_DEVICE void scan(Block& block, Shared& shared, int64_t h, int64_t place, int64_t begin,
-                                int64_t end) const {
+    VQOPS_HOST_DEVICE void find_next(Block& block, Shared& shared, int64_t h, int64_t place, int64_t begin,
+                                     int64_t end) const {
         auto best = block.template registers<Best>();
         auto sums = block.template registers<Doubles<kRows + 2>>();  // rows, 0 * c, c.c
         block.for_threads([&](int t) { best[t] = {0, -1}; });
@@ -173,12 +173,12 @@ private:
 
 // Eight threads a row of the list whose codes were shared: the best of its parts.
 template <class T>
-struct JoinParts {
+struct MergeParts {
     static constexpr int kThreads = 256, kRows = kThreads / kLanes;
     struct Shared {
         Best best[kThreads];
     };
-    Exhaustive<T> shared_by;
+    Scan<T> shared_by;
 
     size_t shared_bytes() const { return sizeof(Shared); }
     VQOPS_HOST_DEVICE uint32_t across() const {  // a row has two parts or more
@@ -189,7 +189,7 @@ struct JoinParts {
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const SearchOutputs& out = shared_by.out;
-        const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.how_many[h];
+        const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.queued[h];
         const int64_t first = int64_t(uint32_t(block.index) % across()) * kRows, shares = shared_by.shares_of(rows);
         if (first >= rows || shares == 1) return;
         const auto better = [](const Best& a, const Best& b) {
@@ -206,7 +206,7 @@ struct JoinParts {
             if (t >= kRows || first + t >= rows) return;
             Best best = {0, -1};
             for (int i = 0; i < kLanes; i++) best = better(best, shared.best[t * kLanes + i]);
-            out.indices[h * N + out.left[h * N + first + t]] = best.index;
+            out.indices[h * N + out.queue[h * N + first + t]] = best.index;
             if (out.tiers) block.atomic_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
         });
     }

@@ -1,16 +1,16 @@
 // What follows the search: codes in place of rows, errors and, if asked, the sums for the EMA update, in one read of x.
 //
 // One block: up to 256 rows, by tiles of 32 rows and 64 columns. The rows are neighbours in memory; with sums they are
-// taken in the order of their codes, or are a run of one code (sums.h).
+// taken in the order of their codes, or are a run of one code (code_sums.h).
 //   shared        a tile of x and of the codes; eight partial sums a row, in float64 (distance.h)
 //   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once, and
-//                 what the sums take (sums.h)
+//                 what the sums take (code_sums.h)
 // Phases of a tile: all threads load it and write the codes; eight threads a row add up the error; a thread a column
 // adds up the sums, rows in order. Never run on a GPU; the sizes are guesses.
 #pragma once
 
 #include "../distance.h"
-#include "sums.h"
+#include "code_sums.h"
 
 namespace vqops::cuda {
 
@@ -24,7 +24,7 @@ struct ErrorOf<double> {
 };
 
 template <class T>
-struct FinalizeInputs {
+struct GatherInputs {
     typedef typename ErrorOf<T>::type Real;
     int64_t D;
     Typed<T> x;     // [H, N, D]
@@ -38,7 +38,7 @@ struct FinalizeInputs {
 };
 
 template <class T, Order order>
-struct Finalize {
+struct Gather {
     typedef typename ErrorOf<T>::type Real;
     static constexpr bool kSums = order != Order::memory;
     static constexpr int kThreads = 256, kTileRows = 32, kColumns = 64;
@@ -58,7 +58,7 @@ struct Finalize {
         float weight[kRun];
     };
 
-    FinalizeInputs<T> in;
+    GatherInputs<T> in;
 
     size_t shared_bytes() const { return sizeof(Shared); }
     int64_t blocks() const { return in.sums.by_code.template batches<order>(); }
@@ -69,7 +69,7 @@ struct Finalize {
         const int64_t D = in.D;
         const Batch& batch = shared.batch;
         Run run = {};
-        const int rows = gather<order, kThreads>(block, shared.batch, shared.scratch, by_code, block.index, run);
+        const int rows = take_batch<order, kThreads>(block, shared.batch, shared.scratch, by_code, block.index, run);
         if (!rows) return;
         if (kSums) in.sums.template count<order, kThreads>(block, batch, rows, run);
         block.for_threads_sync([&](int t) {
@@ -195,9 +195,9 @@ private:
 };
 
 template <class Device, class T>
-void finalize(const Device& device, const FinalizeInputs<T>& in, bool with_sums) {
-    if (!with_sums) return device.launch(Finalize<T, Order::memory>{in});
-    sum_by_code(device, in.sums, Finalize<T, Order::sorted>{in}, Finalize<T, Order::within_block>{in});
+void gather(const Device& device, const GatherInputs<T>& in, bool with_sums) {
+    if (!with_sums) return device.launch(Gather<T, Order::memory>{in});
+    sum_by_code(device, in.sums, Gather<T, Order::sorted>{in}, Gather<T, Order::within_block>{in});
 }
 
 }  // namespace vqops::cuda

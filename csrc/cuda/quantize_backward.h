@@ -3,18 +3,18 @@
 // Gradient: 32 neighbouring threads a row (8 where D <= 32), columns dealt out among them, sums over a row by shuffles.
 //   registers     the row's three to six dot products; its columns are read again for each pass, from the first cache
 //   bytes         x and the incoming gradient once from memory, the code from L2; grad_x written once
-// No rotation matrix is built. The codebook's gradient is a sum by code, added up as code_sums does it (sums.h).
+// No rotation matrix is built. The codebook's gradient is a sum by code, added up as code_sums does it (code_sums.h).
 // Never run on a GPU.
 #pragma once
 
 #include "../contract.h"
 #include "../distance.h"
-#include "sums.h"
+#include "code_sums.h"
 
 namespace vqops::cuda {
 
 template <class T, class Real>
-struct GradientInputs {
+struct BackwardInputs {
     int64_t H, N, D;
     Typed<T> x;          // [H, N, D]
     Typed<T> quantized;  // gradient of quantized [H, N, D]; data null where nothing came
@@ -39,10 +39,10 @@ struct RowState {
 };
 
 template <class T, class Real, int L>
-struct Gradient {
+struct RowGradient {
     static constexpr int kThreads = 256, kRows = kThreads / L;
     struct Shared {};
-    GradientInputs<T, Real> in;
+    BackwardInputs<T, Real> in;
     T* grad_x;      // [H, N, D], or null for
     Real* inverse;  // [H, N], 1 / max(|x|, 1e-6), which the codebook's gradient takes for cosine
 
@@ -149,12 +149,12 @@ struct Gradient {
 
 // What a row adds to the gradient of its code.
 template <class T, class Real>
-struct Pull {
+struct CodeGradient {
     struct Row {
         int64_t x, code;
         Real inverse, error;
     };
-    GradientInputs<T, Real> in;
+    BackwardInputs<T, Real> in;
     const Real* inverse;
 
     VQOPS_HOST_DEVICE Row row(int64_t row, int64_t h, int64_t n, int64_t k) const {
@@ -175,18 +175,18 @@ struct Pull {
 };
 
 template <class Device, class T, class Real>
-void gradient_of_rows(const Device& device, const GradientInputs<T, Real>& in, T* grad_x, Real* inverse) {
-    if (in.D <= 32) device.launch(Gradient<T, Real, 8>{in, grad_x, inverse});
-    else device.launch(Gradient<T, Real, 32>{in, grad_x, inverse});
+void gradient_of_rows(const Device& device, const BackwardInputs<T, Real>& in, T* grad_x, Real* inverse) {
+    if (in.D <= 32) device.launch(RowGradient<T, Real, 8>{in, grad_x, inverse});
+    else device.launch(RowGradient<T, Real, 32>{in, grad_x, inverse});
 }
 
 // grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for cosine, else null.
 template <class Device, class T, class Real>
-void gradient_of_codes(const Device& device, const GradientInputs<T, Real>& in, const Sums<Real>& sums, Real* inverse) {
-    GradientInputs<T, Real> all = in;  // the indices alone say which rows count
+void gradient_of_codes(const Device& device, const BackwardInputs<T, Real>& in, const Sums<Real>& sums, Real* inverse) {
+    BackwardInputs<T, Real> all = in;  // the indices alone say which rows count
     all.mask.data = nullptr;
     if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
-    sum_rows(device, sums, Pull<T, Real>{in, inverse});
+    sum_rows(device, sums, CodeGradient<T, Real>{in, inverse});
 }
 
 }  // namespace vqops::cuda

@@ -1,10 +1,10 @@
-// Several: the fast pass of the search for k nearest codes, and the decisions that it leaves. Never run on a GPU.
+// ScreenTopk: the fast pass of the search for k nearest codes, and the decisions that it leaves. Never run on a GPU.
 //
 // Screen with longer lists. One block: 64 rows, or 32 where D wants it, against all K codes in tiles of 64, by
 // mma.sync. A row holds up to kCapacity candidates in shared memory; its threshold is the k-th least upper bound of
 // those it holds, found by bisection of the bits when the list might not take another tile. What is left at the end,
 // some codes more than k, is compared in float64, a warp a row, and written in order. Rows with too many go to
-// Exhaustive by way of a list.
+// Scan by way of a list.
 // Bytes: 4 N D read (float32), 12 k N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor
 // cores, 4 to 6 N K in the epilogue.
 #pragma once
@@ -14,7 +14,7 @@
 namespace vqops::cuda {
 
 template <class T, int kPiece, int kWarps>
-struct Several {
+struct ScreenTopk {
     typedef WarpCores<kWarps, 1, 2> Cores;
     typedef CodeTiles<Cores, kPiece> Codes;
     typedef RowTile<T, Cores, kPiece> Rows;
@@ -206,9 +206,9 @@ private:
             const int row = row_of(t, r), count = count_of(t);
             if (first + row >= in.N) return;
             const Fate fate = shared.rows.fate[row];
-            if (fate == kLeft || fate == kZero || shared.count[row] > kCapacity) {
+            if (fate == kQueued || fate == kZero || shared.count[row] > kCapacity) {
                 if (t % 32 == 0)
-                    out.left[h * in.N + block.atomic_add(&out.how_many[h], 1)] = uint32_t(first + row);
+                    out.queue[h * in.N + block.atomic_add(&out.queued[h], 1)] = uint32_t(first + row);
                 return;
             }
             if (out.tiers && t % 32 == 0) block.atomic_add(&out.tiers[count > 0 ? kDecided : kNoCode], Count(1));

@@ -1,4 +1,4 @@
-#include "gradient.h"
+#include "quantize_backward.h"
 
 #include "gpu.h"
 
@@ -6,7 +6,7 @@ namespace vqops::cuda {
 namespace {
 
 template <class T, class Real>
-void run_gradient(const Gpu& gpu, const GradientInputs<T, Real>& in, const RowsByCode& by_code, bool sorted,
+void run_gradient(const Gpu& gpu, const BackwardInputs<T, Real>& in, const RowsByCode& by_code, bool sorted,
                   const Tensor& grad_x, Tensor& grad_codebook) {
     Real* const no_norms = nullptr;
     if (grad_x.numel()) gradient_of_rows(gpu, in, static_cast<T*>(grad_x.mutable_data_ptr()), no_norms);
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
         using T = decltype(typed);
         const auto run = [&](auto real) {
             using Real = decltype(real);
-            const GradientInputs<T, Real> in = {by_code.H, by_code.N, x.size(2), rows.as<T>(), passed.as<T>(), errors,
+            const BackwardInputs<T, Real> in = {by_code.H, by_code.N, x.size(2), rows.as<T>(), passed.as<T>(), errors,
                                                 codes, by_code.indices, mask_of(mask), passing_of(gradient), cosine,
                                                 codebook_error_scale};
             run_gradient(gpu, in, by_code, sorted, grad_x, grad_error ? grad_codebook : none);

@@ -1,7 +1,7 @@
 // Sums of the rows that have each code, in an order that does not depend on threads.
 //
 // The rows of a code, ascending, are cut in runs of 256; a run is summed in order, then the runs in order. Each thread
-// owns a range of codes, balanced by their counts, and scans all indices: 8 N bytes a thread, and x once in all.
+// owns a range of codes, balanced by their counts, and scans all indices: 8 N bytes per thread, and x once in all.
 #pragma once
 
 #include <algorithm>
@@ -61,7 +61,7 @@ public:
     }
 
 private:
-    // Calls body(first, last) on ranges of codes with about as many rows each, a thread a range.
+    // Calls body(first, last) on ranges of codes with about as many rows each, one thread per range.
     template <class Body>
     void over_ranges(const Parallel& parallel, const Body& body) const {
         const int64_t K = int64_t(counts_.size()), threads = std::max(1, parallel.threads);

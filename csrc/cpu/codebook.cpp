@@ -82,7 +82,7 @@ struct Facts {
 
     float* radius;   // |c - centre|, scaled; NaN for a code that is not finite, kRepeat for one that repeats another
     uint32_t* key;   // equal for equal codes
-    int32_t* table;  // of a hash, two entries a code
+    int32_t* table;  // of a hash, two entries per code
 };
 constexpr float kRepeat = -1;
 
@@ -156,7 +156,7 @@ private:
     const Codes& codes_;
     const Packed& packed_;
     const Instructions& set_ = instructions();
-    std::vector<uint32_t> words_;  // [codes a panel, depth]
+    std::vector<uint32_t> words_;  // [codes per panel, depth]
     std::vector<float> values_, zeros_;
     AlignedRow row_;
 };

@@ -79,7 +79,7 @@ public:
         write_ranked(h, n, ranking, kScanned);
     }
 
-    // What was found among the codes that were considered.
+    // Writes the ranking of the codes that were considered.
     void write_ranked(int64_t h, int64_t n, const Ranking& ranking, Tier tier) {
         tiers[ranking.size == 0 ? kNoCode : tier]++;
         write(h, n, ranking);

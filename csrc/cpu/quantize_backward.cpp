@@ -57,7 +57,7 @@ public:
         for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along * x[i]) / norm;
     }
 
-    // What the row adds to the gradient of its code.
+    // The row's share of the gradient of its code.
     const T* operator()(int64_t n) {
         read(n);
         for (int64_t i = 0; i < D; i++) from_error[i] *= T(-in_.codebook_error_scale);

@@ -4,8 +4,8 @@
 //   registers     14 x 32 sums (AVX-512) or 6 x 16 (AVX2), the whole inner product of a tile
 //   first cache   the tile's codes, D + 1 words each, while all rows of the block pass over them
 //   second cache  the block's rows, centred, scaled and rounded to words, at most 96 KB
-// A word is a float or two dimensions as bfloat16. Read: x once, the packed codebook once a block. Written: one index a
-// row. Operations: 2 N K (D + 1), fused.
+// A word is a float or two dimensions as bfloat16. Read: x once, the packed codebook once per block. Written: one index
+// per row. Operations: 2 N K (D + 1), fused.
 // The product gives lower bounds (exactness.md); a code stays a candidate while its lower bound does not exceed the
 // least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h). A
 // row with more candidates than its list holds is queued: compared with all codes by float32 differences, whose error
@@ -31,7 +31,7 @@ constexpr int64_t kDeepest = 1 << 17;       // the bound's constants hold up to 
 class Screen {
 public:
     Screen(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
-          const SearchResult& result, int64_t rows)
+           const SearchResult& result, int64_t rows)
         : shape_(shape), x_(x), codebook_(codebook), mask_(mask), result_(result), set_(instructions()),
           depth_(depth_of(shape.D)), stride_(round_up(depth_, 16)), words_(new uint32_t[rows * stride_]()),
           given_(new float[shape.D]), zeros_(new float[shape.D]()), candidates_(rows, result.k),

@@ -66,8 +66,8 @@ public:
             const int64_t count = std::min<int64_t>(set_.group, end - k);
             for (int64_t i = 0; i < count && !in_place; i++) read_row(codebook, h, k + i, D, &copies[i * D]);
             set_.unprepared(rows_.values.data(), rows_.count(), D, in_place ? codebook.floats(h, k) : copies.data(),
-                        in_place ? codebook.row_stride : D, count, cosine_, factor_, candidates.threshold.data(), k,
-                        {this, offer});
+                            in_place ? codebook.row_stride : D, count, cosine_, factor_, candidates.threshold.data(), k,
+                            {this, offer});
         }
     }
 
@@ -107,7 +107,7 @@ void settle(Candidates& candidates, int64_t r, int64_t h, int64_t n, int64_t k, 
 }  // namespace
 
 void scan_queue(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
-                  int64_t count, Decision& decision, int64_t k) {
+                int64_t count, Decision& decision, int64_t k) {
     if (!is_unprepared(0, x, codebook)) {
         for (int64_t i = 0; i < count; i++) decision.take(h, rows[i]), decision.scan(h, rows[i]);
         return;
@@ -128,7 +128,7 @@ void scan_queue(const SearchShape& shape, const Rows& x, const Rows& codebook, i
 }
 
 void search_unprepared(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
-                   const SearchResult& result, const Parallel& parallel) {
+                       const SearchResult& result, const Parallel& parallel) {
     const DefaultFloatMode mode;
     Decision decision(shape, x, codebook, result);
     for (int64_t h = 0; h < shape.H; h++) {

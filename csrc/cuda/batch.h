@@ -28,7 +28,7 @@ struct BatchScratch {
 // Codes of more than 24 bits may mix with those of the same lower ones: that takes more sums, none of them wrong.
 template <Order order, int kThreads, class Block>
 VQOPS_HOST_DEVICE int take_batch(const Block& block, Batch& batch, BatchScratch& scratch, const RowsByCode& by_code,
-                             int64_t item, Run& run) {
+                                 int64_t item, Run& run) {
     if (order != Order::sorted) {
         run.begin = item * kRun;
         run.end = run.begin + kRun < by_code.rows() ? run.begin + kRun : by_code.rows();

@@ -152,7 +152,7 @@ struct DeviceBlock {
     // c[row_tile] = or += a(thread, row_tile) b^T over 64 dimensions. a and b: 64 and 128 rows of 64 float16, swizzled.
     template <int rows, class RowsOf>
     VQOPS_HOST_DEVICE void wgmma_start(Registers<Accumulators<rows, 16>>& c, RowsOf a, const uint16_t* b,
-                                          bool accumulate) const {
+                                       bool accumulate) const {
 #ifdef __CUDA_ARCH__
         wgmma_fence();
         const uint64_t codes = matrix_descriptor(uint32_t(__cvta_generic_to_shared(b)));
@@ -162,7 +162,7 @@ struct DeviceBlock {
             for (int i = 0; i < rows; i++) {
                 const uint32_t place = uint32_t(__cvta_generic_to_shared(a(int(threadIdx.x), i)));
                 wgmma_m64n128k16(&c.value.v[i][0][0], matrix_descriptor(place) + step * kDescriptorStep,
-                                codes + step * kDescriptorStep, accumulate || step > 0);
+                                 codes + step * kDescriptorStep, accumulate || step > 0);
             }
         wgmma_commit_group();
 #endif

@@ -1,21 +1,21 @@
 // Sums by code, in one of two orders.
 //
 // By default a block takes 256 neighbouring rows, orders them by code in shared memory (batch.h), adds up those of each
-// code in order, and adds the sum to the code's by an atomic operation: one a column, code and block, so that rows that
-// share a code wait for each other once a block and not once a row. Between blocks the order is open, and so are the
-// last bits; atomic additions of float32 take what is below 2^-126 for 0. Nothing is sorted in memory, and there is no
-// workspace.
-// Bytes: the values once, 8 a row of indices; 4 D of atomic additions for each code of a block, at most 4 D a row.
+// code in order, and adds the sum to the code's by an atomic operation: one per column, code and block, so that rows
+// that share a code wait for each other once per block and not once per row. Between blocks the order is open, and so
+// are the last bits; atomic additions of float32 take what is below 2^-126 for 0. Nothing is sorted in memory; there is
+// no workspace.
+// Bytes: the values once, 8 per row of indices; 4 D of atomic additions per code of a block, at most 4 D per row.
 // Under torch.use_deterministic_algorithms(True) the rows are sorted by code (runs.h), a block takes a run of one code,
 // and the order is the reference's.
-// In both a block adds up the same way; only where its rows come from and its sums go differs. Never run on a GPU.
+// In both a block adds up the same way; only where its rows come from and its sums go differs.
 #pragma once
 
 #include "batch.h"
 
 namespace vqops::cuda {
 
-// Where the sums go: to the code itself, or to a partial sum. Column D is the sum of the weights.
+// Destination of the sums: the code itself, or a partial sum. Column D is the sum of the weights.
 template <class T>
 struct Sums {
     RowsByCode by_code;
@@ -26,7 +26,7 @@ struct Sums {
     float* weights;      // [H K]; null without
     T* partial;          // [slots, columns], for the sorted order
 
-    // Once a batch, by all threads. Without a sorted order the last row of a code adds its place, and the first one
+    // Once per batch, by all threads. Without a sorted order the last row of a code adds its place, and the first one
     // takes its own off again.
     template <Order order, int kThreads, class Block>
     VQOPS_HOST_DEVICE void count(const Block& block, const Batch& batch, int rows, const Run& run) const {
@@ -65,8 +65,8 @@ struct Sums {
     }
 };
 
-// One block: 64 columns of one batch, a thread a column. `value.row(row, h, n, k)` is what the columns of a row share,
-// computed once; `value.read(rows, column, values)` says what eight of them add to a column.
+// One block: 64 columns of one batch, one thread per column. `value.row(row, h, n, k)` is what the columns of a row
+// share, computed once; `value.read(rows, column, values)` says what eight of them add to a column.
 // Shared: the batch, 6 to 10 KB. Blocks are small so that many of them wait for memory at a time.
 template <class Value, class T, Order order>
 struct SumRows {
@@ -113,7 +113,7 @@ struct SumRows {
 };
 
 // One block: 32 columns of one code of several runs. Shared: 128 partial sums at a time, read by all threads, added in
-// order by one thread a column.
+// order by one thread per column.
 template <class T>
 struct Fold {
     static constexpr int kThreads = 256, kColumns = 32, kRows = 128;
@@ -178,7 +178,7 @@ void sum_rows(const Device& device, const Sums<T>& sums, const Value& value) {
                 SumRows<Value, T, Order::within_block>{sums, value});
 }
 
-// What a row adds to a column of its code.
+// A row's share of the sums of its code, for code_sums. Bytes: 4 D N read (float32), and what the sums take.
 template <class T>
 struct WeightedRow {
     struct alignas(16) Row {

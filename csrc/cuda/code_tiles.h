@@ -1,7 +1,7 @@
 // The codes of a head on their way through shared memory and the tensor cores, and their products with a block's rows.
 //
 // A stage is 64 or 128 codes by 64 dimensions, 256 or 128 codes where a code has 16 or 32. Stages are copied ahead of
-// the products, by cp.async; one barrier a stage. Bytes: the packed codes once a block, from L2.
+// the products, by cp.async; one barrier per stage. Bytes: the packed codes once per block, from L2.
 #pragma once
 
 #include "codebook.h"

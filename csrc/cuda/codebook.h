@@ -1,16 +1,16 @@
 // A codebook prepared for the screening pass: centre, scale, and its codes as float16 with what their bounds need.
 //
-//   Centre   a block 64 dimensions: the median of a sample of 32 codes, which no single code can move
-//   Scale    a block a head: a power of two that brings the sample's median distance from the centre to [1, 2)
-//   Marks    8 threads a code: the lowest index of each of two hashes, by which repeated codes are found
-//   Pack     32 threads a code: the code centred, scaled, rounded; read two to four times, from cache
-// Everything is computed in float64: the codebook is small next to the search. Any centre is correct, any hash is, too:
-// a repeat that is missed is one more candidate. Never run on a GPU.
+//   Centre   a block per 64 dimensions: the median of a sample of 32 codes, which no single code can move
+//   Scale    a block per head: a power of two that brings the sample's median distance from the centre to [1, 2)
+//   MarkRepeats  8 threads per code: the lowest index of each of two hashes, by which repeats are found
+//   Pack     32 threads per code: the code centred, scaled, rounded; read two to four times, from cache
+// Everything is computed in float64: the codebook is small next to the search. Any centre is correct, and so is
+// any hash: a repeat that is missed is one more candidate.
 #pragma once
 
-#include "bound.h"
 #include "../distance.h"
 #include "block.h"
+#include "bound.h"
 #include "memory.h"
 
 namespace vqops::cuda {
@@ -28,8 +28,8 @@ VQOPS_HOST_DEVICE int64_t padded(int64_t D) { return D > 32 ? round_up(D, 64) : 
 // Dimensions of a piece: what a row of shared memory holds, 32, 64 or 128 bytes.
 VQOPS_HOST_DEVICE int piece_of(int64_t width) { return width < 64 ? int(width) : 64; }
 
-// Where shared memory has dimension i of a row, in a piece of `piece` dimensions: the words of 16 bytes of neighbouring
-// rows change places, so that eight rows of a fragment lie in different banks. The 32, 64 and 128-byte swizzles of the
+// Place in shared memory of dimension i of a row, in a piece of `piece` dimensions: 16-byte words of neighbouring rows
+// change places, so that eight rows of a fragment lie in different banks. The 32, 64 and 128-byte swizzles of the
 // PTX manual, which wgmma reads.
 VQOPS_HOST_DEVICE int swizzled(int row, int i, int piece) {
     const int element = row * piece + i;
@@ -46,8 +46,8 @@ struct OfCodes {
     VQOPS_HOST_DEVICE float operator[](int c) const { return two[c / 2].v[c % 2]; }
 };
 
-// What the bounds of a tile's codes take, see bound.h. The sign of slack, also of a zero, says that a code repeats one
-// of a lower index.
+// Constants of the bounds of a tile's codes, see bound.h. The sign of slack, also of a zero, says that a code repeats
+// one of a lower index.
 struct Constants {
     OfCodes start, slack, radius, unit;
 
@@ -111,7 +111,7 @@ struct Preparation {
     VQOPS_HOST_DEVICE int64_t sampled(int i) const { return K > kSample ? K / kSample * i : i; }
     VQOPS_HOST_DEVICE int sample() const { return K < kSample ? int(K) : kSample; }
 
-    // What the square of a code's elements says: what to divide it by, NaN if it is not finite, inf if it overflows.
+    // Divisor of a code, by the square of its elements: NaN if it is not finite, inf if it overflows.
     VQOPS_HOST_DEVICE double divisor_of(double square, double zero) const {
         if (zero != 0) return NAN;
         if (!cosine) return 1;
@@ -156,7 +156,7 @@ struct Centre {
         const int64_t h = uint32_t(block.index) / slices(), left = uint32_t(block.index) % slices() * kColumns;
         const int count = in.sample();
         auto sums = block.template registers<Doubles<2>>();
-        block.for_threads([&](int t) {  // 8 threads a code
+        block.for_threads([&](int t) {  // 8 threads per code
             sums[t].v[0] = sums[t].v[1] = 0;
             if (t / 8 >= count) return;
             const int64_t code = in.codebook.offset(h, in.sampled(t / 8));

@@ -1,12 +1,12 @@
-// The decision between the candidates that the fast pass leaves a row. Never run on a GPU.
+// The decision between the candidates that the fast pass leaves a row.
 #pragma once
 
 #include "search_inputs.h"
 
 namespace vqops::cuda {
 
-// Certified rows are written, rows with several candidates compared in float64, eight threads a pair, the rest put on
-// the list of Scan.
+// Certified rows are written, rows with several candidates compared in float64, eight threads per pair, the rest
+// queued for Scan.
 template <class T, int kThreads, int kRows>
 struct Decide {
     static constexpr int kPairs = kThreads / kLanes;
@@ -80,7 +80,7 @@ struct Decide {
     }
 };
 
-// One block: 16 rows whose codes several blocks have screened, eight threads a row. A row's threshold is the least of
+// One block: 16 rows whose codes several blocks have screened, eight threads per row. A row's threshold is the least of
 // all, its candidates those that do not exceed it.
 template <class T>
 struct MergeLists {

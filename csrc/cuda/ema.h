@@ -1,10 +1,10 @@
 // EMA update: three kernels, since the smoothing needs the total of all cluster sizes.
 //
-//   MoveAverages  a block a code: reads sums and average, writes average; a code that would not be finite keeps both
-//   TotalSizes    a block a head: the sizes in float64, in a fixed order
-//   MoveCodes     a block a code: reads average, writes the code
+//   MoveAverages  a block per code: reads sums and average, writes average; a code that would not be finite keeps both
+//   TotalSizes    a block per head: the sizes in float64, in a fixed order
+//   MoveCodes     a block per code: reads average, writes the code
 // Bytes: 16 K D and 4 K D more where the averages do not stay in L2. A code with all its columns in one block, so that
-// what is not finite in one column keeps all of them. Never run on a GPU.
+// what is not finite in one column keeps all of them.
 #pragma once
 
 #include "../ema_step.h"

@@ -1,12 +1,12 @@
-// What follows the search: codes in place of rows, errors and, if asked, the sums for the EMA update, in one read of x.
+// After the search: codes in place of rows, errors and, if asked, the sums for the EMA update, in one read of x.
 //
 // One block: up to 256 rows, by tiles of 32 rows and 64 columns. The rows are neighbours in memory; with sums they are
 // taken in the order of their codes, or are a run of one code (code_sums.h).
-//   shared        a tile of x and of the codes; eight partial sums a row, in float64 (distance.h)
+//   shared        a tile of x and of the codes; eight partial sums per row, in float64 (distance.h)
 //   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once, and
 //                 what the sums take (code_sums.h)
-// Phases of a tile: all threads load it and write the codes; eight threads a row add up the error; a thread a column
-// adds up the sums, rows in order. Never run on a GPU; the sizes are guesses.
+// Phases of a tile: all threads load it and write the codes; eight threads per row add up the error; one thread per
+// column adds up the sums, rows in order. The sizes are guesses.
 #pragma once
 
 #include "../distance.h"
@@ -42,7 +42,7 @@ struct Gather {
     typedef typename ErrorOf<T>::type Real;
     static constexpr bool kSums = order != Order::memory;
     static constexpr int kThreads = 256, kTileRows = 32, kColumns = 64;
-    static constexpr int kStride = kColumns + 8;  // eight threads a row, four rows a warp: 32 banks
+    static constexpr int kStride = kColumns + 8;  // eight threads per row, four rows per warp: 32 banks
 
     struct Shared {
         Batch batch;
@@ -53,7 +53,7 @@ struct Gather {
         Real x[kTileRows][kStride];
         double part[kRun][kLanes];
         double norm[kRun];
-        double absent[kRun];       // what rows without a code get: 0 if masked, else NaN
+        double absent[kRun];       // of rows without a code: 0 if masked, else NaN
         int64_t x_offset[kRun], code_offset[kRun];  // code_offset -1: no code
         float weight[kRun];
     };

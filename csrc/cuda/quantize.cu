@@ -28,11 +28,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
         using T = decltype(typed);
         using Real = typename ErrorOf<T>::type;
         gather(gpu,
-                 GatherInputs<T>{D, rows.as<T>(), rows_of(op, codebook), weights, mask_of(mask), metric == "cosine",
-                                   static_cast<T*>(quantized.mutable_data_ptr()),
-                                   static_cast<Real*>(error.mutable_data_ptr()),
-                                   work ? work->out : Sums<float>{by_code}},
-                 with_sums);
+               GatherInputs<T>{D, rows.as<T>(), rows_of(op, codebook), weights, mask_of(mask), metric == "cosine",
+                               static_cast<T*>(quantized.mutable_data_ptr()),
+                               static_cast<Real*>(error.mutable_data_ptr()),
+                               work ? work->out : Sums<float>{by_code}},
+               with_sums);
     });
     return {quantized, indices, error, counts, sums, snapshot_of(codebook, snapshot)};
 }

@@ -1,10 +1,9 @@
 // The backward of a quantizer's bottleneck.
 //
-// Gradient: 32 neighbouring threads a row (8 where D <= 32), columns dealt out among them, sums over a row by shuffles.
+// RowGradient: 32 neighbouring threads per row (8 where D <= 32), columns dealt out among them, sums by shuffles.
 //   registers     the row's three to six dot products; its columns are read again for each pass, from the first cache
 //   bytes         x and the incoming gradient once from memory, the code from L2; grad_x written once
 // No rotation matrix is built. The codebook's gradient is a sum by code, added up as code_sums does it (code_sums.h).
-// Never run on a GPU.
 #pragma once
 
 #include "../contract.h"
@@ -27,7 +26,7 @@ struct BackwardInputs {
     double codebook_error_scale;
 };
 
-// What the passes over a row share.
+// State of a row that its passes share.
 template <class Real>
 struct RowState {
     int64_t h, n, k;
@@ -147,7 +146,7 @@ struct RowGradient {
     }
 };
 
-// What a row adds to the gradient of its code.
+// A row's share of the gradient of its code.
 template <class T, class Real>
 struct CodeGradient {
     struct Row {

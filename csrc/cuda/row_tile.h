@@ -41,7 +41,7 @@ struct RowTile {
         return i / kPiece * kRows * kPiece + swizzled(r, i % kPiece, kPiece);
     }
 
-    // x: float16 [kRows, width]. Eight threads a row, which read it twice, the second time from cache.
+    // x: float16 [kRows, width]. Eight threads per row, which read it twice, the second time from cache.
     template <class Block>
     VQOPS_HOST_DEVICE void take(Block& block, Shared& shared, const Packed& codes, uint16_t* x, int64_t h,
                                 int64_t first) const {

@@ -1,7 +1,7 @@
-// Scan: rows against all codes in float64. Never run on a GPU.
+// Scan: rows against all codes in float64.
 //
-// One block: 8 rows at a time, eight threads a code. k nearest codes take k passes, each for the next one in order. A
-// few rows on the list, as is usual, would leave most of the GPU idle: then blocks share their codes, and MergeParts
+// One block: 8 rows at a time, eight threads per code. k nearest codes take k passes, each for the next one in order. A
+// few rows in the queue, as is usual, would leave most of the GPU idle: then blocks share their codes, and MergeParts
 // takes the best of each share.
 #pragma once
 
@@ -26,7 +26,7 @@ struct Scan {
 
     SearchInputs<T> in;
     SearchOutputs out;
-    bool all;  // every row, and not those of the list
+    bool all;  // every row, and not those of the queue
 
     size_t shared_bytes() const { return sizeof(Shared); }
     VQOPS_HOST_DEVICE int64_t most_shares() const {
@@ -38,7 +38,7 @@ struct Scan {
     }
     int64_t blocks() const { return in.H * across(); }
 
-    // By how many blocks the codes of each of `rows` rows are shared.
+    // Blocks that share the codes of each of `rows` rows.
     VQOPS_HOST_DEVICE int64_t shares_of(int64_t rows) const {
         const int64_t fitting = rows > 0 ? parts_of(in.N, in.K) / rows : 1, most = most_shares();
         return fitting < 2 ? 1 : fitting < most ? fitting : most;
@@ -171,7 +171,7 @@ private:
     }
 };
 
-// Eight threads a row of the list whose codes were shared: the best of its parts.
+// Eight threads per row of the queue whose codes were shared: the best of its parts.
 template <class T>
 struct MergeParts {
     static constexpr int kThreads = 256, kRows = kThreads / kLanes;

@@ -1,4 +1,4 @@
-// What a thread makes of its products: lower bounds, and which row and code each belongs to.
+// Scores: the lower bounds that a thread makes of its products, and the row and code that each belongs to.
 #pragma once
 
 #include "code_tiles.h"
@@ -29,7 +29,7 @@ struct ScoresOf {
             }
     }
 
-    // Products become lower bounds; least: of each own row. Four operations a score.
+    // Products become lower bounds; least: of each own row. Four operations per score.
     template <class Rows>
     static VQOPS_HOST_DEVICE void bound(int t, const Rows& rows, const Constants* constants, Products& products,
                                         Floats<kOwn>& least) {

@@ -1,15 +1,15 @@
-// Screen: the fast pass of the search, and the decisions that it leaves open. Never run on a GPU.
+// Screen: the fast pass of the search, and the decisions that it leaves open.
 //
 // One block: 32 to 256 rows of x against all K codes, in tiles of 64 (mma.sync) or 128 (wgmma, sm_90a).
 //   registers     the products of a warp's 16 or 32 rows and a tile's codes
-//   shared        the block's rows as float16; stages of codes, copied ahead; up to 16 candidates a row
+//   shared        the block's rows as float16; stages of codes, copied ahead; up to 16 candidates per row
 // Each product gives a lower bound of the code's distance (bound.h); the least upper bound so far is the row's
 // threshold. A tile whose least lower bound is above the thresholds of all of a warp's rows is done with: four
-// operations a score. Else its codes below the threshold become candidates, which decide.h decides between.
+// operations per score. Else its codes below the threshold become candidates, which decide.h decides between.
 // A row belongs to one warp, so that only the stages wait for all warps. Where there are fewer rows than a GPU can work
 // at, blocks share their codes, and MergeLists decides.
-// Bytes: 4 N D read (float32), 8 N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor cores,
-// 4 to 6 N K in the epilogue.
+// Bytes: 4 N D read (float32), 8 N written, the packed codes from L2 once per block. Operations: 2 N K D on tensor
+// cores, 4 to 6 N K in the epilogue.
 // The result does not depend on the order of the candidates, since float64 decides (distance.h). Proof: exactness.md.
 // Sizes are guesses from the arithmetic, to be measured.
 #pragma once

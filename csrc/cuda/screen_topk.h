@@ -1,11 +1,11 @@
-// ScreenTopk: the fast pass of the search for k nearest codes, and the decisions that it leaves. Never run on a GPU.
+// ScreenTopk: the fast pass of the search for k nearest codes, and the decisions that it leaves.
 //
 // Screen with longer lists. One block: 64 rows, or 32 where D wants it, against all K codes in tiles of 64, by
 // mma.sync. A row holds up to kCapacity candidates in shared memory; its threshold is the k-th least upper bound of
 // those it holds, found by bisection of the bits when the list might not take another tile. What is left at the end,
-// some codes more than k, is compared in float64, a warp a row, and written in order. Rows with too many go to
-// Scan by way of a list.
-// Bytes: 4 N D read (float32), 12 k N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor
+// some codes more than k, is compared in float64, a warp per row, and written in order. Rows with too many are
+// queued for Scan.
+// Bytes: 4 N D read (float32), 12 k N written, the packed codes from L2 once per block. Operations: 2 N K D on tensor
 // cores, 4 to 6 N K in the epilogue.
 #pragma once
 
@@ -165,7 +165,7 @@ private:
 
     static VQOPS_HOST_DEVICE uint32_t unsigned_order(int32_t ordered) { return uint32_t(ordered) ^ 1u << 31; }
 
-    // Each warp's row r: its candidates compared in float64, eight threads a code; the k first are written in order.
+    // Each warp's row r: its candidates compared in float64, eight threads per code; the k first are written in order.
     template <class Block>
     VQOPS_HOST_DEVICE void decide(Block& block, Shared& shared, int64_t h, int64_t first, int r) const {
         auto sums = block.template registers<Doubles<2>>();

@@ -5,8 +5,8 @@
 namespace vqops::cuda {
 namespace {
 
-// Marks and lists of a search, beside the packed codebook: 4 bytes a row and 16 to 32 a code; 128 KB a head or less for
-// parts; where a GPU has few rows 140 bytes a row and share, some megabytes.
+// Workspace of a search, beside the packed codebook: 4 bytes per row and 16 to 32 per code; 128 KB per head or less for
+// parts; where a GPU has few rows 140 bytes per row and share, some megabytes.
 struct SearchWork {
     int32_t *marks = nullptr, *queued = nullptr;
     uint32_t* queue = nullptr;

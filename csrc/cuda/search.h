@@ -1,4 +1,4 @@
-// Search: the nearest code of each row, certified exact. Screen takes all rows, Scan those that it leaves.
+// Search: the nearest code of each row, certified exact. Screen takes all rows, Scan those that it queues.
 #pragma once
 
 #include "scan.h"
@@ -7,7 +7,7 @@
 
 namespace vqops::cuda {
 
-// What the GPU has.
+// Limits of the GPU.
 struct Abilities {
     size_t shared_bytes;  // that a block may have
     bool wgmma;           // and the kernels are compiled for it
@@ -62,7 +62,7 @@ bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Prep
            fits(Screen<T, WarpCores<2, 1, 2>, 64>{in, out, packed, 1});
 }
 
-// One search. The fast pass takes all rows and Scan those that it leaves, or all where it does not fit or there
+// One search. The fast pass takes all rows and Scan those that it queues, or all where it does not fit or there
 // is no packed codebook.
 template <class Device, class T>
 void search(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,

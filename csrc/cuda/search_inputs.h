@@ -1,4 +1,4 @@
-// What both kernels of the search take and write.
+// Inputs and outputs of the kernels of the search.
 #pragma once
 
 #include "../contract.h"
@@ -15,7 +15,7 @@ struct SearchInputs {
     bool cosine;
 };
 
-// What becomes of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all
+// Fate of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all
 // codes alike, left out, or queued for Scan.
 enum Fate : int32_t { kSearched, kZero, kOutside, kQueued };
 

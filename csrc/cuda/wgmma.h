@@ -1,12 +1,12 @@
 // The products of a warpgroup, which sm_90a alone has; names and layouts as in the PTX manual, "Asynchronous Warpgroup
-// Level Matrix Instructions". Never run on a GPU.
+// Level Matrix Instructions".
 #pragma once
 
 #include "../host_device.h"
 
 namespace vqops::cuda {
 
-// Where a matrix lies in shared memory: rows of 128 bytes with the 128-byte swizzle, K-major. Bits 0 to 13: address,
+// A matrix in shared memory: rows of 128 bytes with the 128-byte swizzle, K-major. Bits 0 to 13: address,
 // 16 to 29: leading offset, of no meaning with this swizzle; 32 to 45: from 8 rows to the next 8; 62 and 63: swizzle.
 // Addresses and offsets in units of 16 bytes; the first row lies at a multiple of 1024.
 VQOPS_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address) {

@@ -46,8 +46,8 @@ EXPORT int64_t code_sums(int descending, int sorted, int64_t H, int64_t N, int64
 }
 
 EXPORT void gather(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
-                     const Rows* codebook, const Rows* weight, const Indices* indices, const RowMask* mask, int cosine,
-                     int with_sums, void* quantized, void* error, float* sums, Count* counts, float* weights) {
+                   const Rows* codebook, const Rows* weight, const Indices* indices, const RowMask* mask, int cosine,
+                   int with_sums, void* quantized, void* error, float* sums, Count* counts, float* weights) {
     const int64_t columns = D + (weight->data ? 1 : 0);
     const RowsByCode by_code = {H, N, K, *indices};
     const Space<float> space(by_code, sorted, D, columns, sums, DType::float32, counts, weights);
@@ -56,9 +56,9 @@ EXPORT void gather(int descending, int sorted, int64_t H, int64_t N, int64_t K, 
         using T = decltype(zero);
         using Real = typename ErrorOf<T>::type;
         gather(device,
-                 GatherInputs<T>{D, x->as<T>(), *codebook, *weight, *mask, cosine != 0, static_cast<T*>(quantized),
-                                   static_cast<Real*>(error), with_sums ? space.out : Sums<float>{by_code}},
-                 with_sums);
+               GatherInputs<T>{D, x->as<T>(), *codebook, *weight, *mask, cosine != 0, static_cast<T*>(quantized),
+                               static_cast<Real*>(error), with_sums ? space.out : Sums<float>{by_code}},
+               with_sums);
     });
 }
 
@@ -68,9 +68,10 @@ EXPORT void ema_update(int descending, const EmaState* state) {
 }
 
 // grad_codebook has the codebook's dtype in the sorted order, else that of the sums: float64 if x or the codebook has.
-EXPORT void quantize_backward(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* quantized,
-                     const Rows* error, const Rows* x, const Rows* codebook, const Indices* indices,
-                     const RowMask* mask, int cosine, int passing, double scale, void* grad_x, void* grad_codebook) {
+EXPORT void quantize_backward(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D,
+                              const Rows* quantized, const Rows* error, const Rows* x, const Rows* codebook,
+                              const Indices* indices, const RowMask* mask, int cosine, int passing, double scale,
+                              void* grad_x, void* grad_codebook) {
     Emulator device = {descending != 0};
     const bool wide = x->dtype == DType::float64 || codebook->dtype == DType::float64;
     const auto run = [&](auto typed, auto reals) {

@@ -23,6 +23,8 @@ struct FloatWords : Floats {
     VQOPS_INLINE Words broadcast_word(Word value) { return Floats::broadcast(value); }
     VQOPS_INLINE Words load_words(const Word* p) { return Floats::load(p); }
     VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return Floats::subtract_product(sum, x, c); }
+    // From the lower to the upper bound, for the codes of a vector: 2.02 times the product of the last words of row and
+    // codes, the coefficients of the bound, which the lower one has subtracted once.
     VQOPS_INLINE Vector spread_of(Word row, Words codes) { return codes * Floats::broadcast(2.02f * row); }
 
     static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
@@ -275,7 +277,7 @@ struct Unprepared {
     typedef typename Set::Vector Vector;
     static constexpr int kWidth = Set::kWidth;
 
-    // Minus the sums over the dimensions of (x - c)^2, of x.c or, without x, of c^2, one lane a code.
+    // Minus the sums over the dimensions of (x - c)^2, of x.c or, without x, of c^2, one lane per code.
     enum class Term { distance, product, square };
 
     template <Term term>

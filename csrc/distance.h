@@ -1,8 +1,8 @@
 // The arithmetic that decides between codes, to the last bit, element by element; vqops/ops/reference.py specifies it.
 //
 // Eight partial sums over i = j mod 8, ascending, multiply and add rounded separately, then a fixed tree. Built with
-// -ffp-contract=off and -fmad=false: a fused multiply-add would round differently. csrc/exact.h is the same arithmetic
-// on vectors of eight; here eight threads, or one after another, take a partial sum each.
+// -ffp-contract=off and -fmad=false: a fused multiply-add would round differently. csrc/cpu/exact.h is the same on
+// vectors of eight; here eight threads, or one after another, take a partial sum each.
 #pragma once
 
 #include "host_device.h"
@@ -27,7 +27,7 @@ VQOPS_HOST_DEVICE double tree(const double* p) {
     return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
 }
 
-// What cosine minimises: -x.c / |c|, 0 for a zero code, +inf for an overflowed quotient.
+// The cost that cosine minimises: -x.c / |c|, 0 for a zero code, +inf for an overflowed quotient.
 VQOPS_HOST_DEVICE double cosine_cost(double x_dot_c, double c_dot_c) {
     const double norm = std::sqrt(c_dot_c);
     if (!(norm > 0)) return 0;
@@ -35,7 +35,7 @@ VQOPS_HOST_DEVICE double cosine_cost(double x_dot_c, double c_dot_c) {
     return cost == cost ? cost : HUGE_VAL;
 }
 
-// What nearest_topk returns for a cost.
+// The distance that nearest_topk returns for a cost.
 VQOPS_HOST_DEVICE double cosine_distance(double cost, double x_dot_x) {
     const double norm = std::sqrt(x_dot_x);
     return 1 + (norm > 0 ? cost / norm : 0);

@@ -13,3 +13,9 @@
 #define VQOPS_HOST_DEVICE inline
 #define VQOPS_UNROLL(times)
 #endif
+
+namespace vqops {
+
+VQOPS_HOST_DEVICE constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+}  // namespace vqops

@@ -13,12 +13,12 @@ namespace vqops {
 class Candidates {
 public:
     Candidates(int64_t rows, int64_t k)
-        : threshold(rows), always(rows), k_(int32_t(k)), capacity_(30 + 2 * k_), room_(capacity_ + kMostCodes),
+        : threshold(rows), rest(rows), k_(int32_t(k)), capacity_(30 + 2 * k_), room_(capacity_ + kMostCodes),
           count_(rows), code_(rows * room_), lower_(rows * room_), least_(k > 1 ? rows * k : 0) {}
 
     // The lists as the screening pass fills them.
     OpenCodes open(int64_t codes) {
-        return {threshold.data(), always.data(), count_.data(), code_.data(), lower_.data(), capacity_, room_,
+        return {threshold.data(), rest.data(), count_.data(), code_.data(), lower_.data(), capacity_, room_,
                 int32_t(codes), this, full, k_ > 1 ? candidate : nullptr};
     }
 
@@ -37,7 +37,7 @@ public:
         if (count_[row] >= capacity_) make_room(row);
     }
 
-    // What another list of the same row's other codes holds.
+    // Takes the candidates of another list, of the same row and other codes.
     void merge(int64_t row, const Candidates& other) {
         if (overflowed(row)) return;
         if (other.overflowed(row)) return give_up(row);
@@ -65,7 +65,7 @@ public:
     int32_t code(int64_t row, int32_t i) const { return code_[row * room_ + i]; }
 
     std::vector<float> threshold;  // k-th least upper bound of a row so far; -inf takes no more candidates
-    std::vector<float> always;     // what the screening pass adds to every upper bound of a row
+    std::vector<float> rest;       // of a row's bound: from the lower to the upper one, whatever the code
 
 private:
     void make_room(int64_t row) {

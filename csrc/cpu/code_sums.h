@@ -1,38 +1,29 @@
 // Sums of the rows that have each code, in an order that does not depend on threads.
 //
 // The rows of a code, ascending, are cut in runs of 256; a run is summed in order, then the runs in order. Each thread
-// owns a range of codes, balanced by their counts, and scans all indices: 8 N bytes a thread, and x once in all.
+// owns a range of codes, balanced by their counts, and scans all indices: 8 N bytes per thread, and x once in all.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "../contract.h"
 #include "instructions.h"
-#include "parallel.h"
+#include "search.h"
 
 namespace vqops {
-
-constexpr int64_t kRun = 256;
-
-// int64 [H, N], by strides in elements.
-struct Indices {
-    const int64_t* data;
-    int64_t head_stride, row_stride;
-
-    int64_t at(int64_t h, int64_t n) const { return data[h * head_stride + n * row_stride]; }
-};
 
 // The indices of one head and how often each code occurs.
 class CodeCounts {
 public:
     // Returns the place of an index that is neither -1 nor a code, or -1.
-    int64_t count(const Indices& indices, int64_t h, int64_t N, int64_t K) {
+    int64_t count(const Indices& indices, int64_t h, int64_t N) {
         indices_ = indices, h_ = h, N_ = N;
-        counts_.assign(K, 0);
+        counts_.assign(indices.K, 0);
         for (int64_t n = 0; n < N; n++) {
-            const int64_t k = indices.at(h, n);
-            if (k < -1 || k >= K) return n;
+            const int64_t k = indices.given(h, n);
+            if (k < -1 || k >= indices.K) return n;
             if (k >= 0) counts_[k]++;
         }
         return -1;
@@ -47,7 +38,7 @@ public:
             Runs<T> runs(*this, first, last, D, sums);
             auto row = reader();
             for (int64_t n = 0; n < N_; n++) {
-                const int64_t k = indices_.at(h_, n);
+                const int64_t k = indices_.given(h_, n);
                 if (k < first || k >= last) continue;
                 const T* values = row(n);
                 T* sum = runs.target[k - first];
@@ -70,7 +61,7 @@ public:
     }
 
 private:
-    // Calls body(first, last) on ranges of codes with about as many rows each, a thread a range.
+    // Calls body(first, last) on ranges of codes with about as many rows each, one thread per range.
     template <class Body>
     void over_ranges(const Parallel& parallel, const Body& body) const {
         const int64_t K = int64_t(counts_.size()), threads = std::max(1, parallel.threads);
@@ -128,5 +119,14 @@ private:
     int64_t h_ = 0, N_ = 0;
     std::vector<int64_t> counts_;
 };
+
+// Weighted counts, and sums of the rows of x, or of their units for cosine. weight may be null; counts are then int64.
+struct Sums {
+    void* counts;
+    float* sums;
+};
+// Returns the place of an index out of range, or -1.
+int64_t sum_codes(const SearchShape& shape, const Rows& x, const Indices& indices, const Rows* weight,
+                  const Sums& result, const Parallel& parallel);
 
 }  // namespace vqops

@@ -25,7 +25,7 @@ struct Codes {
     void read(int64_t k, double* out) const { read_row(rows, h, k, D, out); }
 
     // Divides a row by its norm; a zero row stays zero, and scores zero as the metric wants.
-    void direct(double* row) const {
+    void normalise(double* row) const {
         if (!cosine) return;
         const double square = instructions().dot(row, row, round_up(D, 8));
         if (!(square > 0)) std::fill(row, row + D, 0.0);
@@ -49,7 +49,7 @@ float choose_centre(const Codes& codes, float* centre) {
     const AlignedRow row(codes.D);
     for (int64_t k = 0; k < codes.K && int64_t(sample.size()) < kSample * codes.D; k += step) {
         codes.read(k, row.data);
-        codes.direct(row.data);
+        codes.normalise(row.data);
         if (row.finite()) sample.insert(sample.end(), row.data, row.data + codes.D);
     }
     const int64_t count = int64_t(sample.size()) / codes.D;
@@ -82,7 +82,7 @@ struct Facts {
 
     float* radius;   // |c - centre|, scaled; NaN for a code that is not finite, kRepeat for one that repeats another
     uint32_t* key;   // equal for equal codes
-    int32_t* table;  // of a hash, two entries a code
+    int32_t* table;  // of a hash, two entries per code
 };
 constexpr float kRepeat = -1;
 
@@ -148,7 +148,7 @@ private:
 
     const float* through_double(int64_t k, float scale) {
         codes_.read(k, row_.data);
-        codes_.direct(row_.data);
+        codes_.normalise(row_.data);
         for (int64_t i = 0; i < codes_.D; i++) values_[i] = float((row_.data[i] - packed_.centre[i]) * scale);
         return values_.data();
     }
@@ -156,14 +156,14 @@ private:
     const Codes& codes_;
     const Packed& packed_;
     const Instructions& set_ = instructions();
-    std::vector<uint32_t> words_;  // [codes a panel, depth]
+    std::vector<uint32_t> words_;  // [codes per panel, depth]
     std::vector<float> values_, zeros_;
     AlignedRow row_;
 };
 
 }  // namespace
 
-float charge_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words) {
+float bound_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words) {
     const double rounding = 1 + 1e-5 + double(D) * 0x1p-23, underflow = double(D) * 0x1p-70;
     const double norm = std::sqrt(double(norms.square)) * rounding + underflow;
     if (instructions().pairs) {
@@ -210,7 +210,7 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
             facts.radius[k] = NAN;
             if (!std::isfinite(key)) continue;
             if (cosine) {
-                codes.direct(row.data);
+                codes.normalise(row.data);
                 measured = measure();
             }
             const float radius = float(std::sqrt(measured.square));

@@ -1,7 +1,7 @@
 // The codebook as the screening pass reads it: centred, scaled, in panels, with the error bound's constants.
 //
 // One head, in sections of whole cache lines; a word is a float or, for the sets that screen so, two bfloat16:
-//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [depth][codes a tile] words
+//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [depth][codes per panel]
 // The last of a panel's words hold the codes' radii (bfloat16: radius and what rounding took away).
 // vqops/ops/search.py computes the same size for fake tensors. csrc/cpu/exactness.md has the proof of the bound.
 #pragma once
@@ -13,8 +13,6 @@
 #include "rows.h"
 
 namespace vqops {
-
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 struct Header {
     int32_t layout;    // layout(); anything else is no codebook of ours
@@ -28,9 +26,9 @@ struct Header {
     int64_t first;     // the lowest index of a finite code; -1 where none is
 };
 static_assert(sizeof(Header) == 64);
-inline int32_t layout() { return 0x76710010 + instructions().codes + instructions().pairs; }
+inline int32_t layout() { return 0x76710010 + instructions().layout; }
 
-// Words of a code: its dimensions, and what the bound charges.
+// Words of a code: its dimensions, and the coefficients of its bound.
 inline int64_t depth_of(int64_t D) { return instructions().pairs ? (D + 1) / 2 + 1 : D + 1; }
 
 // The next bfloat16 that is not smaller than a positive value; at least the smallest that vdpbf16ps doesn't take for 0.
@@ -77,7 +75,7 @@ struct Packed {
 
 // The constants of a row's bound (exactness.md): its coefficients, behind its dimensions in `words`, and what the upper
 // bound adds for every code, which is returned.
-float charge_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words);
+float bound_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words);
 
 // Prepare head h of a codebook [H, K, D] into `memory` of Packed::bytes(K, D).
 void pack_codebook(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "../ema_step.h"
-#include "quantize.h"
 
 namespace vqops {
 namespace {

@@ -1,4 +1,4 @@
-// The kernels that exist once for each instruction set, and the choice between them at run time.
+// The kernels that exist once per instruction set (sets/), and the choice between them at run time.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace vqops {
 
 constexpr int kMostCodes = 32;  // codes of the widest register tile
 
-// Where the direct search puts a code that the bound of a row does not exclude.
+// Receiver of the codes that the bound of a row does not exclude, in a search without preparation.
 struct Offer {
     void* lists;
     void (*candidate)(void* lists, int64_t row, int64_t code, float lower);
@@ -16,7 +16,7 @@ struct Offer {
 // A block of rows with the codes that their bounds leave open (candidates.h), as the screening pass fills it.
 struct OpenCodes {
     float* threshold;     // [rows] least upper bound of a row so far; -inf takes no more candidates
-    const float* always;  // [rows] what the upper bound charges whatever the code
+    const float* rest;    // [rows] from the lower to the upper bound, whatever the code
     int32_t* count;       // [rows]
     int32_t* code;        // [rows, room]
     float* lower;         // [rows, room]
@@ -25,7 +25,7 @@ struct OpenCodes {
     int32_t codes;        // lanes beyond are padding
     void* owner;
     void (*full)(void* owner, int64_t row);
-    // Where several nearest codes are wanted, takes each candidate instead; else null.
+    // Takes each candidate instead where several nearest codes are wanted, else null.
     void (*candidate)(void* owner, int64_t row, int64_t code, float lower, float upper);
 };
 
@@ -33,7 +33,7 @@ struct OpenCodes {
 struct Panels {
     const void* words;   // [count, depth, codes of a register tile]
     const float* start;  // the sums' first values
-    const float* slack;  // what the upper bound charges for a code alone
+    const float* slack;  // from the lower to the upper bound, of a code alone
     int64_t count, depth;
 };
 
@@ -60,15 +60,23 @@ struct CodeFacts {
     double square;  // |scale (code - centre)|^2
 };
 
+// Rows against `count` codes, at most a group, all as they lie in memory. Sets without a kernel of their own take
+// another's.
+typedef void UnpreparedKernel(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride,
+                              int64_t count, bool cosine, float factor, const float* threshold, int64_t first,
+                              const Offer& offer);
+UnpreparedKernel unprepared_portable, unprepared_avx2;
+constexpr int kGroupOfPortable = 4, kGroupOfAvx2 = 8;
+
 struct Instructions {
     const char* name;
-    int tile;    // rows a register tile of the screening pass,
+    int tile;    // rows per register tile of the screening pass,
     int codes;   // and its codes, which lie side by side in the packed codebook
-    bool pairs;  // the screening pass takes bfloat16, two dimensions a word, and rows negated; else float
+    bool pairs;  // the screening pass takes bfloat16, two dimensions per word, and rows negated; else float
+    int layout;  // id of the panels, as this set and those that have the same lay them out
     void (*screen)(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open);
-    void (*direct)(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
-                   bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer);
-    int group;  // codes that the direct search takes together
+    UnpreparedKernel* unprepared;
+    int group;  // codes that `unprepared` takes together
     RowNorms (*place_row)(const float* x, const float* centre, float scale, int64_t D, void* out);
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*exact_distance)(const float* x, const float* c, int64_t D);
@@ -76,14 +84,17 @@ struct Instructions {
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
     void (*add_rows)(const RowSums& task);
     float (*spin)(int64_t steps, float value);
-    int spin_products;  // multiply-adds a step
+    int spin_products;  // multiply-adds per step
 };
+
+// One file each in sets/; those of other processors are not compiled.
+extern const Instructions portable, avx2, avx512, avx512_bf16, bf16_model;
 
 // The fastest set that this processor has; VQOPS_CPU names another, for tests. Throws std::runtime_error for a name
 // that is none, or that this processor cannot run.
 const Instructions& instructions();
 
-// Multiply-adds a second that registers allow, without loads: the ceiling of the screening pass.
+// Multiply-adds per second that registers allow, without loads: the ceiling of the screening pass.
 double multiply_add_rate(const Instructions& set);
 
 // Names of what was compiled, separated by blanks, fastest first.

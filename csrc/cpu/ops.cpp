@@ -1,12 +1,12 @@
 // The CPU kernels as ops: tensors in, tensors out.
 
-#include "../common.h"
+#include "../bindings.h"
+#include "code_sums.h"
 #include "codebook.h"
-#include "direct.h"
 #include "ema.h"
-#include "gradient.h"
-#include "quantize.h"
-#include "search.h"
+#include "gather.h"
+#include "quantize_backward.h"
+#include "unprepared.h"
 
 namespace vqops {
 namespace {
@@ -19,41 +19,9 @@ Parallel threads() {
             }};
 }
 
-DType dtype_of(const char* op, const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float: return DType::float32;
-        case ScalarType::Double: return DType::float64;
-        case ScalarType::Half: return DType::float16;
-        case ScalarType::BFloat16: return DType::bfloat16;
-        default: STD_TORCH_CHECK(false, op, ": values must be float32, float64, float16 or bfloat16");
-    }
-}
-
-Rows rows_of(const char* op, const Tensor& t) {
-    return {t.const_data_ptr(), dtype_of(op, t), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 1};
-}
-
-RowMask mask_of(const OptionalTensor& mask) {
-    if (!mask) return {};
-    return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
-}
-
-Indices indices_of(const char* op, const Tensor& indices, const Tensor& x) {
-    STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == x.size(0) && indices.size(1) == x.size(1) &&
-                        indices.scalar_type() == ScalarType::Long,
-                    op, ": indices must be int64 [H, N]");
-    return {static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0), indices.stride(1)};
-}
-
-ScalarType real_type(const Tensor& x) {
-    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_index(const char* op, int64_t wrong, int64_t K) {
     STD_TORCH_CHECK(wrong < 0, op, ": indices must be -1 or a code in [0, ", K, "); row ", wrong, " is not");
 }
-
-Tensor unused(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
 
 Tensor prepare(const Tensor& codebook, std::string metric) {
     const bool cosine = is_cosine("prepare", metric);
@@ -91,7 +59,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     check_search_arguments(op, x, codebook, mask);
     const Rows rows = rows_of(op, x), codes = rows_of(op, codebook);
     OptionalTensor packed;
-    if (prepared || !is_direct(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
+    if (prepared || !is_unprepared(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
     const void* memory = packed ? packed->const_data_ptr() : nullptr;
     const SearchShape shape = shape_of(x, codebook, cosine);
     if (gathered) search_and_gather(shape, rows, codes, mask_of(mask), memory, result.indices, *gathered, threads());
@@ -133,9 +101,10 @@ std::tuple<Tensor, Tensor> sums_of(const char* op, const Tensor& x, const Tensor
     Tensor counts = torch::stable::new_empty(x, {H, K}, weight ? ScalarType::Float : ScalarType::Long);
     Tensor sums = torch::stable::new_empty(x, {H, K, D}, ScalarType::Float);
     const Rows weights = weight ? rows_of(op, *weight) : Rows{};
-    const int64_t wrong = sum_codes({H, x.size(1), K, D, cosine}, rows_of(op, x), indices_of(op, indices, x),
+    const int64_t wrong = sum_codes({H, x.size(1), K, D, cosine}, rows_of(op, x), indices_of(op, indices, x, K),
                                     weight ? &weights : nullptr,
-                                    {counts.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr())}, threads());
+                                    {counts.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr())},
+                                    threads());
     check_index(op, wrong, K);
     return {counts, sums};
 }
@@ -156,9 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
                {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr, nullptr}, &gathered);
     Tensor counts = unused(x, ScalarType::Long), sums = unused(x, ScalarType::Float);
     if (with_sums) std::tie(counts, sums) = sums_of("quantize", x, indices, codebook.size(1), weight, cosine);
-    Tensor old = torch::stable::new_empty(codebook, snapshot ? codebook.sizes() : torch::headeronly::IntHeaderOnlyArrayRef({0}));
-    if (snapshot) torch::stable::copy_(old, codebook);
-    return {quantized, indices, error, counts, sums, old};
+    return {quantized, indices, error, counts, sums, snapshot_of(codebook, snapshot)};
 }
 
 std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, OptionalTensor grad_error, const Tensor& x,
@@ -170,51 +137,35 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     check_search_arguments(op, x, codebook, mask);
     const Rows quantized = grad_quantized ? rows_of(op, *grad_quantized) : Rows{};
     const Rows error = grad_error ? rows_of(op, *grad_error) : Rows{};
-    Tensor grad_x = x_needed ? torch::stable::new_empty(x, x.sizes()) : unused(x, x.scalar_type());
-    Tensor grad_codebook =
-        codebook_needed ? torch::stable::new_empty(codebook, codebook.sizes()) : unused(codebook, codebook.scalar_type());
-    GradientInputs in = {grad_quantized ? &quantized : nullptr,
-                         grad_error ? &error : nullptr,
-                         rows_of(op, x),
-                         rows_of(op, codebook),
-                         indices_of(op, indices, x),
-                         mask_of(mask),
-                         passing == "rotation"           ? Passing::rotation
-                         : passing == "straight_through" ? Passing::straight_through
-                                                         : Passing::none,
-                         codebook_error_scale};
-    const int64_t wrong = gradient(shape_of(x, codebook, cosine), in, x_needed ? grad_x.mutable_data_ptr() : nullptr,
+    Tensor grad_x = new_or_unused(x, x_needed), grad_codebook = new_or_unused(codebook, codebook_needed);
+    const BackwardInputs in = {grad_quantized ? &quantized : nullptr,
+                               grad_error ? &error : nullptr,
+                               rows_of(op, x),
+                               rows_of(op, codebook),
+                               indices_of(op, indices, x, codebook.size(1)),
+                               mask_of(mask),
+                               passing_of(passing),
+                               codebook_error_scale};
+    const int64_t wrong = backward(shape_of(x, codebook, cosine), in, x_needed ? grad_x.mutable_data_ptr() : nullptr,
                                    codebook_needed ? grad_codebook.mutable_data_ptr() : nullptr, threads());
     check_index(op, wrong, codebook.size(1));
     return {grad_x, grad_codebook};
 }
 
-float* float_data(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), "ema_update_: ", name,
-                    " must be contiguous float32");
-    return static_cast<float*>(t.mutable_data_ptr());
-}
-
 void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, const Tensor& counts, const Tensor& sums,
                  const Tensor& decay, double eps, OptionalTensor weight, std::string metric) {
-    const bool cosine = is_cosine("ema_update_", metric);
-    STD_TORCH_CHECK(embed_avg.dim() == 3 && decay.numel() == 1 && decay.scalar_type() == ScalarType::Float,
-                    "ema_update_: embed_avg must be [H, K, D] and decay one float32");
+    const char* op = "ema_update_";
+    const bool cosine = is_cosine(op, metric), counted = counts.scalar_type() == ScalarType::Long;
+    check_ema_arguments(op, cluster_size, embed_avg, embed, counts, sums, decay, weight);
     const int64_t H = embed_avg.size(0), K = embed_avg.size(1), D = embed_avg.size(2);
-    STD_TORCH_CHECK(cluster_size.numel() == H * K && counts.numel() == H * K && sums.numel() == H * K * D &&
-                        (!embed || embed->numel() == H * K * D) && (!weight || weight->numel() == H * K),
-                    "ema_update_: shapes disagree with embed_avg [H, K, D]");
-    const bool counted = counts.scalar_type() == ScalarType::Long;
-    const Tensor summed = torch::stable::contiguous(torch::stable::to(sums, ScalarType::Float));
-    const Tensor number = torch::stable::contiguous(counted ? counts : torch::stable::to(counts, ScalarType::Float));
-    const OptionalTensor weights =
-        weight ? OptionalTensor(torch::stable::contiguous(torch::stable::to(*weight, ScalarType::Float))) : std::nullopt;
+    const Tensor summed = as_float(sums), number = counted ? torch::stable::contiguous(counts) : as_float(counts);
+    const OptionalTensor weights = weight ? OptionalTensor(as_float(*weight)) : std::nullopt;
     const float kept = *static_cast<const float*>(decay.const_data_ptr());
     for (int64_t h = 0; h < H; h++) {
         const EmaHead head = {
-            float_data(cluster_size, "cluster_size") + h * K,
-            float_data(embed_avg, "embed_avg") + h * K * D,
-            embed ? float_data(*embed, "embed") + h * K * D : nullptr,
+            float_data(op, cluster_size, "cluster_size") + h * K,
+            float_data(op, embed_avg, "embed_avg") + h * K * D,
+            embed ? float_data(op, *embed, "embed") + h * K * D : nullptr,
             counted ? static_cast<const int64_t*>(number.const_data_ptr()) + h * K : nullptr,
             counted ? nullptr : static_cast<const float*>(number.const_data_ptr()) + h * K,
             static_cast<const float*>(summed.const_data_ptr()) + h * K * D,

@@ -8,7 +8,7 @@ namespace vqops {
 
 struct Parallel {
     int threads;
-    // Calls body(begin, end) on ranges that cover [0, count), at most one range a thread.
+    // Calls body(begin, end) on ranges that cover [0, count), at most one range per thread.
     std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)> run;
 
     // A range at a time, for equal work.

@@ -1,9 +1,11 @@
 // One row in float64, aligned and padded with zeros for the exact arithmetic.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
+#include "../distance.h"
 #include "instructions.h"
 
 namespace vqops {
@@ -15,6 +17,12 @@ struct AlignedRow {
     }
 
     double dot(const AlignedRow& other) const { return instructions().dot(data, other.data, padded); }
+
+    // x / max(|x|, 1e-6), in place.
+    void to_unit() {
+        const double norm = std::max(std::sqrt(dot(*this)), kSmallestNorm);
+        for (int64_t i = 0; i < padded; i++) data[i] /= norm;
+    }
 
     // 0 * Inf and 0 * NaN are NaN. Eight sums, so that no addition waits for the one before.
     bool finite() const {

@@ -27,8 +27,8 @@ struct BatchScratch {
 // Fills `batch` and returns how many rows it has; all threads call it. `run` is what the sorted order knows of them.
 // Codes of more than 24 bits may mix with those of the same lower ones: that takes more sums, none of them wrong.
 template <Order order, int kThreads, class Block>
-VQOPS_HOST_DEVICE int gather(const Block& block, Batch& batch, BatchScratch& scratch, const RowsByCode& by_code,
-                             int64_t item, Run& run) {
+VQOPS_HOST_DEVICE int take_batch(const Block& block, Batch& batch, BatchScratch& scratch, const RowsByCode& by_code,
+                                 int64_t item, Run& run) {
     if (order != Order::sorted) {
         run.begin = item * kRun;
         run.end = run.begin + kRun < by_code.rows() ? run.begin + kRun : by_code.rows();
@@ -37,7 +37,7 @@ VQOPS_HOST_DEVICE int gather(const Block& block, Batch& batch, BatchScratch& scr
     }
     const int rows = int(run.end - run.begin);
     const uint32_t behind = ~0u;
-    block.each([&](int t) {
+    block.for_threads_sync([&](int t) {
         for (int p = t; p < kRun; p += kThreads) {
             const int64_t place = run.begin + p;
             uint32_t code = behind;
@@ -54,7 +54,7 @@ VQOPS_HOST_DEVICE int gather(const Block& block, Batch& batch, BatchScratch& scr
     });
     if (order != Order::within_block) return rows;
     constexpr int kGroup = 32;
-    block.each([&](int t) {
+    block.for_threads_sync([&](int t) {
         for (int p = t; p < kRun; p += kThreads) {
             const uint32_t* const group = scratch.key + p / kGroup * kGroup;
             const uint32_t key = scratch.key[p];
@@ -64,7 +64,7 @@ VQOPS_HOST_DEVICE int gather(const Block& block, Batch& batch, BatchScratch& scr
             scratch.grouped[place] = key;
         }
     });
-    block.each([&](int t) {
+    block.for_threads_sync([&](int t) {
         for (int p = t; p < kRun; p += kThreads) {
             const uint32_t key = scratch.grouped[p];
             int place = 0;

@@ -1,26 +1,26 @@
-// One block of threads on a GPU. tests/native/emulated_block.h is the same on the CPU: a kernel's body is written once,
-// and tests run it there.
+// One thread block on a GPU. tests/native/emulated_block.h is the same on the CPU: a kernel's body is written once, and
+// tests run it there.
 //
 // A kernel is a struct: its members are the arguments, `Shared` is its shared memory, `operator()(block, shared)` its
-// body.
-// The body is a sequence of steps; between them only values that all threads agree on may steer it:
-//     each(f)       f(thread) for every thread, then a barrier
-//     own(f)        the same without the barrier, for what touches registers and the thread's own memory alone
-//     agreed(v)     a value of shared memory, read by all before anybody goes on to change it
-//     registers<T>  one T a thread, that lives across steps: r[thread]
-//     sum<L>        the sum over groups of L neighbours, in a fixed tree, given to each of them; L = 8: distance.h's
-//     fold<L>       the same with any function of two
-//     each_warp(f)  f(thread), then a barrier of each warp's own, for shared memory that one warp alone touches
-//     where(v, f)   f() for the warps of which a thread wants it; no barriers of the block in it
-//     copy_ahead    16 bytes from global to shared memory, in a thread's step; commit_copies() ends a group of copies,
-//                   await<n>() waits for all groups but the last n, then a barrier
-//     multiply_add  a 16 x 8 x 16 product on the tensor cores, whose operands lie in the registers of 32 threads
-//     start_products, finish_products<n>
-//                   a 64 x 128 x 64 product a warpgroup and row tile, from shared memory; all but the last n are done
-// What touches shared memory another thread reads or writes in the same step is wrong.
+// body: a sequence of steps, between which only values that all threads agree on may steer it.
+//     for_threads(f)           f(threadIdx.x), for registers and the thread's own memory alone
+//     for_threads_sync(f)      the same, then __syncthreads()
+//     for_threads_syncwarp(f)  the same, then __syncwarp(), for shared memory that one warp alone touches
+//     if_any_in_warp(v, f)     f() for warps with a thread whose v is not 0 (__any_sync); no __syncthreads() in it
+//     registers<T>()           one T per thread, that lives across steps: r[thread]
+//     shuffle_sum<L>(r)        the sum over groups of L neighbours by __shfl_xor_sync, a fixed tree, given to each of
+//                              them; L = 8: distance.h's tree. shuffle_reduce<L>(r, f): with any function of two
+//     cp_async                 16 bytes from global to shared memory, in a step; cp_async_commit() ends a group,
+//                              cp_async_wait_sync<n>() waits for all groups but the last n, then __syncthreads()
+//     mma_m16n8k16             mma.sync of each warp, by tiles of rows and codes
+//     wgmma_start, wgmma_wait<n>
+//                              wgmma of 64 x 128 x 64 per warpgroup and row tile, from shared memory; all but the last
+//                              n are done
+//     atomic_add, atomic_min, atomic_max
+// Shared memory that another thread reads or writes in the same step must not be touched.
 #pragma once
 
-#include "../numbers.h"
+#include "../tensors.h"
 #include "wgmma.h"
 
 namespace vqops::cuda {
@@ -36,21 +36,21 @@ using Doubles = Many<double, n>;
 template <int n>
 using Floats = Many<float, n>;
 
-// A thread's share of the operands and of the result of multiply_add. With g = lane / 4 and t = lane mod 4, two float16
-// a word, the lower one first (PTX manual, "Matrix Fragments for mma.m16n8k16"):
-//     Left     rows g, g + 8, g, g + 8 at depths 2t, 2t, 2t + 8, 2t + 8
-//     Right    code g at depths 2t, 2t + 8
-//     Products row g at codes 2t and 2t + 1, row g + 8 at the same
+// A thread's fragments of mma.m16n8k16, A of rows and B of codes. With g = lane / 4 and t = lane mod 4, two float16 per
+// word, the lower one first (PTX manual, "Matrix Fragments for mma.m16n8k16"):
+//     FragmentA     rows g, g + 8, g, g + 8 at depths 2t, 2t, 2t + 8, 2t + 8
+//     FragmentB     code g at depths 2t, 2t + 8
+//     Accumulators  row g at codes 2t and 2t + 1, row g + 8 at the same
 template <int tiles>
-struct Left {
+struct FragmentA {
     uint32_t v[tiles][4];
 };
 template <int tiles>
-struct Right {
+struct FragmentB {
     uint32_t v[tiles][2];
 };
 template <int rows, int codes>
-struct Products {
+struct Accumulators {
     float v[rows][codes][4];
 };
 
@@ -72,7 +72,7 @@ struct DeviceBlock {
     }
 
     template <class F>
-    VQOPS_HOST_DEVICE void each(F f) const {
+    VQOPS_HOST_DEVICE void for_threads_sync(F f) const {
 #ifdef __CUDA_ARCH__
         f(int(threadIdx.x));
         __syncthreads();
@@ -80,28 +80,19 @@ struct DeviceBlock {
     }
 
     template <class F>
-    VQOPS_HOST_DEVICE void own(F f) const {
+    VQOPS_HOST_DEVICE void for_threads(F f) const {
 #ifdef __CUDA_ARCH__
         f(int(threadIdx.x));
 #endif
     }
 
-    template <class T>
-    VQOPS_HOST_DEVICE T agreed(const T& value) const {
-        const T read = value;
-#ifdef __CUDA_ARCH__
-        __syncthreads();
-#endif
-        return read;
-    }
-
     template <int L, class T>
-    VQOPS_HOST_DEVICE void sum(Registers<T>& r) const {
-        fold<L>(r, [](auto a, auto b) { return a + b; });
+    VQOPS_HOST_DEVICE void shuffle_sum(Registers<T>& r) const {
+        shuffle_reduce<L>(r, [](auto a, auto b) { return a + b; });
     }
 
     template <int L, class T, class F>
-    VQOPS_HOST_DEVICE void fold(Registers<T>& r, F f) const {
+    VQOPS_HOST_DEVICE void shuffle_reduce(Registers<T>& r, F f) const {
 #ifdef __CUDA_ARCH__
 #pragma unroll
         for (int offset = L / 2; offset > 0; offset /= 2)
@@ -110,7 +101,7 @@ struct DeviceBlock {
     }
 
     template <int L, class T, int n, class F>
-    VQOPS_HOST_DEVICE void fold(Registers<Many<T, n>>& r, F f) const {
+    VQOPS_HOST_DEVICE void shuffle_reduce(Registers<Many<T, n>>& r, F f) const {
 #ifdef __CUDA_ARCH__
 #pragma unroll
         for (int i = 0; i < n; i++)
@@ -121,7 +112,7 @@ struct DeviceBlock {
     }
 
     template <class F>
-    VQOPS_HOST_DEVICE void each_warp(F f) const {
+    VQOPS_HOST_DEVICE void for_threads_syncwarp(F f) const {
 #ifdef __CUDA_ARCH__
         f(int(threadIdx.x));
         __syncwarp();
@@ -129,58 +120,58 @@ struct DeviceBlock {
     }
 
     template <class F>
-    VQOPS_HOST_DEVICE void where(Registers<int32_t>& wanted, F f) const {
+    VQOPS_HOST_DEVICE void if_any_in_warp(Registers<int32_t>& wanted, F f) const {
 #ifdef __CUDA_ARCH__
         if (__any_sync(0xffffffff, wanted.value)) f();
 #endif
     }
 
-    VQOPS_HOST_DEVICE void copy_ahead(void* to, const void* from) const {
+    VQOPS_HOST_DEVICE void cp_async(void* to, const void* from) const {
 #ifdef __CUDA_ARCH__
         const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 #endif
     }
 
-    VQOPS_HOST_DEVICE void commit_copies() const {
+    VQOPS_HOST_DEVICE void cp_async_commit() const {
 #ifdef __CUDA_ARCH__
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     }
 
-    // for_wgmma: what threads wrote to shared memory before is visible to start_products behind it.
+    // for_wgmma: what threads wrote to shared memory before is visible to the wgmma_start that follows.
     template <int n, bool for_wgmma>
-    VQOPS_HOST_DEVICE void await() const {
+    VQOPS_HOST_DEVICE void cp_async_wait_sync() const {
 #ifdef __CUDA_ARCH__
         asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-        if constexpr (for_wgmma) publish_to_wgmma();
+        if constexpr (for_wgmma) fence_proxy_async();
         __syncthreads();
 #endif
     }
 
     // c[row_tile] = or += a(thread, row_tile) b^T over 64 dimensions. a and b: 64 and 128 rows of 64 float16, swizzled.
     template <int rows, class RowsOf>
-    VQOPS_HOST_DEVICE void start_products(Registers<Products<rows, 16>>& c, RowsOf a, const uint16_t* b,
-                                          bool accumulate) const {
+    VQOPS_HOST_DEVICE void wgmma_start(Registers<Accumulators<rows, 16>>& c, RowsOf a, const uint16_t* b,
+                                       bool accumulate) const {
 #ifdef __CUDA_ARCH__
-        begin_wgmma();
+        wgmma_fence();
         const uint64_t codes = matrix_descriptor(uint32_t(__cvta_generic_to_shared(b)));
 #pragma unroll
         for (int step = 0; step < 4; step++)
 #pragma unroll
             for (int i = 0; i < rows; i++) {
                 const uint32_t place = uint32_t(__cvta_generic_to_shared(a(int(threadIdx.x), i)));
-                wgmma_64x128x16(&c.value.v[i][0][0], matrix_descriptor(place) + step * kDescriptorStep,
-                                codes + step * kDescriptorStep, accumulate || step > 0);
+                wgmma_m64n128k16(&c.value.v[i][0][0], matrix_descriptor(place) + step * kDescriptorStep,
+                                 codes + step * kDescriptorStep, accumulate || step > 0);
             }
-        commit_wgmma();
+        wgmma_commit_group();
 #endif
     }
 
     template <int n, int rows>
-    VQOPS_HOST_DEVICE void finish_products(Registers<Products<rows, 16>>& c) const {
+    VQOPS_HOST_DEVICE void wgmma_wait(Registers<Accumulators<rows, 16>>& c) const {
 #ifdef __CUDA_ARCH__
-        await_wgmma<n>();
+        wgmma_wait_group<n>();
         if constexpr (n == 0) {
 #pragma unroll
             for (int i = 0; i < rows; i++) hold_registers(&c.value.v[i][0][0]);
@@ -190,8 +181,8 @@ struct DeviceBlock {
 
     // c[row_tile][code_tile] += a[row_tile] b[code_tile]^T, all in float16 but the sum.
     template <int rows, int codes>
-    VQOPS_HOST_DEVICE void multiply_add(Registers<Products<rows, codes>>& c, Registers<Left<rows>>& a,
-                                        Registers<Right<codes>>& b) const {
+    VQOPS_HOST_DEVICE void mma_m16n8k16(Registers<Accumulators<rows, codes>>& c, Registers<FragmentA<rows>>& a,
+                                        Registers<FragmentB<codes>>& b) const {
 #ifdef __CUDA_ARCH__
 #pragma unroll
         for (int i = 0; i < rows; i++)
@@ -208,7 +199,7 @@ struct DeviceBlock {
     }
 
     template <class T>
-    VQOPS_HOST_DEVICE T fetch_add(T* place, T value) const {
+    VQOPS_HOST_DEVICE T atomic_add(T* place, T value) const {
 #ifdef __CUDA_ARCH__
         return atomicAdd(place, value);
 #else
@@ -216,13 +207,13 @@ struct DeviceBlock {
 #endif
     }
 
-    VQOPS_HOST_DEVICE void lower(int32_t* place, int32_t value) const {
+    VQOPS_HOST_DEVICE void atomic_min(int32_t* place, int32_t value) const {
 #ifdef __CUDA_ARCH__
         atomicMin(place, value);
 #endif
     }
 
-    VQOPS_HOST_DEVICE void raise(int32_t* place, int32_t value) const {
+    VQOPS_HOST_DEVICE void atomic_max(int32_t* place, int32_t value) const {
 #ifdef __CUDA_ARCH__
         atomicMax(place, value);
 #endif

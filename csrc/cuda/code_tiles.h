@@ -1,7 +1,7 @@
 // The codes of a head on their way through shared memory and the tensor cores, and their products with a block's rows.
 //
 // A stage is 64 or 128 codes by 64 dimensions, 256 or 128 codes where a code has 16 or 32. Stages are copied ahead of
-// the products, by cp.async; one barrier a stage. Bytes: the packed codes once a block, from L2.
+// the products, by cp.async; one barrier per stage. Bytes: the packed codes once per block, from L2.
 #pragma once
 
 #include "codebook.h"
@@ -21,7 +21,7 @@ struct CodeTiles {
         uint16_t codes[kStored * kTile * kPiece];
         Constants constants[kStored];
     };
-    typedef Products<kRowTiles, kCodeTiles> Product;
+    typedef Accumulators<kRowTiles, kCodeTiles> Products;
 
     Packed packed;
     int64_t K, width;
@@ -33,34 +33,34 @@ struct CodeTiles {
         const int pieces = int(width / kPiece), tiles = int((K + Cores::kCodes - 1) / Cores::kCodes);
         const int64_t groups = (tiles + kTiles - 1) / kTiles, from = groups * share / shares;
         const int begin = int(from), steps = int(groups * (share + 1) / shares - from) * pieces;
-        auto products = block.template registers<Product>();
-        auto left = block.template registers<Left<kRowTiles>>();
-        auto right = block.template registers<Right<kCodeTiles>>();
+        auto products = block.template registers<Products>();
+        auto a = block.template registers<FragmentA<kRowTiles>>();
+        auto b = block.template registers<FragmentB<kCodeTiles>>();
         Next next = {0, 0, 0, packed.codes + begin * kStored * kTile * width, packed.constants + begin * kStored};
         for (int step = 0; step < kInFlight; step++) fetch(block, stages, next, steps, pieces);
         for (int step = 0, piece = 0, tile = begin * kTiles; step < steps; step++) {
-            block.template await<kInFlight - 1, Cores::kWarpgroups>();
+            block.template cp_async_wait_sync<kInFlight - 1, Cores::kWarpgroups>();
             const Stage& stage = stages[step % Cores::kStages];
             const bool last = piece == pieces - 1;
             const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
             if constexpr (Cores::kWarpgroups) {
                 const auto rows_of = [&](int t, int i) { return rows + Cores::group_row(t, i) * kPiece; };
-                block.start_products(products, rows_of, stage.codes, piece != 0);
+                block.wgmma_start(products, rows_of, stage.codes, piece != 0);
             }
             fetch(block, stages, next, steps, pieces);
             for (int i = 0; i < kTiles && tile + i < tiles; i++) {
                 if constexpr (Cores::kWarpgroups) {
-                    if (last) block.template finish_products<0>(products);
-                    else block.template finish_products<1>(products);
+                    if (last) block.template wgmma_wait<0>(products);
+                    else block.template wgmma_wait<1>(products);
                 } else {
-                    if (piece == 0) block.own([&](int t) { products[t] = {}; });
+                    if (piece == 0) block.for_threads([&](int t) { products[t] = {}; });
                     for (int depth = 0; depth < kPiece; depth += 16) {
-                        block.own([&](int t) {
+                        block.for_threads([&](int t) {
                             if (kPiece > 16 || (step == 0 && i == 0))  // else they stay in registers
-                                take_rows(rows, t, depth, left[t]);
-                            take_codes(stage.codes + i * kTile * kPiece, t, depth, right[t]);
+                                load_a(rows, t, depth, a[t]);
+                            load_b(stage.codes + i * kTile * kPiece, t, depth, b[t]);
                         });
-                        block.multiply_add(products, left, right);
+                        block.mma_m16n8k16(products, a, b);
                     }
                 }
                 if (last) use((tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
@@ -68,7 +68,7 @@ struct CodeTiles {
             piece = last ? 0 : piece + 1;
             if (last) tile += kTiles;
         }
-        block.each([](int) {});  // the stages are free for something else
+        block.for_threads_sync([](int) {});  // the stages are free for something else
     }
 
 private:
@@ -91,18 +91,18 @@ private:
             const int64_t stored = packed.constants + round_up(K, kWholeTiles) / kTile - next.constants;
             const int tiles = kStored > 2 && stored < kStored ? int(stored) : kStored;
             const uint16_t* const piece = next.codes + next.piece * kWords * 8;
-            block.own([&](int t) {
+            block.for_threads([&](int t) {
                 VQOPS_UNROLL(16)
                 for (int i = 0; i < kStored * kWords; i += kThreads) {
                     const int word = i + t, tile = word / kWords;
                     if (kStored <= 2 || tile < tiles)
-                        block.copy_ahead(stage.codes + word * 8, piece + (tile * (pieces - 1) * kWords + word) * 8);
+                        block.cp_async(stage.codes + word * 8, piece + (tile * (pieces - 1) * kWords + word) * 8);
                 }
                 for (int i = 0; i < kStored * kConstants && last; i += kThreads) {
                     const int word = i + t;
                     char* const to = reinterpret_cast<char*>(stage.constants);
                     const char* const from = reinterpret_cast<const char*>(next.constants);
-                    if (word < tiles * kConstants) block.copy_ahead(to + word * 16, from + word * 16);
+                    if (word < tiles * kConstants) block.cp_async(to + word * 16, from + word * 16);
                 }
             });
             next.step++;
@@ -110,27 +110,27 @@ private:
             next.piece = last ? 0 : next.piece + 1;
             if (last) next.codes += kStored * kTile * width, next.constants += kStored;
         }
-        block.commit_copies();
+        block.cp_async_commit();
     }
 
     static VQOPS_HOST_DEVICE uint32_t two(const uint16_t* place) { return *reinterpret_cast<const uint32_t*>(place); }
 
-    static VQOPS_HOST_DEVICE void take_rows(const uint16_t* x, int t, int depth, Left<kRowTiles>& left) {
+    static VQOPS_HOST_DEVICE void load_a(const uint16_t* x, int t, int depth, FragmentA<kRowTiles>& a) {
         const int g = t % 32 / 4, d = depth + t % 4 * 2;
         VQOPS_UNROLL(2)
         for (int i = 0; i < kRowTiles; i++) {
             const int r = Cores::row_of(t, i) + g;
-            left.v[i][0] = two(x + swizzled(r, d, kPiece)), left.v[i][1] = two(x + swizzled(r + 8, d, kPiece));
-            left.v[i][2] = two(x + swizzled(r, d + 8, kPiece)), left.v[i][3] = two(x + swizzled(r + 8, d + 8, kPiece));
+            a.v[i][0] = two(x + swizzled(r, d, kPiece)), a.v[i][1] = two(x + swizzled(r + 8, d, kPiece));
+            a.v[i][2] = two(x + swizzled(r, d + 8, kPiece)), a.v[i][3] = two(x + swizzled(r + 8, d + 8, kPiece));
         }
     }
 
-    static VQOPS_HOST_DEVICE void take_codes(const uint16_t* codes, int t, int depth, Right<kCodeTiles>& right) {
+    static VQOPS_HOST_DEVICE void load_b(const uint16_t* codes, int t, int depth, FragmentB<kCodeTiles>& b) {
         const int g = t % 32 / 4, d = depth + t % 4 * 2;
         VQOPS_UNROLL(8)
         for (int j = 0; j < kCodeTiles; j++) {
-            right.v[j][0] = two(codes + swizzled(j * 8 + g, d, kPiece));
-            right.v[j][1] = two(codes + swizzled(j * 8 + g, d + 8, kPiece));
+            b.v[j][0] = two(codes + swizzled(j * 8 + g, d, kPiece));
+            b.v[j][1] = two(codes + swizzled(j * 8 + g, d + 8, kPiece));
         }
     }
 };

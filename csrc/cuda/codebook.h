@@ -1,16 +1,16 @@
 // A codebook prepared for the screening pass: centre, scale, and its codes as float16 with what their bounds need.
 //
-//   Centre   a block 64 dimensions: the median of a sample of 32 codes, which no single code can move
-//   Scale    a block a head: a power of two that brings the sample's median distance from the centre to [1, 2)
-//   Marks    8 threads a code: the lowest index of each of two hashes, by which repeated codes are found
-//   Pack     32 threads a code: the code centred, scaled, rounded; read two to four times, from cache
-// Everything is computed in float64: the codebook is small next to the search. Any centre is correct, any hash is, too:
-// a repeat that is missed is one more candidate. Never run on a GPU.
+//   Centre   a block per 64 dimensions: the median of a sample of 32 codes, which no single code can move
+//   Scale    a block per head: a power of two that brings the sample's median distance from the centre to [1, 2)
+//   MarkRepeats  8 threads per code: the lowest index of each of two hashes, by which repeats are found
+//   Pack     32 threads per code: the code centred, scaled, rounded; read two to four times, from cache
+// Everything is computed in float64: the codebook is small next to the search. Any centre is correct, and so is
+// any hash: a repeat that is missed is one more candidate.
 #pragma once
 
-#include "../bound.h"
 #include "../distance.h"
 #include "block.h"
+#include "bound.h"
 #include "memory.h"
 
 namespace vqops::cuda {
@@ -22,16 +22,14 @@ constexpr int64_t kMostCodes = 1 << 30;
 constexpr int32_t kUnmarked = 0x7f7f7f7f;  // memset writes it
 constexpr double kMostDivisor = 0x1p511;   // of a code; c.c of the decision may overflow where that of Pack does not
 
-VQOPS_HOST_DEVICE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // Dimensions as stored: whole steps of the loop over them, of 64, 32 or 16.
 VQOPS_HOST_DEVICE int64_t padded(int64_t D) { return D > 32 ? round_up(D, 64) : D > 16 ? 32 : 16; }
 
 // Dimensions of a piece: what a row of shared memory holds, 32, 64 or 128 bytes.
 VQOPS_HOST_DEVICE int piece_of(int64_t width) { return width < 64 ? int(width) : 64; }
 
-// Where shared memory has dimension i of a row, in a piece of `piece` dimensions: the words of 16 bytes of neighbouring
-// rows change places, so that eight rows of a fragment lie in different banks. The 32, 64 and 128-byte swizzles of the
+// Place in shared memory of dimension i of a row, in a piece of `piece` dimensions: 16-byte words of neighbouring rows
+// change places, so that eight rows of a fragment lie in different banks. The 32, 64 and 128-byte swizzles of the
 // PTX manual, which wgmma reads.
 VQOPS_HOST_DEVICE int swizzled(int row, int i, int piece) {
     const int element = row * piece + i;
@@ -48,8 +46,8 @@ struct OfCodes {
     VQOPS_HOST_DEVICE float operator[](int c) const { return two[c / 2].v[c % 2]; }
 };
 
-// What the bounds of a tile's codes take, see bound.h. The sign of slack, also of a zero, says that a code repeats one
-// of a lower index.
+// Constants of the bounds of a tile's codes, see bound.h. The sign of slack, also of a zero, says that a code repeats
+// one of a lower index.
 struct Constants {
     OfCodes start, slack, radius, unit;
 
@@ -113,7 +111,7 @@ struct Preparation {
     VQOPS_HOST_DEVICE int64_t sampled(int i) const { return K > kSample ? K / kSample * i : i; }
     VQOPS_HOST_DEVICE int sample() const { return K < kSample ? int(K) : kSample; }
 
-    // What the square of a code's elements says: what to divide it by, NaN if it is not finite, inf if it overflows.
+    // Divisor of a code, by the square of its elements: NaN if it is not finite, inf if it overflows.
     VQOPS_HOST_DEVICE double divisor_of(double square, double zero) const {
         if (zero != 0) return NAN;
         if (!cosine) return 1;
@@ -158,7 +156,7 @@ struct Centre {
         const int64_t h = uint32_t(block.index) / slices(), left = uint32_t(block.index) % slices() * kColumns;
         const int count = in.sample();
         auto sums = block.template registers<Doubles<2>>();
-        block.own([&](int t) {  // 8 threads a code
+        block.for_threads([&](int t) {  // 8 threads per code
             sums[t].v[0] = sums[t].v[1] = 0;
             if (t / 8 >= count) return;
             const int64_t code = in.codebook.offset(h, in.sampled(t / 8));
@@ -167,18 +165,18 @@ struct Centre {
                 sums[t].v[0] += value * value, sums[t].v[1] += 0 * value;
             }
         });
-        block.template sum<8>(sums);
-        block.each([&](int t) {
+        block.template shuffle_sum<8>(sums);
+        block.for_threads_sync([&](int t) {
             if (t % 8 == 0) shared.divisor[t / 8] = in.divisor_of(sums[t].v[0], sums[t].v[1]);
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int64_t i = left + t % kColumns;
             for (int s = t / kColumns; s < count; s += kThreads / kColumns)
                 if (i < in.D)
                     shared.value[s][t % kColumns] =
                         in.codebook.at(in.codebook.offset(h, in.sampled(s)), i) / shared.divisor[s];
         });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t >= kColumns || left + t >= in.D) return;
             const float value = float(median(count, [&](int s) { return shared.value[s][t]; }));
             in.head(h).centre[left + t] = std::isfinite(value) ? value : 0;
@@ -201,7 +199,7 @@ struct Scale {
         const Packed packed = in.head(block.index);
         const int count = in.sample();
         auto sums = block.template registers<Doubles<2>>();
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             sums[t].v[0] = sums[t].v[1] = 0;
             if (t / 8 >= count || in.cosine) return;
             const int64_t code = in.codebook.offset(block.index, in.sampled(t / 8));
@@ -210,12 +208,12 @@ struct Scale {
                 sums[t].v[0] += e * e;
             }
         });
-        block.template sum<8>(sums);
-        block.each([&](int t) {
+        block.template shuffle_sum<8>(sums);
+        block.for_threads_sync([&](int t) {
             const double distance = std::sqrt(sums[t].v[0]);
             if (t % 8 == 0) shared.distance[t / 8] = distance > 0 ? distance : HUGE_VAL;
         });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t != 0) return;
             const double typical = median(count, [&](int s) { return shared.distance[s]; });
             int exponent = typical > 0 ? -exponent_of(typical) : 0;
@@ -223,7 +221,7 @@ struct Scale {
             *packed.scale = float(power_of_two(exponent));
             *packed.worst = 0, *packed.first = kUnmarked;
         });
-        block.own([&](int t) {  // Pack raises them
+        block.for_threads([&](int t) {  // Pack raises them
             for (int64_t tile = t; tile < round_up(in.K, kWholeTiles) / kTile; tile += kThreads)
                 packed.most[tile] = {0, 0};
         });
@@ -249,7 +247,7 @@ VQOPS_HOST_DEVICE Hash mixed(Hash hash) {
     return {hash.one ^ (hash.one >> 13), hash.two ^ (hash.two >> 13)};
 }
 
-struct Marks {
+struct MarkRepeats {
     static constexpr int kThreads = 256, kCodes = kThreads / 8;
     struct Shared {};
     Preparation in;
@@ -263,21 +261,21 @@ struct Marks {
         auto one = block.template registers<uint32_t>(), two = block.template registers<uint32_t>();
         const int64_t first = uint32_t(block.index) % across * kCodes;
         const auto code_of = [&](int t) { return first + t / 8; };
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             Hash hash = {0, 0};
             const int64_t k = code_of(t);
             for (int64_t i = t % 8; i < in.D && k < in.K; i += 8)
                 add_to_hash(hash, in.codebook.at(in.codebook.offset(h, k), i), i);
             one[t] = hash.one, two[t] = hash.two;
         });
-        block.template sum<8>(one);
-        block.template sum<8>(two);
-        block.own([&](int t) {
+        block.template shuffle_sum<8>(one);
+        block.template shuffle_sum<8>(two);
+        block.for_threads([&](int t) {
             if (t % 8 != 0 || code_of(t) >= in.K) return;
             const Hash hash = mixed({one[t], two[t]});
             int32_t* const marks = in.marks + 2 * h * in.slots;
-            block.lower(&marks[hash.one & (in.slots - 1)], int32_t(code_of(t)));
-            block.lower(&marks[in.slots + (hash.two & (in.slots - 1))], int32_t(code_of(t)));
+            block.atomic_min(&marks[hash.one & (in.slots - 1)], int32_t(code_of(t)));
+            block.atomic_min(&marks[in.slots + (hash.two & (in.slots - 1))], int32_t(code_of(t)));
         });
     }
 };
@@ -305,7 +303,7 @@ struct Pack {
             return (element(code_of(t), i) / divisors[t] - packed.centre[i]) * double(*packed.scale);
         };
 
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             Hash hash = {0, 0};
             sums[t].v[0] = sums[t].v[1] = 0;
             for (int64_t i = t % 32; i < in.D && code_of(t) < in.K; i += 32) {
@@ -315,12 +313,12 @@ struct Pack {
             }
             one[t] = hash.one, two[t] = hash.two;
         });
-        block.template sum<32>(one);
-        block.template sum<32>(two);
-        block.template sum<32>(sums);
+        block.template shuffle_sum<32>(one);
+        block.template shuffle_sum<32>(two);
+        block.template shuffle_sum<32>(sums);
 
         // found: elements that differ from each marked code, and |C|^2.
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int64_t k = code_of(t);
             divisors[t] = in.divisor_of(sums[t].v[0], sums[t].v[1]);
             found[t].v[0] = found[t].v[1] = found[t].v[2] = 0;
@@ -335,12 +333,12 @@ struct Pack {
                 found[t].v[2] += C * C;
             }
         });
-        block.template sum<32>(found);
+        block.template shuffle_sum<32>(found);
 
         const auto is_near = [&](int t) {
             return code_of(t) < in.K && divisors[t] < kMostDivisor && std::sqrt(found[t].v[2]) <= kFarCode;
         };
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const bool near = is_near(t);
             const int exponent = near ? unit_exponent(std::sqrt(found[t].v[2])) : 0;
             lost[t] = 0;
@@ -352,9 +350,9 @@ struct Pack {
                 packed.codes[Packed::place(code_of(t), i, width)] = half.bits;
             }
         });
-        block.template sum<32>(lost);
+        block.template shuffle_sum<32>(lost);
 
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t % 32 != 0) return;
             const int64_t k = code_of(t);
             const bool finite = k < in.K && divisors[t] == divisors[t];
@@ -362,7 +360,7 @@ struct Pack {
             float start = kAbsentStart, slack = 0, radius = 0, unit = 0;
             if (finite) {
                 start = kAlwaysStart, slack = -4 * kAlwaysStart;
-                block.lower(packed.first, int32_t(k));
+                block.atomic_min(packed.first, int32_t(k));
             }
             if (is_near(t)) {
                 const double norm = std::sqrt(found[t].v[2]), half = in.cosine ? 0 : found[t].v[2] / 2;
@@ -372,25 +370,25 @@ struct Pack {
                 const double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
                 start = code_start(half, in.D), slack = code_slack(half, in.D);
                 radius = float(around * (1 + 0x1p-20)), unit = float(power);
-                raise(block, packed.worst, float((error + accumulation(width) * (norm + error)) / radius *
+                atomic_max(block, packed.worst, float((error + accumulation(width) * (norm + error)) / radius *
                                                  (1 + 0x1p-20)));
             }
             Constants& tile = packed.constants[k / kTile];
             tile.start[k % kTile] = start, tile.slack[k % kTile] = slack;
             tile.radius[k % kTile] = radius, tile.unit[k % kTile] = unit;
             if (repeat) tile.slack[k % kTile] = -slack;
-            raise(block, &packed.most[k / kTile].radius, radius);
-            raise(block, &packed.most[k / kTile].slack, slack);
+            atomic_max(block, &packed.most[k / kTile].radius, radius);
+            atomic_max(block, &packed.most[k / kTile].slack, slack);
         });
     }
 
 private:
     // Positive floats are in the order of their bits.
     template <class Block>
-    static VQOPS_HOST_DEVICE void raise(Block& block, float* place, float value) {
+    static VQOPS_HOST_DEVICE void atomic_max(Block& block, float* place, float value) {
         int32_t bits;
         memcpy(&bits, &value, 4);
-        block.raise(reinterpret_cast<int32_t*>(place), bits);
+        block.atomic_max(reinterpret_cast<int32_t*>(place), bits);
     }
 };
 
@@ -399,7 +397,7 @@ void pack_codebook(const Device& device, const Preparation& in) {
     device.fill(in.marks, kUnmarked & 0xff, in.H * 2 * in.slots * int64_t(sizeof(int32_t)));
     device.launch(Centre{in});
     device.launch(Scale{in});
-    device.launch(Marks{in});
+    device.launch(MarkRepeats{in});
     device.launch(Pack{in});
 }
 

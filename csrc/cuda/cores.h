@@ -1,4 +1,4 @@
-// Who multiplies in a block of the search, and how much of it: the tensor cores of warps or of warpgroups.
+// The tensor cores in a block of the search, of warps or of warpgroups, and how much of it they multiply.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,12 @@
-// The decision between the candidates that the fast pass leaves a row. Never run on a GPU.
+// The decision between the candidates that the fast pass leaves a row.
 #pragma once
 
 #include "search_inputs.h"
 
 namespace vqops::cuda {
 
-// Certified rows are written, rows with several candidates compared in float64, eight threads a pair, the rest put on
-// the list of Exhaustive.
+// Certified rows are written, rows with several candidates compared in float64, eight threads per pair, the rest
+// queued for Scan.
 template <class T, int kThreads, int kRows>
 struct Decide {
     static constexpr int kPairs = kThreads / kLanes;
@@ -23,37 +23,37 @@ struct Decide {
     template <class Block>
     VQOPS_HOST_DEVICE void run(Block& block, Shared& shared, const Packed& codes, Candidates* lists, int64_t h,
                                int64_t first) const {
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             if (t == 0) shared.pairs = 0;
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             for (int r = t; r < kRows; r += kThreads) {
                 Candidates& list = lists[r];
                 if (list.fate != kSearched) continue;
                 list.drop_excluded();
                 shared.best_code[r] = list.count == 1 ? list.code[0] : -1;
-                if (list.count > kCapacity) list.fate = kLeft;
+                if (list.count > kCapacity) list.fate = kQueued;
                 if (list.count < 2 || list.count > kCapacity) continue;
-                const int place = block.fetch_add(&shared.pairs, list.count);
+                const int place = block.atomic_add(&shared.pairs, list.count);
                 for (int i = 0; i < list.count; i++) shared.pair[place + i] = uint16_t(r * kCapacity + i);
             }
         });
         const int pairs = shared.pairs;
         auto sums = block.template registers<Doubles<2>>();
         for (int base = 0; base < pairs; base += kPairs) {
-            block.own([&](int t) {
+            block.for_threads([&](int t) {
                 sums[t].v[0] = sums[t].v[1] = 0;
                 if (base + t / kLanes >= pairs) return;
                 const int pair = shared.pair[base + t / kLanes], r = pair / kCapacity;
                 const int64_t code = in.codebook.offset(h, lists[r].code[pair % kCapacity]);
                 add_lane(in, in.x.offset(h, first + r), code, t % kLanes, sums[t].v);
             });
-            block.template sum<kLanes>(sums);
-            block.each([&](int t) {
+            block.template shuffle_sum<kLanes>(sums);
+            block.for_threads_sync([&](int t) {
                 if (t % kLanes == 0)
                     shared.cost[t / kLanes] = in.cosine ? cosine_cost(sums[t].v[0], sums[t].v[1]) : sums[t].v[0];
             });
-            block.each([&](int t) {
+            block.for_threads_sync([&](int t) {
                 for (int p = 0; p < kPairs && base + p < pairs && t == 0; p++) {
                     const int pair = shared.pair[base + p], r = pair / kCapacity;
                     const int32_t code = lists[r].code[pair % kCapacity];
@@ -62,11 +62,11 @@ struct Decide {
                 }
             });
         }
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             for (int r = t; r < kRows && first + r < in.N; r += kThreads) {
                 const Candidates& list = lists[r];
-                if (list.fate == kLeft) {
-                    out.left[h * in.N + block.fetch_add(&out.how_many[h], 1)] = uint32_t(first + r);
+                if (list.fate == kQueued) {
+                    out.queue[h * in.N + block.atomic_add(&out.queued[h], 1)] = uint32_t(first + r);
                     continue;
                 }
                 int32_t code = -1;
@@ -74,16 +74,16 @@ struct Decide {
                 if (list.fate == kZero && *codes.first != kUnmarked) code = *codes.first;
                 out.indices[h * in.N + first + r] = code;
                 if (!out.tiers) continue;
-                block.fetch_add(&out.tiers[code < 0 ? kNoCode : list.count > 1 ? kDecided : kCertified], Count(1));
+                block.atomic_add(&out.tiers[code < 0 ? kNoCode : list.count > 1 ? kDecided : kCertified], Count(1));
             }
         });
     }
 };
 
-// One block: 16 rows whose codes several blocks have screened, eight threads a row. A row's threshold is the least of
+// One block: 16 rows whose codes several blocks have screened, eight threads per row. A row's threshold is the least of
 // all, its candidates those that do not exceed it.
 template <class T>
-struct JoinLists {
+struct MergeLists {
     static constexpr int kThreads = 128, kRows = kThreads / kLanes;
     typedef Decide<T, kThreads, kRows> Decisions;
     struct Shared {
@@ -109,21 +109,21 @@ struct JoinLists {
             for (int64_t s = t % kLanes; s < shares && first + t / kLanes < in.N; s += kLanes)
                 body(shared.list[t / kLanes], lists[s * in.N + t / kLanes]);
         };
-        block.each([&](int r) {
+        block.for_threads_sync([&](int r) {
             if (r < kRows) shared.list[r].clear(first + r < in.N ? lists[r].fate : kOutside);
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             each_share(t, [&](Candidates& list, const Candidates& part) {
-                block.lower(&list.threshold, part.threshold);
+                block.atomic_min(&list.threshold, part.threshold);
             });
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             each_share(t, [&](Candidates& list, const Candidates& part) {
                 // Some were not held: more than a list holds, so that the row is left.
-                if (part.count > kCapacity) block.fetch_add(&list.count, kCapacity + 1);
+                if (part.count > kCapacity) block.atomic_add(&list.count, kCapacity + 1);
                 for (int i = 0; i < part.count && part.count <= kCapacity; i++) {
                     if (part.lower[i] > from_ordered(list.threshold)) continue;
-                    const int place = block.fetch_add(&list.count, 1);
+                    const int place = block.atomic_add(&list.count, 1);
                     if (place < kCapacity) list.code[place] = part.code[i], list.lower[place] = part.lower[i];
                 }
             });

@@ -1,10 +1,10 @@
 // EMA update: three kernels, since the smoothing needs the total of all cluster sizes.
 //
-//   MoveAverages  a block a code: reads sums and average, writes average; a code that would not be finite keeps both
-//   TotalSizes    a block a head: the sizes in float64, in a fixed order
-//   MoveCodes     a block a code: reads average, writes the code
+//   MoveAverages  a block per code: reads sums and average, writes average; a code that would not be finite keeps both
+//   TotalSizes    a block per head: the sizes in float64, in a fixed order
+//   MoveCodes     a block per code: reads average, writes the code
 // Bytes: 16 K D and 4 K D more where the averages do not stay in L2. A code with all its columns in one block, so that
-// what is not finite in one column keeps all of them. Never run on a GPU.
+// what is not finite in one column keeps all of them.
 #pragma once
 
 #include "../ema_step.h"
@@ -40,15 +40,15 @@ struct MoveAverages {
         const float count = state.counts ? float(state.counts[k]) : state.weighted_counts[k];
         float* const average = state.average + k * D;
         const float* const sums = state.sums + k * D;
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             if (t == 0) shared.spoiled = !is_finite(lerp(state.size[k], count, step));
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             for (int64_t i = t; i < D; i += kThreads)
                 if (!is_finite(lerp(average[i], sums[i], step))) shared.spoiled = 1;
         });
         if (shared.spoiled) return;
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t == 0) state.size[k] = lerp(state.size[k], count, step);
             for (int64_t i = t; i < D; i += kThreads) average[i] = lerp(average[i], sums[i], step);
         });
@@ -67,16 +67,16 @@ struct TotalSizes {
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             double sum = 0;
             for (int64_t k = t; k < state.K; k += kThreads) sum += state.size[block.index * state.K + k];
             shared.part[t] = sum;
         });
         for (int half = kThreads / 2; half > 0; half /= 2)
-            block.each([&](int t) {
+            block.for_threads_sync([&](int t) {
                 if (t < half) shared.part[t] += shared.part[t + half];
             });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t == 0) state.total[block.index] = float(shared.part[0]);
         });
     }
@@ -99,7 +99,7 @@ struct MoveCodes {
         const float total = state.total[uint32_t(k) / uint32_t(state.K)];
         const float size = smoothed_size(state.size[k], total, float(state.K), state.eps);
         const float* const average = state.average + k * D;
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             double square = 0;
             for (int64_t i = t; i < D && state.cosine; i += kThreads)
                 square = add_product(square, average[i] / size, average[i] / size);
@@ -107,16 +107,16 @@ struct MoveCodes {
             if (t == 0) shared.spoiled = 0;
         });
         for (int half = kThreads / 2; half > 0 && state.cosine; half /= 2)
-            block.each([&](int t) {
+            block.for_threads_sync([&](int t) {
                 if (t < half) shared.square[t] += shared.square[t + half];
             });
         const double norm = state.cosine ? divisor(shared.square[0]) : 1;
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             for (int64_t i = t; i < D; i += kThreads)
                 if (!is_finite(float(double(average[i] / size) / norm))) shared.spoiled = 1;
         });
         if (shared.spoiled) return;
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             for (int64_t i = t; i < D; i += kThreads)
                 state.codes[k * D + i] = float(double(average[i] / size) / norm);
         });

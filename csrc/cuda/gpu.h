@@ -1,14 +1,13 @@
-// Launches on a GPU, and tensors as the kernels take them.
+// Launches on a GPU, and workspace.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../common.h"
-#include "../numbers.h"
+#include "../bindings.h"
 #include "block.h"
 #include "memory.h"
-#include "sums.h"
+#include "code_sums.h"
 
 namespace vqops::cuda {
 
@@ -71,40 +70,8 @@ private:
 
 size_t sort_bytes(int64_t rows, int64_t codes);  // sort.cu
 
-inline DType dtype_of(const char* op, const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float: return DType::float32;
-        case ScalarType::Double: return DType::float64;
-        case ScalarType::Half: return DType::float16;
-        case ScalarType::BFloat16: return DType::bfloat16;
-        default: STD_TORCH_CHECK(false, op, ": values must be float32, float64, float16 or bfloat16");
-    }
-}
-
-inline Rows rows_of(const char* op, const Tensor& t) {
-    return {t.const_data_ptr(), dtype_of(op, t), t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 1};
-}
-
-inline RowMask mask_of(const OptionalTensor& mask) {
-    if (!mask) return {};
-    return {static_cast<const bool*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
-}
-
-// Indices that are no code count as -1; Python has asserted on the device that there are none.
-inline Indices indices_of(const char* op, const Tensor& indices, const Tensor& x, int64_t K) {
-    STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == x.size(0) && indices.size(1) == x.size(1) &&
-                        indices.scalar_type() == ScalarType::Long,
-                    op, ": indices must be int64 [H, N]");
-    return {static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0), indices.stride(1), K};
-}
-
-inline ScalarType real_type(const Tensor& x) {
-    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline Tensor unused(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
-
-// Rows by their codes; for kernels that index rows and codes of all heads by 32 bits.
+// Rows by their codes, for kernels that index rows and codes of all heads by 32 bits. Indices that are no code count as
+// -1; Python has asserted on the device that there are none.
 inline RowsByCode rows_by_code(const char* op, const Tensor& indices, const Tensor& x, int64_t K) {
     const int64_t H = x.size(0), N = x.size(1);
     STD_TORCH_CHECK(H * N < INT32_MAX && H * K < INT32_MAX, op, ": x may have up to 2^31 rows, and as many codes");

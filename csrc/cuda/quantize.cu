@@ -1,4 +1,4 @@
-#include "finalize.h"
+#include "gather.h"
 
 #include "search_ops.h"
 
@@ -27,17 +27,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
     with_type(rows.dtype, [&](auto typed) {
         using T = decltype(typed);
         using Real = typename ErrorOf<T>::type;
-        finalize(gpu,
-                 FinalizeInputs<T>{D, rows.as<T>(), rows_of(op, codebook), weights, mask_of(mask), metric == "cosine",
-                                   static_cast<T*>(quantized.mutable_data_ptr()),
-                                   static_cast<Real*>(error.mutable_data_ptr()),
-                                   work ? work->out : Sums<float>{by_code}},
-                 with_sums);
+        gather(gpu,
+               GatherInputs<T>{D, rows.as<T>(), rows_of(op, codebook), weights, mask_of(mask), metric == "cosine",
+                               static_cast<T*>(quantized.mutable_data_ptr()),
+                               static_cast<Real*>(error.mutable_data_ptr()),
+                               work ? work->out : Sums<float>{by_code}},
+               with_sums);
     });
-    Tensor old = snapshot ? torch::stable::new_empty(codebook, codebook.sizes())
-                          : unused(codebook, codebook.scalar_type());
-    if (snapshot) torch::stable::copy_(old, codebook);
-    return {quantized, indices, error, counts, sums, old};
+    return {quantized, indices, error, counts, sums, snapshot_of(codebook, snapshot)};
 }
 
 }  // namespace vqops::cuda

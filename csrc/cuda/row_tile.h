@@ -41,7 +41,7 @@ struct RowTile {
         return i / kPiece * kRows * kPiece + swizzled(r, i % kPiece, kPiece);
     }
 
-    // x: float16 [kRows, width]. Eight threads a row, which read it twice, the second time from cache.
+    // x: float16 [kRows, width]. Eight threads per row, which read it twice, the second time from cache.
     template <class Block>
     VQOPS_HOST_DEVICE void take(Block& block, Shared& shared, const Packed& codes, uint16_t* x, int64_t h,
                                 int64_t first) const {
@@ -54,7 +54,7 @@ struct RowTile {
                 const Real given = in.x.at(in.x.offset(h, first + row_of(t)), i);
                 return in.cosine ? given : (given - Real(codes.centre[i])) * Real(*codes.scale);
             };
-            block.own([&](int t) {
+            block.for_threads([&](int t) {
                 most[t] = zero[t] = 0;
                 if (!exists(t)) return;
                 VQOPS_UNROLL(8)
@@ -63,8 +63,8 @@ struct RowTile {
                     most[t] = std::fmax(most[t], std::fabs(v)), zero[t] += 0 * v;
                 }
             });
-            block.template fold<kLanes>(most, [](Real a, Real b) { return std::fmax(a, b); });
-            block.template sum<kLanes>(zero);
+            block.template shuffle_reduce<kLanes>(most, [](Real a, Real b) { return std::fmax(a, b); });
+            block.template shuffle_sum<kLanes>(zero);
             // The power of two that brings the largest element to [2^14, 2^15). A cosine does not change with it.
             const auto shift = [&](int t) {
                 const int exponent = exponent_of(most[t]), most_shift = RealOf<T>::kMostShift;
@@ -76,7 +76,7 @@ struct RowTile {
                 if (!exists(t) || zero[t] != 0 || is_zero(t)) return false;
                 return in.cosine ? most[t] >= RealOf<T>::kLeast && most[t] <= RealOf<T>::kMost : most[t] <= kFarRow;
             };
-            block.own([&](int t) {
+            block.for_threads([&](int t) {
                 const Real lift = fits(t) ? Real(power_of_two(shift(t))) : 0;
                 square[t] = lost[t] = 0;
                 VQOPS_UNROLL(8)
@@ -88,9 +88,9 @@ struct RowTile {
                     x[place(row_of(t), int(i))] = half.bits;
                 }
             });
-            block.template sum<kLanes>(square);
-            block.template sum<kLanes>(lost);
-            block.own([&](int t) {
+            block.template shuffle_sum<kLanes>(square);
+            block.template shuffle_sum<kLanes>(lost);
+            block.for_threads([&](int t) {
                 if (t % kLanes != 0) return;
                 const int r = row_of(t);
                 const double unit = in.cosine ? 0x1p-14 : power_of_two(fits(t) ? -shift(t) : 0);
@@ -98,7 +98,7 @@ struct RowTile {
                 const double norm = std::sqrt(double(square[t])) * upward;
                 const double error = std::sqrt(double(lost[t])) * upward + norm * RealOf<T>::kRounding;
                 const bool searched = fits(t) && norm <= kFarRow;
-                shared.fate[r] = searched ? kSearched : is_zero(t) ? kZero : exists(t) ? kLeft : kOutside;
+                shared.fate[r] = searched ? kSearched : is_zero(t) ? kZero : exists(t) ? kQueued : kOutside;
                 shared.unit[r] = searched ? float(unit) : 0;
                 shared.bound[r] = searched ? row_bound(norm, error, *codes.worst, in.D, in.cosine) : RowBound{};
             });

@@ -1,22 +1,21 @@
-// Rows sorted by code, so that sums are added in the order of the reference: what
-// torch.use_deterministic_algorithms(True) takes. By default rows are ordered within a block alone (sums.h).
+// Rows sorted by code, so that sums are added in the order of the reference, under
+// torch.use_deterministic_algorithms(True). By default rows are ordered within a block alone (code_sums.h).
 //
 // A stable sort by code leaves the rows of a code side by side, ascending. They are cut in runs of 256. A block adds up
 // one run in order; codes of more than one run leave partial sums, which Fold adds in order. A code that has all the
 // rows is thus spread over N / 256 blocks.
-// Workspace: 16 bytes a row for the sort (and what the sort itself takes), D / 32 bytes a row for partial sums.
-// Bytes: 24 a row written and read once, and two to four passes of the sort over 8 a row.
+// Workspace: 16 bytes per row for the sort (and its own), D / 32 bytes per row for partial sums.
+// Bytes: 24 per row written and read once, and two to four passes of the sort over 8 per row.
 #pragma once
 
-#include "../numbers.h"
+#include "../contract.h"
+#include "../tensors.h"
 #include "block.h"
 #include "memory.h"
 
 namespace vqops::cuda {
 
-constexpr int kRun = 256;
-
-// How the rows of a block come together: as they lie, ordered by code within the block (batch.h), or as a run of the
+// Order of the rows of a block: as they lie, ordered by code within the block (batch.h), or as a run of the
 // sort.
 enum class Order { memory, within_block, sorted };
 
@@ -90,7 +89,7 @@ struct RowsByCode {
     VQOPS_HOST_DEVICE int64_t count(int64_t code) const { return int64_t(start[code + 1]) - int64_t(start[code]); }
 };
 
-// A thread a row: its key.
+// One thread per row: its key.
 struct Keys {
     static constexpr int kThreads = 256;
     struct Shared {};
@@ -101,7 +100,7 @@ struct Keys {
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int64_t i = block.index * kThreads + t;
             if (i >= sorted.rows()) return;
             sorted.key[i] = sorted.code_of(i);
@@ -110,7 +109,7 @@ struct Keys {
     }
 };
 
-// A thread a code: where its rows begin, by bisection.
+// One thread per code: where its rows begin, by bisection.
 struct Starts {
     static constexpr int kThreads = 256;
     struct Shared {};
@@ -121,7 +120,7 @@ struct Starts {
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int64_t code = block.index * kThreads + t;
             if (code == 0) sorted.several[0] = 0;
             if (code > sorted.codes() + 1) return;

@@ -1,4 +1,4 @@
-// What a thread makes of its products: lower bounds, and which row and code each belongs to.
+// Scores: the lower bounds that a thread makes of its products, and the row and code that each belongs to.
 #pragma once
 
 #include "code_tiles.h"
@@ -10,14 +10,14 @@ template <class Cores>
 struct ScoresOf {
     static constexpr int kCodeTiles = Cores::kCodes / 8;
     static constexpr int kOwn = 2 * Cores::kRowTiles;  // rows that a thread has products of
-    typedef Products<Cores::kRowTiles, kCodeTiles> Product;
+    typedef Accumulators<Cores::kRowTiles, kCodeTiles> Products;
 
     // Of the block's rows. All of a row's products lie in four neighbouring threads.
     static VQOPS_HOST_DEVICE int row_of(int t, int own) { return Cores::row_of(t, own / 2) + t % 32 / 4 + own % 2 * 8; }
 
     // body(own, stored tile, code of it, product) for all of a thread's products.
     template <class Body>
-    static VQOPS_HOST_DEVICE void each(int t, Product& products, Body body) {
+    static VQOPS_HOST_DEVICE void each(int t, Products& products, Body body) {
         VQOPS_UNROLL(16)
         for (int j = 0; j < kCodeTiles; j++)
             VQOPS_UNROLL(2)
@@ -29,9 +29,9 @@ struct ScoresOf {
             }
     }
 
-    // Products become lower bounds; least: of each own row. Four operations a score.
+    // Products become lower bounds; least: of each own row. Four operations per score.
     template <class Rows>
-    static VQOPS_HOST_DEVICE void bound(int t, const Rows& rows, const Constants* constants, Product& products,
+    static VQOPS_HOST_DEVICE void bound(int t, const Rows& rows, const Constants* constants, Products& products,
                                         Floats<kOwn>& least) {
         Floats<kOwn> unit, radius;
         VQOPS_UNROLL(4)

@@ -1,15 +1,15 @@
-// Screen: the fast pass of the search, and the decisions that it leaves open. Never run on a GPU.
+// Screen: the fast pass of the search, and the decisions that it leaves open.
 //
 // One block: 32 to 256 rows of x against all K codes, in tiles of 64 (mma.sync) or 128 (wgmma, sm_90a).
 //   registers     the products of a warp's 16 or 32 rows and a tile's codes
-//   shared        the block's rows as float16; stages of codes, copied ahead; up to 16 candidates a row
+//   shared        the block's rows as float16; stages of codes, copied ahead; up to 16 candidates per row
 // Each product gives a lower bound of the code's distance (bound.h); the least upper bound so far is the row's
 // threshold. A tile whose least lower bound is above the thresholds of all of a warp's rows is done with: four
-// operations a score. Else its codes below the threshold become candidates, which decide.h decides between.
+// operations per score. Else its codes below the threshold become candidates, which decide.h decides between.
 // A row belongs to one warp, so that only the stages wait for all warps. Where there are fewer rows than a GPU can work
-// at, blocks share their codes, and JoinLists decides.
-// Bytes: 4 N D read (float32), 8 N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor cores,
-// 4 to 6 N K in the epilogue.
+// at, blocks share their codes, and MergeLists decides.
+// Bytes: 4 N D read (float32), 8 N written, the packed codes from L2 once per block. Operations: 2 N K D on tensor
+// cores, 4 to 6 N K in the epilogue.
 // The result does not depend on the order of the candidates, since float64 decides (distance.h). Proof: exactness.md.
 // Sizes are guesses from the arithmetic, to be measured.
 #pragma once
@@ -57,8 +57,8 @@ struct Screen {
         const Packed codes = packed.head(h);
         uint16_t* const x = reinterpret_cast<uint16_t*>(&shared + 1);  // [kRows, width] as row_tile.h places them
         rows().take(block, shared.rows, codes, x, h, first);
-        block.each([](int) {});
-        block.own([&](int t) {
+        block.for_threads_sync([](int) {});
+        block.for_threads([&](int t) {
             for (int r = t; r < kRows; r += kThreads) shared.list[r].clear(shared.rows.fate[r]);
         });
         Codes{codes, in.K, rows().width(), share, shares}.each(
@@ -67,7 +67,7 @@ struct Screen {
             });
         if (shares == 1) Decisions{in, out}.run(block, shared.decisions, codes, shared.list, h, first);
         else
-            block.own([&](int t) {
+            block.for_threads([&](int t) {
                 for (int r = t; r < kRows && first + r < in.N; r += kThreads)
                     out.lists[part * in.N + first + r] = shared.list[r];
             });
@@ -84,7 +84,7 @@ private:
         auto least = block.template registers<Floats<kOwn>>(), limit = block.template registers<Floats<kOwn>>();
         auto wanted = block.template registers<int32_t>();
         const auto smaller = [](float a, float b) { return fminf(a, b); };
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             Scores::bound(t, shared.rows, constants, products[t], least[t]);
             bool any = false;
             VQOPS_UNROLL(4)
@@ -92,14 +92,14 @@ private:
                 any = any || least[t].v[own] <= threshold_of(shared, t, own);
             wanted[t] = any;
         });
-        block.where(wanted, [&] {
+        block.if_any_in_warp(wanted, [&] {
             // The upper bound of the code with the least lower one is at most that with the tile's largest constants.
             Most largest = most[0];
             for (int i = 1; i < Cores::kCodes / kTile; i++)
                 largest = {fmaxf(largest.radius, most[i].radius), fmaxf(largest.slack, most[i].slack)};
             const bool far = largest.slack >= -kAlwaysStart;
-            block.template fold<4>(least, smaller);
-            block.own([&](int t) {
+            block.template shuffle_reduce<4>(least, smaller);
+            block.for_threads([&](int t) {
                 VQOPS_UNROLL(4)
                 for (int own = 0; own < kOwn; own++) {
                     const RowBound& bound = shared.rows.bound[Scores::row_of(t, own)];
@@ -117,24 +117,24 @@ private:
                         limit[t].v[own] = fminf(limit[t].v[own], constants[i].upper(c, value, bound));
                     });
             });
-            block.template fold<4>(limit, smaller);
-            block.each_warp([&](int t) {
+            block.template shuffle_reduce<4>(limit, smaller);
+            block.for_threads_syncwarp([&](int t) {
                 VQOPS_UNROLL(4)
                 for (int own = 0; own < kOwn; own++)
                     limit[t].v[own] = fminf(limit[t].v[own], threshold_of(shared, t, own));
             });
-            block.each_warp([&](int t) {
+            block.for_threads_syncwarp([&](int t) {
                 Scores::each(t, products[t], [&](int own, int i, int c, float& value) {
                     if (value > limit[t].v[own] || constants[i].repeats(c)) return;
                     Candidates& list = shared.list[Scores::row_of(t, own)];
                     const RowBound& bound = shared.rows.bound[Scores::row_of(t, own)];
-                    block.lower(&list.threshold, ordered(constants[i].upper(c, value, bound)));
-                    const int place = block.fetch_add(&list.count, 1);
+                    block.atomic_min(&list.threshold, ordered(constants[i].upper(c, value, bound)));
+                    const int place = block.atomic_add(&list.count, 1);
                     if (place >= kCapacity) return;
                     list.code[place] = first + i * kTile + c, list.lower[place] = value;
                 });
             });
-            block.each_warp([&](int t) {
+            block.for_threads_syncwarp([&](int t) {
                 for (int own = 0; own < kOwn && t % 4 == 0; own++) {
                     Candidates& list = shared.list[Scores::row_of(t, own)];
                     if (list.count > kCapacity / 2) list.drop_excluded();

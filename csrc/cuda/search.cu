@@ -5,19 +5,19 @@
 namespace vqops::cuda {
 namespace {
 
-// Marks and lists of a search, beside the packed codebook: 4 bytes a row and 16 to 32 a code; 128 KB a head or less for
-// parts; where a GPU has few rows 140 bytes a row and share, some megabytes.
+// Workspace of a search, beside the packed codebook: 4 bytes per row and 16 to 32 per code; 128 KB per head or less for
+// parts; where a GPU has few rows 140 bytes per row and share, some megabytes.
 struct SearchWork {
-    int32_t *marks = nullptr, *how_many = nullptr;
-    uint32_t* left = nullptr;
+    int32_t *marks = nullptr, *queued = nullptr;
+    uint32_t* queue = nullptr;
     Best* parts = nullptr;
     Candidates* lists = nullptr;
 
     static SearchWork take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t shares) {
         SearchWork work;
         work.marks = memory.take<int32_t>(H * 2 * slots_of(K));
-        work.how_many = memory.take<int32_t>(H);
-        work.left = memory.take<uint32_t>(H * N);
+        work.queued = memory.take<int32_t>(H);
+        work.queue = memory.take<uint32_t>(H * N);
         work.parts = memory.take<Best>(H * parts_of(N, K));
         work.lists = memory.take<Candidates>(shares > 1 ? H * shares * N : 0);
         return work;
@@ -75,7 +75,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
         const Tensor packed = prepared ? *prepared : gpu.allocate(shares ? packed_bytes(codebook) : 0);
         Memory pieces(memory.mutable_data_ptr());
         const SearchWork work = SearchWork::take(pieces, H, N, K, shares);
-        out.left = work.left, out.how_many = work.how_many, out.parts = work.parts, out.lists = work.lists;
+        out.queue = work.queue, out.queued = work.queued, out.parts = work.parts, out.lists = work.lists;
         Preparation codes = preparation(op, codebook, cosine, packed, work.marks);
         if (!shares) codes.memory = nullptr;
         else if (!prepared) pack_codebook(gpu, codes);

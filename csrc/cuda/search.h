@@ -1,13 +1,13 @@
-// Search: the nearest code of each row, certified exact. Screen takes all rows, Exhaustive those that it leaves.
+// Search: the nearest code of each row, certified exact. Screen takes all rows, Scan those that it queues.
 #pragma once
 
-#include "exhaustive.h"
+#include "scan.h"
 #include "screen.h"
-#include "several.h"
+#include "screen_topk.h"
 
 namespace vqops::cuda {
 
-// What the GPU has.
+// Limits of the GPU.
 struct Abilities {
     size_t shared_bytes;  // that a block may have
     bool wgmma;           // and the kernels are compiled for it
@@ -42,10 +42,10 @@ bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Prep
         return true;
     };
     if (out.distances) {
-        if (out.k > 32) return false;
-        if (width == 16) return fits(Several<T, 16, 4>{in, out, packed});
-        if (width == 32) return fits(Several<T, 32, 4>{in, out, packed});
-        return fits(Several<T, 64, 4>{in, out, packed}) || fits(Several<T, 64, 2>{in, out, packed});
+        if (out.k > kLargestK) return false;
+        if (width == 16) return fits(ScreenTopk<T, 16, 4>{in, out, packed});
+        if (width == 32) return fits(ScreenTopk<T, 32, 4>{in, out, packed});
+        return fits(ScreenTopk<T, 64, 4>{in, out, packed}) || fits(ScreenTopk<T, 64, 2>{in, out, packed});
     }
     if (width == 16) return fits(Screen<T, WarpCores<4, 2, 3>, 16>{in, out, packed, 1});
     if (width == 32) return fits(Screen<T, WarpCores<4, 2, 3>, 32>{in, out, packed, 1});
@@ -62,22 +62,22 @@ bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Prep
            fits(Screen<T, WarpCores<2, 1, 2>, 64>{in, out, packed, 1});
 }
 
-// One search. The fast pass takes all rows and Exhaustive those that it leaves, or all where it does not fit or there
+// One search. The fast pass takes all rows and Scan those that it queues, or all where it does not fit or there
 // is no packed codebook.
 template <class Device, class T>
 void search(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
             const Abilities& abilities) {
     bool screened = false;
     if (packed.memory) {
-        device.fill(out.how_many, 0, in.H * int64_t(sizeof(int32_t)));
+        device.fill(out.queued, 0, in.H * int64_t(sizeof(int32_t)));
         screened = with_screen(in, out, packed, abilities, [&](const auto& kernel) {
             device.launch(kernel);
-            if (shares_in(kernel) > 1) device.launch(JoinLists<T>{in, out, packed, shares_in(kernel)});
+            if (shares_in(kernel) > 1) device.launch(MergeLists<T>{in, out, packed, shares_in(kernel)});
         });
     }
-    const Exhaustive<T> exhaustive = {in, out, !screened};
-    device.launch(exhaustive);
-    device.launch(JoinParts<T>{exhaustive});
+    const Scan<T> scan = {in, out, !screened};
+    device.launch(scan);
+    device.launch(MergeParts<T>{scan});
 }
 
 }  // namespace vqops::cuda

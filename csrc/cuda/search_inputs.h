@@ -1,12 +1,10 @@
-// What both kernels of the search take and write.
+// Inputs and outputs of the kernels of the search.
 #pragma once
 
+#include "../contract.h"
 #include "codebook.h"
 
 namespace vqops::cuda {
-
-// How rows were decided, as vqops.search_statistics counts them.
-enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };
 
 template <class T>
 struct SearchInputs {
@@ -17,9 +15,9 @@ struct SearchInputs {
     bool cosine;
 };
 
-// What becomes of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all
-// codes alike, left out, or left to Exhaustive.
-enum Fate : int32_t { kSearched, kZero, kOutside, kLeft };
+// Fate of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all
+// codes alike, left out, or queued for Scan.
+enum Fate : int32_t { kSearched, kZero, kOutside, kQueued };
 
 constexpr int kCapacity = 16;  // random and clustered data leave 1 to 3 candidates
 
@@ -62,9 +60,9 @@ struct SearchOutputs {
     void* distances;    // [H, N, k] or null
     DType dtype;        // of distances
     Count* tiers;       // [kTiers], added to; may be null
-    uint32_t* left;     // [H, N] rows for Exhaustive, by head
-    int32_t* how_many;  // [H]
-    Best* parts;        // [H, parts_of(N, K)] of rows whose codes several blocks of Exhaustive share
+    uint32_t* queue;    // [H, N] rows for Scan, by head
+    int32_t* queued;    // [H] how many of them
+    Best* parts;        // [H, parts_of(N, K)] of rows whose codes several blocks of Scan share
     Candidates* lists;  // [H, shares, N] of rows whose codes several blocks of Screen share
 };
 

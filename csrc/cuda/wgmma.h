@@ -1,12 +1,12 @@
 // The products of a warpgroup, which sm_90a alone has; names and layouts as in the PTX manual, "Asynchronous Warpgroup
-// Level Matrix Instructions". Never run on a GPU.
+// Level Matrix Instructions".
 #pragma once
 
 #include "../host_device.h"
 
 namespace vqops::cuda {
 
-// Where a matrix lies in shared memory: rows of 128 bytes with the 128-byte swizzle, K-major. Bits 0 to 13: address,
+// A matrix in shared memory: rows of 128 bytes with the 128-byte swizzle, K-major. Bits 0 to 13: address,
 // 16 to 29: leading offset, of no meaning with this swizzle; 32 to 45: from 8 rows to the next 8; 62 and 63: swizzle.
 // Addresses and offsets in units of 16 bytes; the first row lies at a multiple of 1024.
 VQOPS_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address) {
@@ -22,12 +22,12 @@ constexpr uint64_t kDescriptorStep = 2;  // the next 16 dimensions, 32 bytes on
 
 constexpr bool kHasWgmma = true;
 
-__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void begin_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int n>
-__device__ __forceinline__ void await_wgmma() {
+__device__ __forceinline__ void wgmma_wait_group() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
 
@@ -37,8 +37,8 @@ __device__ __forceinline__ void await_wgmma() {
 #define VQOPS_FLOATS_64(d) \
     VQOPS_FLOATS_16(d, 0), VQOPS_FLOATS_16(d, 16), VQOPS_FLOATS_16(d, 32), VQOPS_FLOATS_16(d, 48)
 
-// d = or += a b^T for 64 rows, 128 codes and 16 dimensions; d as Products<1, 16>.
-__device__ __forceinline__ void wgmma_64x128x16(float* d, uint64_t a, uint64_t b, bool accumulate) {
+// d = or += a b^T for 64 rows, 128 codes and 16 dimensions; d as Accumulators<1, 16>.
+__device__ __forceinline__ void wgmma_m64n128k16(float* d, uint64_t a, uint64_t b, bool accumulate) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
@@ -65,12 +65,12 @@ __device__ __forceinline__ void hold_registers(float* d) { asm volatile("" : VQO
 
 constexpr bool kHasWgmma = false;
 
-__device__ __forceinline__ void publish_to_wgmma() {}
-__device__ __forceinline__ void begin_wgmma() {}
-__device__ __forceinline__ void commit_wgmma() {}
+__device__ __forceinline__ void fence_proxy_async() {}
+__device__ __forceinline__ void wgmma_fence() {}
+__device__ __forceinline__ void wgmma_commit_group() {}
 template <int n>
-__device__ __forceinline__ void await_wgmma() {}
-__device__ __forceinline__ void wgmma_64x128x16(float*, uint64_t, uint64_t, bool) {}
+__device__ __forceinline__ void wgmma_wait_group() {}
+__device__ __forceinline__ void wgmma_m64n128k16(float*, uint64_t, uint64_t, bool) {}
 __device__ __forceinline__ void hold_registers(float*) {}
 
 #endif

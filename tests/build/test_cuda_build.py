@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
-SCREENS, SEVERALS = 4 * 8, 4 * 4  # dtypes of x, and depths
+SCREENS, TOPKS = 4 * 8, 4 * 4  # dtypes of x, and depths
 OPS = ("ema_update_", "nearest", "nearest_topk", "prepare", "search_statistics")
 SUMS = ("code_sums", "quantize", "quantize_backward")  # of which there are two kernels
 REGISTERED = """
@@ -114,8 +114,8 @@ def test_every_architecture_has_every_kernel(usage):
 def test_nothing_spills_that_matters(usage):
     """Float64 division and root are calls, around which a few values go to memory; the screening loop has none."""
     assert not [row for row in ours(usage) if max(row[3:]) > 128]
-    screens = [row for row in ours(usage) if "6ScreenI" in row[1] or "7SeveralI" in row[1]]
-    assert len(screens) == (SCREENS + SEVERALS) * len(ARCHITECTURES)
+    screens = [row for row in ours(usage) if "6ScreenI" in row[1] or "10ScreenTopkI" in row[1]]
+    assert len(screens) == (SCREENS + TOPKS) * len(ARCHITECTURES)
     assert not [row for row in screens if max(row[3:]) > 0]
 
 
@@ -128,8 +128,8 @@ def test_search_uses_tensor_cores(built):
         command = [tool, "--dump-sass", "--gpu-architecture", architecture, library]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         parts = [part.partition("\n") for part in done.stdout.split("Function : ")]
-        screens = [(name, code) for name, _, code in parts if "6ScreenI" in name or "7SeveralI" in name]
-        assert len(screens) == SCREENS + SEVERALS
+        screens = [(name, code) for name, _, code in parts if "6ScreenI" in name or "10ScreenTopkI" in name]
+        assert len(screens) == SCREENS + TOPKS
         for name, code in screens:
             if "WarpgroupCores" not in name:
                 assert "HMMA.16816.F32" in code

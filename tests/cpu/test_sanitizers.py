@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KERNELS = sorted(path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if path.name != "ops.cpp")
+KERNELS = sorted(path for path in (ROOT / "csrc" / "cpu").rglob("*.cpp") if path.name != "ops.cpp")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_blocks import DTYPES, FinalizeCases, Kernels
+from cuda_blocks import DTYPES, GatherCases, Kernels
 from promises import ORDER, UNCHANGED
 from torch.testing import assert_close
 
@@ -71,13 +71,13 @@ class TestCodeSums:
         ORDER.same(kernels.code_sums(x, indices, 3), reference.code_sums(x, known, 3), equal_nan=True)
 
 
-class TestFinalize(FinalizeCases):
+class TestGather(GatherCases):
     def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
         expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
         quantized, indices, error, counts, sums, _ = expected
-        found = kernels.finalize(x, codebook, indices, mask, weight, metric, code_sums=True)
+        found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True)
         ORDER.same(found, (quantized, error, counts, sums), equal_nan=True)
-        ORDER.same(kernels.finalize(x, codebook, indices, mask, metric=metric)[:2], (quantized, error), equal_nan=True)
+        ORDER.same(kernels.gather(x, codebook, indices, mask, metric=metric)[:2], (quantized, error), equal_nan=True)
 
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
     def test_one_code_has_all_rows(self, kernels, metric):
@@ -93,7 +93,7 @@ class TestFinalize(FinalizeCases):
         self.check(kernels, x, c, torch.arange(60)[None] > 5)
 
 
-class TestGradient:
+class TestQuantizeBackward:
     def check(
         self, kernels, dtype, codebook_dtype=None, metric="euclidean", passing="rotation", D=13, spoil=False, **on
     ):

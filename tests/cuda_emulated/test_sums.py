@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cuda_blocks import DTYPES, FinalizeCases, Kernels
+from cuda_blocks import DTYPES, GatherCases, Kernels
 from promises import INDICES, ORDER, WHOLE
 
 from vqops.ops import reference
@@ -123,12 +123,12 @@ class TestCodeSums:
         assert sums.isfinite().all() and counts.sum() == 38
 
 
-class TestFinalize(FinalizeCases):
+class TestGather(GatherCases):
     def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
         K = codebook.shape[1]
         expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
         quantized, indices, error, counts, sums, _ = expected
-        found = kernels.finalize(x, codebook, indices, mask, weight, metric, code_sums=True)
+        found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True)
         ORDER.same(found[:2], (quantized, error), equal_nan=True)
         terms = x.double() if metric == "euclidean" else reference.unit(x).float().double()
         terms = terms.where(indices[..., None] >= 0, 0)
@@ -161,7 +161,7 @@ class TestFinalize(FinalizeCases):
         self.check(kernels, x, c, torch.arange(300)[None] > 5)
 
 
-class TestGradient:
+class TestQuantizeBackward:
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("codebook_dtype", [torch.float32, torch.bfloat16])

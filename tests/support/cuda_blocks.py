@@ -14,7 +14,7 @@ import torch
 
 NATIVE, CSRC = Path(__file__).parents[1] / "cuda_emulated/native", Path(__file__).parents[2] / "csrc"
 SOURCES = [NATIVE / f"cuda_{name}.cpp" for name in ("search", "blocks")]
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/numbers.h
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/tensors.h
 PASSING = ("none", "straight_through", "rotation")
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 # Shared memory of a block, and whether there is wgmma; "float64" leaves no fast pass.
@@ -86,13 +86,13 @@ class Kernels:
         )  # fmt: skip
         return counts, sums
 
-    def finalize(self, x, codebook, indices, mask=None, weight=None, metric="euclidean", code_sums=False):
+    def gather(self, x, codebook, indices, mask=None, weight=None, metric="euclidean", code_sums=False):
         (H, N, D), K = x.shape, codebook.shape[1]
         quantized, error = torch.full(x.shape, 7, dtype=x.dtype), torch.full((H, N), 7, dtype=error_type(x))
         sums = x.new_full((H, K, D), torch.nan, dtype=torch.float32)
         counts = x.new_full((H, K), -7, dtype=torch.int64 if weight is None else torch.float32)
         separate = (counts, None) if weight is None else (None, counts)
-        self.library.finalize(
+        self.library.gather(
             self.descending, self.sorted, *map(L, (H, N, K, D)), rows(x), rows(codebook), rows(weight),
             indices_of(indices, K), mask_of(mask), metric == "cosine", code_sums, pointer(quantized),
             pointer(error), pointer(sums), *map(pointer, separate),
@@ -140,7 +140,7 @@ class Kernels:
         real = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
         dtype = codebook.dtype if self.sorted else real  # the op converts
         grad_codebook = torch.full(codebook.shape, 7, dtype=dtype) if codebook_needed else None
-        self.library.gradient(
+        self.library.quantize_backward(
             self.descending, self.sorted, *map(L, (H, N, K, D)), rows(grad_quantized), rows(grad_error), rows(x),
             rows(codebook), indices_of(indices, K), mask_of(mask), metric == "cosine", PASSING.index(passing),
             F(scale), pointer(grad_x), pointer(grad_codebook),
@@ -148,7 +148,7 @@ class Kernels:
         return grad_x, None if grad_codebook is None else grad_codebook.to(codebook.dtype)
 
 
-class FinalizeCases:
+class GatherCases:
     """In both orders of the sums; `check` says what must come out."""
 
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -13,9 +13,10 @@
 #include "../../../csrc/cpu/row_buffer.h"
 #include "../../../csrc/distance.h"
 #include "../../../csrc/cpu/ema.h"
-#include "../../../csrc/cpu/gradient.h"
-#include "../../../csrc/cpu/quantize.h"
+#include "../../../csrc/cpu/quantize_backward.h"
+#include "../../../csrc/cpu/gather.h"
 #include "../../../csrc/cpu/search.h"
+#include "../../../csrc/cpu/sets/bf16_model.h"
 
 using namespace vqops;
 
@@ -140,12 +141,12 @@ void run(const Case& test, bool cosine) {
     expect(again == indices, "indices of quantize", test.name, 0);
     search_and_gather(shape, rows, codes, kept, nullptr, again.data(), {quantized.data(), error.data()}, parallel);
     expect(again == indices, "indices without preparation", test.name, 0);
-    const Indices chosen = {indices.data(), N, 1};
+    const Indices chosen = {indices.data(), N, 1, K};
     expect(sum_codes(shape, rows, chosen, nullptr, {counts.data(), sums.data()}, parallel) < 0, "range", test.name, 0);
     const Rows g = {quantized.data(), DType::float32, N * D, D, 1}, e = {error.data(), DType::float32, N, 1, 1};
     std::vector<float> grad_x(H * N * D), grad_codebook(H * K * D);
-    const GradientInputs in = {&g, &e, rows, codes, chosen, kept, Passing::rotation, 1.0};
-    expect(gradient(shape, in, grad_x.data(), grad_codebook.data(), parallel) < 0, "range", test.name, 1);
+    const BackwardInputs in = {&g, &e, rows, codes, chosen, kept, Passing::rotation, 1.0};
+    expect(backward(shape, in, grad_x.data(), grad_codebook.data(), parallel) < 0, "range", test.name, 1);
     for (int64_t h = 0; h < H; h++)
         ema_update({&size[h * K], &average[h * K * D], &c[h * K * D], &counts[h * K], nullptr, &sums[h * K * D], nullptr},
                    K, D, 0.9f, 1e-5f, cosine, parallel);
@@ -167,7 +168,7 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
             for (float& value : values) {
                 value = normal(random) * scale;
                 if (positive) value = std::fabs(value);
-                if (halfway) value = from_bfloat16(to_bfloat16(value)) * (1 + 0x1p-8f - 0x1p-23f);
+                if (halfway) value = real(rounded<BFloat16>(value)) * (1 + 0x1p-8f - 0x1p-23f);
             }
         };
         fill(x, x_scale), fill(c, c_scale);
@@ -179,11 +180,11 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
         const int64_t stride = round_up(packed.depth, 16);
         std::vector<uint32_t> words(N * stride, 0);
         std::vector<float> threshold(N, INFINITY);
-        std::vector<float> always(N);
+        std::vector<float> rest(N);
         for (int64_t n = 0; n < N; n++) {
             uint32_t* out = &words[n * stride];
             const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, out);
-            always[n] = charge_row(norms, packed, D, false, out);
+            rest[n] = bound_row(norms, packed, D, false, out);
         }
         struct Seen {
             const float *x, *c;
@@ -203,7 +204,7 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
             expect(upper >= t, "upper bound", "bounds", k);
             s.count++;
         };
-        const OpenCodes open = {threshold.data(), always.data(), nullptr, nullptr, nullptr, 0, 0,
+        const OpenCodes open = {threshold.data(), rest.data(), nullptr, nullptr, nullptr, 0, 0,
                                 int32_t(packed.header->screened), &seen, nullptr, candidate};
         instructions().screen(words.data(), N, stride, packed.as_read(), open);
         expect(seen.count == N * packed.header->screened, "codes were left out", "bounds", seen.count);
@@ -234,21 +235,19 @@ void exact() {
 // All 65536 half-precision patterns survive a round trip; NaN stays NaN.
 void conversions() {
     for (uint32_t bits = 0; bits < 65536; bits++) {
-        const float half = from_float16(uint16_t(bits)), brain = from_bfloat16(uint16_t(bits));
-        expect(std::isnan(half) ? std::isnan(from_float16(to_float16(half))) : to_float16(half) == bits, "float16",
-               "conversions", bits);
-        expect(std::isnan(brain) ? std::isnan(from_bfloat16(to_bfloat16(brain))) : to_bfloat16(brain) == bits,
-               "bfloat16", "conversions", bits);
+        const float half = real(Float16{uint16_t(bits)}), brain = real(BFloat16{uint16_t(bits)});
+        const Float16 half_again = rounded<Float16>(half);
+        const BFloat16 brain_again = rounded<BFloat16>(brain);
+        expect(std::isnan(half) ? std::isnan(real(half_again)) : half_again.bits == bits, "float16", "conversions",
+               bits);
+        expect(std::isnan(brain) ? std::isnan(real(brain_again)) : brain_again.bits == bits, "bfloat16", "conversions",
+               bits);
     }
 }
 
-#if defined(VQOPS_BF16_MODEL)
-#include "../../../csrc/cpu/bf16_model.inl"
-#endif
-
 // The model of vdpbf16ps is the instruction, bit for bit, where there is one.
 void model() {
-#if defined(VQOPS_BF16_MODEL) && defined(__x86_64__)
+#if defined(__x86_64__)
     if (!__builtin_cpu_supports("avx512bf16")) return;
     std::mt19937 random(3);
     for (int64_t n = 0; n < 200000; n++) {
@@ -258,7 +257,7 @@ void model() {
             return (random() & 1) << 15 | exponent << 7 | (random() & 127);
         };
         const uint32_t x = half() | half() << 16, c = half() | half() << 16;
-        float sum = from_bfloat16(uint16_t(half())) * (1 + float(random() % 65536) * 0x1p-24f);
+        float sum = real(BFloat16{uint16_t(half())}) * (1 + float(random() % 65536) * 0x1p-24f);
         if (n % 16 == 5) sum = std::ldexp(sum, -60);
         const float modelled = add_pair(sum, x, c), found = hardware_pair(sum, x, c);
         expect(std::memcmp(&modelled, &found, 4) == 0, "vdpbf16ps", "model", n);

@@ -1,9 +1,9 @@
-// The bodies of the CUDA kernels on the CPU, but those of the search (cuda_search.cpp), for ctypes: tests/cuda_blocks.py.
+// The bodies of the CUDA kernels on the CPU, but those of the search (cuda_search.cpp), for ctypes: tests/support/cuda_blocks.py.
 
 #include "../../../csrc/cuda/code_sums.h"
 #include "../../../csrc/cuda/ema.h"
-#include "../../../csrc/cuda/finalize.h"
-#include "../../../csrc/cuda/gradient.h"
+#include "../../../csrc/cuda/gather.h"
+#include "../../../csrc/cuda/quantize_backward.h"
 #include "emulator.h"
 
 using namespace vqops;
@@ -45,9 +45,9 @@ EXPORT int64_t code_sums(int descending, int sorted, int64_t H, int64_t N, int64
     return additions;
 }
 
-EXPORT void finalize(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
-                     const Rows* codebook, const Rows* weight, const Indices* indices, const RowMask* mask, int cosine,
-                     int with_sums, void* quantized, void* error, float* sums, Count* counts, float* weights) {
+EXPORT void gather(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
+                   const Rows* codebook, const Rows* weight, const Indices* indices, const RowMask* mask, int cosine,
+                   int with_sums, void* quantized, void* error, float* sums, Count* counts, float* weights) {
     const int64_t columns = D + (weight->data ? 1 : 0);
     const RowsByCode by_code = {H, N, K, *indices};
     const Space<float> space(by_code, sorted, D, columns, sums, DType::float32, counts, weights);
@@ -55,10 +55,10 @@ EXPORT void finalize(int descending, int sorted, int64_t H, int64_t N, int64_t K
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         using Real = typename ErrorOf<T>::type;
-        finalize(device,
-                 FinalizeInputs<T>{D, x->as<T>(), *codebook, *weight, *mask, cosine != 0, static_cast<T*>(quantized),
-                                   static_cast<Real*>(error), with_sums ? space.out : Sums<float>{by_code}},
-                 with_sums);
+        gather(device,
+               GatherInputs<T>{D, x->as<T>(), *codebook, *weight, *mask, cosine != 0, static_cast<T*>(quantized),
+                               static_cast<Real*>(error), with_sums ? space.out : Sums<float>{by_code}},
+               with_sums);
     });
 }
 
@@ -68,15 +68,16 @@ EXPORT void ema_update(int descending, const EmaState* state) {
 }
 
 // grad_codebook has the codebook's dtype in the sorted order, else that of the sums: float64 if x or the codebook has.
-EXPORT void gradient(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* quantized,
-                     const Rows* error, const Rows* x, const Rows* codebook, const Indices* indices,
-                     const RowMask* mask, int cosine, int passing, double scale, void* grad_x, void* grad_codebook) {
+EXPORT void quantize_backward(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D,
+                              const Rows* quantized, const Rows* error, const Rows* x, const Rows* codebook,
+                              const Indices* indices, const RowMask* mask, int cosine, int passing, double scale,
+                              void* grad_x, void* grad_codebook) {
     Emulator device = {descending != 0};
     const bool wide = x->dtype == DType::float64 || codebook->dtype == DType::float64;
     const auto run = [&](auto typed, auto reals) {
         using T = decltype(typed);
         using Real = decltype(reals);
-        const GradientInputs<T, Real> in = {H, N, D, x->as<T>(), quantized->as<T>(), *error, *codebook, *indices,
+        const BackwardInputs<T, Real> in = {H, N, D, x->as<T>(), quantized->as<T>(), *error, *codebook, *indices,
                                             *mask, Passing(passing), cosine != 0, scale};
         if (grad_x) gradient_of_rows(device, in, static_cast<T*>(grad_x), static_cast<Real*>(nullptr));
         if (!grad_codebook) return;

@@ -1,4 +1,4 @@
-// The bodies of the CUDA search on the CPU, for ctypes: tests/cuda_blocks.py.
+// The bodies of the CUDA search on the CPU, for ctypes: tests/support/cuda_blocks.py.
 
 #include "../../../csrc/cuda/search.h"
 
@@ -15,14 +15,14 @@ EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t mult
     Emulator device = {descending != 0, adder};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K);
     std::vector<double> memory(H * bytes / 8, NAN);
-    std::vector<int32_t> marks(H * 2 * slots), how_many(H, -1);
-    std::vector<uint32_t> left(H * N);
+    std::vector<int32_t> marks(H * 2 * slots), queued(H, -1);
+    std::vector<uint32_t> queue(H * N);
     std::vector<Best> parts(H * parts_of(N, K), Best{-1, 0});
     std::vector<Candidates> lists(H * (2 * multiprocessors + 1) * N);
     const Preparation packed = {H, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes,
                                 marks.data(), slots};
     if (shared_bytes) pack_codebook(device, packed);
-    const SearchOutputs out = {indices, k, distances, dtype, tiers, left.data(), how_many.data(),
+    const SearchOutputs out = {indices, k, distances, dtype, tiers, queue.data(), queued.data(),
                                parts.data(), lists.data()};
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);

@@ -17,7 +17,7 @@ struct EmulatedBlock {
     int adder;  // products that the tensor cores add at once
     const unsigned char* shared;  // address 0 of shared memory
     int64_t* additions = nullptr;  // counts the atomic ones
-    std::vector<bool> idle = std::vector<bool>(threads / 32 + 1);  // warps, in where()
+    std::vector<bool> idle = std::vector<bool>(threads / 32 + 1);  // warps, in if_any_in_warp()
     // Copies and products that are not waited for: a copy lands, and a product of a descending block is made, as late
     // as possible; what is read before or overwritten after shows.
     struct Copy {
@@ -39,7 +39,7 @@ struct EmulatedBlock {
     }
 
     template <class F>
-    void each(F f) const {
+    void for_threads_sync(F f) const {
         for (int i = 0; i < threads; i++) {
             const int t = descending ? threads - 1 - i : i;
             if (!idle[t / 32]) f(t);
@@ -47,17 +47,17 @@ struct EmulatedBlock {
     }
 
     template <class F>
-    void own(F f) const {
-        each(f);
+    void for_threads(F f) const {
+        for_threads_sync(f);
     }
 
     template <class F>
-    void each_warp(F f) const {
-        each(f);
+    void for_threads_syncwarp(F f) const {
+        for_threads_sync(f);
     }
 
     template <class F>
-    void where(const Registers<int32_t>& wanted, F f) {
+    void if_any_in_warp(const Registers<int32_t>& wanted, F f) {
         const std::vector<bool> before = idle;
         idle.assign(idle.size(), true);
         for (int t = 0; t < threads; t++)
@@ -66,15 +66,15 @@ struct EmulatedBlock {
         idle = before;
     }
 
-    void copy_ahead(void* to, const void* from) {
+    void cp_async(void* to, const void* from) {
         memset(to, 0xff, 16);
         copies.back().push_back({to, from});
     }
 
-    void commit_copies() { copies.emplace_back(); }
+    void cp_async_commit() { copies.emplace_back(); }
 
     template <int n, bool for_wgmma>
-    void await() {
+    void cp_async_wait_sync() {
         while (copies.size() > n + 1) {
             for (const Copy& copy : copies.front()) memcpy(copy.to, copy.from, 16);
             copies.erase(copies.begin());
@@ -94,7 +94,7 @@ struct EmulatedBlock {
     }
 
     template <int rows, class RowsOf>
-    void start_products(Registers<Products<rows, 16>>& c, RowsOf a, const uint16_t* b, bool accumulate) {
+    void wgmma_start(Registers<Accumulators<rows, 16>>& c, RowsOf a, const uint16_t* b, bool accumulate) {
         const auto address = [&](const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - shared); };
         std::vector<uint32_t> places;
         for (int t = 0; t < threads; t += 128)
@@ -125,25 +125,20 @@ struct EmulatedBlock {
     }
 
     template <int n, int rows>
-    void finish_products(Registers<Products<rows, 16>>&) {
+    void wgmma_wait(Registers<Accumulators<rows, 16>>&) {
         while (products.size() > n) {
             products.front()();
             products.erase(products.begin());
         }
     }
 
-    template <class T>
-    T agreed(const T& value) const {
-        return value;
-    }
-
     template <int L, class T>
-    void sum(Registers<T>& r) const {
-        fold<L>(r, [](auto a, auto b) { return a + b; });
+    void shuffle_sum(Registers<T>& r) const {
+        shuffle_reduce<L>(r, [](auto a, auto b) { return a + b; });
     }
 
     template <int L, class T, class F>
-    void fold(Registers<T>& r, F f) const {
+    void shuffle_reduce(Registers<T>& r, F f) const {
         for (int offset = L / 2; offset > 0; offset /= 2) {
             const std::vector<T> old = r.values;
             for (int t = 0; t < threads; t++) r.values[t] = f(old[t], old[t ^ offset]);
@@ -151,7 +146,7 @@ struct EmulatedBlock {
     }
 
     template <int L, class T, int n, class F>
-    void fold(Registers<Many<T, n>>& r, F f) const {
+    void shuffle_reduce(Registers<Many<T, n>>& r, F f) const {
         for (int offset = L / 2; offset > 0; offset /= 2) {
             const std::vector<Many<T, n>> old = r.values;
             for (int t = 0; t < threads; t++)
@@ -160,8 +155,8 @@ struct EmulatedBlock {
     }
 
     template <int rows, int codes>
-    void multiply_add(Registers<Products<rows, codes>>& c, const Registers<Left<rows>>& a,
-                      const Registers<Right<codes>>& b) const {
+    void mma_m16n8k16(Registers<Accumulators<rows, codes>>& c, const Registers<FragmentA<rows>>& a,
+                      const Registers<FragmentB<codes>>& b) const {
         const auto half = [](uint32_t word, int place) { return double(real(Float16{uint16_t(word >> 16 * place)})); };
         for (int warp = 0; warp < threads; warp += 32)
             for (int i = 0; i < rows; i++)
@@ -208,15 +203,15 @@ struct EmulatedBlock {
     }
 
     template <class T>
-    T fetch_add(T* place, T value) const {
+    T atomic_add(T* place, T value) const {
         const T old = *place;
         *place = flushed(flushed(old) + flushed(value));
         if (additions) ++*additions;
         return old;
     }
 
-    void lower(int32_t* place, int32_t value) const { *place = *place < value ? *place : value; }
-    void raise(int32_t* place, int32_t value) const { *place = *place > value ? *place : value; }
+    void atomic_min(int32_t* place, int32_t value) const { *place = *place < value ? *place : value; }
+    void atomic_max(int32_t* place, int32_t value) const { *place = *place > value ? *place : value; }
 };
 
 }  // namespace vqops::cuda

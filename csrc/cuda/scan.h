@@ -1,7 +1,7 @@
-// Exhaustive: rows against all codes in float64. Never run on a GPU.
+// Scan: rows against all codes in float64.
 //
-// One block: 8 rows at a time, eight threads a code. k nearest codes take k passes, each for the next one in order. A
-// few rows on the list, as is usual, would leave most of the GPU idle: then blocks share their codes, and JoinParts
+// One block: 8 rows at a time, eight threads per code. k nearest codes take k passes, each for the next one in order. A
+// few rows in the queue, as is usual, would leave most of the GPU idle: then blocks share their codes, and MergeParts
 // takes the best of each share.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace vqops::cuda {
 
 template <class T>
-struct Exhaustive {
+struct Scan {
     static constexpr bool kAllRegisters = true;
     static constexpr int kThreads = 256, kRows = 8, kGroups = kThreads / kLanes;
     static constexpr int64_t kMostBlocks = 1024;  // a head; each takes its share of a list whose length it learns
@@ -26,7 +26,7 @@ struct Exhaustive {
 
     SearchInputs<T> in;
     SearchOutputs out;
-    bool all;  // every row, and not those of the list
+    bool all;  // every row, and not those of the queue
 
     size_t shared_bytes() const { return sizeof(Shared); }
     VQOPS_HOST_DEVICE int64_t most_shares() const {
@@ -38,7 +38,7 @@ struct Exhaustive {
     }
     int64_t blocks() const { return in.H * across(); }
 
-    // By how many blocks the codes of each of `rows` rows are shared.
+    // Blocks that share the codes of each of `rows` rows.
     VQOPS_HOST_DEVICE int64_t shares_of(int64_t rows) const {
         const int64_t fitting = rows > 0 ? parts_of(in.N, in.K) / rows : 1, most = most_shares();
         return fitting < 2 ? 1 : fitting < most ? fitting : most;
@@ -46,7 +46,7 @@ struct Exhaustive {
 
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        const int64_t h = uint32_t(block.index) / across(), rows = all ? in.N : int64_t(out.how_many[h]);
+        const int64_t h = uint32_t(block.index) / across(), rows = all ? in.N : int64_t(out.queued[h]);
         const int64_t shares = shares_of(rows), share = round_up((in.K + shares - 1) / shares, kGroups);
         const int64_t items = (rows + kRows - 1) / kRows * shares;
         for (int64_t item = uint32_t(block.index) % across(); item < items; item += across()) {
@@ -54,11 +54,11 @@ struct Exhaustive {
             const int64_t end = begin + share < in.K ? begin + share : in.K;
             take_rows(block, shared, h, top, rows);
             for (int64_t place = 0; place < out.k; place++) {
-                scan(block, shared, h, place, begin, end);
+                find_next(block, shared, h, place, begin, end);
                 if (shares == 1) write(block, shared, h, place);
             }
             if (shares > 1)
-                block.each([&](int r) {
+                block.for_threads_sync([&](int r) {
                     if (r >= kRows || shared.offset[r] < 0) return;
                     const int32_t index = shared.spoiled[r] ? -1 : shared.index[r];
                     out.parts[h * parts_of(in.N, in.K) + (top + r) * shares + item % shares] = {shared.cost[r], index};
@@ -69,15 +69,15 @@ struct Exhaustive {
 private:
     template <class Block>
     VQOPS_HOST_DEVICE void take_rows(Block& block, Shared& shared, int64_t h, int64_t top, int64_t rows) const {
-        block.each([&](int r) {
+        block.for_threads_sync([&](int r) {
             if (r >= kRows) return;
             const bool exists = top + r < rows;
-            shared.row[r] = exists ? (all ? uint32_t(top + r) : out.left[h * in.N + top + r]) : 0;
+            shared.row[r] = exists ? (all ? uint32_t(top + r) : out.queue[h * in.N + top + r]) : 0;
             shared.offset[r] = exists ? in.x.offset(h, shared.row[r]) : -1;
             shared.spoiled[r] = 0;
             shared.index[r] = -1, shared.cost[r] = 0;
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int r = t / 32;
             if (shared.offset[r] < 0) return;
             double zero = 0;
@@ -88,13 +88,13 @@ private:
 
     // The best code of each row behind the one before, of those from begin to end: shared.cost and shared.index.
     template <class Block>
-    VQOPS_HOST_DEVICE void scan(Block& block, Shared& shared, int64_t h, int64_t place, int64_t begin,
-                                int64_t end) const {
+    VQOPS_HOST_DEVICE void find_next(Block& block, Shared& shared, int64_t h, int64_t place, int64_t begin,
+                                     int64_t end) const {
         auto best = block.template registers<Best>();
         auto sums = block.template registers<Doubles<kRows + 2>>();  // rows, 0 * c, c.c
-        block.own([&](int t) { best[t] = {0, -1}; });
+        block.for_threads([&](int t) { best[t] = {0, -1}; });
         for (int64_t base = begin; base < end; base += kGroups) {
-            block.own([&](int t) {
+            block.for_threads([&](int t) {
                 const int64_t k = base + t / kLanes;
                 double* const v = sums[t].v;
                 VQOPS_UNROLL(10)
@@ -112,8 +112,8 @@ private:
                     }
                 }
             });
-            block.template sum<kLanes>(sums);
-            block.own([&](int t) {  // lane r of the code's eight threads takes row r
+            block.template shuffle_sum<kLanes>(sums);
+            block.for_threads([&](int t) {  // lane r of the code's eight threads takes row r
                 const int64_t k = base + t / kLanes;
                 const double* const v = sums[t].v;
                 if (k >= end || v[kRows] != 0) return;
@@ -126,11 +126,11 @@ private:
                 if (before(cost, k, best[t].cost, best[t].index)) best[t] = {cost, int32_t(k)};
             });
         }
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             shared.costs[t / kLanes][t % kLanes] = best[t].cost;
             shared.indices[t / kLanes][t % kLanes] = best[t].index;
         });
-        block.each([&](int r) {
+        block.for_threads_sync([&](int r) {
             if (r >= kRows) return;
             Best least = {0, -1};
             for (int g = 0; g < kGroups; g++)
@@ -144,7 +144,7 @@ private:
     template <class Block>
     VQOPS_HOST_DEVICE void write(Block& block, Shared& shared, int64_t h, int64_t place) const {
         auto square = block.template registers<double>();
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const int r = t / kLanes;
             square[t] = 0;
             if (r >= kRows || shared.offset[r] < 0 || !in.cosine || !out.distances) return;
@@ -153,32 +153,32 @@ private:
                 square[t] = add_product(square[t], a, a);
             }
         });
-        block.template sum<kLanes>(square);
-        block.own([&](int t) {
+        block.template shuffle_sum<kLanes>(square);
+        block.for_threads([&](int t) {
             const int r = t / kLanes;
             if (r >= kRows || t % kLanes != 0 || shared.offset[r] < 0) return;
             const bool kept = in.mask.keeps(h, shared.row[r]), usable = kept && !shared.spoiled[r];
             const bool found = usable && shared.index[r] >= 0;
             const int64_t to = (h * in.N + shared.row[r]) * out.k + place;
             out.indices[to] = found ? shared.index[r] : -1;
-            if (out.tiers && place == 0) block.fetch_add(&out.tiers[found ? kScanned : kNoCode], Count(1));
+            if (out.tiers && place == 0) block.atomic_add(&out.tiers[found ? kScanned : kNoCode], Count(1));
             if (!out.distances) return;
             double distance = kept && shared.spoiled[r] ? NAN : HUGE_VAL;
             if (found) distance = in.cosine ? cosine_distance(shared.cost[r], square[t]) : shared.cost[r];
             write_value(out.distances, out.dtype, to, distance);
         });
-        block.each([](int) {});
+        block.for_threads_sync([](int) {});
     }
 };
 
-// Eight threads a row of the list whose codes were shared: the best of its parts.
+// Eight threads per row of the queue whose codes were shared: the best of its parts.
 template <class T>
-struct JoinParts {
+struct MergeParts {
     static constexpr int kThreads = 256, kRows = kThreads / kLanes;
     struct Shared {
         Best best[kThreads];
     };
-    Exhaustive<T> shared_by;
+    Scan<T> shared_by;
 
     size_t shared_bytes() const { return sizeof(Shared); }
     VQOPS_HOST_DEVICE uint32_t across() const {  // a row has two parts or more
@@ -189,25 +189,25 @@ struct JoinParts {
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
         const SearchOutputs& out = shared_by.out;
-        const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.how_many[h];
+        const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.queued[h];
         const int64_t first = int64_t(uint32_t(block.index) % across()) * kRows, shares = shared_by.shares_of(rows);
         if (first >= rows || shares == 1) return;
         const auto better = [](const Best& a, const Best& b) {
             return before(b.cost, b.index, a.cost, a.index) ? b : a;
         };
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int64_t place = first + t / kLanes;
             const Best* const parts = out.parts + h * parts_of(N, shared_by.in.K) + place * shares;
             shared.best[t] = {0, -1};
             for (int64_t i = t % kLanes; i < shares && place < rows; i += kLanes)
                 shared.best[t] = better(shared.best[t], parts[i]);
         });
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             if (t >= kRows || first + t >= rows) return;
             Best best = {0, -1};
             for (int i = 0; i < kLanes; i++) best = better(best, shared.best[t * kLanes + i]);
-            out.indices[h * N + out.left[h * N + first + t]] = best.index;
-            if (out.tiers) block.fetch_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
+            out.indices[h * N + out.queue[h * N + first + t]] = best.index;
+            if (out.tiers) block.atomic_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
         });
     }
 };

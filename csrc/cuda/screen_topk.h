@@ -1,11 +1,11 @@
-// Several: the fast pass of the search for k nearest codes, and the decisions that it leaves. Never run on a GPU.
+// ScreenTopk: the fast pass of the search for k nearest codes, and the decisions that it leaves.
 //
 // Screen with longer lists. One block: 64 rows, or 32 where D wants it, against all K codes in tiles of 64, by
 // mma.sync. A row holds up to kCapacity candidates in shared memory; its threshold is the k-th least upper bound of
 // those it holds, found by bisection of the bits when the list might not take another tile. What is left at the end,
-// some codes more than k, is compared in float64, a warp a row, and written in order. Rows with too many go to
-// Exhaustive by way of a list.
-// Bytes: 4 N D read (float32), 12 k N written, the packed codes from L2 once a block. Operations: 2 N K D on tensor
+// some codes more than k, is compared in float64, a warp per row, and written in order. Rows with too many are
+// queued for Scan.
+// Bytes: 4 N D read (float32), 12 k N written, the packed codes from L2 once per block. Operations: 2 N K D on tensor
 // cores, 4 to 6 N K in the epilogue.
 #pragma once
 
@@ -14,7 +14,7 @@
 namespace vqops::cuda {
 
 template <class T, int kPiece, int kWarps>
-struct Several {
+struct ScreenTopk {
     typedef WarpCores<kWarps, 1, 2> Cores;
     typedef CodeTiles<Cores, kPiece> Codes;
     typedef RowTile<T, Cores, kPiece> Rows;
@@ -54,8 +54,8 @@ struct Several {
         const Packed codes = packed.head(h);
         uint16_t* const x = reinterpret_cast<uint16_t*>(&shared + 1);  // [kRows, width] as row_tile.h places them
         rows().take(block, shared.rows, codes, x, h, first);
-        block.each([](int) {});
-        block.own([&](int t) {
+        block.for_threads_sync([](int) {});
+        block.for_threads([&](int t) {
             for (int r = t; r < kRows; r += kThreads) {
                 const bool searched = shared.rows.fate[r] == kSearched;
                 shared.threshold[r] = searched ? kNoThreshold : -INFINITY;
@@ -80,19 +80,19 @@ private:
                                            const Constants* constants, P& products) const {
         auto least = block.template registers<Floats<kOwn>>();
         auto wanted = block.template registers<int32_t>();
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             Scores::bound(t, shared.rows, constants, products[t], least[t]);
             wanted[t] = 0;
             VQOPS_UNROLL(2)
             for (int own = 0; own < kOwn; own++)
                 wanted[t] |= least[t].v[own] <= shared.threshold[Scores::row_of(t, own)] ? 1 : 0;
         });
-        block.where(wanted, [&] {
-            block.each_warp([&](int t) {
+        block.if_any_in_warp(wanted, [&] {
+            block.for_threads_syncwarp([&](int t) {
                 Scores::each(t, products[t], [&](int own, int, int c, float& value) {
                     const int r = Scores::row_of(t, own);
                     if (value > shared.threshold[r]) return;
-                    const int place = block.fetch_add(&shared.count[r], 1);
+                    const int place = block.atomic_add(&shared.count[r], 1);
                     if (place >= kCapacity) return;
                     shared.code[r][place] = first + c, shared.lower[r][place] = value;
                 });
@@ -112,9 +112,9 @@ private:
         auto held = block.template registers<Held>();
         auto wanted = block.template registers<int32_t>(), below = block.template registers<int32_t>();
         auto limit = block.template registers<uint32_t>();
-        block.own([&](int t) { wanted[t] = shared.count[row_of(t, r)] > most; });
-        block.where(wanted, [&] {
-            block.each_warp([&](int t) {
+        block.for_threads([&](int t) { wanted[t] = shared.count[row_of(t, r)] > most; });
+        block.if_any_in_warp(wanted, [&] {
+            block.for_threads_syncwarp([&](int t) {
                 const int row = row_of(t, r), count = shared.count[row];
                 VQOPS_UNROLL(4)
                 for (int i = 0; i < kHeld; i++) {
@@ -130,17 +130,17 @@ private:
             });
             // The largest number of which fewer than k upper bounds are less, bit by bit: the k-th least of them.
             for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
-                block.own([&](int t) {
+                block.for_threads([&](int t) {
                     below[t] = 0;
                     VQOPS_UNROLL(4)
                     for (int i = 0; i < kHeld; i++) below[t] += unsigned_order(held[t].upper[i]) < (limit[t] | bit);
                 });
-                block.template sum<32>(below);
-                block.own([&](int t) {
+                block.template shuffle_sum<32>(below);
+                block.for_threads([&](int t) {
                     if (below[t] < out.k) limit[t] |= bit;
                 });
             }
-            block.each_warp([&](int t) {
+            block.for_threads_syncwarp([&](int t) {
                 const int row = row_of(t, r);
                 if (t % 32 != 0) return;
                 // Some were not held: the row takes no more. Fewer than k are held: it still takes all.
@@ -148,15 +148,15 @@ private:
                 else if (shared.count[row] >= out.k)
                     shared.threshold[row] = from_ordered(int32_t(limit[t] ^ 1u << 31));
             });
-            block.each_warp([&](int t) {
+            block.for_threads_syncwarp([&](int t) {
                 if (t % 32 == 0 && shared.count[row_of(t, r)] <= kCapacity) shared.count[row_of(t, r)] = 0;
             });
-            block.each_warp([&](int t) {
+            block.for_threads_syncwarp([&](int t) {
                 const int row = row_of(t, r);
                 VQOPS_UNROLL(4)
                 for (int i = 0; i < kHeld; i++) {
                     if (held[t].upper[i] == INT32_MAX || held[t].lower[i] > shared.threshold[row]) continue;
-                    const int place = block.fetch_add(&shared.count[row], 1);
+                    const int place = block.atomic_add(&shared.count[row], 1);
                     shared.code[row][place] = held[t].code[i], shared.lower[row][place] = held[t].lower[i];
                 }
             });
@@ -165,7 +165,7 @@ private:
 
     static VQOPS_HOST_DEVICE uint32_t unsigned_order(int32_t ordered) { return uint32_t(ordered) ^ 1u << 31; }
 
-    // Each warp's row r: its candidates compared in float64, eight threads a code; the k first are written in order.
+    // Each warp's row r: its candidates compared in float64, eight threads per code; the k first are written in order.
     template <class Block>
     VQOPS_HOST_DEVICE void decide(Block& block, Shared& shared, int64_t h, int64_t first, int r) const {
         auto sums = block.template registers<Doubles<2>>();
@@ -177,41 +177,41 @@ private:
         };
         const auto offset = [&](int t) { return in.x.offset(h, first + row_of(t, r)); };
         for (int base = 0; base < kCapacity; base += 32 / kLanes) {
-            block.own([&](int t) { wanted[t] = base < count_of(t); });
-            block.where(wanted, [&] {
+            block.for_threads([&](int t) { wanted[t] = base < count_of(t); });
+            block.if_any_in_warp(wanted, [&] {
                 const auto place = [&](int t) { return base + t % 32 / kLanes; };
-                block.own([&](int t) {
+                block.for_threads([&](int t) {
                     sums[t].v[0] = sums[t].v[1] = 0;
                     if (place(t) >= count_of(t)) return;
                     const int64_t code = in.codebook.offset(h, shared.code[row_of(t, r)][place(t)]);
                     add_lane(in, offset(t), code, t % kLanes, sums[t].v);
                 });
-                block.template sum<kLanes>(sums);
-                block.each_warp([&](int t) {
+                block.template shuffle_sum<kLanes>(sums);
+                block.for_threads_syncwarp([&](int t) {
                     if (t % kLanes == 0 && place(t) < count_of(t))
                         shared.costs[t / 32].cost[place(t)] =
                             in.cosine ? cosine_cost(sums[t].v[0], sums[t].v[1]) : sums[t].v[0];
                 });
             });
         }
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             square[t] = 0;
             for (int64_t i = t % kLanes; i < in.D && in.cosine && count_of(t) > 0; i += kLanes) {
                 const double a = in.x.at(offset(t), i);
                 square[t] = add_product(square[t], a, a);
             }
         });
-        block.template sum<kLanes>(square);
-        block.each_warp([&](int t) {
+        block.template shuffle_sum<kLanes>(square);
+        block.for_threads_syncwarp([&](int t) {
             const int row = row_of(t, r), count = count_of(t);
             if (first + row >= in.N) return;
             const Fate fate = shared.rows.fate[row];
-            if (fate == kLeft || fate == kZero || shared.count[row] > kCapacity) {
+            if (fate == kQueued || fate == kZero || shared.count[row] > kCapacity) {
                 if (t % 32 == 0)
-                    out.left[h * in.N + block.fetch_add(&out.how_many[h], 1)] = uint32_t(first + row);
+                    out.queue[h * in.N + block.atomic_add(&out.queued[h], 1)] = uint32_t(first + row);
                 return;
             }
-            if (out.tiers && t % 32 == 0) block.fetch_add(&out.tiers[count > 0 ? kDecided : kNoCode], Count(1));
+            if (out.tiers && t % 32 == 0) block.atomic_add(&out.tiers[count > 0 ? kDecided : kNoCode], Count(1));
             const int64_t to = (h * in.N + first + row) * out.k;
             const auto write = [&](int64_t place, int32_t code, double distance) {
                 out.indices[to + place] = code;

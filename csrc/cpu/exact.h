@@ -47,7 +47,7 @@ VQOPS_INLINE double dot(const double* x, const double* c, int64_t padded) {
     return add_lanes(sum);
 }
 
-// What the nearest code minimises: |x - c|^2, or -x.c / |c| with 0 for a zero code and +inf for an overflowed quotient.
+// The cost that is minimised: |x - c|^2, or -x.c / |c| with 0 for a zero code and +inf for an overflowed quotient.
 VQOPS_INLINE double cost_of(const double* x, const double* c, int64_t padded, bool cosine) {
     if (!cosine) return squared_distance(x, c, padded);
     const double norm = __builtin_sqrt(dot(c, c, padded));

@@ -1,59 +1,9 @@
-#include "quantize.h"
-
-#include <cmath>
+#include "code_sums.h"
 
 #include "row_buffer.h"
+#include "rows.h"
 
 namespace vqops {
-
-double to_unit(double* row, int64_t padded, int64_t D) {
-    const double norm = std::max(std::sqrt(instructions().dot(row, row, padded)), kSmallestNorm);
-    for (int64_t i = 0; i < D; i++) row[i] /= norm;
-    return norm;
-}
-
-namespace {
-
-// Rows [begin, end) of head h, whose indices are known.
-void gather(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const int64_t* indices,
-            const Gathered& result, int64_t h, int64_t begin, int64_t end) {
-    const int64_t D = shape.D;
-    const bool floats = !shape.cosine && x.has_float_rows() && codebook.has_float_rows();
-    const AlignedRow given(D), code(D);
-    for (int64_t n = begin; n < end; n++) {
-        const int64_t row = h * shape.N + n, k = indices[row];
-        if (floats && k >= 0) {
-            const float* from = codebook.floats(h, k);
-            static_cast<float*>(result.error)[row] = float(instructions().exact_distance(x.floats(h, n), from, D));
-            std::copy(from, from + D, static_cast<float*>(result.quantized) + row * D);
-            continue;
-        }
-        double distance;
-        if (k >= 0) {
-            read_row(codebook, h, k, D, code.data);
-            read_row(x, h, n, D, given.data);
-            if (shape.cosine) to_unit(given.data, given.padded, D);
-            distance = instructions().exact_cost(given.data, code.data, given.padded, false);
-        } else {
-            distance = mask.keeps(h, n) ? std::nan("") : 0.0;
-            std::fill(code.data, code.data + D, distance);
-        }
-        write_row(result.quantized, x.dtype, row, D, code.data);
-        if (x.dtype == DType::float64) static_cast<double*>(result.error)[row] = distance;
-        else static_cast<float*>(result.error)[row] = float(distance);
-    }
-}
-
-}  // namespace
-
-void search_and_gather(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
-                       const void* packed, int64_t* indices, const Gathered& result, const Parallel& parallel) {
-    const auto follow = [&](int64_t h, int64_t begin, int64_t end) {
-        gather(shape, x, codebook, mask, indices, result, h, begin, end);
-    };
-    search(shape, x, codebook, mask, packed, {indices, 1, nullptr, nullptr}, parallel, follow);
-}
-
 namespace {
 
 // Reads rows of one head as the sums take them: float32, of unit length for cosine, times their weight.
@@ -67,7 +17,7 @@ public:
         const float* values = buffer_.data();
         if (shape_.cosine) {
             read_row(x_, h_, n, D, unit_.data);
-            to_unit(unit_.data, unit_.padded, D);
+            unit_.to_unit();
             for (int64_t i = 0; i < D; i++) buffer_[i] = float(unit_.data[i]);
         } else if (x_.dtype == DType::float64) {
             read_row(x_, h_, n, D, buffer_.data());
@@ -112,7 +62,7 @@ int64_t sum_codes(const SearchShape& shape, const Rows& x, const Indices& indice
     const int64_t K = shape.K, D = shape.D;
     for (int64_t h = 0; h < shape.H; h++) {
         CodeCounts codes;
-        const int64_t wrong = codes.count(indices, h, shape.N, K);
+        const int64_t wrong = codes.count(indices, h, shape.N);
         if (wrong >= 0) return h * shape.N + wrong;
         float* sums = result.sums + h * K * D;
         if (x.has_float_rows() && !shape.cosine && !weight) codes.sum(D, sums, x.floats(h, 0), x.row_stride, parallel);

@@ -1,4 +1,4 @@
-// float16 and bfloat16 as bits, and tensors [H, rows, D] of any floating dtype and stride.
+// Views of tensors: [H, rows, D] of any floating dtype and stride, indices, masks; float16 and bfloat16 as bits.
 #pragma once
 
 #include "host_device.h"
@@ -7,7 +7,7 @@
 #include <cuda_fp16.h>
 #endif
 
-namespace vqops::cuda {
+namespace vqops {
 
 struct Float16 {
     uint16_t bits;
@@ -36,10 +36,10 @@ VQOPS_HOST_DEVICE float real(Float16 value) {
 #ifdef __CUDA_ARCH__
     return __half2float(__ushort_as_half(value.bits));
 #else
-    const uint32_t magnitude = value.bits & 0x7fff, sign = uint32_t(value.bits & 0x8000) << 16;
-    if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-    // 2^112 rebases the exponent, and normalises what float16 holds as a denormal.
-    return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
+    // Exact for all patterns: 2^112 rebases the exponent, and normalises what float16 holds as a denormal.
+    const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13, sign = uint32_t(value.bits & 0x8000) << 16;
+    const uint32_t rebased = bits_of(float_of(magnitude) * 0x1p112f);
+    return float_of(sign | ((value.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : rebased));
 #endif
 }
 
@@ -94,7 +94,7 @@ void with_type(DType type, const Body& body) {
     }
 }
 
-// By strides in elements.
+// A tensor [H, rows, D], by strides in elements.
 template <class T>
 struct Typed {
     const T* data;
@@ -104,7 +104,7 @@ struct Typed {
     VQOPS_HOST_DEVICE auto at(int64_t offset, int64_t i) const { return real(data[offset + i * stride]); }
 };
 
-// A codebook, whose dtype is asked at each read: it is read far less often than x.
+// The same of a dtype that is asked at run time.
 struct Rows {
     const void* data;
     DType dtype;
@@ -128,6 +128,10 @@ struct Rows {
     Typed<T> as() const {
         return {static_cast<const T*>(data), head_stride, row_stride, stride};
     }
+
+    // Whether a row is D floats side by side, and where it begins then.
+    bool has_float_rows() const { return dtype == DType::float32 && stride == 1; }
+    const float* floats(int64_t h, int64_t n) const { return static_cast<const float*>(data) + offset(h, n); }
 };
 
 VQOPS_HOST_DEVICE void write_value(void* data, DType dtype, int64_t place, double value) {
@@ -139,18 +143,20 @@ VQOPS_HOST_DEVICE void write_value(void* data, DType dtype, int64_t place, doubl
     }
 }
 
-// int64 [H, N] and bool [H, N].
+// int64 [H, N].
 struct Indices {
     const int64_t* data;
     int64_t head_stride, row_stride, K;
 
+    VQOPS_HOST_DEVICE int64_t given(int64_t h, int64_t n) const { return data[h * head_stride + n * row_stride]; }
     // -1 also for what is no code, so that a wrong index reads nothing.
     VQOPS_HOST_DEVICE int64_t at(int64_t h, int64_t n) const {
-        const int64_t k = data[h * head_stride + n * row_stride];
+        const int64_t k = given(h, n);
         return k >= 0 && k < K ? k : -1;
     }
 };
 
+// bool [H, N].
 struct RowMask {
     const bool* data;  // null: every row
     int64_t head_stride, row_stride;
@@ -160,4 +166,4 @@ struct RowMask {
     }
 };
 
-}  // namespace vqops::cuda
+}  // namespace vqops

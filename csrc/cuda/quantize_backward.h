@@ -1,21 +1,19 @@
 // The backward of a quantizer's bottleneck.
 //
-// Gradient: 32 neighbouring threads a row (8 where D <= 32), columns dealt out among them, sums over a row by shuffles.
+// RowGradient: 32 neighbouring threads per row (8 where D <= 32), columns dealt out among them, sums by shuffles.
 //   registers     the row's three to six dot products; its columns are read again for each pass, from the first cache
 //   bytes         x and the incoming gradient once from memory, the code from L2; grad_x written once
-// No rotation matrix is built. The codebook's gradient is a sum by code, added up as code_sums does it (sums.h).
-// Never run on a GPU.
+// No rotation matrix is built. The codebook's gradient is a sum by code, added up as code_sums does it (code_sums.h).
 #pragma once
 
+#include "../contract.h"
 #include "../distance.h"
-#include "sums.h"
+#include "code_sums.h"
 
 namespace vqops::cuda {
 
-enum class Passing { none, straight_through, rotation };
-
 template <class T, class Real>
-struct GradientInputs {
+struct BackwardInputs {
     int64_t H, N, D;
     Typed<T> x;          // [H, N, D]
     Typed<T> quantized;  // gradient of quantized [H, N, D]; data null where nothing came
@@ -28,7 +26,7 @@ struct GradientInputs {
     double codebook_error_scale;
 };
 
-// What the passes over a row share.
+// State of a row that its passes share.
 template <class Real>
 struct RowState {
     int64_t h, n, k;
@@ -40,10 +38,10 @@ struct RowState {
 };
 
 template <class T, class Real, int L>
-struct Gradient {
+struct RowGradient {
     static constexpr int kThreads = 256, kRows = kThreads / L;
     struct Shared {};
-    GradientInputs<T, Real> in;
+    BackwardInputs<T, Real> in;
     T* grad_x;      // [H, N, D], or null for
     Real* inverse;  // [H, N], 1 / max(|x|, 1e-6), which the codebook's gradient takes for cosine
 
@@ -86,7 +84,7 @@ struct Gradient {
         auto rows = block.template registers<RowState<Real>>();
         auto a = block.template registers<Real>(), b = block.template registers<Real>(),
              c = block.template registers<Real>();
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             RowState<Real>& row = rows[t];
             const int64_t i = block.index * kRows + t / L;
             const bool exists = i < in.H * in.N;
@@ -104,9 +102,9 @@ struct Gradient {
                 if (rotation) b[t] += code(row, d) * code(row, d);
             }
         });
-        block.template sum<L>(a);
-        block.template sum<L>(b);
-        block.own([&](int t) {
+        block.template shuffle_sum<L>(a);
+        block.template shuffle_sum<L>(b);
+        block.for_threads([&](int t) {
             RowState<Real>& row = rows[t];
             const Real length = std::sqrt(a[t]);
             row.norm = length > smallest || length != length ? length : smallest;
@@ -122,19 +120,19 @@ struct Gradient {
         });
         if (!grad_x) return;
         if (rotation) {
-            block.template sum<L>(a);
-            block.template sum<L>(b);
-            block.template sum<L>(c);
+            block.template shuffle_sum<L>(a);
+            block.template shuffle_sum<L>(b);
+            block.template shuffle_sum<L>(c);
         }
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             RowState<Real>& row = rows[t];
             const Real w_norm = std::sqrt(a[t]) < smallest ? smallest : std::sqrt(a[t]);
             row.along_w = 2 * b[t] / (w_norm * w_norm), row.along_v = 2 * c[t];
             a[t] = 0;
             for (int64_t d = t % L; d < in.D && row.kept && in.cosine; d += L) a[t] += start(row, d) * outgoing(row, d);
         });
-        if (in.cosine) block.template sum<L>(a);
-        block.own([&](int t) {
+        if (in.cosine) block.template shuffle_sum<L>(a);
+        block.for_threads([&](int t) {
             const RowState<Real>& row = rows[t];
             if (block.index * kRows + t / L >= in.H * in.N) return;
             const Real along = row.norm > smallest ? a[t] : Real(0);
@@ -148,14 +146,14 @@ struct Gradient {
     }
 };
 
-// What a row adds to the gradient of its code.
+// A row's share of the gradient of its code.
 template <class T, class Real>
-struct Pull {
+struct CodeGradient {
     struct Row {
         int64_t x, code;
         Real inverse, error;
     };
-    GradientInputs<T, Real> in;
+    BackwardInputs<T, Real> in;
     const Real* inverse;
 
     VQOPS_HOST_DEVICE Row row(int64_t row, int64_t h, int64_t n, int64_t k) const {
@@ -176,18 +174,18 @@ struct Pull {
 };
 
 template <class Device, class T, class Real>
-void gradient_of_rows(const Device& device, const GradientInputs<T, Real>& in, T* grad_x, Real* inverse) {
-    if (in.D <= 32) device.launch(Gradient<T, Real, 8>{in, grad_x, inverse});
-    else device.launch(Gradient<T, Real, 32>{in, grad_x, inverse});
+void gradient_of_rows(const Device& device, const BackwardInputs<T, Real>& in, T* grad_x, Real* inverse) {
+    if (in.D <= 32) device.launch(RowGradient<T, Real, 8>{in, grad_x, inverse});
+    else device.launch(RowGradient<T, Real, 32>{in, grad_x, inverse});
 }
 
 // grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for cosine, else null.
 template <class Device, class T, class Real>
-void gradient_of_codes(const Device& device, const GradientInputs<T, Real>& in, const Sums<Real>& sums, Real* inverse) {
-    GradientInputs<T, Real> all = in;  // the indices alone say which rows count
+void gradient_of_codes(const Device& device, const BackwardInputs<T, Real>& in, const Sums<Real>& sums, Real* inverse) {
+    BackwardInputs<T, Real> all = in;  // the indices alone say which rows count
     all.mask.data = nullptr;
     if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
-    sum_rows(device, sums, Pull<T, Real>{in, inverse});
+    sum_rows(device, sums, CodeGradient<T, Real>{in, inverse});
 }
 
 }  // namespace vqops::cuda

@@ -1,16 +1,16 @@
-// What follows the search: codes in place of rows, errors and, if asked, the sums for the EMA update, in one read of x.
+// After the search: codes in place of rows, errors and, if asked, the sums for the EMA update, in one read of x.
 //
 // One block: up to 256 rows, by tiles of 32 rows and 64 columns. The rows are neighbours in memory; with sums they are
-// taken in the order of their codes, or are a run of one code (sums.h).
-//   shared        a tile of x and of the codes; eight partial sums a row, in float64 (distance.h)
+// taken in the order of their codes, or are a run of one code (code_sums.h).
+//   shared        a tile of x and of the codes; eight partial sums per row, in float64 (distance.h)
 //   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once, and
-//                 what the sums take (sums.h)
-// Phases of a tile: all threads load it and write the codes; eight threads a row add up the error; a thread a column
-// adds up the sums, rows in order. Never run on a GPU; the sizes are guesses.
+//                 what the sums take (code_sums.h)
+// Phases of a tile: all threads load it and write the codes; eight threads per row add up the error; one thread per
+// column adds up the sums, rows in order. The sizes are guesses.
 #pragma once
 
 #include "../distance.h"
-#include "sums.h"
+#include "code_sums.h"
 
 namespace vqops::cuda {
 
@@ -24,7 +24,7 @@ struct ErrorOf<double> {
 };
 
 template <class T>
-struct FinalizeInputs {
+struct GatherInputs {
     typedef typename ErrorOf<T>::type Real;
     int64_t D;
     Typed<T> x;     // [H, N, D]
@@ -38,11 +38,11 @@ struct FinalizeInputs {
 };
 
 template <class T, Order order>
-struct Finalize {
+struct Gather {
     typedef typename ErrorOf<T>::type Real;
     static constexpr bool kSums = order != Order::memory;
     static constexpr int kThreads = 256, kTileRows = 32, kColumns = 64;
-    static constexpr int kStride = kColumns + 8;  // eight threads a row, four rows a warp: 32 banks
+    static constexpr int kStride = kColumns + 8;  // eight threads per row, four rows per warp: 32 banks
 
     struct Shared {
         Batch batch;
@@ -53,12 +53,12 @@ struct Finalize {
         Real x[kTileRows][kStride];
         double part[kRun][kLanes];
         double norm[kRun];
-        double absent[kRun];       // what rows without a code get: 0 if masked, else NaN
+        double absent[kRun];       // of rows without a code: 0 if masked, else NaN
         int64_t x_offset[kRun], code_offset[kRun];  // code_offset -1: no code
         float weight[kRun];
     };
 
-    FinalizeInputs<T> in;
+    GatherInputs<T> in;
 
     size_t shared_bytes() const { return sizeof(Shared); }
     int64_t blocks() const { return in.sums.by_code.template batches<order>(); }
@@ -69,10 +69,10 @@ struct Finalize {
         const int64_t D = in.D;
         const Batch& batch = shared.batch;
         Run run = {};
-        const int rows = gather<order, kThreads>(block, shared.batch, shared.scratch, by_code, block.index, run);
+        const int rows = take_batch<order, kThreads>(block, shared.batch, shared.scratch, by_code, block.index, run);
         if (!rows) return;
         if (kSums) in.sums.template count<order, kThreads>(block, batch, rows, run);
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             if (t >= rows) return;
             const int64_t row = batch.row[t], h = uint32_t(row) / uint32_t(by_code.N), n = row - h * by_code.N;
             const bool lost = batch.code[t] == by_code.codes();
@@ -86,13 +86,13 @@ struct Finalize {
         if (in.cosine) norms(block, shared, rows);
         for (int64_t left = 0; left < D; left += kColumns) {
             auto sum = block.template registers<float>();
-            block.own([&](int t) { sum[t] = 0; });
+            block.for_threads([&](int t) { sum[t] = 0; });
             for (int top = 0; top < rows; top += kTileRows) {
                 load(block, shared, top, rows, left);
-                block.each([&](int t) { add_errors(shared, t, top, rows, left); });
+                block.for_threads_sync([&](int t) { add_errors(shared, t, top, rows, left); });
                 if (!kSums) continue;
                 const int last = rows - top < kTileRows ? whole_reads(rows) : top + kTileRows;
-                block.each([&](int t) {
+                block.for_threads_sync([&](int t) {
                     if (t >= kColumns || left + t >= D) return;
                     sum[t] = add_rows(
                         batch, top, last, sum[t],
@@ -107,7 +107,7 @@ struct Finalize {
                 });
             }
         }
-        block.own([&](int t) {
+        block.for_threads([&](int t) {
             const bool lost = t < rows && shared.code_offset[t] < 0;
             if (t < rows) in.error[batch.row[t]] = Real(lost ? shared.absent[t] : tree(shared.part[t]));
             if (t != 0 || !kSums || in.sums.columns == D) return;
@@ -125,7 +125,7 @@ private:
     // |x| by rows, at least 1e-6; leaves the partial sums at 0.
     template <class Block>
     VQOPS_HOST_DEVICE void norms(Block& block, Shared& shared, int rows) const {
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             for (int r = t / kLanes; r < rows; r += kThreads / kLanes) {
                 double sum = 0;
                 for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
@@ -135,7 +135,7 @@ private:
                 shared.part[r][t % kLanes] = sum;
             }
         });
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             if (t >= rows) return;
             shared.norm[t] = divisor(tree(shared.part[t]));
             for (int j = 0; j < kLanes; j++) shared.part[t][j] = 0;
@@ -146,7 +146,7 @@ private:
     template <class Block>
     VQOPS_HOST_DEVICE void load(Block& block, Shared& shared, int top, int rows, int64_t left) const {
         constexpr int kStep = kThreads / kColumns, kReads = kTileRows / kStep;
-        block.each([&](int t) {
+        block.for_threads_sync([&](int t) {
             const int column = t % kColumns, first = t / kColumns;
             const int64_t i = left + column;
             if (i >= in.D) return;
@@ -195,9 +195,9 @@ private:
 };
 
 template <class Device, class T>
-void finalize(const Device& device, const FinalizeInputs<T>& in, bool with_sums) {
-    if (!with_sums) return device.launch(Finalize<T, Order::memory>{in});
-    sum_by_code(device, in.sums, Finalize<T, Order::sorted>{in}, Finalize<T, Order::within_block>{in});
+void gather(const Device& device, const GatherInputs<T>& in, bool with_sums) {
+    if (!with_sums) return device.launch(Gather<T, Order::memory>{in});
+    sum_by_code(device, in.sums, Gather<T, Order::sorted>{in}, Gather<T, Order::within_block>{in});
 }
 
 }  // namespace vqops::cuda

@@ -1,17 +1,17 @@
-// Direct search: every code against all rows, from the codebook as it lies in memory.
+// Search without preparation: every code against all rows, from the codebook as it lies in memory.
 //
 // One thread: a range of the codes. Read: each code once, from memory; the rows, as float, from the first cache. The
 // bounds need no centre, since differences of the values as given lose nothing: the float32 sum of (x_i - c_i)^2 is
 // within (D + 4) u of the true one, relatively (exactness.md, "Few rows"). Each thread keeps its own candidates; they
 // are merged and decided in float64 at the end.
 
-#include "direct.h"
+#include "unprepared.h"
 
 #include <memory>
 
 #include "candidates.h"
 #include "codebook.h"
-#include "decision.h"
+#include "decide.h"
 
 namespace vqops {
 namespace {
@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kAgainBytes = 48 * 1024;  // of rows that are compared again, a thread
 
 // The rows of one head, as the kernel reads them, and what bounds them.
-struct DirectRows {
-    DirectRows(const SearchShape& shape, int64_t most) : shape(shape) {
+struct UnpreparedRows {
+    UnpreparedRows(const SearchShape& shape, int64_t most) : shape(shape) {
         values.reserve(most * shape.D);
         numbers.reserve(most);
         allowance.reserve(most);
@@ -50,9 +50,9 @@ struct DirectRows {
 };
 
 // One thread's candidates among its codes.
-class DirectCandidates {
+class UnpreparedCandidates {
 public:
-    DirectCandidates(const SearchShape& shape, const DirectRows& rows, int64_t k)
+    UnpreparedCandidates(const SearchShape& shape, const UnpreparedRows& rows, int64_t k)
         : candidates(rows.count(), k), rows_(rows), relative_(1.02 * double(shape.D + 6) * 0x1p-24),
           factor_(shape.cosine ? 1 : float(1 - relative_ - 0x1p-23)), cosine_(shape.cosine) {
         for (int64_t r = 0; r < rows.count(); r++) candidates.start(r);
@@ -65,9 +65,9 @@ public:
         for (int64_t k = begin; k < end; k += set_.group) {
             const int64_t count = std::min<int64_t>(set_.group, end - k);
             for (int64_t i = 0; i < count && !in_place; i++) read_row(codebook, h, k + i, D, &copies[i * D]);
-            set_.direct(rows_.values.data(), rows_.count(), D, in_place ? codebook.floats(h, k) : copies.data(),
-                        in_place ? codebook.row_stride : D, count, cosine_, factor_, candidates.threshold.data(), k,
-                        {this, offer});
+            set_.unprepared(rows_.values.data(), rows_.count(), D, in_place ? codebook.floats(h, k) : copies.data(),
+                            in_place ? codebook.row_stride : D, count, cosine_, factor_, candidates.threshold.data(), k,
+                            {this, offer});
         }
     }
 
@@ -76,7 +76,7 @@ public:
 private:
     // `value` is the distance, or minus the cosine times |x|; NaN stands for one that float32 can't hold.
     static void offer(void* self, int64_t row, int64_t code, float value) {
-        DirectCandidates& d = *static_cast<DirectCandidates*>(self);
+        UnpreparedCandidates& d = *static_cast<UnpreparedCandidates*>(self);
         if (value != value) return d.candidates.add(row, code, -INFINITY, INFINITY);
         const double allowance = d.rows_.allowance[row];
         const double error = d.cosine_ ? allowance : d.relative_ * value + allowance;
@@ -86,7 +86,7 @@ private:
                          float(upper + std::fabs(upper) * 0x1p-23));
     }
 
-    const DirectRows& rows_;
+    const UnpreparedRows& rows_;
     const Instructions& set_ = instructions();
     const double relative_;
     const float factor_;
@@ -106,33 +106,33 @@ void settle(Candidates& candidates, int64_t r, int64_t h, int64_t n, int64_t k, 
 
 }  // namespace
 
-void search_again(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
-                  int64_t count, Decision& decision, int64_t k) {
-    if (!is_direct(0, x, codebook)) {
+void scan_queue(const SearchShape& shape, const Rows& x, const Rows& codebook, int64_t h, const int64_t* rows,
+                int64_t count, Decision& decision, int64_t k) {
+    if (!is_unprepared(0, x, codebook)) {
         for (int64_t i = 0; i < count; i++) decision.take(h, rows[i]), decision.scan(h, rows[i]);
         return;
     }
     const int64_t most = std::max<int64_t>(1, kAgainBytes / (4 * shape.D));
     for (int64_t begin = 0; begin < count; begin += most) {
         const int64_t end = std::min(begin + most, count);
-        DirectRows taken(shape, end - begin);
+        UnpreparedRows taken(shape, end - begin);
         for (int64_t i = begin; i < end; i++) {
             decision.read(h, rows[i]);
             taken.add(rows[i], decision.x.data);
         }
-        DirectCandidates found(shape, taken, k);
+        UnpreparedCandidates found(shape, taken, k);
         found.compare(codebook, h, 0, shape.K);
         for (int64_t r = 0; r < end - begin; r++)
             settle(found.candidates, r, h, taken.numbers[r], k, decision, true);
     }
 }
 
-void search_direct(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
-                   const SearchResult& result, const Parallel& parallel) {
+void search_unprepared(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
+                       const SearchResult& result, const Parallel& parallel) {
     const DefaultFloatMode mode;
     Decision decision(shape, x, codebook, result);
     for (int64_t h = 0; h < shape.H; h++) {
-        DirectRows rows(shape, shape.N);
+        UnpreparedRows rows(shape, shape.N);
         for (int64_t n = 0; n < shape.N; n++) {
             const bool kept = mask.keeps(h, n);
             if (kept) decision.read(h, n);
@@ -141,11 +141,11 @@ void search_direct(const SearchShape& shape, const Rows& x, const Rows& codebook
         }
         if (rows.numbers.empty()) continue;
         const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, shape.K / 64));
-        std::vector<std::unique_ptr<DirectCandidates>> parts(threads);
+        std::vector<std::unique_ptr<UnpreparedCandidates>> parts(threads);
         parallel.over(threads, [&](int64_t begin, int64_t end) {
             const DefaultFloatMode mode_of_thread;
             for (int64_t t = begin; t < end; t++) {
-                parts[t] = std::make_unique<DirectCandidates>(shape, rows, result.k);
+                parts[t] = std::make_unique<UnpreparedCandidates>(shape, rows, result.k);
                 parts[t]->compare(codebook, h, shape.K * t / threads, shape.K * (t + 1) / threads);
             }
         });

@@ -1,5 +1,10 @@
 // vdpbf16ps and vcvtneps2bf16, one lane after the other, as the processor rounds: denormals in and out are zero, and
 // each of the two products is added with one rounding to nearest, the high half's first.
+#pragma once
+
+#include <cstdint>
+
+namespace vqops {
 
 static inline float flushed(float value) { return __builtin_fabsf(value) < 0x1p-126f ? 0 * value : value; }
 
@@ -15,8 +20,4 @@ static inline float add_pair(float sum, uint32_t x, uint32_t c) {
     return flushed(__builtin_fmaf(from_pair(x & 0xffff), from_pair(c & 0xffff), high));
 }
 
-template <class Sum, class Pairs>
-static inline Sum add_pairs(Sum sum, const Pairs& x, const Pairs& c) {
-    for (int i = 0; i < int(sizeof(Sum) / 4); i++) sum[i] = add_pair(sum[i], x[i], c[i]);
-    return sum;
-}
+}  // namespace vqops

@@ -38,8 +38,8 @@ static inline double unit_scale(const double* row, int64_t D) {
     return largest > 0 && std::isfinite(largest) ? std::ldexp(1.0, std::min(-std::ilogb(largest), 1000)) : 1;
 }
 
-// Of that power of two: the decision's x.c, of values as given, stays within the range of float64 for any code whose c.c
-// does. Beyond, products overflow or vanish, and the decision goes by that; screening must not know better.
+// Of that power of two: the decision's x.c, of values as given, stays within the range of float64 for any code whose
+// c.c does. Beyond, products overflow or vanish, and the decision goes by that; so must the screening pass.
 static inline bool stays_in_range(double scale) { return scale >= 0x1p-400 && scale <= 0x1p400; }
 
 // One thread's decisions. `take` a row, then `consider` codes, then `write`.
@@ -79,7 +79,7 @@ public:
         write_ranked(h, n, ranking, kScanned);
     }
 
-    // What was found among the codes that were considered.
+    // Writes the ranking of the codes that were considered.
     void write_ranked(int64_t h, int64_t n, const Ranking& ranking, Tier tier) {
         tiers[ranking.size == 0 ? kNoCode : tier]++;
         write(h, n, ranking);

@@ -10,9 +10,7 @@
 
 namespace vqops {
 
-enum class Passing { none, straight_through, rotation };
-
-struct GradientInputs {
+struct BackwardInputs {
     const Rows* quantized;  // gradient of quantized [H, N, D]; null where nothing came
     const Rows* error;      // gradient of error, as [H, N, 1]; null where nothing came
     Rows x, codebook;
@@ -24,7 +22,7 @@ struct GradientInputs {
 
 // grad_x [H, N, D] of x's dtype and grad_codebook [H, K, D] of the codebook's; null leaves one out. float64 where x or
 // the codebook is, else float32. Returns the place of an index out of range, or -1.
-int64_t gradient(const SearchShape& shape, const GradientInputs& in, void* grad_x, void* grad_codebook,
+int64_t backward(const SearchShape& shape, const BackwardInputs& in, void* grad_x, void* grad_codebook,
                  const Parallel& parallel);
 
 }  // namespace vqops

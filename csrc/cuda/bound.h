@@ -1,12 +1,12 @@
 // The error bound of the fp16 screening pass, each constant with its cause in csrc/cuda/exactness.md.
 #pragma once
 
-#include "host_device.h"
+#include "../host_device.h"
 
 namespace vqops {
 
 // X = s (x - m), C = s (c - m) with a centre m and a power of two s; for cosine X = s x and C = c / |c| - m.
-// Stored: X' and C', float16 times a power of two a row and a code. t = |C|^2 / 2 - X.C orders the codes.
+// Stored: X' and C', float16 times a power of two per row and per code. t = |C|^2 / 2 - X.C orders the codes.
 constexpr double kFarCode = 0x1p30;       // |C| beyond: compared in float64 with every row
 constexpr double kFarRow = 0x1p40;        // |X| beyond: compared in float64 with every code
 constexpr double kSmallestRadius = 0x1p-24;
@@ -23,7 +23,7 @@ VQOPS_HOST_DEVICE double decision(int64_t D, bool cosine) {
     return cosine ? 4 * double(D + 16) * 0x1p-53 : 1.01 * double(D / 8 + 8) * 0x1p-53;
 }
 
-// What a row brings to its bounds.
+// Row bounds: a row's part of the bounds with every code.
 struct RowBound {
     float radius;  // times the code's radius: taken from the lower bound
     float spread;  // times the code's radius: from the lower to the upper bound
@@ -38,7 +38,7 @@ VQOPS_HOST_DEVICE RowBound row_bound(double norm, double error, double worst, in
     return {float(radius * (1 + 0x1p-20)), float(2.04 * radius + stored * 0x1p-20), float(2.05 * rest)};
 }
 
-// What a code brings. half: |C|^2 / 2, 0 for cosine.
+// Code bounds: a code's part. half: |C|^2 / 2, 0 for cosine.
 VQOPS_HOST_DEVICE float code_start(double half, int64_t D) {
     return float(half * (1 - 0x1p-20 - 2.02 * decision(D, false)));
 }

@@ -1,11 +1,11 @@
 // Gradient: one pass over the rows, each of which needs only itself and its code. Read: the gradient and x once, codes
 // from cache. Written: grad_x once. Nothing of size N x K, and no rotation matrix is built.
 
-#include "gradient.h"
+#include "quantize_backward.h"
 
 #include <cmath>
 
-#include "quantize.h"
+#include "../distance.h"
 
 namespace vqops {
 namespace {
@@ -24,12 +24,12 @@ T dot(const T* a, const T* b, int64_t D) {
 template <class T>
 class RowGradient {
 public:
-    RowGradient(const SearchShape& shape, const GradientInputs& in, int64_t h)
+    RowGradient(const SearchShape& shape, const BackwardInputs& in, int64_t h)
         : in_(in), shape_(shape), D(shape.D), h(h), x(D), q(D), g(D), from_error(D), u(D), v(D), w(D) {}
 
     // Reads row n. x becomes what the quantizer worked on: x itself or, for cosine, its unit.
     void read(int64_t n) {
-        const int64_t k = in_.indices.at(h, n);
+        const int64_t k = in_.indices.given(h, n);
         read_row(in_.x, h, n, D, x.data());
         norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), T(kSmallestNorm));
         if (shape_.cosine)
@@ -57,22 +57,22 @@ public:
         for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along * x[i]) / norm;
     }
 
-    // What the row adds to the gradient of its code.
+    // The row's share of the gradient of its code.
     const T* operator()(int64_t n) {
         read(n);
         for (int64_t i = 0; i < D; i++) from_error[i] *= T(-in_.codebook_error_scale);
         return from_error.data();
     }
 
-    const GradientInputs& in_;
+    const BackwardInputs& in_;
     const SearchShape& shape_;
     const int64_t D, h;
     T norm = 0;
     std::vector<T> x, q, g, from_error, u, v, w;
 
 private:
-    // g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of the
-    // rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
+    // g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of
+    // the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
     void rotate_back() {
         const T x_norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), T(kSmallestNorm));
         const T q_norm = std::sqrt(dot(q.data(), q.data(), D)), divisor = std::max(q_norm, T(kSmallestNorm));
@@ -89,7 +89,7 @@ private:
 };
 
 // grad_x of rows [begin, end) that need no copy: straight-through, all of them float rows side by side.
-void run_straight(const SearchShape& shape, const GradientInputs& in, float* grad_x, int64_t h, int64_t begin,
+void run_straight(const SearchShape& shape, const BackwardInputs& in, float* grad_x, int64_t h, int64_t begin,
                   int64_t end) {
     const int64_t D = shape.D;
     for (int64_t n = begin; n < end; n++) {
@@ -98,7 +98,7 @@ void run_straight(const SearchShape& shape, const GradientInputs& in, float* gra
             std::fill(out, out + D, 0.0f);
             continue;
         }
-        const int64_t k = in.indices.at(h, n);
+        const int64_t k = in.indices.given(h, n);
         const float *x = in.x.floats(h, n), *g = in.quantized->floats(h, n);
         if (!in.error) {
             std::copy(g, g + D, out);
@@ -115,12 +115,12 @@ void run_straight(const SearchShape& shape, const GradientInputs& in, float* gra
 }
 
 template <class T>
-int64_t run(const SearchShape& shape, const GradientInputs& in, void* grad_x, void* grad_codebook,
+int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, void* grad_codebook,
             const Parallel& parallel) {
     const int64_t H = shape.H, N = shape.N, K = shape.K, D = shape.D;
     std::vector<CodeCounts> codes(H);
     for (int64_t h = 0; h < H; h++) {
-        const int64_t wrong = codes[h].count(in.indices, h, N, K);
+        const int64_t wrong = codes[h].count(in.indices, h, N);
         if (wrong >= 0) return h * N + wrong;
     }
     const bool straight = in.passing == Passing::straight_through && in.quantized && in.quantized->has_float_rows() &&
@@ -152,7 +152,7 @@ int64_t run(const SearchShape& shape, const GradientInputs& in, void* grad_x, vo
 
 }  // namespace
 
-int64_t gradient(const SearchShape& shape, const GradientInputs& in, void* grad_x, void* grad_codebook,
+int64_t backward(const SearchShape& shape, const BackwardInputs& in, void* grad_x, void* grad_codebook,
                  const Parallel& parallel) {
     const bool wide = in.x.dtype == DType::float64 || in.codebook.dtype == DType::float64;
     return wide ? run<double>(shape, in, grad_x, grad_codebook, parallel)

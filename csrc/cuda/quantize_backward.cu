@@ -1,17 +1,12 @@
-#include "gradient.h"
+#include "quantize_backward.h"
 
 #include "gpu.h"
 
 namespace vqops::cuda {
 namespace {
 
-Passing passing_of(const std::string& gradient) {
-    return gradient == "rotation" ? Passing::rotation
-                                  : gradient == "straight_through" ? Passing::straight_through : Passing::none;
-}
-
 template <class T, class Real>
-void run_gradient(const Gpu& gpu, const GradientInputs<T, Real>& in, const RowsByCode& by_code, bool sorted,
+void run_gradient(const Gpu& gpu, const BackwardInputs<T, Real>& in, const RowsByCode& by_code, bool sorted,
                   const Tensor& grad_x, Tensor& grad_codebook) {
     Real* const no_norms = nullptr;
     if (grad_x.numel()) gradient_of_rows(gpu, in, static_cast<T*>(grad_x.mutable_data_ptr()), no_norms);
@@ -38,9 +33,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     check_search_arguments(op, x, codebook, mask);
     const RowsByCode by_code = rows_by_code(op, indices, x, codebook.size(1));
     const Gpu gpu(x);
-    Tensor grad_x = x_needed ? torch::stable::new_empty(x, x.sizes()) : unused(x, x.scalar_type());
-    Tensor grad_codebook = codebook_needed ? torch::stable::new_empty(codebook, codebook.sizes())
-                                           : unused(codebook, codebook.scalar_type());
+    Tensor grad_x = new_or_unused(x, x_needed), grad_codebook = new_or_unused(codebook, codebook_needed);
     if (codebook_needed && !grad_error) torch::stable::zero_(grad_codebook);
     // quantized has x's dtype, and so has its gradient, unless a caller of this op gives another.
     const OptionalTensor g = grad_quantized && grad_quantized->scalar_type() != x.scalar_type()
@@ -54,7 +47,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
         using T = decltype(typed);
         const auto run = [&](auto real) {
             using Real = decltype(real);
-            const GradientInputs<T, Real> in = {by_code.H, by_code.N, x.size(2), rows.as<T>(), passed.as<T>(), errors,
+            const BackwardInputs<T, Real> in = {by_code.H, by_code.N, x.size(2), rows.as<T>(), passed.as<T>(), errors,
                                                 codes, by_code.indices, mask_of(mask), passing_of(gradient), cosine,
                                                 codebook_error_scale};
             run_gradient(gpu, in, by_code, sorted, grad_x, grad_error ? grad_codebook : none);

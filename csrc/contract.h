@@ -1,0 +1,18 @@
+// Promises of the ops on both devices, in numbers; vqops/ops has the words.
+#pragma once
+
+#include <cstdint>
+
+namespace vqops {
+
+// Ways in which a row is decided, as vqops.search_statistics counts them.
+enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };
+
+constexpr int kLargestK = 32;  // of nearest_topk
+
+constexpr int kRun = 256;  // rows of a code that are summed in order, before the runs are
+
+// Ways of the gradient past the step of the quantizer.
+enum class Passing { none, straight_through, rotation };
+
+}  // namespace vqops

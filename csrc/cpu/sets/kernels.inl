@@ -1,0 +1,335 @@
+// The kernels of one instruction set. Its file includes this behind its compiler target, in an anonymous namespace, so
+// that nothing is linked into code for another. A set says
+//   kName, kTile, kCodes   rows of x, and codes, per register tile; as many codes are a panel of the packed codebook
+//   kLayout                the id of its panels' layout
+//   kWidth, Vector, ...    vectors of floats: floats4.inl, floats16.inl, avx2.cpp
+//   Word, Words, ...       the words of the screening pass: FloatWords or PairWords
+// Nothing but <cstdint> and intrinsics may be used here: target.h.
+
+#include "../exact.h"
+
+// Loops over a tile must unroll completely, or the sums do not stay in registers.
+#define VQOPS_UNROLL_ALL _Pragma("GCC unroll 16")
+
+// The screening pass in float: a word is one dimension.
+template <class Floats>
+struct FloatWords : Floats {
+    static constexpr bool kPairs = false;
+    typedef typename Floats::Vector Vector;
+    typedef typename Floats::UnalignedVector UnalignedVector;
+    typedef float Word;
+    typedef Vector Words;
+
+    VQOPS_INLINE Words broadcast_word(Word value) { return Floats::broadcast(value); }
+    VQOPS_INLINE Words load_words(const Word* p) { return Floats::load(p); }
+    VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return Floats::subtract_product(sum, x, c); }
+    // From the lower to the upper bound, for the codes of a vector: 2.02 times the product of the last words of row and
+    // codes, the coefficients of the bound, which the lower one has subtracted once.
+    VQOPS_INLINE Vector spread_of(Word row, Words codes) { return codes * Floats::broadcast(2.02f * row); }
+
+    static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
+        float* to = static_cast<float*>(out);
+        Vector sum = {};
+        const Vector factor = Floats::broadcast(scale);
+        int64_t i = 0;
+        for (; i + Floats::kWidth <= D; i += Floats::kWidth) {
+            const Vector value = (Floats::load(x + i) - Floats::load(centre + i)) * factor;
+            *reinterpret_cast<UnalignedVector*>(to + i) = value;
+            sum += value * value;
+        }
+        float total = 0;
+        for (int lane = 0; lane < Floats::kWidth; lane++) total += sum[lane];
+        for (; i < D; i++) {
+            to[i] = (x[i] - centre[i]) * scale;
+            total += to[i] * to[i];
+        }
+        return {total, 0};
+    }
+};
+
+// The screening pass in bfloat16: a word is two dimensions, and rows are negated, since the instruction can only add. A
+// set says `step` and `place_row`.
+template <class Floats>
+struct PairWords : Floats {
+    static constexpr bool kPairs = true;
+    typedef typename Floats::Vector Vector;
+    typedef uint32_t Word;
+    typedef typename Floats::Pairs Words;
+
+    VQOPS_INLINE Words broadcast_word(Word value) { return Words{} + value; }
+    VQOPS_INLINE Words load_words(const Word* p) {
+        return *reinterpret_cast<const typename Floats::UnalignedPairs*>(p);
+    }
+    VQOPS_INLINE Vector spread_of(Word row, Words codes) {
+        const Word both = row ^ 0x80008000;
+        const Words radius = broadcast_word(both << 16), lost = broadcast_word(both & 0xffff0000);
+        return (Vector(codes << 16) * Vector(radius) + Vector(codes & 0xffff0000) * Vector(lost)) *
+               Floats::broadcast(2.02f);
+    }
+};
+
+template <class Set>
+struct Kernels {
+    typedef typename Set::Vector Vector;
+    typedef typename Set::UnalignedVector UnalignedVector;
+    typedef typename Set::LaneMask LaneMask;
+    typedef typename Set::Word Word;
+    typedef typename Set::Words Words;
+    static constexpr int kWidth = Set::kWidth, kTile = Set::kTile, kCodes = Set::kCodes, kVectors = kCodes / kWidth;
+
+    // A bit for each value of a row that does not exceed a limit.
+    VQOPS_INLINE unsigned not_above(const Vector* value, float limit) {
+        unsigned lanes = 0;
+        VQOPS_UNROLL_ALL
+        for (int v = 0; v < kVectors; v++)
+            lanes |= unsigned(Set::bits(Set::less_equal(value[v], Set::broadcast(limit)))) << (v * kWidth);
+        return lanes;
+    }
+
+    VQOPS_INLINE float least_of(const Vector* v) {
+        Vector least = v[0];
+        VQOPS_UNROLL_ALL
+        for (int i = 1; i < kVectors; i++) least = v[i] < least ? v[i] : least;
+        if constexpr (kWidth == 16) {
+            return Set::least(least);
+        } else {
+            float value = least[0];
+            for (int i = 1; i < kWidth; i++) value = least[i] < value ? least[i] : value;
+            return value;
+        }
+    }
+
+    // Codes of a panel whose bounds do not exceed the threshold of `row` go to its list. `last`: the row's last word.
+    static void open_row(const Vector* bound, unsigned lanes, Word last, const Word* panel, const float* slack,
+                         int64_t depth, int64_t code, int64_t row, const OpenCodes& open) {
+        if (code + kCodes > open.codes) lanes &= (uint64_t(1) << (open.codes - code)) - 1;
+        Vector upper[kVectors];
+        VQOPS_UNROLL_ALL
+        for (int v = 0; v < kVectors; v++) {
+            const Vector size = bound[v] < -bound[v] ? -bound[v] : bound[v];
+            const Vector charged = Set::spread_of(last, Set::load_words(panel + (depth - 1) * kCodes + v * kWidth)) +
+                                   Set::load(slack + v * kWidth) + Set::broadcast(open.rest[row]);
+            // The factors cover the rounding of these sums (exactness.md).
+            upper[v] = bound[v] + (size * Set::broadcast(0x1p-21f) + charged * Set::broadcast(1 + 0x1p-20f));
+        }
+        const float* lower = reinterpret_cast<const float*>(bound);
+        if (open.candidate) {
+            for (; lanes; lanes &= lanes - 1) {
+                const int j = __builtin_ctz(lanes);
+                if (lower[j] <= open.threshold[row])
+                    open.candidate(open.owner, row, code + j, lower[j], reinterpret_cast<const float*>(upper)[j]);
+            }
+            return;
+        }
+        const float least = least_of(upper), limit = least < open.threshold[row] ? least : open.threshold[row];
+        open.threshold[row] = limit;
+        lanes &= not_above(bound, limit);
+        int32_t count = open.count[row];
+        int32_t* codes = open.code + row * open.room;
+        float* lowers = open.lower + row * open.room;
+        for (; lanes; lanes &= lanes - 1) {
+            const int j = __builtin_ctz(lanes);
+            codes[count] = int32_t(code + j);
+            lowers[count++] = lower[j];
+        }
+        open.count[row] = count;
+        if (count >= open.capacity) open.full(open.owner, row);
+    }
+
+    // The rows of a tile with a bound that does not exceed their threshold.
+    static __attribute__((noinline)) void open_tile(const Vector (*bound)[kVectors], const Word* x, int64_t stride,
+                                                    const Word* panel, const float* slack, int64_t depth, int64_t code,
+                                                    int64_t row, const OpenCodes& open) {
+        unsigned rows = 0, lanes[kTile];
+        for (int r = 0; r < kTile; r++) {
+            lanes[r] = not_above(bound[r], open.threshold[row + r]);
+            rows |= unsigned(lanes[r] != 0) << r;
+        }
+        for (; rows; rows &= rows - 1) {
+            const int r = __builtin_ctz(rows);
+            open_row(bound[r], lanes[r], x[r * stride + depth - 1], panel, slack, depth, code, row + r, open);
+        }
+    }
+
+    // Lower bounds of kTile rows against kCodes codes: start - x.c, all sums in registers. Where a bound does not
+    // exceed its row's threshold the code is a candidate, which is rare after the first panels.
+    static void screen_tile(const Word* x, int64_t stride, const Word* panel, const float* start, const float* slack,
+                            int64_t depth, int64_t code, int64_t row, const OpenCodes& open) {
+        Vector sum[kTile][kVectors];
+        VQOPS_UNROLL_ALL
+        for (int v = 0; v < kVectors; v++) {
+            const Vector first = Set::load(start + v * kWidth);
+            VQOPS_UNROLL_ALL
+            for (int r = 0; r < kTile; r++) sum[r][v] = first;
+        }
+        for (int64_t d = 0; d < depth; d++) {
+            Words c[kVectors];
+            VQOPS_UNROLL_ALL
+            for (int v = 0; v < kVectors; v++) c[v] = Set::load_words(panel + d * kCodes + v * kWidth);
+            VQOPS_UNROLL_ALL
+            for (int r = 0; r < kTile; r++) {
+                const Words value = Set::broadcast_word(x[r * stride + d]);
+                VQOPS_UNROLL_ALL
+                for (int v = 0; v < kVectors; v++) sum[r][v] = Set::step(sum[r][v], value, c[v]);
+            }
+        }
+        LaneMask below = {};
+        VQOPS_UNROLL_ALL
+        for (int r = 0; r < kTile; r++) {
+            const Vector limit = Set::broadcast(open.threshold[row + r]);
+            Vector least = sum[r][0];
+            VQOPS_UNROLL_ALL
+            for (int v = 1; v < kVectors; v++) least = sum[r][v] < least ? sum[r][v] : least;
+            below |= Set::less_equal(least, limit);
+        }
+        if (!Set::any(below)) return;
+        Vector bound[kTile][kVectors];
+        VQOPS_UNROLL_ALL
+        for (int r = 0; r < kTile; r++) {
+            VQOPS_UNROLL_ALL
+            for (int v = 0; v < kVectors; v++) bound[r][v] = sum[r][v];
+        }
+        open_tile(bound, x, stride, panel, slack, depth, code, row, open);
+    }
+
+    // All codes against `rows` rows, a multiple of the tile. A panel stays in the first cache while all rows pass it.
+    static void screen(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open) {
+        const Word *row = static_cast<const Word*>(x), *panel = static_cast<const Word*>(panels.words);
+        for (int64_t p = 0; p < panels.count; p++, panel += panels.depth * kCodes) {
+            const int64_t code = p * kCodes;
+            for (int64_t r = 0; r < rows; r += kTile)
+                screen_tile(row + r * stride, stride, panel, panels.start + code, panels.slack + code, panels.depth,
+                            code, r, open);
+        }
+    }
+
+    // The screening pass without its loads: `steps` times a tile of independent multiply-adds.
+    static float spin(int64_t steps, float value) {
+        Vector sum[kTile][kVectors];
+        VQOPS_UNROLL_ALL
+        for (int r = 0; r < kTile; r++) {
+            VQOPS_UNROLL_ALL
+            for (int v = 0; v < kVectors; v++) sum[r][v] = Set::broadcast(value * float(r * kVectors + v));
+        }
+        const Words factor = (Words)Set::broadcast(value);
+        for (int64_t i = 0; i < steps; i++) {
+            VQOPS_UNROLL_ALL
+            for (int r = 0; r < kTile; r++) {
+                VQOPS_UNROLL_ALL
+                for (int v = 0; v < kVectors; v++) sum[r][v] = Set::step(sum[r][v], factor, factor);
+            }
+        }
+        float total = 0;
+        for (int r = 0; r < kTile; r++)
+            for (int v = 0; v < kVectors; v++) total += sum[r][v][0];
+        return total;
+    }
+
+    static double exact_cost(const double* x, const double* c, int64_t padded, bool cosine) {
+        return cost_of(x, c, padded, cosine);
+    }
+
+    static double exact_distance(const float* x, const float* c, int64_t D) {
+        return squared_distance_of_floats(x, c, D);
+    }
+
+    static double exact_dot(const double* x, const double* c, int64_t padded) { return dot(x, c, padded); }
+
+    static CodeFacts measure(const double* code, const double* weights, const double* centre, double scale,
+                             int64_t padded) {
+        Lanes key = {}, square = {};
+        for (int64_t i = 0; i < padded; i += 8) {
+            const Lanes c = *reinterpret_cast<const Lanes*>(code + i);
+            const Lanes e = (c - *reinterpret_cast<const Lanes*>(centre + i)) * scale;
+            key += *reinterpret_cast<const Lanes*>(weights + i) * c;
+            square += e * e;
+        }
+        return {add_lanes(key), add_lanes(square)};
+    }
+
+    static void add_rows(const RowSums& task) {
+        const int64_t ahead = 1024 / (task.D + 1) + 1;  // rows of which to ask for early: 4 KB, measured on a Zen 4
+        for (int64_t n = 0; n < task.N; n++) {
+            const uint64_t k = uint64_t(task.indices[n * task.index_stride] - task.first);
+            if (k >= uint64_t(task.count)) continue;
+            const float* row = task.rows + n * task.row_stride;
+            float* sum = task.target[k];
+            const float* next = n + ahead < task.N ? row + ahead * task.row_stride : row;
+            for (int64_t i = 0; i < task.D; i += 16) __builtin_prefetch(next + i);
+            int64_t i = 0;
+            for (; i + kWidth <= task.D; i += kWidth)
+                *reinterpret_cast<UnalignedVector*>(sum + i) = Set::load(sum + i) + Set::load(row + i);
+            for (; i < task.D; i++) sum[i] += row[i];
+            if (++task.length[k] == 0) task.fold(task.owner, int64_t(k));
+        }
+    }
+
+    static constexpr Instructions table(UnpreparedKernel unprepared, int group) {
+        return {Set::kName,     kTile,      kCodes,         Set::kPairs, Set::kLayout, screen, unprepared, group,
+                Set::place_row, exact_cost, exact_distance, exact_dot,   measure,      add_rows,   spin,
+                kTile * kCodes * (1 + Set::kPairs)};
+    }
+};
+
+// The search without preparation, of sets that have sum_each: lane i of it is the sum of the lanes of v[i].
+template <class Set>
+struct Unprepared {
+    typedef typename Set::Vector Vector;
+    static constexpr int kWidth = Set::kWidth;
+
+    // Minus the sums over the dimensions of (x - c)^2, of x.c or, without x, of c^2, one lane per code.
+    enum class Term { distance, product, square };
+
+    template <Term term>
+    VQOPS_INLINE Vector to_codes(const float* x, const float* const* codes, int64_t D) {
+        Vector sum[kWidth] = {};
+        const auto add = [&](int i, Vector value, Vector c) __attribute__((always_inline)) {
+            const Vector left = term == Term::distance ? value - c : term == Term::square ? c : value;
+            sum[i] = Set::subtract_product(sum[i], left, (term == Term::distance ? left : c));
+        };
+        int64_t d = 0;
+        for (; d + kWidth <= D; d += kWidth) {
+            const Vector value = term == Term::square ? Vector{} : Set::load(x + d);
+            VQOPS_UNROLL_ALL
+            for (int i = 0; i < kWidth; i++) add(i, value, Set::load(codes[i] + d));
+        }
+        if (d < D) {
+            const Vector value = term == Term::square ? Vector{} : Set::load_some(x + d, D - d);
+            VQOPS_UNROLL_ALL
+            for (int i = 0; i < kWidth; i++) add(i, value, Set::load_some(codes[i] + d, D - d));
+        }
+        return Set::sum_each(sum);
+    }
+
+    // Rows against codes [first, first + count), count at most kWidth, all as they lie in memory: |x - c|^2, for cosine
+    // -x.c / |c|. Values whose `factor`-fold does not exceed their row's threshold are offered. A code whose norm
+    // float32 can't hold is offered to all rows as NaN.
+    static void compare(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride, int64_t count,
+                        bool cosine, float factor, const float* threshold, int64_t first, const Offer& offer) {
+        const float* codes[kWidth];
+        for (int64_t i = 0; i < kWidth; i++) codes[i] = code + (i < count ? i : count - 1) * code_stride;
+        unsigned usable = (1u << count) - 1;
+        Vector scale = Set::broadcast(1);
+        if (cosine) {
+            const Vector square = -to_codes<Term::square>(nullptr, codes, D);
+            for (unsigned left = usable; left; left &= left - 1) {
+                const int i = __builtin_ctz(left);
+                scale[i] = 1 / __builtin_sqrtf(square[i]);
+                if (square[i] > 0x1p-100f && square[i] < 0x1p100f) continue;
+                usable &= ~(1u << i);
+                for (int64_t r = 0; r < rows; r++) offer.candidate(offer.lists, r, first + i, __builtin_nanf(""));
+            }
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const float* row = x + r * D;
+            const Vector value =
+                cosine ? to_codes<Term::product>(row, codes, D) * scale : -to_codes<Term::distance>(row, codes, D);
+            const Vector limit = Set::broadcast(threshold[r]);
+            unsigned lanes = unsigned(Set::bits(Set::less_equal(value * Set::broadcast(factor), limit))) & usable;
+            for (; lanes; lanes &= lanes - 1) {
+                const int i = __builtin_ctz(lanes);
+                offer.candidate(offer.lists, r, first + i, value[i]);
+            }
+        }
+    }
+};

@@ -9,7 +9,7 @@ import triton.language as tl
 from vqops.ops.reference import TINY
 from vqops.triton_kernels.blocks import tile
 from vqops.triton_kernels.code_sums import code_sums as sum_codes
-from vqops.triton_kernels.lanes import row_facts, stored_as
+from vqops.triton_kernels.distance import row_facts, stored_as
 from vqops.triton_kernels.search import nearest
 
 SMALLEST = tl.constexpr(TINY)
@@ -17,7 +17,7 @@ SMALLEST = tl.constexpr(TINY)
 
 @triton.jit
 def norms_kernel(x, norms, rows, N, D, h_stride, n_stride, i_stride, A: tl.constexpr):
-    """max(|x|, 1e-6) of each row in float64, in the order of lanes.py."""
+    """max(|x|, 1e-6) of each row in float64, in the order of distance.py."""
     row = tl.program_id(0).to(tl.int64) * A + tl.arange(0, A)
     live = row < rows
     h = row // N

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from vqops.triton_kernels.blocks import queue_programs, sizes
-from vqops.triton_kernels.decision import ENTRY, NO_CODE, distance_of, next_best
-from vqops.triton_kernels.lanes import costs, row_facts
+from vqops.triton_kernels.decide import ENTRY, NO_CODE, distance_of, next_best
+from vqops.triton_kernels.distance import costs, row_facts
 
 
 @triton.jit

@@ -9,7 +9,7 @@ leaves open their candidates, at most 16, and a place in a queue. Operations: 2 
 multiplications or additions, three minima and two bit operations a score.
 A slot is a column of the tile. It keeps the least lower bound of its codes in a group of 16 tiles, with the number of
 the tile in its low bits, and the second least. After each group the slots that may hold the nearest code join the row's
-list. The queue is decided in float64 (decision.py) by programs of a fixed grid, so that nothing waits for the host.
+list. The queue is decided in float64 (decide.py) by programs of a fixed grid, so that nothing waits for the host.
 Where the blocks of rows are fewer than the processors, a program takes a part of the codes, and another kernel joins
 what the parts of a row leave open; shapes alone say how many. Workspace: 76 bytes a row and part, of which there are
 less than 128 a processor; 1.3 MB on 132.
@@ -30,7 +30,7 @@ from vqops.triton_kernels.codebook import (
     power_of_two,
     prepare,
 )
-from vqops.triton_kernels.decision import ENTRY, NO_CODE, decide
+from vqops.triton_kernels.decide import ENTRY, NO_CODE, decide
 from vqops.triton_kernels.layout import HEADER, Packed, padded_dimensions, unpack
 from vqops.triton_kernels.scan import scan
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from vqops.ops.reference import TINY
 from vqops.triton_kernels.blocks import whole_rows
 from vqops.triton_kernels.code_sums import runs_of, sum_in_order
-from vqops.triton_kernels.lanes import stored_as
+from vqops.triton_kernels.distance import stored_as
 
 SMALLEST = tl.constexpr(TINY)
 

@@ -2,7 +2,7 @@
 
 Two passes over the codes. The first keeps the least upper bound a slot (a column of the tile): the k-th least of these
 holds k different codes, so no code above it matters. The second collects every code whose lower bound does not exceed
-it, at most four or so times k a row; more go to the scan. Both are ranked in float64 (decision.py, scan.py). Bounds as
+it, at most four or so times k a row; more go to the scan. Both are ranked in float64 (decide.py, scan.py). Bounds as
 in search.py.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vqops.triton_kernels.blocks import TOPK
 from vqops.triton_kernels.codebook import prepare
-from vqops.triton_kernels.decision import ENTRY, decide
+from vqops.triton_kernels.decide import ENTRY, decide
 from vqops.triton_kernels.layout import padded_dimensions, unpack
 from vqops.triton_kernels.scan import scan
 from vqops.triton_kernels.search import COUNTERS, HUGE, LOST, SCANNED, SCREENED, queue_up, round_rows

@@ -1,14 +1,14 @@
 """The float64 comparison of the codes that bounds left open.
 
 A fixed number of programs walks a queue of rows; its length stays on the device. Costs of [rows, codes] at a time are
-eight float64 sums each, in registers, over the dimensions in order (lanes.py).
+eight float64 sums each, in registers, over the dimensions in order (distance.py).
 """
 
 import triton
 import triton.language as tl
 
 from vqops.triton_kernels.blocks import queue_programs, sizes
-from vqops.triton_kernels.lanes import costs, row_facts
+from vqops.triton_kernels.distance import costs, row_facts
 
 NO_CODE = tl.constexpr(2147483647)
 ENTRY = 256  # an entry of the queue is ENTRY * row + the number of its candidates

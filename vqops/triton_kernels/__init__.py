@@ -13,7 +13,7 @@ from torch import Tensor
 MODULES = {
     "prepare": "codebook",
     "nearest": "search",
-    "nearest_topk": "screen_topk",
+    "nearest_topk": "search",
     "search_statistics": "search",
     "code_sums": "code_sums",
     "ema_update_": "ema",

@@ -183,7 +183,7 @@ def on_stage(monkeypatch):
     """on_stage(*table): from then on ops on the CPU pick by the table. Returns what they took, a list that grows."""
     if not triton_kernels.runs_on("nearest", "cpu"):
         pytest.skip("Triton is not installed, or not in its interpreter")
-    from vqops.triton_kernels import codebook, gradient, quantize, search
+    from vqops.triton_kernels import codebook, quantize, quantize_backward, search
 
     took = []
 
@@ -196,7 +196,7 @@ def on_stage(monkeypatch):
         return noted
 
     kernels = {"nearest": (search, 4), "prepare": (codebook, None), "quantize": (quantize, 9)}
-    for op, (module, prepared) in {**kernels, "quantize_backward": (gradient, None)}.items():
+    for op, (module, prepared) in {**kernels, "quantize_backward": (quantize_backward, None)}.items():
         monkeypatch.setattr(module, op, noting(f"{op}: triton", getattr(module, op), prepared))
     composed = partial(reference.quantize, nearest=ops.nearest, sum_codes=ops.code_sums)
     fallbacks = {op: getattr(reference, op) for op in (*kernels, "quantize_backward")} | {"quantize": composed}

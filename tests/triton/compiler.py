@@ -27,7 +27,7 @@ TYPES = {
 }  # fmt: skip
 TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)\b")
 PROCESSORS = 192  # more than any GPU has
-LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block
+LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB per block
 
 
 def specialized(kernel, args, kwargs):
@@ -102,7 +102,7 @@ def main(architecture: int, wanted: str) -> None:
 
     blocks.INTERPRETED = blocks.ON_GPU  # the tensors are on the CPU, the kernels are not
     blocks.PROCESSORS_INTERPRETED = PROCESSORS
-    blocks.queue_programs = lambda device: blocks.PROGRAMS_A_PROCESSOR * PROCESSORS
+    blocks.queue_programs = lambda device: blocks.PROGRAMS_PER_PROCESSOR * PROCESSORS
     blocks.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
     blocks.major = lambda device: architecture // 10
     for name, call in calls().items():
@@ -112,7 +112,7 @@ def main(architecture: int, wanted: str) -> None:
 
 
 def calls() -> dict:
-    from vqops.triton_kernels import code_sums, ema, gradient, quantize, search, topk
+    from vqops.triton_kernels import code_sums, ema, quantize, quantize_backward, search
 
     def tensors(D, dtype=torch.float32, H=1, N=64, K=512):
         return torch.zeros(H, N, D, dtype=dtype), torch.zeros(H, K, D)
@@ -125,7 +125,7 @@ def calls() -> dict:
     mask = torch.ones(2, 64, dtype=torch.bool)
     cases["nearest, heads, mask, cosine"] = partial(search.nearest, *tensors(64, H=2), mask, "cosine")
     for D in (64, 256, 320):
-        cases[f"nearest_topk, D={D}"] = partial(topk.nearest_topk, *tensors(D), 8)
+        cases[f"nearest_topk, D={D}"] = partial(search.nearest_topk, *tensors(D), 8)
     x, codebook = tensors(64)
     indices, error = torch.zeros(1, 64, dtype=torch.int64), torch.zeros(1, 64)
     for metric in ("euclidean", "cosine"):
@@ -133,7 +133,7 @@ def calls() -> dict:
         for D in (64, 2048):
             rows, codes = tensors(D)
             arguments = rows, error, rows, codes, indices, None, metric, "rotation", 1.0, True, True
-            cases[f"quantize_backward, D={D}, {metric}"] = partial(gradient.quantize_backward, *arguments)
+            cases[f"quantize_backward, D={D}, {metric}"] = partial(quantize_backward.quantize_backward, *arguments)
         state = (
             torch.zeros(1, 512),
             codebook.clone(),
@@ -151,10 +151,10 @@ def calls() -> dict:
     def ones():
         index = torch.zeros(1, 1, dtype=torch.int64)
         search.nearest(one.double(), one)
-        topk.nearest_topk(one, one, 1)
+        search.nearest_topk(one, one, 1)
         quantize.quantize(one, one, None, row, "cosine", code_sums=True)
         code_sums.atomic(one, index, 1, row)
-        gradient.quantize_backward(one, row, one, one, index, None, "cosine", "rotation", 1.0, True, True)
+        quantize_backward.quantize_backward(one, row, one, one, index, None, "cosine", "rotation", 1.0, True, True)
         ema.ema_update_(row, one, one, row, one, torch.tensor(0.9), metric="cosine")
 
     cases["one of everything, cosine"] = ones

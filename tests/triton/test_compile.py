@@ -14,12 +14,13 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-SEARCH = {"screen_kernel", "topk_kernel"}
-DECISIONS = {"decide_kernel", "scan_kernel", "merge_kernel"}
+SEARCH = {"screen_kernel", "screen_topk_kernel"}
+DECISIONS = {"decide_kernel", "scan_kernel", "merge_parts_kernel"}
 KERNELS = {
-    "centre_kernel", "scale_kernel", "keys_kernel", "pack_kernel", "rows_kernel", "screen_kernel", "join_kernel",
-    "decide_kernel", "scan_kernel", "merge_kernel", "topk_kernel", "norms_kernel", "gather_kernel", "runs_kernel",
-    "fold_kernel", "atomic_kernel", "average_kernel", "codes_kernel", "gradient_kernel",
+    "centre_kernel", "scale_kernel", "repeats_kernel", "pack_kernel", "round_rows_kernel", "screen_kernel",
+    "merge_lists_kernel", "screen_topk_kernel", "decide_kernel", "scan_kernel", "merge_parts_kernel", "norms_kernel",
+    "gather_kernel", "runs_kernel", "fold_kernel", "atomic_kernel", "average_kernel", "codes_kernel",
+    "quantize_backward_kernel",
 }  # fmt: skip
 
 

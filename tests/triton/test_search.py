@@ -17,8 +17,7 @@ if not interpreted():
 
 from triton.runtime import interpreter
 
-from vqops.triton_kernels import scan
-from vqops.triton_kernels import search as kernels
+from vqops.triton_kernels import bound, scan, screen
 
 METRICS = ("euclidean", "cosine")
 COSINE_SLOW = ("euclidean", pytest.param("cosine", marks=pytest.mark.slow))
@@ -212,7 +211,8 @@ def test_programs_share_the_codes_of_queued_rows(shared_scan, heads, monkeypatch
     x = torch.cat([torch.randn(heads, 30, 8) + 5e3 * torch.randn(8), codebook[:, :40] + 2], 1)
     check(x[:, :4], codebook)
     check(x, codebook)
-    monkeypatch.setattr(scan, "merge_kernel", type("Nothing", (), {"__getitem__": lambda *_: lambda *_, **__: None})())
+    nothing = type("Nothing", (), {"__getitem__": lambda *_: lambda *_, **__: None})()
+    monkeypatch.setattr(scan, "merge_parts_kernel", nothing)
     with pytest.raises(AssertionError):  # it is what writes them
         check(x[:, :4], codebook)
 
@@ -220,7 +220,7 @@ def test_programs_share_the_codes_of_queued_rows(shared_scan, heads, monkeypatch
 @pytest.fixture
 def screened_in_parts(monkeypatch):
     """A few tiles of the codes a part; the last parts are empty."""
-    monkeypatch.setattr(kernels, "screen_parts", lambda blocks, tiles, device: min(tiles + 1, 7))
+    monkeypatch.setattr(screen, "screen_parts", lambda blocks, tiles, device: min(tiles + 1, 7))
 
 
 @pytest.mark.parametrize("metric", COSINE_SLOW)
@@ -298,13 +298,13 @@ def test_bounds_of_a_prepared_codebook(D, metric):
     stored = packed.codes[0, :60, :D].double() * packed.unit[0, :60, None].double()
     radius, worst = packed.radius[0, :60].double(), packed.header[0, 2].view(torch.float32).double()
     there = exact.isfinite().all(-1) & (torch.arange(60) != 9)
-    INDICES.same(packed.start[0, 0, :60] == 2.0**70, ~there)  # the repeat, too
-    assert packed.start[1, 0, 9] == packed.start[1, 0, 4] and packed.start[1, 0, 20] == 2.0**70
+    INDICES.same(packed.start[0, :60] == 2.0**70, ~there)  # the repeat, too
+    assert packed.start_topk[0, 9] == packed.start_topk[0, 4] and packed.start_topk[0, 20] == 2.0**70
     assert (exact.norm(dim=-1) <= radius)[there].all() and (stored.norm(dim=-1) <= radius)[there].all()
     assert ((exact - stored).norm(dim=-1) <= worst * radius)[there].all()
     assert 2.0**-14 < worst < 2.0**-11
     half = exact.square().sum(-1) / 2 if metric == "euclidean" else torch.zeros(60)
-    assert (packed.start[0, 0, :60] <= half)[there].all()
+    assert (packed.start[0, :60] <= half)[there].all()
     assert packed.header[0, 0] == 0 and packed.header[0, 3].view(torch.float32) == packed.radius[0, :60][there].min()
 
 
@@ -339,7 +339,7 @@ def test_bound_of_a_truncating_sum(group):
     exact = a.astype(np.float64) @ b.astype(np.float64)
     error = np.abs(truncated_dot(group)(a, b, np.zeros((4, 8))) - exact)
     norms = np.linalg.norm(a.astype(np.float64), axis=1)[:, None] * np.linalg.norm(b.astype(np.float64), axis=0)
-    accumulation = kernels.kappa(D) - 2.0**-17  # the rest of kappa is for other roundings
+    accumulation = bound.accumulation(D) - bound.PRODUCT
     assert (error <= accumulation * norms).all()
     assert (error > 20 * 2.0**-24 * norms).all()  # far more than rounding to nearest would lose
 
@@ -347,7 +347,7 @@ def test_bound_of_a_truncating_sum(group):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("D", [64, 320])
 def test_search_on_a_truncating_tensor_core(D, parts, monkeypatch):
-    monkeypatch.setattr(kernels, "screen_parts", lambda blocks, tiles, device: parts)
+    monkeypatch.setattr(screen, "screen_parts", lambda blocks, tiles, device: parts)
     model = truncated_dot(4)
 
     def create_dot(self, a, b, d, *_):

@@ -13,12 +13,12 @@ from torch import Tensor
 MODULES = {
     "prepare": "codebook",
     "nearest": "search",
-    "nearest_topk": "topk",
+    "nearest_topk": "search",
     "search_statistics": "search",
     "code_sums": "code_sums",
     "ema_update_": "ema",
     "quantize": "quantize",
-    "quantize_backward": "gradient",
+    "quantize_backward": "quantize_backward",
 }
 
 

@@ -1,7 +1,7 @@
 """Block sizes of every kernel, in one place. Not measured on a GPU yet: chosen from what compiles without spills.
 
-The limits: 255 registers a thread, and 99 KB of shared memory a block on sm_86, sm_89 and sm_120 (163 KB and more on
-sm_80, sm_90 and sm_100).
+The limits: 255 registers per thread, and 99 KB of shared memory per block on sm_86, sm_89 and sm_120 (163 KB and more
+on sm_80, sm_90 and sm_100).
 """
 
 import math
@@ -22,8 +22,8 @@ class Screen(NamedTuple):
     stages: int
 
 
-# The first whose D and shared memory (KB a block) suffice. 128 x 64 scores on 8 warps leave 32 to a thread, beside two
-# bounds a slot; twice that spills.
+# The first whose D and shared memory (KB per block) suffice. 128 x 64 scores on 8 warps leave 32 per thread, beside two
+# bounds per slot; twice that spills.
 SCREEN = [
     (128, 99, Screen(128, 64, 128, 8, 3)),
     (WHOLE, 163, Screen(128, 64, WHOLE, 8, 3)),
@@ -34,14 +34,14 @@ SCREEN = [
 # Dimensions up to which rows stay whole, by the major number of the compute capability: Triton 3.6 keeps longer ones in
 # registers on sm_100, and spills.
 WHOLE_ON = {10: 64}
-# nearest_topk reads its rows in steps, too: whole ones pass the shared memory of sm_100 at D = 256, and a second stage
-# spills on sm_89.
+# nearest_topk reads its rows in steps as well: whole ones pass the shared memory of sm_100 at D = 256, and a second
+# stage spills on sm_89.
 TOPK = Screen(128, 64, STEP, 8, 1)
 ROWS = 128  # rows are padded to a multiple: the largest block of the screening pass
 
 
 class Sizes(NamedTuple):
-    """Of the other kernels: what one program takes at a time."""
+    """Per program of the other kernels, at a time."""
 
     centre: int  # dimensions whose median is taken
     codes: int  # codes prepared
@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
 
 ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32))
 INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128))  # an operation costs the same there
-PROGRAMS_A_PROCESSOR = 4  # of the kernels that walk a queue
+PROGRAMS_PER_PROCESSOR = 4  # of the kernels that walk a queue
 PROCESSORS_INTERPRETED = 3  # enough to share the codes of a row
 LEAST_TILES = 4  # of a part of the codes that few rows are screened against
 
@@ -111,7 +111,7 @@ def processors(device: torch.device) -> int:
 
 def queue_programs(device: torch.device) -> int:
     """Programs of a kernel that walks a queue whose length only the device knows."""
-    return processors(device) * (PROGRAMS_A_PROCESSOR if device.type == "cuda" else 1)
+    return processors(device) * (PROGRAMS_PER_PROCESSOR if device.type == "cuda" else 1)
 
 
 def screen_parts(blocks: int, tiles: int, device: torch.device) -> int:

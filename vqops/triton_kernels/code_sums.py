@@ -1,10 +1,10 @@
 """Count and add up the rows of each code, in one of two orders.
 
 In the reference's order: a stable sort of the indices, then a program adds up to 256 rows of a code, in order, for
-several codes side by side, and another those runs, in order. x is read once; partial sums are one a run. The same bits
-on every device.
+several codes side by side, and another those runs, in order. x is read once; one partial sum per run. The same bits on
+every device.
 By atomic additions: a program reads a block of rows and adds each to its code; codes that many of them share (all rows
-on one, Zipf) it sums first and adds once, so that they contend once a block. Nothing is sorted, but the order and so
+on one, Zipf) it sums first and adds once, so that they contend once per block. Nothing is sorted, but the order and so
 the last bits vary.
 """
 
@@ -41,7 +41,15 @@ def runs_of(indices: Tensor, K: int) -> Runs:  # [H, N]
 
 @triton.jit
 def runs_kernel(
-    x, weight, divisor, order, start, first, code, partial, runs, N, D, codes,
+    x,  # [H, N, D]
+    weight,  # [H, N], or None
+    divisor,  # [H, N] float64, or None
+    order,  # [H N] int64, and the next three, as in Runs
+    start,  # [H K + 1]
+    first,  # [H K + 1]
+    code,  # [runs]
+    partial,  # [runs, D]
+    runs, N, D, codes,
     h_stride, n_stride, i_stride, w_h_stride, w_n_stride, RUN: tl.constexpr, M: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """partial[run] = the sum of its rows, from zero, in order; M runs side by side."""
@@ -71,7 +79,12 @@ def runs_kernel(
 
 
 @triton.jit
-def fold_kernel(partial, first, sums, codes, D, M: tl.constexpr, BD: tl.constexpr):
+def fold_kernel(
+    partial,  # [runs, D]
+    first,  # [H K + 1]
+    sums,  # [H, K, D]
+    codes, D, M: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """sums[code] = the sum of its runs, from zero, in order; M codes side by side."""
     k = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     i = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)[None, :]
@@ -88,7 +101,13 @@ def fold_kernel(partial, first, sums, codes, D, M: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def atomic_kernel(
-    x, weight, divisor, indices, counts, sums, rows, N, K, D,
+    x,  # [H, N, D]
+    weight,  # [H, N], or None
+    divisor,  # [H, N] float64, or None
+    indices,  # [H, N] int64
+    counts,  # [H, K] int64, float32 with weight
+    sums,  # [H, K, D] float32
+    rows, N, K, D,
     h_stride, n_stride, i_stride, w_h_stride, w_n_stride, HOT: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One addition for each code that at least HOT rows of the block have, and one for every other row."""

@@ -1,8 +1,8 @@
 """Preparation of a codebook for the screening pass: centre, scale, repeats, and the codes as fp16 with their bounds.
 
-Four kernels: the centre (a program a slice of dimensions), the scale (a program a head), keys that find repeats,
-packing (each reads its codes two to four times, from cache). Float64 throughout: the codebook is small next to the
-search. exactness.md has the proof of the bounds.
+Four kernels: the centre (a program per slice of dimensions), the scale (a program per head), a table of keys that
+finds repeats, packing (each reads its codes two to four times, from cache). Float64 throughout: the codebook is small
+next to the search. Errors are measured as docs/exactness.md wants them, with the constants of bound.py.
 """
 
 import torch
@@ -11,24 +11,29 @@ import triton.language as tl
 from torch import Tensor
 
 from vqops.triton_kernels.blocks import sizes
-from vqops.triton_kernels.layout import (
-    HEADER,
-    STEP,
-    packed_bytes,
-    padded_codes,
-    padded_dimensions,
-    unpack,
+from vqops.triton_kernels.bound import (
+    ABSENT,
+    CODE,
+    CODE_COSINE,
+    CODE_UNDERFLOW,
+    FAR_CODE,
+    SMALLEST_RADIUS,
+    START,
+    TWICE,
+    UPWARD,
+    decision_error,
 )
+from vqops.triton_kernels.distance import NO_CODE
+from vqops.triton_kernels.layout import HEADER, STEP, packed_bytes, padded_codes, padded_dimensions, unpack
 
 SAMPLE = 32  # codes that the centre and the scale are taken from
-LARGEST_INT = 2**31 - 1
+INF_BITS = tl.constexpr(0x7F800000)
 
-# `start` of a code left out: more than any other reaches, and finite in every row's unit.
-ABSENT = tl.constexpr(2.0**70)
-# Codes further from the centre, in units of the typical code, are left out; see exactness.md.
-FAR = tl.constexpr(2.0**30)
-# Radius: so that a code at the centre has a relative error, too.
-SMALLEST = tl.constexpr(2.0**-24)
+# Words of the header.
+FIRST = tl.constexpr(0)  # the lowest index of a finite code, or NO_CODE
+SCALE = tl.constexpr(1)  # exponent of the scale
+WORST = tl.constexpr(2)  # bits of the largest |C - stored| / radius
+CLOSEST = tl.constexpr(3)  # bits of the smallest radius
 
 
 @triton.jit
@@ -47,8 +52,8 @@ def power_of_two(exponent):
 def norm_of(c, i_stride, known, D, COSINE: tl.constexpr, BD: tl.constexpr):
     """For codes at c [M, 1]: what to divide them by (cosine: their norm, 1 if it is 0), NaN where not finite."""
     square = tl.zeros((c.shape[0],), tl.float64)
-    for start in range(0, D, BD):
-        i = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
+    for d in range(0, D, BD):
+        i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
         v = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0).to(tl.float64)
         square += tl.sum(v * v if COSINE else v * 0.0, 1)
     if COSINE:
@@ -80,7 +85,9 @@ def median_of(v, count):
 
 @triton.jit
 def centre_kernel(
-    codebook, centre, K, D, every, h_stride, k_stride, i_stride,
+    codebook,  # [H, K, D]
+    centre,  # [H, D] float32
+    K, D, every, h_stride, k_stride, i_stride,
     COSINE: tl.constexpr, SAMPLE: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """The median of the sample in each dimension: any centre is correct, and this one no single code can move."""
@@ -97,15 +104,18 @@ def centre_kernel(
 
 @triton.jit
 def scale_kernel(
-    codebook, centre, header, K, D, every, h_stride, k_stride, i_stride,
+    codebook,  # [H, K, D]
+    centre,  # [H, D]
+    header,  # [H, HEADER] int32
+    K, D, every, h_stride, k_stride, i_stride,
     COSINE: tl.constexpr, SAMPLE: tl.constexpr, HEADER: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The header: a power of two that brings the sample's median distance from the centre to [1, 2)."""
     h = tl.program_id(0).to(tl.int64)
     c, known = sampled(codebook, h, h_stride, k_stride, K, every, SAMPLE)
     square = tl.zeros((SAMPLE,), tl.float64)
-    for start in range(0, D, BD):
-        i = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
+    for d in range(0, D, BD):
+        i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
         v = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0).to(tl.float64)
         v -= tl.load(centre + h * D + i, mask=i < D, other=0.0).to(tl.float64)
         square += tl.sum(v * v, 1)
@@ -117,9 +127,9 @@ def scale_kernel(
     if COSINE:
         exponent = exponent * 0
     place = tl.arange(0, HEADER)
-    values = tl.where(place == 0, 2147483647, 0)
-    values = tl.where(place == 1, exponent, values)
-    values = tl.where(place == 3, 0x7F800000, values)  # inf
+    values = tl.where(place == FIRST, NO_CODE, 0)
+    values = tl.where(place == SCALE, exponent, values)
+    values = tl.where(place == CLOSEST, INF_BITS, values)
     tl.store(header + h * HEADER + place, values)
 
 
@@ -128,8 +138,8 @@ def keys_of(c, i_stride, known, D, BD: tl.constexpr):
     """Two 32-bit keys of the codes at c [M, 1]; equal codes have equal keys, also where -0 meets 0."""
     one = tl.zeros((c.shape[0],), tl.uint32)
     two = one
-    for start in range(0, D, BD):
-        i = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
+    for d in range(0, D, BD):
+        i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
         v = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0).to(tl.float32) + 0.0
         bits = v.to(tl.uint32, bitcast=True)
         odd = (i * 2 + 1).to(tl.uint32)
@@ -141,10 +151,11 @@ def keys_of(c, i_stride, known, D, BD: tl.constexpr):
 
 
 @triton.jit
-def keys_kernel(
-    codebook, table, K, D, slots, h_stride, k_stride, i_stride, M: tl.constexpr, BD: tl.constexpr
+def repeats_kernel(
+    codebook,  # [H, K, D]
+    table,  # [H, 2, slots] int32: per key, modulo slots, the lowest index of a code that has it
+    K, D, slots, h_stride, k_stride, i_stride, M: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """table[h, 0 and 1, key mod slots] = the lowest index of a code with such a key."""
     h = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * M + tl.arange(0, M)
     c = codebook + h * h_stride + k.to(tl.int64)[:, None] * k_stride
@@ -155,11 +166,11 @@ def keys_kernel(
 
 
 @triton.jit
-def repeats(c, other, i_stride, known, D, BD: tl.constexpr):
+def equal_codes(c, other, i_stride, known, D, BD: tl.constexpr):
     """Whether the codes at c and at other, [M, 1] each, are equal."""
     different = tl.zeros((c.shape[0],), tl.int32)
-    for start in range(0, D, BD):
-        i = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
+    for d in range(0, D, BD):
+        i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
         a = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0)
         b = tl.load(other + i * i_stride, mask=known & (i < D), other=0.0)
         different += tl.sum((a != b).to(tl.int32), 1)
@@ -168,7 +179,15 @@ def repeats(c, other, i_stride, known, D, BD: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    codebook, table, header, centre, begin, begin_all, radius, unit, codes,
+    codebook,  # [H, K, D]
+    table,  # [H, 2, slots] int32
+    header,  # [H, HEADER] int32
+    centre,  # [H, D]
+    start,  # [H, K']
+    start_topk,  # [H, K']
+    radius,  # [H, K']
+    unit,  # [H, K']
+    codes,  # [H, K', D'] float16
     K, D, slots, h_stride, k_stride, i_stride, decision,
     COSINE: tl.constexpr, HEADER: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
     M: tl.constexpr, BD: tl.constexpr,
@@ -187,20 +206,20 @@ def pack_kernel(
     first = table + 2 * h * slots
     low = tl.load(first + (one & (slots - 1).to(tl.uint32)).to(tl.int64), mask=k < K, other=0)
     also = tl.load(first + slots + (two & (slots - 1).to(tl.uint32)).to(tl.int64), mask=k < K, other=0)
-    repeat = (low < k) & repeats(c, head + low.to(tl.int64)[:, None] * k_stride, i_stride, known, D, BD)
-    repeat |= (also < k) & repeats(c, head + also.to(tl.int64)[:, None] * k_stride, i_stride, known, D, BD)
+    repeat = (low < k) & equal_codes(c, head + low.to(tl.int64)[:, None] * k_stride, i_stride, known, D, BD)
+    repeat |= (also < k) & equal_codes(c, head + also.to(tl.int64)[:, None] * k_stride, i_stride, known, D, BD)
 
-    scale = power_of_two(tl.load(header + h * HEADER + 1)).to(tl.float64)
+    scale = power_of_two(tl.load(header + h * HEADER + SCALE)).to(tl.float64)
     square = tl.zeros((M,), tl.float64)
     largest = tl.zeros((M,), tl.float64)
-    for start in range(0, D, BD):
-        i = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
+    for d in range(0, D, BD):
+        i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
         v = tl.load(c + i * i_stride, mask=used & (i < D), other=0.0).to(tl.float64) / divisor
         v = (v - tl.load(centre + h * D + i, mask=i < D, other=0.0).to(tl.float64)) * scale
         v = tl.where(used, v, 0.0)
         square += tl.sum(v * v, 1)
         largest = tl.maximum(largest, tl.max(tl.abs(v), 1))
-    near = finite & (square <= FAR * FAR)
+    near = finite & (square <= FAR_CODE * FAR_CODE)
 
     # fp16 with the largest element in [2^14, 2^15), so that small elements stay clear of underflow.
     lift = 14 - exponent_of(tl.where(near, largest, 1.0).to(tl.float32))
@@ -209,8 +228,8 @@ def pack_kernel(
     shrink = power_of_two(-lift).to(tl.float64)
     lost = tl.zeros((M,), tl.float64)
     place = codes + (h * CODES + k.to(tl.int64)[:, None]) * WIDTH
-    for start in range(0, WIDTH, BD):
-        i = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
+    for d in range(0, WIDTH, BD):
+        i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
         v = tl.load(c + i * i_stride, mask=used & (i < D), other=0.0).to(tl.float64) / divisor
         v = (v - tl.load(centre + h * D + i, mask=i < D, other=0.0).to(tl.float64)) * scale * grow
         v = tl.where(near[:, None] & (i < D), v, 0.0)
@@ -220,29 +239,24 @@ def pack_kernel(
         tl.store(place + i, half, mask=(k < CODES)[:, None] & (i < WIDTH))
 
     length = tl.sqrt(square)
-    error = tl.sqrt(lost) * shrink + length * 2.0**-45 + 2.0**-80
+    error = tl.sqrt(lost) * shrink + length * CODE + CODE_UNDERFLOW
     if COSINE:
-        error += (D + 16) * 2.0**-51
-    around = tl.maximum((length + error) * (1 + 2.0**-20), SMALLEST).to(tl.float32)
-    half_square = 0.0 if COSINE else square / 2 * (1 - 2.0**-17 - 2.02 * decision)
+        error += (D + 16) * CODE_COSINE
+    around = tl.maximum((length + error) * UPWARD, SMALLEST_RADIUS).to(tl.float32)
+    half_square = 0.0 if COSINE else square / 2 * (1 - START - TWICE * decision)
     value = tl.where(near, half_square, ABSENT).to(tl.float32)
     at = h * CODES + k.to(tl.int64)
-    tl.store(begin + at, tl.where(repeat, ABSENT, value), mask=k < CODES)
-    tl.store(begin_all + at, value, mask=k < CODES)
+    tl.store(start + at, tl.where(repeat, ABSENT, value), mask=k < CODES)
+    tl.store(start_topk + at, value, mask=k < CODES)
     tl.store(radius + at, tl.where(near, around, 0.0), mask=k < CODES)
     tl.store(unit + at, tl.where(near, shrink, 0.0).to(tl.float32), mask=k < CODES)
 
-    worst = tl.max(tl.where(near, error / around.to(tl.float64) * (1 + 2.0**-20), 0.0), 0).to(tl.float32)
-    nearest = tl.min(tl.where(near & (repeat == 0), around, float("inf")), 0)
+    worst = tl.max(tl.where(near, error / around.to(tl.float64) * UPWARD, 0.0), 0).to(tl.float32)
+    closest = tl.min(tl.where(near & (repeat == 0), around, float("inf")), 0)
     about = header + h * HEADER
-    tl.atomic_min(about, tl.min(tl.where(finite, k, 2147483647), 0))
-    tl.atomic_max(about + 2, worst.to(tl.int32, bitcast=True))
-    tl.atomic_min(about + 3, nearest.to(tl.int32, bitcast=True))
-
-
-def decision_error(D: int, cosine: bool) -> float:
-    """What the float64 decision itself may err by, relative to |x|^2 (cosine: |x|); exactness.md."""
-    return 4 * (D + 16) * 2.0**-53 if cosine else 1.01 * (D / 8 + 8) * 2.0**-53
+    tl.atomic_min(about + FIRST, tl.min(tl.where(finite, k, NO_CODE), 0))
+    tl.atomic_max(about + WORST, worst.to(tl.int32, bitcast=True))
+    tl.atomic_min(about + CLOSEST, closest.to(tl.int32, bitcast=True))
 
 
 def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
@@ -257,29 +271,20 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     width = padded_dimensions(D)
     step = min(width, STEP)
     slots = 4 * max(16, 1 << (K - 1).bit_length())
-    table = codebook.new_full((H, 2, slots), LARGEST_INT, dtype=torch.int32)
+    table = codebook.new_full((H, 2, slots), NO_CODE.value, dtype=torch.int32)
     dimensions, codes = sizes(codebook.device)[:2]
     launch = {"num_warps": 4, "enable_fp_fusion": True}
     with torch.cuda.device_of(codebook):
         centre_kernel[(triton.cdiv(D, dimensions), H)](
-            codebook,
-            packed.centre,
-            K,
-            D,
-            every,
-            *strides,
-            cosine,
-            SAMPLE,
-            step,
-            dimensions,
-            **launch | {"num_warps": 8},
-        )
+            codebook, packed.centre, K, D, every, *strides, cosine, SAMPLE, step, dimensions, num_warps=8,
+            enable_fp_fusion=True,
+        )  # fmt: skip
         scale_kernel[(H,)](
             codebook, packed.centre, packed.header, K, D, every, *strides, cosine, SAMPLE, HEADER, step, **launch
         )
-        keys_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, **launch)
+        repeats_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, **launch)
         pack_kernel[(triton.cdiv(padded_codes(K), codes), H)](
-            codebook, table, packed.header, packed.centre, packed.start[0], packed.start[1], packed.radius, packed.unit,
+            codebook, table, packed.header, packed.centre, packed.start, packed.start_topk, packed.radius, packed.unit,
             packed.codes, K, D, slots, *strides, decision_error(D, False), cosine, HEADER, padded_codes(K), width,
             codes, step, **launch,
         )  # fmt: skip

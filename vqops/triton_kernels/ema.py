@@ -20,7 +20,13 @@ def lerp(start, end, step):
 
 @triton.jit
 def average_kernel(
-    size, average, counts, sums, decay, weight, codes, D, M: tl.constexpr, BD: tl.constexpr
+    size,  # [H, K]
+    average,  # [H, K, D]
+    counts,  # [H, K]
+    sums,  # [H, K, D]
+    decay,  # 0-d
+    weight,  # [H, K], or None
+    codes, D, M: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A code's averages move together or, where one of them would not be finite, not at all."""
     k = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
@@ -59,7 +65,11 @@ def ratio(average, at, inside, smoothed):
 
 @triton.jit
 def codes_kernel(
-    size, average, total, embed, codes, K, D, eps, COSINE: tl.constexpr, M: tl.constexpr, BD: tl.constexpr
+    size,  # [H, K]
+    average,  # [H, K, D]
+    total,  # [H], sums of size
+    embed,  # [H, K, D]
+    codes, K, D, eps, COSINE: tl.constexpr, M: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     known = k < codes

@@ -1,12 +1,13 @@
-"""Where a prepared codebook keeps what. No Triton here: fake kernels compute the size, too.
+"""Where a prepared codebook keeps what. No Triton here: fake kernels compute the size as well.
 
 Sections, one after the other, each with all H heads, in units of 128 bytes:
-  header  [H, 32] int32        see HEADER
-  centre  [H, D] float32       subtracted from rows and codes
-  start   [2, H, K'] float32   |C|^2 / 2 less its error; ABSENT for codes left out: in [0] also repeats, in [1] not
-  radius  [H, K'] float32      at least |C|
-  unit    [H, K'] float32      power of two that brings the stored code back
-  codes   [H, K', D'] float16  C / unit
+  header      [H, 32] int32        see codebook.py
+  centre      [H, D] float32       subtracted from rows and codes
+  start       [H, K'] float32      |C|^2 / 2 less its error; ABSENT for codes left out, also repeats
+  start_topk  [H, K'] float32      the same with repeats, which count among the k nearest
+  radius      [H, K'] float32      at least |C|
+  unit        [H, K'] float32      power of two that brings the stored code back
+  codes       [H, K', D'] float16  C / unit
 K' is K rounded up to whole tiles, D' is D rounded up to whole steps of the tensor cores' loop.
 """
 
@@ -17,10 +18,9 @@ from torch import Tensor, float16, float32, int32
 
 CODES = 128  # K' is a multiple: the largest tile of codes
 WHOLE = 256  # rows of up to so many dimensions stay on chip for the whole search; longer ones are read in steps
-STEP = 64  # dimensions a step
+STEP = 64  # dimensions per step
 
-HEADER = 32  # int32 a head; [0] the lowest index of a finite code, [1] exponent of the scale, [2], [3] float bits:
-# the largest |C - stored| / radius, the smallest radius
+HEADER = 32  # words per head
 
 
 def padded_dimensions(D: int) -> int:
@@ -35,6 +35,7 @@ class Packed(NamedTuple):
     header: Tensor
     centre: Tensor
     start: Tensor
+    start_topk: Tensor
     radius: Tensor
     unit: Tensor
     codes: Tensor
@@ -45,9 +46,7 @@ def sections(H: int, K: int, D: int) -> list[tuple]:
     return [
         (int32, (H, HEADER)),
         (float32, (H, D)),
-        (float32, (2, H, codes)),
-        (float32, (H, codes)),
-        (float32, (H, codes)),
+        *[(float32, (H, codes))] * 4,
         (float16, (H, codes, padded_dimensions(D))),
     ]
 

@@ -1,9 +1,9 @@
-"""The float64 comparison with all codes: the precise tier, and the whole search of float64 input.
+"""The scan: rows compared with all codes in float64. The precise tier, and the whole search of float64 input.
 
 A fixed number of programs walks blocks of rows. Where blocks are fewer, programs share the codes of a block: each
 leaves the best of its part in a place of its own (`scan_kernel`), of which a row then takes the least cost, ties to the
-lowest index (`merge_kernel`). How many parts there are depends on the queue, whose length stays on the device; what
-comes out does not. Workspace: 12 bytes a program, row of a block and rank, whatever N and K; 50 KB on 132 processors,
+lowest index (`merge_parts_kernel`). The number of parts depends on the queue, whose length stays on the device; the
+result does not. Workspace: 12 bytes per program, row of a block and rank, whatever N and K; 50 KB on 132 processors,
 for nearest_topk times k.
 """
 
@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from vqops.triton_kernels.blocks import queue_programs, sizes
-from vqops.triton_kernels.decision import ENTRY, NO_CODE, distance_of, next_best
-from vqops.triton_kernels.lanes import costs, row_facts
+from vqops.triton_kernels.decide import distance_of, next_best
+from vqops.triton_kernels.distance import NO_CODE, costs, squared_norm
+from vqops.triton_kernels.queue import ENTRY
 
 
 @triton.jit
@@ -29,12 +30,12 @@ def shares(counters, N, K, heads, QUEUED: tl.constexpr, A: tl.constexpr, B: tl.c
 @triton.jit
 def row_at(
     r, mask, queue, counters, N, mask_h_stride, mask_n_stride,
-    QUEUED: tl.constexpr, SLOTS: tl.constexpr, A: tl.constexpr,
+    QUEUED: tl.constexpr, ENTRY: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """Rows number r of all blocks, their heads, which there are, and which of these the mask keeps."""
     if QUEUED:
         inside = r < tl.load(counters + 1)
-        row = tl.load(queue - r, mask=inside, other=0) // SLOTS
+        row = tl.load(queue - r, mask=inside, other=0) // ENTRY
         h = row // N
     else:
         padded = tl.cdiv(N, A) * A
@@ -53,7 +54,7 @@ def put(
     indices, distances, counters, row, t, top, best, best_code, square, inside, live, usable,
     COSINE: tl.constexpr, QUEUED: tl.constexpr,
 ):  # fmt: skip
-    """What is found for rank t of the rows."""
+    """The result for rank t of the rows."""
     found = usable & (best_code != NO_CODE)
     tl.store(indices + row * top + t, tl.where(found, best_code, -1).to(tl.int64), mask=inside)
     if distances is not None:
@@ -69,34 +70,43 @@ def put(
 
 @triton.jit
 def scan_kernel(
-    x, codebook, mask, indices, distances, part_costs, part_codes, queue, counters, heads, N, K, D, top,
+    x,  # [H, N, D]
+    codebook,  # [H, K, D]
+    mask,  # [H, N] bool, or None
+    indices,  # [H, N, top] int64
+    distances,  # [H, N, top], or None
+    part_costs,  # [programs, A, top] float64
+    part_codes,  # [programs, A, top] int32
+    queue,  # the last entry of [H N] int64, where QUEUED
+    counters,  # [COUNTERS] int64
+    heads, N, K, D, top,
     h_stride, n_stride, i_stride, c_h_stride, c_k_stride, c_i_stride, mask_h_stride, mask_n_stride,
-    COSINE: tl.constexpr, QUEUED: tl.constexpr, SHARED: tl.constexpr, SLOTS: tl.constexpr, A: tl.constexpr,
+    COSINE: tl.constexpr, QUEUED: tl.constexpr, SHARED: tl.constexpr, ENTRY: tl.constexpr, A: tl.constexpr,
     B: tl.constexpr,
 ):  # fmt: skip
     """Rows queued from the back or, not QUEUED, all rows. SHARED: a block's rows are of one head."""
     blocks, parts = shares(counters, N, K, heads, QUEUED, A, B)
-    codes_a_part = tl.cdiv(tl.cdiv(K, B), parts) * B
-    for unit in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
-        block = unit // parts
-        part = unit - block * parts
+    codes_per_part = tl.cdiv(tl.cdiv(K, B), parts) * B
+    for task in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
+        block = task // parts
+        part = task - block * parts
         r = tl.arange(0, A) + block.to(tl.int64) * A
-        row, h, inside, live = row_at(r, mask, queue, counters, N, mask_h_stride, mask_n_stride, QUEUED, SLOTS, A)
-        start = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
-        square, finite = row_facts(start, i_stride, live[:, None], D)
+        row, h, inside, live = row_at(r, mask, queue, counters, N, mask_h_stride, mask_n_stride, QUEUED, ENTRY, A)
+        given = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
+        square, finite = squared_norm(given, i_stride, live[:, None], D)
         usable = live & finite
         head = (codebook + tl.max(h, 0) * c_h_stride)[None, None] if SHARED else (codebook + h * c_h_stride)[:, None]
-        first = part * codes_a_part
+        first = part * codes_per_part
         previous = tl.zeros((A,), tl.float64)
         previous_code = tl.full((A,), -1, tl.int32)
         for t in range(0, top):
             best = tl.full((A,), float("inf"), tl.float64)
             best_code = tl.full((A,), NO_CODE, tl.int32)
-            for k in range(first, tl.minimum(first + codes_a_part, K), B):
+            for k in range(first, tl.minimum(first + codes_per_part, K), B):
                 code = (k + tl.arange(0, B))[None, :]
                 c = head + code.to(tl.int64) * c_k_stride
                 known = tl.broadcast_to(code < K, c.shape)
-                cost, number = costs(start, i_stride, usable[:, None], c, c_i_stride, known, D, COSINE)
+                cost, number = costs(given, i_stride, usable[:, None], c, c_i_stride, known, D, COSINE)
                 least, its_code = next_best(cost, code, number & known, previous, previous_code)
                 better = (its_code != NO_CODE) & ((least < best) | (best_code == NO_CODE))
                 best = tl.where(better, least, best)
@@ -109,16 +119,24 @@ def scan_kernel(
                     COSINE, QUEUED,
                 )  # fmt: skip
             else:
-                place = (unit * A + tl.arange(0, A)) * top + t
+                place = (task * A + tl.arange(0, A)) * top + t
                 tl.store(part_costs + place, best)
                 tl.store(part_codes + place, tl.where(usable, best_code, NO_CODE))
 
 
 @triton.jit
-def merge_kernel(
-    x, mask, indices, distances, part_costs, part_codes, queue, counters, heads, N, K, D, top,
+def merge_parts_kernel(
+    x,  # [H, N, D]
+    mask,  # [H, N] bool, or None
+    indices,  # [H, N, top] int64
+    distances,  # [H, N, top], or None
+    part_costs,  # [programs, A, top] float64
+    part_codes,  # [programs, A, top] int32
+    queue,  # the last entry of [H N] int64, where QUEUED
+    counters,  # [COUNTERS] int64
+    heads, N, K, D, top,
     h_stride, n_stride, i_stride, mask_h_stride, mask_n_stride,
-    COSINE: tl.constexpr, QUEUED: tl.constexpr, SLOTS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    COSINE: tl.constexpr, QUEUED: tl.constexpr, ENTRY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """One row after the other: the parts hold their best in order, so that the next is the least of their firsts."""
@@ -127,9 +145,9 @@ def merge_kernel(
     known = part < parts
     for number in range(tl.program_id(0), tl.where(parts > 1, blocks * A, 0), tl.num_programs(0)):
         r = number + tl.arange(0, 1).to(tl.int64)
-        row, h, inside, live = row_at(r, mask, queue, counters, N, mask_h_stride, mask_n_stride, QUEUED, SLOTS, A)
-        start = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
-        square, finite = row_facts(start, i_stride, live[:, None], D)
+        row, h, inside, live = row_at(r, mask, queue, counters, N, mask_h_stride, mask_n_stride, QUEUED, ENTRY, A)
+        given = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
+        square, finite = squared_norm(given, i_stride, live[:, None], D)
         block = number // A
         place = ((block * parts + part) * A + number - block * A) * top
         taken = tl.zeros((PARTS,), tl.int32)
@@ -167,7 +185,7 @@ def scan(x, codebook, mask, metric, indices, distances, queue, counters, top=1) 
         *x.stride(), *codebook.stride(), *mask_strides, cosine, queued, not queued or H == 1, ENTRY, rows, codes,
         enable_fp_fusion=False, num_warps=8,
     )  # fmt: skip
-    merge_kernel[(programs,)](
+    merge_parts_kernel[(programs,)](
         x, mask, indices, distances, *parts, end, counters, H, N, K, D, top,
         *x.stride(), *mask_strides, cosine, queued, ENTRY, rows, codes, triton.next_power_of_2(programs),
         enable_fp_fusion=False, num_warps=4,

@@ -1,18 +1,16 @@
-"""Gradient: one pass over the rows, each of which needs only itself and its code. Read: the gradient and x once, codes
-from cache. Written: grad_x once. No rotation matrix is built. A gradient of the codebook adds a row of differences
-each, which are then summed as in code_sums.py.
+"""Backward of quantize: one pass over the rows, each of which needs only itself and its code.
+
+Read: the gradient and x once, codes from cache. Written: grad_x once. No rotation matrix is built. A gradient of the
+codebook adds a row of differences each, which are then summed as in code_sums.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vqops.ops.reference import TINY
 from vqops.triton_kernels.blocks import whole_rows
 from vqops.triton_kernels.code_sums import runs_of, sum_in_order
-from vqops.triton_kernels.lanes import stored_as
-
-SMALLEST = tl.constexpr(TINY)
+from vqops.triton_kernels.gather import SMALLEST_NORM, stored_as
 
 
 @triton.jit
@@ -30,8 +28,16 @@ def over(v, divisor):
 
 
 @triton.jit
-def gradient_kernel(
-    grad_quantized, grad_error, x, codebook, indices, mask, grad_x, pull, rows, N, D,
+def quantize_backward_kernel(
+    grad_quantized,  # [H, N, D], or None
+    grad_error,  # [H, N], or None
+    x,  # [H, N, D]
+    codebook,  # [H, K, D]
+    indices,  # [H, N] int64
+    mask,  # [H, N] bool, or None
+    grad_x,  # [H, N, D], or None
+    pull,  # [H, N, D], each row's share in the codebook's gradient; None where it is not wanted
+    rows, N, D,
     g_h_stride, g_n_stride, g_i_stride, e_h_stride, e_n_stride, h_stride, n_stride, i_stride,
     c_h_stride, c_k_stride, c_i_stride, mask_h_stride, mask_n_stride,
     WIDE: tl.constexpr, COSINE: tl.constexpr, ROTATE: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
@@ -50,7 +56,7 @@ def gradient_kernel(
     k = tl.load(indices + row, mask=inside, other=-1)
     i = tl.arange(0, BD).to(tl.int64)[None, :]
     there = keeps[:, None] & (i < D)
-    least = tl.full((A,), SMALLEST, real)
+    least = tl.full((A,), SMALLEST_NORM, real)
     given = tl.load(x + (h * h_stride + n * n_stride)[:, None] + i * i_stride, mask=there, other=0.0).to(real)
     norm = tl.maximum(length(given), least)
     if COSINE:
@@ -109,7 +115,7 @@ def quantize_backward(
     rows, width = whole_rows(D, x.device)
     with torch.cuda.device_of(x):
         if indices.numel() and (x_needed or pulled):
-            gradient_kernel[(triton.cdiv(H * N, rows),)](
+            quantize_backward_kernel[(triton.cdiv(H * N, rows),)](
                 g, grad_error, x, codebook, indices, mask, grad_x, pull, H * N, N, D,
                 *strides(g, 3), *strides(grad_error, 2), *x.stride(), *codebook.stride(), *strides(mask, 2),
                 real == torch.float64, metric == "cosine", gradient == "rotation", rows, width,

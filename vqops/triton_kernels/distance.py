@@ -6,6 +6,8 @@ Kernels that use it are launched with enable_fp_fusion=False: a fused multiply-a
 import triton
 import triton.language as tl
 
+NO_CODE = tl.constexpr(2147483647)  # the index where there is none: after every other
+
 
 @triton.jit
 def halves(t):
@@ -61,7 +63,7 @@ def costs(x, x_stride, live, c, c_stride, known, D, COSINE: tl.constexpr):
 
 
 @triton.jit
-def row_facts(x, x_stride, live, D):
+def squared_norm(x, x_stride, live, D):
     """|x|^2 of rows at x [A, 1], in the same order, and whether they are finite."""
     lane = tl.arange(0, 8)[None, None, :]
     p = tl.zeros((x.shape[0], 1, 8), tl.float64)
@@ -72,16 +74,3 @@ def row_facts(x, x_stride, live, D):
         number += a * 0.0
         p += a * a
     return tl.sum(add_lanes(p), 1), tl.sum(tl.sum(number, 2), 1) == 0
-
-
-@triton.jit
-def stored_as(value, dtype: tl.constexpr):
-    """value in the dtype of a result, rounded to nearest. The interpreter cuts bfloat16 where hardware rounds it."""
-    if dtype == tl.bfloat16:
-        value = value.to(tl.float32)
-        bits = value.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        result = tl.where(value == value, even.to(tl.float32, bitcast=True), value).to(tl.bfloat16)
-    else:
-        result = value.to(dtype)
-    return result

@@ -1,17 +1,15 @@
-"""The float64 comparison of the codes that bounds left open.
+"""The decision: candidates of a row compared in float64.
 
-A fixed number of programs walks a queue of rows; its length stays on the device. Costs of [rows, codes] at a time are
-eight float64 sums each, in registers, over the dimensions in order (lanes.py).
+A fixed number of programs walks the queue from the front. Costs of [rows, codes] at a time are
+eight float64 sums each, in registers, over the dimensions in order (distance.py).
 """
 
 import triton
 import triton.language as tl
 
 from vqops.triton_kernels.blocks import queue_programs, sizes
-from vqops.triton_kernels.lanes import costs, row_facts
-
-NO_CODE = tl.constexpr(2147483647)
-ENTRY = 256  # an entry of the queue is ENTRY * row + the number of its candidates
+from vqops.triton_kernels.distance import NO_CODE, costs, squared_norm
+from vqops.triton_kernels.queue import ENTRY
 
 
 @triton.jit
@@ -36,27 +34,33 @@ def distance_of(cost, norm_square, COSINE: tl.constexpr):
 
 @triton.jit
 def decide_kernel(
-    x, codebook, indices, distances, lists, queue, counters, N, D, top,
+    x,  # [H, N, D]
+    codebook,  # [H, K, D]
+    indices,  # [H, N, top] int64
+    distances,  # [H, N, top]; None unless RANKED
+    lists,  # [H, N, CANDIDATES] int32
+    queue,  # [H N] int64
+    counters,  # [COUNTERS] int64
+    N, D, top,
     h_stride, n_stride, i_stride, c_h_stride, c_k_stride, c_i_stride,
-    COSINE: tl.constexpr, RANKED: tl.constexpr, SLOTS: tl.constexpr, CANDIDATES: tl.constexpr, A: tl.constexpr,
+    COSINE: tl.constexpr, RANKED: tl.constexpr, ENTRY: tl.constexpr, CANDIDATES: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """Rows queued from the front: an entry is SLOTS * row + the number of its candidates."""
     queued = tl.load(counters)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(queued, A), tl.num_programs(0)):
         r = tl.arange(0, A).to(tl.int64) + block * A
         live = r < queued
         entry = tl.load(queue + r, mask=live, other=0)
-        row = entry // SLOTS
+        row = entry // ENTRY
         h = row // N
         n = row - h * N
         j = tl.arange(0, CANDIDATES)[None, :]
-        known = live[:, None] & (j < (entry - row * SLOTS)[:, None])
+        known = live[:, None] & (j < (entry - row * ENTRY)[:, None])
         code = tl.load(lists + row[:, None] * CANDIDATES + j, mask=known, other=0)
-        start = (x + h * h_stride + n * n_stride)[:, None]
+        given = (x + h * h_stride + n * n_stride)[:, None]
         c = codebook + (h * c_h_stride)[:, None] + code.to(tl.int64) * c_k_stride
-        cost, _ = costs(start, i_stride, live[:, None], c, c_i_stride, known, D, COSINE)
+        cost, _ = costs(given, i_stride, live[:, None], c, c_i_stride, known, D, COSINE)
         if RANKED:
-            square, _ = row_facts(start, i_stride, live[:, None], D)
+            square, _ = squared_norm(given, i_stride, live[:, None], D)
             previous = tl.zeros((A,), tl.float64)
             previous_code = tl.full((A,), -1, tl.int32)
             for t in range(0, top):

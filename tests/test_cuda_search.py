@@ -11,7 +11,7 @@ from cases import SEARCHES
 from cuda_blocks import DTYPES, Kernels
 from promises import INDICES, ORDER
 
-from vqops.ops import reference
+from vqops import reference
 from vqops.ops.search import packed_bytes_on_cuda
 
 

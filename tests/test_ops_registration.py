@@ -6,7 +6,8 @@ from promises import INDICES, ORDER, REPEATS, WHOLE
 from torch.testing import assert_close
 
 import vqops
-from vqops.ops import library, reference
+from vqops import reference
+from vqops.ops import library
 
 ops = torch.ops.vqops
 

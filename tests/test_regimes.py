@@ -9,8 +9,8 @@ import torch
 from promises import COPIES, INDICES
 
 import vqops
-from vqops import info, triton_kernels
-from vqops.ops import library, reference, regimes
+from vqops import info, reference, triton_kernels
+from vqops.ops import library, regimes
 from vqops.ops.regimes import ANY, ON_CUDA, Call, Regime, choose
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -198,7 +198,7 @@ def on_stage(monkeypatch):
     kernels = {"nearest": (search, 4), "prepare": (codebook, None), "quantize": (quantize, 9)}
     for op, (module, prepared) in {**kernels, "quantize_backward": (gradient, None)}.items():
         monkeypatch.setattr(module, op, noting(f"{op}: triton", getattr(module, op), prepared))
-    composed = partial(reference.quantize, nearest=ops.nearest, sum_codes=ops.code_sums)
+    composed = partial(reference.quantize, nearest=ops.nearest, code_sums=ops.code_sums)
     fallbacks = {op: getattr(reference, op) for op in (*kernels, "quantize_backward")} | {"quantize": composed}
     with torch.library._scoped_library("vqops", "IMPL") as scope:
 

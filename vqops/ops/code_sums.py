@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqops.ops import reference
+from vqops import reference
 from vqops.ops.checks import check_device, check_floating, check_indices, check_shape, check_weight
 from vqops.ops.library import define, select
 from vqops.ops.search import no_backward, no_gradient

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqops.ops import reference
+from vqops import reference
 from vqops.ops.checks import METRICS, check_choice, check_device, check_shape
 from vqops.ops.library import define, select
 

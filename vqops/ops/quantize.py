@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqops.ops import reference
+from vqops import reference
 from vqops.ops.checks import GRADIENTS, check_choice, check_search, check_weight
 from vqops.ops.heads import with_heads
 from vqops.ops.library import define, no_second_derivative, select
@@ -166,7 +166,7 @@ define(
     "Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.quantize,
     fake_quantize,
-    fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
+    fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, code_sums=torch.ops.vqops.code_sums),
     setup_context=save_for_backward,
     backward=backward,
     backward_op="quantize_backward",

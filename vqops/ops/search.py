@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqops import _C
-from vqops.ops import reference
+from vqops import _C, reference
 from vqops.ops.checks import METRICS, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
 from vqops.ops.library import default_on_cuda, define, is_compiled, select
@@ -73,7 +72,7 @@ def nearest(
     euclidean: argmin_k |x - c_k|^2.  cosine: argmax_k x.c_k / |c_k|, where a zero code scores 0.
 
     Exact: distances are compared in float64 on the values given, in one fixed order of operations
-    (`vqops.ops.reference.cost`), so every implementation returns the same index; ties go to the lowest.
+    (`vqops.reference.distance.cost`), so every implementation returns the same index; ties go to the lowest.
     -1 for rows that are masked or hold a NaN or an Inf. A code that is not finite is never chosen; if none is finite,
     all indices are -1. x and codebook may differ in dtype (float32, float64, float16, bfloat16) and are not cast.
     No temporary is of size N x K. No gradient.

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from vqops.ops import Quantized, code_sums, ema_update_, quantize
 from vqops.ops.checks import check_device, check_floating
-from vqops.ops.reference import TINY
 from vqops.quantizers.kmeans import kmeans
 from vqops.quantizers.ranks import num_ranks, of_fullest_rank, sum_over_ranks
 from vqops.quantizers.rows import random_rows
+from vqops.reference import TINY
 
 UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 

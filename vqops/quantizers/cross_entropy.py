@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops.library import no_second_derivative
-from vqops.ops.reference import TINY, blocks
+from vqops.reference import TINY
+from vqops.reference.blocks import blocks
 
 ROWS, CODES = 1024, 1024  # of one block of distances: 8 MB in float64
 

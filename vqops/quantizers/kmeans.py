@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops import quantize
-from vqops.ops.reference import TINY
 from vqops.quantizers.ranks import sum_over_ranks
 from vqops.quantizers.rows import random_rows
+from vqops.reference import TINY
 
 
 def kmeans(

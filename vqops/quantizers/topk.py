@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops import nearest_topk
-from vqops.ops.reference import TINY
+from vqops.reference import TINY
 
 
 class QuantizedTopk(NamedTuple):

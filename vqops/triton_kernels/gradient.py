@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vqops.ops.reference import TINY
+from vqops.reference import TINY
 from vqops.triton_kernels.blocks import whole_rows
 from vqops.triton_kernels.code_sums import runs_of, sum_in_order
 from vqops.triton_kernels.lanes import stored_as

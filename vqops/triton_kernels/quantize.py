@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vqops.ops.reference import TINY
+from vqops.reference import TINY
 from vqops.triton_kernels.blocks import tile
 from vqops.triton_kernels.code_sums import code_sums as sum_codes
 from vqops.triton_kernels.lanes import row_facts, stored_as

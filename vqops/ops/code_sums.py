@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from vqops import reference
+from vqops.dispatch.library import Implementation, define, select, without_gradient
 from vqops.ops.checks import check_device, check_floating, check_indices, check_shape, check_weight
-from vqops.ops.library import define, select
-from vqops.ops.search import no_backward, no_gradient
 
 
 def code_sums(
@@ -16,7 +15,7 @@ def code_sums(
     weight: Tensor | None = None,  # shape of x without D
     *,
     heads: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:  # counts [K] int64, or float32 if weighted; sums [K, D] float32; with heads [H, ...]
     """Number and sum of the vectors that have each code.
 
@@ -63,6 +62,5 @@ define(
     "(Tensor x, Tensor indices, int num_codes, Tensor? weight=None) -> (Tensor, Tensor)",
     reference.code_sums,
     fake_code_sums,
-    setup_context=no_gradient,
-    backward=no_backward,
+    autograd=without_gradient(),
 )

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from vqops import reference
-from vqops.ops.checks import GRADIENTS, check_choice, check_search, check_weight
+from vqops.dispatch.library import Autograd, Implementation, define, select, without_second_derivative
+from vqops.ops.checks import GRADIENTS, Gradient, Metric, check_choice, check_search, check_weight
 from vqops.ops.heads import with_heads
-from vqops.ops.library import define, no_second_derivative, select
 from vqops.ops.search import PreparedCodebook, unpack
 
 
@@ -26,12 +26,12 @@ def quantize(
     codebook: Tensor | PreparedCodebook,  # [K, D] or [H, K, D]
     mask: Tensor | None = None,  # bool, shape of x without D; False leaves the row out
     weight: Tensor | None = None,  # shape of x without D, for the sums
-    metric: str = "euclidean",
-    gradient: str = "straight_through",
+    metric: Metric = "euclidean",
+    gradient: Gradient = "straight_through",
     code_sums: bool = False,
     codebook_error_scale: float = 0.0,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Quantized:
     """Replace each vector by its nearest code, with a gradient that passes through.
 
@@ -156,8 +156,7 @@ define(
     "bool codebook_needed=False) -> (Tensor, Tensor)",
     reference.quantize_backward,
     fake_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    backward=no_second_derivative("quantize_backward"),
+    autograd=without_second_derivative("quantize_backward"),
 )
 define(
     "quantize",
@@ -167,7 +166,5 @@ define(
     reference.quantize,
     fake_quantize,
     fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, code_sums=torch.ops.vqops.code_sums),
-    setup_context=save_for_backward,
-    backward=backward,
-    backward_op="quantize_backward",
+    autograd=Autograd(save_for_backward, backward, "quantize_backward"),
 )

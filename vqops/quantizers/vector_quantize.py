@@ -4,13 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqops.ops import Quantized
+from vqops.ops import Quantized, check_first_run
 from vqops.ops.checks import check_device
-from vqops.quantizers.checkpointing import check_first_run
 from vqops.quantizers.codebook import Codebook, UpdateWeight
-from vqops.quantizers.cross_entropy import mean_cross_entropy
 from vqops.quantizers.layout import Layout
-from vqops.quantizers.losses import mean_error, weighted
+from vqops.quantizers.losses import mean_cross_entropy, mean_error, weighted
 from vqops.quantizers.options import check_counts, check_decay, check_not_both, check_not_negative, refuse
 from vqops.quantizers.topk import quantize_topk
 
@@ -233,7 +231,7 @@ class VectorQuantize(nn.Module):
         self.check_call(x, indices, topk, ema_update, ema_update_weight)
         mask = self.layout.mask(x, mask, lens)
         if collect:
-            check_first_run(self._codebook.embed.detach())
+            check_first_run(self._codebook.embed.detach(), "VectorQuantize")
 
         def results():
             update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
@@ -365,7 +363,7 @@ class VectorQuantize(nn.Module):
         mask = self.layout.mask(x, mask, None)
         if not self._codebook.collects():
             return
-        check_first_run(self._codebook.embed.detach())
+        check_first_run(self._codebook.embed.detach(), "VectorQuantize")
         _, rows = self.project(x, mask)
         self._codebook.keep_float32_()
         chosen = self.layout.index_rows(indices)

@@ -7,6 +7,7 @@ Axis letters: H codebooks (heads), N vectors, D dimensions, K codes.
 """
 
 from vqops.reference.code_sums import RUN, code_sums
+from vqops.reference.cross_entropy import code_cross_entropy, code_cross_entropy_backward
 from vqops.reference.distance import TINY
 from vqops.reference.ema import ema_update_
 from vqops.reference.quantize import quantize
@@ -16,6 +17,8 @@ from vqops.reference.search import nearest, nearest_topk, prepare, search_statis
 __all__ = [
     "RUN",
     "TINY",
+    "code_cross_entropy",
+    "code_cross_entropy_backward",
     "code_sums",
     "ema_update_",
     "nearest",

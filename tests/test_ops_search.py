@@ -10,6 +10,7 @@ from cases import INF, NAN, SEARCHES
 from promises import INDICES, ORDER
 from torch.testing import assert_close
 
+import vqops
 from vqops import reference
 from vqops.reference.distance import root
 
@@ -226,6 +227,12 @@ def test_easy_rows_are_certified(kernel):
     for case in ("one_code_x_1e15", "duplicates", "identical", "offset_10000", "zero_codebook", "denormal"):
         x, c = SEARCHES[case]()
         assert kernel.search_statistics(x, c)[2] == 0, case
+
+
+def test_a_prepared_codebook_is_equal_to_itself_alone():
+    c = torch.randn(5, 3)
+    first, second = vqops.prepare(c), vqops.prepare(c)
+    assert first == first and first != second and len({first, second}) == 2
 
 
 # Memory

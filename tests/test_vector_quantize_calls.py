@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqops import VectorQuantize, nearest, nearest_topk
 from vqops.ops import code_cross_entropy
-from vqops.quantizers.losses import LossBreakdown
+from vqops.quantizers.interface.losses import LossBreakdown
 from vqops.reference import cross_entropy
 
 DIM, CODES = 6, 16

@@ -1,4 +1,4 @@
-"""What was built, what is used on this machine, and which implementation each op takes: `vqops info`."""
+"""The build, what this machine uses of it, and the implementation that each op takes: `vqops info`."""
 
 import platform
 from importlib import metadata

@@ -15,7 +15,7 @@ ANY = (0, sys.maxsize)
 
 
 class Call(NamedTuple):
-    """What a regime can tell calls apart by."""
+    """The facts by which a regime tells calls apart."""
 
     D: int
     K: int  # codes of a head

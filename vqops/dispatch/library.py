@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -10,7 +11,7 @@ from vqops import triton_kernels
 from vqops.dispatch import choice
 
 try:
-    import vqops._C  # noqa: F401  importing it registers the compiled kernels
+    kernels = import_module("vqops._C")  # which registers the compiled ones
 except ImportError as error:
     raise ImportError(
         "vqops._C is not built: run `pip install .` in the source folder and import vqops from elsewhere, "
@@ -24,7 +25,7 @@ OPS: list[str] = []
 library = torch.library.Library("vqops", "DEF")
 
 
-# What `_C` registered, read before anything here is: the names of the compiled kernels of each device.
+# The names of the compiled kernels of each device: what `_C` registered, read before anything is registered here.
 COMPILED = {
     device: {name for name in torch._C._dispatch_get_registrations_for_dispatch_key(key) if name.startswith("vqops::")}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
@@ -163,8 +164,8 @@ def select(name: str, implementation: Implementation | None) -> Callable:
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:
-    """What each op can run as on each device, the default first; on CUDA what some calls take (`vqops info` says which)
-    before the reference, which is there for all others.
+    """The implementations of each op on each device, the default first; on CUDA those that some calls take (see
+    `vqops info`) before the reference, which takes the others.
 
     Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference", "triton"]}, ...}`. "triton" is
     there for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.

@@ -31,8 +31,8 @@ def code_sums(
     Raises ValueError where shapes or devices disagree, TypeError for dtypes, IndexError for an index that is no code.
 
     Equivalent to:
-        one_hot = (indices[..., None] == torch.arange(num_codes)) * weight[..., None]
-        counts, sums = one_hot.sum(0), one_hot.mT @ x
+        one_hot = (indices[:, None] == torch.arange(num_codes)) * (1 if weight is None else weight[:, None])
+        return one_hot.sum(0), one_hot.mT.float() @ x.float()
     """
     check_floating("code_sums", x=x)
     check_device("code_sums", x, indices=indices, weight=weight)

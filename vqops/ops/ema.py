@@ -35,7 +35,9 @@ def ema_update_(
     Equivalent to:
         cluster_size.lerp_(counts, 1 - decay)
         embed_avg.lerp_(sums, 1 - decay)
-        embed.copy_(embed_avg / smoothed(cluster_size))
+        total = cluster_size.sum(-1, keepdim=True)
+        smoothed = (cluster_size + eps) / (total + cluster_size.shape[-1] * eps) * total
+        embed.copy_(embed_avg / smoothed[..., None])
     """
     op = "ema_update_"
     for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):

@@ -14,6 +14,8 @@ from vqops.ops.search import PreparedCodebook, unpack
 
 
 class Quantized(NamedTuple):
+    """The result of `quantize`. H is left out for a codebook [K, D]."""
+
     quantized: Tensor  # x's shape and dtype
     indices: Tensor  # int64, shape of x without D
     error: Tensor  # float32 (float64 for float64 x), shape of x without D
@@ -54,6 +56,7 @@ def quantize(
         indices = nearest(x, codebook)
         quantized = x + (codebook[indices] - x).detach()
         error = (x - codebook[indices].detach()).square().sum(-1)
+        return quantized, indices, error
     """
     op = "quantize"
     codebook, packed = unpack(op, codebook, metric, implementation)

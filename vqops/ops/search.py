@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqops import _C, reference
-from vqops.dispatch.library import Implementation, define, is_compiled, select, without_gradient
+from vqops import reference
+from vqops.dispatch.library import Implementation, define, is_compiled, kernels, select, without_gradient
 from vqops.ops.checks import METRICS, Metric, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
 from vqops.triton_kernels.layout import packed_bytes
@@ -111,7 +111,8 @@ def nearest_topk(
 
     Equivalent to:
         distance = (x.double()[..., None, :] - codebook.double()).square().sum(-1)
-        return distance.topk(k, largest=False)
+        distances, indices = distance.topk(k, largest=False)
+        return indices, distances.float()
     """
     codebook, packed = unpack("nearest_topk", codebook, metric, implementation)
     check_search("nearest_topk", x, codebook, mask, metric)
@@ -168,7 +169,7 @@ def fake_prepare(codebook, metric="euclidean"):
 def fake_prepare_compiled(codebook, metric="euclidean"):
     if not all(isinstance(size, int) for size in codebook.shape):
         return of_unknown_size(codebook)
-    return codebook.new_empty(_C.packed_bytes(codebook.device.type, *codebook.shape), dtype=torch.uint8)
+    return codebook.new_empty(kernels.packed_bytes(codebook.device.type, *codebook.shape), dtype=torch.uint8)
 
 
 def fake_prepare_triton(codebook, metric="euclidean"):

@@ -63,7 +63,7 @@ def cost(
     codebook: Tensor,  # [k, D]
     metric: str,
 ) -> Tensor:  # [n, k] float64
-    """What the nearest code minimises: |x - c|^2, for "cosine" -x.c / |c| on x as given, 0 for a zero code.
+    """The cost that the nearest code minimises: |x - c|^2, for "cosine" -x.c / |c| on x as given, 0 for a zero code.
 
     NaN marks a code that can't be chosen.
     """

@@ -75,7 +75,7 @@ def prepare(
     codebook: Tensor,  # [H, K, D]
     metric: str = "euclidean",
 ) -> Tensor:  # [0] uint8
-    """What a search derives from the codebook alone: here nothing."""
+    """The part of a search that depends on the codebook alone: here nothing."""
     return codebook.new_empty(0, dtype=torch.uint8)
 
 

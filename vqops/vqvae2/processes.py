@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vqops.quantizers.ranks import num_ranks, rank
+from vqops.quantizers.codebook.ranks import num_ranks, rank
 from vqops_cli.options import InputError
 
 

@@ -1,4 +1,4 @@
-// The arithmetic that decides between codes, to the last bit, element by element; vqops/ops/reference.py specifies it.
+// The arithmetic that decides between codes, to the last bit, element by element: vqops/reference/distance.py in C++.
 //
 // Eight partial sums over i = j mod 8, ascending, multiply and add rounded separately, then a fixed tree. Built with
 // -ffp-contract=off and -fmad=false: a fused multiply-add would round differently. csrc/cpu/exact.h is the same on

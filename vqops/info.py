@@ -1,4 +1,4 @@
-"""What was built, what is used on this machine, and which implementation each op takes: `vqops info`."""
+"""The build, what this machine uses of it, and the implementation that each op takes: `vqops info`."""
 
 import platform
 from importlib import metadata
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 import vqops
-from vqops import _C
-from vqops.ops import regimes
+import vqops._C as _C
+from vqops.dispatch import choice
 
 
 def report() -> str:
@@ -32,15 +32,16 @@ def report() -> str:
 
 
 def defaults() -> str:
-    if not regimes.ON_CUDA:
+    if not choice.ON_CUDA:
         return (
             "Each op takes the first. "
             "No kernel has been confirmed on a GPU yet: on CUDA the others are chosen with implementation=."
         )
-    rows = [["op", "takes", "D", "K", "N", "x and codes", "shown by benchmarks/results/"]]
-    for row in regimes.ON_CUDA:
+    rows = [["op", "takes", "GPU", "D", "K", "N", "x and codes", "shown by benchmarks/results/"]]
+    for row in choice.ON_CUDA:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
-        rows.append([row.op, row.implementation, *map(bounds, (row.D, row.K, row.N)), dtypes, row.results])
+        gpu = row.device or "any"
+        rows.append([row.op, row.implementation, gpu, *map(bounds, (row.D, row.K, row.N)), dtypes, row.results])
     return (
         "On the CPU each op takes the first. On CUDA the first of these rows that holds a call and is built decides, "
         "and the reference\ntakes the rest. N counts the rows of all heads.\n\n" + table(rows)
@@ -49,9 +50,9 @@ def defaults() -> str:
 
 def bounds(given: tuple[int, int]) -> str:
     least, most = given
-    if given == regimes.ANY:
+    if given == choice.ANY:
         return "any"
-    if most == regimes.ANY[1]:
+    if most == choice.ANY[1]:
         return f"{least} and more"
     return str(least) if least == most else f"{least} to {most}"
 

@@ -269,3 +269,5 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
 }
 
 }  // namespace vqops
+
+extern "C" int64_t vqops_cpu_packed_bytes(int64_t K, int64_t D) { return vqops::Packed::bytes(K, D); }

@@ -117,7 +117,7 @@ private:
 // An op of its own only: what the plain op runs on CUDA is decided by measurements, and there are none.
 #define VQOPS_CUDA_KERNEL(name) m.impl(#name "_compiled", TORCH_BOX(&vqops::cuda::name))
 
-// Of an op that sums by code there are two, between which vqops/ops/library.py chooses at each call: the stable ABI
+// Of an op that sums by code there are two, between which vqops/dispatch/library.py chooses at each call: the stable ABI
 // does not tell whether torch.use_deterministic_algorithms is on.
 #define VQOPS_CUDA_SUMS(name)                                               \
     m.impl(#name "_compiled_atomic", TORCH_BOX(&vqops::cuda::name<false>)); \

@@ -128,6 +128,8 @@ Tensor search_statistics(const Tensor& x, const Tensor& codebook, std::string me
 
 }  // namespace vqops::cuda
 
+extern "C" int64_t vqops_cuda_packed_bytes(int64_t K, int64_t D) { return vqops::cuda::Packed::bytes(K, D); }
+
 STABLE_TORCH_LIBRARY_IMPL(vqops, CUDA, m) {
     VQOPS_CUDA_KERNEL(nearest);
     VQOPS_CUDA_KERNEL(nearest_topk);

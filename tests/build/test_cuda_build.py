@@ -19,7 +19,7 @@ OPS = ("ema_update_", "nearest", "nearest_topk", "prepare", "search_statistics")
 SUMS = ("code_sums", "quantize", "quantize_backward")  # of which there are two kernels
 REGISTERED = """
 import json, vqops
-from vqops.ops.library import COMPILED
+from vqops.dispatch.library import COMPILED
 on_cuda = {name: devices["cuda"] for name, devices in vqops.implementations().items()}
 print(json.dumps([vqops._C.cuda, sorted(COMPILED["cuda"]), on_cuda]))
 """

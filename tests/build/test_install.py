@@ -289,11 +289,13 @@ def target(tmp_path):
 
 
 USE = """
+from pathlib import Path
 import torch, vqops
 from vqops import _C
 x, codebook = torch.randn(50, 8), torch.randn(20, 8)
 assert vqops.nearest(x, codebook).equal(torch.cdist(x.double(), codebook.double()).argmin(1))
 assert _C.instruction_sets == "stub", _C.instruction_sets
+assert Path(vqops.__file__).with_name("py.typed").exists()
 print(vqops.__file__)
 """
 

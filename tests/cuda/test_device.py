@@ -10,7 +10,7 @@ from promises import INDICES, REPEATS, WHOLE
 from torch.testing import assert_close
 
 import vqops
-from vqops.ops import reference
+from vqops import reference
 
 ops = torch.ops.vqops
 

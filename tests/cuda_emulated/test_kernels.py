@@ -18,7 +18,7 @@ from cuda_blocks import DTYPES, GatherCases, Kernels
 from promises import ORDER, UNCHANGED
 from torch.testing import assert_close
 
-from vqops.ops import reference
+from vqops import reference
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
@@ -73,7 +73,7 @@ class TestCodeSums:
 
 class TestGather(GatherCases):
     def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
-        expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
+        expected = reference.quantize(x, codebook, mask, weight, metric, with_sums=True, snapshot=False)
         quantized, indices, error, counts, sums, _ = expected
         found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True)
         ORDER.same(found, (quantized, error, counts, sums), equal_nan=True)

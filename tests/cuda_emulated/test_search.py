@@ -11,8 +11,7 @@ from cases import SEARCHES
 from cuda_blocks import DTYPES, Kernels
 from promises import INDICES, ORDER
 
-from vqops.ops import reference
-from vqops.ops.search import packed_bytes_on_cuda
+from vqops import reference
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
@@ -171,8 +170,12 @@ def test_blocks_share_the_codes_of_a_few_rows(kernels, left, metric):
 
 
 @pytest.mark.parametrize("K, D", [(1, 1), (64, 16), (65, 17), (200, 33), (1000, 64), (7, 65), (130, 300)])
-def test_the_fake_kernel_knows_the_packed_size(kernels, K, D):
-    assert packed_bytes_on_cuda(3, K, D) == kernels.library.packed_bytes(*map(ctypes.c_int64, (3, K, D)))
+def test_packed_size(kernels, K, D):
+    codes = (K + 127) // 128 * 128
+    width = next((most for most in (16, 32) if most >= D), (D + 63) // 64 * 64)
+    pieces = (4, 4, 4, 4 * D, 16 * codes, codes // 8, 2 * codes * width)
+    expected = 3 * sum((size + 255) // 256 * 256 for size in pieces)
+    assert kernels.library.packed_bytes(*map(ctypes.c_int64, (3, K, D))) == expected
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -10,7 +10,9 @@ import torch
 from cuda_blocks import DTYPES, GatherCases, Kernels
 from promises import INDICES, ORDER, WHOLE
 
-from vqops.ops import reference
+from vqops import reference
+from vqops.reference.distance import unit
+from vqops.reference.quantize import gather
 
 BLOCK = 256  # rows
 
@@ -126,11 +128,11 @@ class TestCodeSums:
 class TestGather(GatherCases):
     def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
         K = codebook.shape[1]
-        expected = reference.quantize(x, codebook, mask, weight, metric, code_sums=True, snapshot=False)
+        expected = reference.quantize(x, codebook, mask, weight, metric, with_sums=True, snapshot=False)
         quantized, indices, error, counts, sums, _ = expected
         found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True)
         ORDER.same(found[:2], (quantized, error), equal_nan=True)
-        terms = x.double() if metric == "euclidean" else reference.unit(x).float().double()
+        terms = x.double() if metric == "euclidean" else unit(x).float().double()
         terms = terms.where(indices[..., None] >= 0, 0)
         if weight is None:
             INDICES.same(found[2], counts)
@@ -175,8 +177,8 @@ class TestQuantizeBackward:
         sorted = Kernels(kernels.library, kernels.descending)
         found, expected = kernels.quantize_backward(*arguments), sorted.quantize_backward(*arguments)
         ORDER.same(found[0], expected[0], equal_nan=True)
-        start = x.double() if metric == "euclidean" else reference.unit(x)
-        terms = (start - reference.gather(c, indices).double()) * error.double()[..., None]
+        start = x.double() if metric == "euclidean" else unit(x)
+        terms = (start - gather(c, indices).double()) * error.double()[..., None]
         terms = terms.where(indices[..., None] >= 0, 0)
         size = torch.zeros(2, 5, 13, dtype=torch.float64)
         size.scatter_add_(1, indices.clamp_min(0)[..., None].expand_as(terms), terms.abs())

@@ -7,7 +7,7 @@ from promises import COPIES, ORDER
 from torch.testing import assert_close
 
 import vqops
-from vqops.ops import reference
+from vqops import reference
 
 METRICS = ("euclidean", "cosine")
 TINY = 1e-6
@@ -29,7 +29,7 @@ def test_forward(kernel, case, metric):
     x, c = SEARCHES[case]()
     weight = torch.rand(x.shape[:2])
     found = kernel.quantize(x, c, None, weight, metric, code_sums=True)
-    expected = reference.quantize(x, c, None, weight, metric, code_sums=True, snapshot=False)
+    expected = reference.quantize(x, c, None, weight, metric, with_sums=True, snapshot=False)
     for name, a, b in zip(found._fields, found, expected, strict=False):
         ORDER.same(a.cpu(), b, equal_nan=True, where=name)
 
@@ -41,7 +41,7 @@ def test_result_types(kernel, dtype, codebook_dtype):
     found = kernel.quantize(x, c, code_sums=True)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     assert [t.dtype for t in found] == [dtype, torch.int64, real, torch.int64, torch.float32]
-    expected = reference.quantize(x, c, code_sums=True, snapshot=False)
+    expected = reference.quantize(x, c, with_sums=True, snapshot=False)
     for a, b in zip(found, expected, strict=False):
         order_differs = kernel.name == "triton" and b.dtype == torch.float64  # of the additions of an error
         assert_close(a.cpu(), b, rtol=1e-14 if order_differs else 0, atol=0)

@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import vqops._C as _C
 from promises import COPIES, INDICES
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, has_free_unbacked_symbols
 
 import vqops
-from vqops import info, triton_kernels
-from vqops.ops import library, reference, regimes
-from vqops.ops.regimes import ANY, ON_CUDA, Call, Regime, choose
+from vqops import info, reference, triton_kernels
+from vqops.dispatch import choice, library
+from vqops.dispatch.choice import ANY, ON_CUDA, Call, Regime, choose
+from vqops.triton_kernels.layout import packed_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 WITHOUT_ROWS = ("prepare", "ema_update_")
 # The benchmark that shows an op, where it has none of its own name.
 SHOWN_BY = {"prepare": "nearest", "search_statistics": "nearest", "quantize": "training step"}
 ops = torch.ops.vqops
+GPU = "NVIDIA H200"
 
 
 # What a row must rest on
@@ -50,7 +54,7 @@ def unproven(row: Regime, results: Path = RESULTS) -> str | None:
 
 
 def measured(line: dict) -> Call:
-    return Call(line["D"], line["K"], line["N"], (getattr(torch, line["dtype"]),))
+    return Call(line["D"], line["K"], line["N"], (getattr(torch, line["dtype"]),), line["device"])
 
 
 def key(line: dict) -> list:
@@ -62,7 +66,16 @@ def test_every_row_rests_on_a_committed_run():
 
 
 def lines_of(**changes) -> list[dict]:
-    bench = {"stage": "bench", "op": "nearest", "N": 1 << 20, "D": 64, "K": 512, "dtype": "float32", "wrong": 0}
+    bench = {
+        "stage": "bench",
+        "op": "nearest",
+        "N": 1 << 20,
+        "D": 64,
+        "K": 512,
+        "dtype": "float32",
+        "wrong": 0,
+        "device": GPU,
+    }
     return [
         {"stage": "test", "outcome": "passed"},
         {"stage": "bench", "op": "ceilings"},
@@ -81,6 +94,8 @@ def lines_of(**changes) -> list[dict]:
         ({}, lines_of()[1:], "the tests have not passed"),
         ({"K": (1024, 4096)}, lines_of(), "nothing in the regime"),
         ({"dtypes": (torch.bfloat16,)}, lines_of(), "nothing in the regime"),
+        ({"device": GPU}, lines_of(), None),
+        ({"device": "NVIDIA A100-SXM4-80GB"}, lines_of(), "nothing in the regime"),
         ({}, lines_of(wrong=1), "it was wrong"),
         ({}, lines_of(error="out of memory"), "it was wrong"),
         ({}, lines_of(p50_ms=2.5), "it was not the fastest"),
@@ -108,6 +123,7 @@ TABLE = (
     Regime("nearest", "triton", "run", D=(1, 128), dtypes=(torch.float32, torch.bfloat16)),
     Regime("nearest", "compiled", "run", dtypes=(torch.float64,)),
     Regime("prepare", "triton", "run", K=(2, 2000)),
+    Regime("search_statistics", "triton", "run", device=GPU),
 )
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -115,16 +131,18 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 @pytest.mark.parametrize(
     "op, call, expected",
     [
-        ("nearest", Call(64, 512, 1000, (F32, F32)), "compiled"),
-        ("nearest", Call(64, 512, 999, (F32, F32)), "triton"),
-        ("nearest", Call(65, 512, 1000, (BF16, F32)), "triton"),
-        ("nearest", Call(65, 1025, 10**9, (F32, torch.float16)), "reference"),
-        ("nearest", Call(129, 600, 1000, (F32, F32)), "reference"),
-        ("nearest", Call(129, 600, 1000, (F64, F64)), "compiled"),
-        ("nearest", Call(129, 600, 1000, (F64, F32)), "reference"),
-        ("nearest_topk", Call(64, 512, 1000, (F32, F32)), "reference"),
-        ("prepare", Call(64, 2, None, (F32,)), "triton"),
-        ("prepare", Call(64, 1, None, (F32,)), "reference"),
+        ("nearest", Call(64, 512, 1000, (F32, F32), GPU), "compiled"),
+        ("nearest", Call(64, 512, 999, (F32, F32), GPU), "triton"),
+        ("nearest", Call(65, 512, 1000, (BF16, F32), GPU), "triton"),
+        ("nearest", Call(65, 1025, 10**9, (F32, torch.float16), GPU), "reference"),
+        ("nearest", Call(129, 600, 1000, (F32, F32), GPU), "reference"),
+        ("nearest", Call(129, 600, 1000, (F64, F64), GPU), "compiled"),
+        ("nearest", Call(129, 600, 1000, (F64, F32), GPU), "reference"),
+        ("nearest_topk", Call(64, 512, 1000, (F32, F32), GPU), "reference"),
+        ("prepare", Call(64, 2, None, (F32,), GPU), "triton"),
+        ("prepare", Call(64, 1, None, (F32,), GPU), "reference"),
+        ("search_statistics", Call(64, 512, 1000, (F32, F32), GPU), "triton"),
+        ("search_statistics", Call(64, 512, 1000, (F32, F32), "NVIDIA L4"), "reference"),
     ],
 )
 def test_the_first_row_that_holds_decides(op, call, expected):
@@ -133,17 +151,22 @@ def test_the_first_row_that_holds_decides(op, call, expected):
 
 
 def test_what_is_not_built_is_passed_over():
-    call = Call(64, 512, 1000, (F32, F32))
+    call = Call(64, 512, 1000, (F32, F32), GPU)
     assert choose(TABLE, "nearest", call, "triton".__eq__) == "triton"
     assert choose(TABLE, "nearest", call, lambda _: False) == "reference"
 
 
 def test_calls():
     x, c = torch.zeros(2, 20, 5, dtype=BF16), torch.zeros(2, 7, 5)
-    assert regimes.call_of({"x": x, "codebook": c, "mask": None}) == Call(5, 7, 40, (BF16, F32))
-    assert regimes.call_of({"codebook": c}) == Call(5, 7, None, (F32,))
-    assert regimes.call_of({"x": x, "indices": None, "num_codes": 9}) == Call(5, 9, 40, (BF16,))
-    assert regimes.call_of({"cluster_size": None, "embed_avg": c, "embed": None}) == Call(5, 7, None, (F32,))
+    assert choice.call_of({"x": x, "codebook": c, "mask": None}) == Call(5, 7, 40, (BF16, F32), "cpu")
+    assert choice.call_of({"codebook": c}) == Call(5, 7, None, (F32,), "cpu")
+    assert choice.call_of({"x": x, "indices": None, "num_codes": 9}) == Call(5, 9, 40, (BF16,), "cpu")
+    assert choice.call_of({"cluster_size": None, "embed_avg": c, "embed": None}) == Call(5, 7, None, (F32,), "cpu")
+
+
+def test_every_op_chooses_on_cuda():
+    for name in library.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vqops::{name}", "CUDA"), name
 
 
 def test_there_has_been_no_run_so_everything_takes_the_reference():
@@ -157,22 +180,74 @@ needs_triton = pytest.mark.skipif(not triton_kernels.has("nearest"), reason="Tri
 
 @needs_triton
 def test_what_is_said_of_a_table(monkeypatch):
-    monkeypatch.setattr(regimes, "ON_CUDA", TABLE[1:2])
+    monkeypatch.setattr(choice, "ON_CUDA", TABLE[1:2])
     assert vqops.implementations()["nearest"]["cuda"] == ["triton", "reference"]
     assert vqops.implementations()["quantize"]["cuda"] == ["reference", "triton"]
     report = info.report()
-    assert "nearest  triton  1 to 128  any  any  float32, bfloat16  run" in report and "No kernel" not in report
+    assert "nearest  triton  any  1 to 128  any  any  float32, bfloat16  run" in report and "No kernel" not in report
     assert [info.bounds(each) for each in (ANY, (5, ANY[1]), (0, 9), (3, 3))] == ["any", "5 and more", "0 to 9", "3"]
 
 
-@needs_triton
-@pytest.mark.parametrize("K", [1, 300])
-def test_a_fake_preparation_has_the_size_of_the_real_one(monkeypatch, K):
-    monkeypatch.setattr(regimes, "ON_CUDA", TABLE)
+# Fake preparations
+
+
+def on_fake_cuda():
+    return torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+
+
+def test_a_fake_preparation_on_cuda_leaves_its_size_open(monkeypatch):
+    """Whatever the table says, so that a graph holds for every implementation."""
+    for table in ((), TABLE):
+        monkeypatch.setattr(choice, "ON_CUDA", table)
+        with on_fake_cuda():
+            packed = ops.prepare(torch.empty(2, 300, 20, device="cuda"))
+        assert packed.device.type == "cuda" and packed.dtype == torch.uint8 and packed.dim() == 1
+        assert has_free_unbacked_symbols(packed)
+
+
+def test_the_size_of_an_implementation_is_known():
+    with on_fake_cuda():
+        codebook = torch.empty(2, 300, 20, device="cuda")
+        assert ops.prepare_reference(codebook).shape == (0,)
+        if triton_kernels.has("prepare"):
+            assert ops.prepare_triton(codebook).shape == (packed_bytes(2, 300, 20),)
+        if library.is_compiled("prepare", "cuda"):
+            assert ops.prepare_compiled(codebook).shape == (_C.packed_bytes("cuda", 2, 300, 20),)
+        else:
+            with pytest.raises(ValueError, match="without CUDA"):
+                _C.packed_bytes("cuda", 2, 300, 20)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 300, 20), (3, 33, 17)])
+def test_the_size_on_the_cpu_is_that_of_the_kernel(shape):
+    expected = ops.prepare(torch.randn(shape))
     with torch._subclasses.FakeTensorMode():
-        codebook = torch.empty(2, K, 20, device="cuda")
-        packed, expected = ops.prepare(codebook), ops.prepare_triton(codebook)
-    assert packed.device.type == "cuda" and packed.shape == ((0,) if K == 1 else expected.shape)
+        for op in (ops.prepare, ops.prepare_compiled):
+            assert op(torch.empty(shape)).shape == expected.shape == (_C.packed_bytes("cpu", *shape),)
+
+
+def prepared_search(x, c):
+    return vqops.nearest(x, vqops.prepare(c))
+
+
+def test_a_preparation_of_open_size_exports():
+    class Module(torch.nn.Module):
+        def forward(self, x, c):
+            return prepared_search(x, c)
+
+    with on_fake_cuda():
+        x, c = torch.empty(30, 4, device="cuda"), torch.empty(9, 4, device="cuda")
+    program = torch.export.export(Module(), (x, c), dynamic_shapes=({0: torch.export.Dim("rows", min=2)}, None))
+    assert "vqops.prepare" in str(program.graph)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_preparation_of_open_size_compiles(backend):
+    """A codebook of symbolic size leaves the size of its preparation open on the CPU too."""
+    compiled = torch.compile(prepared_search, fullgraph=True, backend=backend, dynamic=True)
+    for K in (9, 70, 200):
+        x, c = torch.randn(30, 4), torch.randn(K, 4)
+        INDICES.same(compiled(x, c), vqops.nearest(x, c))
 
 
 # On the CPU, in the interpreter: what `vqops::name` does there in the place of CUDA.
@@ -198,12 +273,12 @@ def on_stage(monkeypatch):
     kernels = {"nearest": (search, 4), "prepare": (codebook, None), "quantize": (quantize, 9)}
     for op, (module, prepared) in {**kernels, "quantize_backward": (quantize_backward, None)}.items():
         monkeypatch.setattr(module, op, noting(f"{op}: triton", getattr(module, op), prepared))
-    composed = partial(reference.quantize, nearest=ops.nearest, sum_codes=ops.code_sums)
+    composed = partial(reference.quantize, nearest=ops.nearest, code_sums=ops.code_sums)
     fallbacks = {op: getattr(reference, op) for op in (*kernels, "quantize_backward")} | {"quantize": composed}
     with torch.library._scoped_library("vqops", "IMPL") as scope:
 
         def raise_curtain(*table):
-            monkeypatch.setattr(regimes, "ON_CUDA", table)
+            monkeypatch.setattr(choice, "ON_CUDA", table)
             for op, fallback in fallbacks.items():
                 kernel = library.by_regime(op, noting(f"{op}: reference", fallback))
                 scope.impl(op, kernel, "CPU", allow_override=True)

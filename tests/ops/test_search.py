@@ -10,7 +10,9 @@ from cases import INF, NAN, SEARCHES
 from promises import INDICES, ORDER
 from torch.testing import assert_close
 
-from vqops.ops import reference
+import vqops
+from vqops import reference
+from vqops.reference.distance import root
 
 METRICS = ("euclidean", "cosine")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -227,6 +229,12 @@ def test_easy_rows_are_certified(kernel):
         assert kernel.search_statistics(x, c)[2] == 0, case
 
 
+def test_a_prepared_codebook_is_equal_to_itself_alone():
+    c = torch.randn(5, 3)
+    first, second = vqops.prepare(c), vqops.prepare(c)
+    assert first == first and first != second and len({first, second}) == 2
+
+
 # Memory
 
 
@@ -262,7 +270,7 @@ def test_roots_are_correctly_rounded():
     """On some processors torch.sqrt is not."""
     values = torch.rand(100_000, dtype=torch.float64) * torch.exp(300 * torch.randn(100_000, dtype=torch.float64))
     values[:4] = torch.tensor([0, INF, 5e-324, 1.7e308], dtype=torch.float64)
-    ORDER.same(reference.root(values).numpy(), np.sqrt(values.numpy()))
+    ORDER.same(root(values).numpy(), np.sqrt(values.numpy()))
 
 
 @pytest.mark.parametrize("metric", METRICS)

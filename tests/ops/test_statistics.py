@@ -7,7 +7,7 @@ from promises import ORDER, REPEATS, UNCHANGED
 from torch.testing import assert_close
 
 import vqops
-from vqops.ops import reference
+from vqops import reference
 
 TABLE = [
     {

@@ -10,8 +10,8 @@ from promises import INDICES
 from torch.testing import assert_close
 
 from vqops import VectorQuantize
-from vqops.quantizers import kmeans
-from vqops.quantizers.rows import RandomRows
+from vqops.quantizers.codebook import kmeans
+from vqops.quantizers.codebook.random_rows import RandomRows
 
 DIM, CODES = 6, 20
 CLOSE = partial(assert_close, rtol=2e-5, atol=2e-6)

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vqops import VectorQuantize, code_sums, nearest
-from vqops.quantizers import codebook as codebook_module
-from vqops.quantizers import layout as layout_module
-from vqops.quantizers.options import NOT_YET
+from vqops.quantizers.codebook import codebook as codebook_module
+from vqops.quantizers.interface import layout as layout_module
+from vqops.quantizers.interface.options import NOT_YET
 
 FLOAT_BUFFERS = ("cluster_size", "embed_avg", "embed")
 
@@ -535,7 +535,7 @@ ASYNCHRONOUS = {
 def test_the_host_never_waits(name, training, monkeypatch):
     options, arguments = ASYNCHRONOUS[name]
     # On the CPU it reads the values; elsewhere it is an assertion on the device.
-    for module in (layout_module, sys.modules["vqops.ops.code_sums"]):
+    for module in (layout_module, *(sys.modules[f"vqops.ops.{op}"] for op in ("code_sums", "cross_entropy"))):
         monkeypatch.setattr(module, "check_indices", lambda *_: None)
     fixed = {"kmeans_init": True, "threshold_ema_dead_code": 2, "accept_image_fmap": True}
     vq = VectorQuantize(4, 8, **({"codebook_dim": 3} | fixed | options)).train(training)
@@ -626,6 +626,30 @@ def test_activation_checkpointing_without_an_update(options, arguments, use_reen
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         VectorQuantize(**({"dim": 4, "codebook_size": 8} | options))
+
+
+class Named(VectorQuantize):
+    pass
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Named(0, 8),
+        lambda: Named(4, 8, decay=2),
+        lambda: Named(4, 8, codebook_dims=3),
+        lambda: Named(4, 8)(torch.zeros(2, 3)),
+        lambda: Named(4, 8)(torch.zeros(2, 4), mask=torch.zeros(2)),
+        lambda: Named(4, 8)(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int32)),
+        lambda: Named(4, 8)(torch.zeros(2, 4), ema_update_weight=torch.zeros(3)),
+        lambda: Named(4, 8)(torch.zeros(2, 4), straight_through=True),
+        lambda: Named(4, 8, learnable_codebook=True)._codebook.update_ema(),
+        lambda: setattr(Named(4, 8), "codebook", torch.zeros(3)),
+    ],
+)
+def test_messages_name_the_class_that_was_called(call):
+    with pytest.raises(Exception, match=r"^Named[:.]"):
+        call()
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqops import VectorQuantize, nearest, nearest_topk
-from vqops.quantizers import cross_entropy
-from vqops.quantizers.losses import LossBreakdown
+from vqops.ops import code_cross_entropy
+from vqops.quantizers.interface.losses import LossBreakdown
+from vqops.reference import cross_entropy
 
 DIM, CODES = 6, 16
 HEADS = {
@@ -330,7 +331,7 @@ def test_cross_entropy_in_blocks(metric, dtype, monkeypatch):
     targets[0, 0] = 4
     weight = torch.randn(2, 11, dtype=torch.float64)
     results = []
-    for function, kind in ((cross_entropy.code_cross_entropy, dtype), (plain, torch.float64)):
+    for function, kind in ((code_cross_entropy, dtype), (plain, torch.float64)):
         leaves = [t.to(kind, copy=True).requires_grad_() for t in (x, codebook)]
         entropy = function(*leaves, targets, metric)
         (entropy * weight).sum().backward()
@@ -347,7 +348,7 @@ def test_cross_entropy_of_awkward_values(scale, offset, huge):
     codebook[0, 7] += huge
     targets = torch.randint(20, (1, 50))
     given = x.clone().requires_grad_()
-    entropy = cross_entropy.code_cross_entropy(given, codebook, targets, "euclidean")
+    entropy = code_cross_entropy(given, codebook, targets, "euclidean")
     entropy.sum().backward()
     exact = x.double().requires_grad_()
     expected = plain(exact, codebook.double(), targets, "euclidean")
@@ -364,7 +365,7 @@ def test_cross_entropy_without_the_values_that_are_no_numbers(metric):
     targets = torch.tensor([[0, 1, 3, 5, 0, 1, 3, 2, 0]])
     x[0, 8, 1] = torch.nan
     leaves = [t.clone().requires_grad_() for t in (x, codebook)]
-    entropy = cross_entropy.code_cross_entropy(*leaves, targets, metric)
+    entropy = code_cross_entropy(*leaves, targets, metric)
     entropy.sum().backward()
     rest = codebook[:, [0, 1, 3, 5]]
     expected = plain(x, rest, torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 0]]), metric)
@@ -388,8 +389,8 @@ def test_cross_entropy_makes_nothing_of_size_n_times_k():
     x, codebook = torch.randn(1, 5000, 2), torch.randn(1, 7000, 2)
     targets = torch.randint(7000, (1, 5000))
     with LargestTensor() as mode:
-        _, total, old = cross_entropy.forward._init_fn(x, codebook, targets, "euclidean")
-        cross_entropy.backward._init_fn(total, x, old, targets, total, "euclidean", True, True)
+        _, total, old = cross_entropy.code_cross_entropy(x, codebook, targets, "euclidean")
+        cross_entropy.code_cross_entropy_backward(total, x, old, targets, total, "euclidean", True, True)
     assert mode.largest == cross_entropy.ROWS * cross_entropy.CODES < x.shape[1] * codebook.shape[1]
 
 
@@ -398,7 +399,7 @@ def test_opcheck_of_the_cross_entropy():
     targets = torch.randint(-1, 7, (2, 5))
     torch.library.opcheck(torch.ops.vqops.code_cross_entropy, (x, codebook, targets, "euclidean"))
     with pytest.raises(NotImplementedError):
-        entropy = cross_entropy.code_cross_entropy(x, codebook, targets, "euclidean")
+        entropy = code_cross_entropy(x, codebook, targets, "euclidean")
         (grad,) = torch.autograd.grad(entropy.sum(), x, create_graph=True)
         grad.sum().backward()
 

@@ -9,7 +9,7 @@ from promises import INDICES, REPEATS, UNCHANGED
 from torch.testing import assert_close
 
 from vqops import VectorQuantize
-from vqops.quantizers import codebook as codebook_module
+from vqops.quantizers.codebook import codebook as codebook_module
 
 DIM, CODES = 4, 8
 HEADS = {
@@ -227,8 +227,7 @@ def test_expired_codes_restart_from_the_vectors(heads, use_cosine_sim):
     size, codes = vq._codebook.cluster_size, vq._codebook.embed
     assert (size[:, ::2] == 2).all() and (size[:, 1::2] == 3).all()
     UNCHANGED.same(codes[:, 1::2], before["_codebook.embed"][:, 1::2])
-    z = vq.project_in(x.movedim(1, -1)).detach()
-    rows = vq.layout.rows(z)
+    rows = vq._layout.rows(x, vq.project_in).detach()
     rows = F.normalize(rows, dim=-1) if use_cosine_sim else rows
     distance = (codes[:, ::2, None] - rows[:, None]).norm(dim=-1).nan_to_num(torch.inf).amin(-1)
     assert (distance < 1e-6).all()

@@ -1,11 +1,14 @@
 """Checks of arguments, shared by all ops: each error names the op and the argument, what came and what is allowed."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-METRICS = ("euclidean", "cosine")
+Metric = Literal["euclidean", "cosine"]
+Gradient = Literal["straight_through", "rotation", "none"]
+METRICS, GRADIENTS = get_args(Metric), get_args(Gradient)
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-GRADIENTS = ("straight_through", "rotation", "none")
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from vqops.ops import reference
+from vqops import reference
+from vqops.dispatch.library import Implementation, define, select, without_gradient
 from vqops.ops.checks import check_device, check_floating, check_indices, check_shape, check_weight
-from vqops.ops.library import define, select
-from vqops.ops.search import no_backward, no_gradient
 
 
 def code_sums(
@@ -16,7 +15,7 @@ def code_sums(
     weight: Tensor | None = None,  # shape of x without D
     *,
     heads: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:  # counts [K] int64, or float32 if weighted; sums [K, D] float32; with heads [H, ...]
     """Number and sum of the vectors that have each code.
 
@@ -32,8 +31,8 @@ def code_sums(
     Raises ValueError where shapes or devices disagree, TypeError for dtypes, IndexError for an index that is no code.
 
     Equivalent to:
-        one_hot = (indices[..., None] == torch.arange(num_codes)) * weight[..., None]
-        counts, sums = one_hot.sum(0), one_hot.mT @ x
+        one_hot = (indices[:, None] == torch.arange(num_codes)) * (1 if weight is None else weight[:, None])
+        return one_hot.sum(0), one_hot.mT.float() @ x.float()
     """
     check_floating("code_sums", x=x)
     check_device("code_sums", x, indices=indices, weight=weight)
@@ -63,6 +62,5 @@ define(
     "(Tensor x, Tensor indices, int num_codes, Tensor? weight=None) -> (Tensor, Tensor)",
     reference.code_sums,
     fake_code_sums,
-    setup_context=no_gradient,
-    backward=no_backward,
+    autograd=without_gradient(),
 )

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from vqops.ops import reference
-from vqops.ops.checks import METRICS, check_choice, check_device, check_shape
-from vqops.ops.library import define, select
+from vqops import reference
+from vqops.dispatch.library import Implementation, define, select
+from vqops.ops.checks import METRICS, Metric, check_choice, check_device, check_shape
 
 
 def ema_update_(
@@ -17,9 +17,9 @@ def ema_update_(
     decay: Tensor | float,  # a 0-d float32 tensor where it changes from step to step
     eps: float = 1e-5,
     weight: Tensor | None = None,  # [H, K], scales the step of each code
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> None:
     """Move the averages towards a step's statistics and the codebook to their ratio, with Laplace smoothing.
 
@@ -35,7 +35,9 @@ def ema_update_(
     Equivalent to:
         cluster_size.lerp_(counts, 1 - decay)
         embed_avg.lerp_(sums, 1 - decay)
-        embed.copy_(embed_avg / smoothed(cluster_size))
+        total = cluster_size.sum(-1, keepdim=True)
+        smoothed = (cluster_size + eps) / (total + cluster_size.shape[-1] * eps) * total
+        embed.copy_(embed_avg / smoothed[..., None])
     """
     op = "ema_update_"
     for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):

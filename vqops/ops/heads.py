@@ -14,7 +14,7 @@ class Heads(NamedTuple):
     single: bool  # the caller's codebook was [K, D]
 
     def row(self, t: Tensor | None) -> Tensor | None:
-        """A value a row of the caller's, as [H, N]."""
+        """Per-row values in the caller's shape, as [H, N]."""
         return t.reshape(1, -1) if self.single and t is not None else t
 
     def rows_back(self, t: Tensor) -> Tensor:

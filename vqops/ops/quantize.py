@@ -6,14 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqops.ops import reference
-from vqops.ops.checks import GRADIENTS, check_choice, check_search, check_weight
+from vqops import reference
+from vqops.dispatch.library import Autograd, Implementation, define, select, without_second_derivative
+from vqops.ops.checks import GRADIENTS, Gradient, Metric, check_choice, check_search, check_weight
 from vqops.ops.heads import with_heads
-from vqops.ops.library import define, no_second_derivative, select
 from vqops.ops.search import PreparedCodebook, unpack
 
 
 class Quantized(NamedTuple):
+    """The result of `quantize`. H is left out for a codebook [K, D]."""
+
     quantized: Tensor  # x's shape and dtype
     indices: Tensor  # int64, shape of x without D
     error: Tensor  # float32 (float64 for float64 x), shape of x without D
@@ -26,12 +28,12 @@ def quantize(
     codebook: Tensor | PreparedCodebook,  # [K, D] or [H, K, D]
     mask: Tensor | None = None,  # bool, shape of x without D; False leaves the row out
     weight: Tensor | None = None,  # shape of x without D, for the sums
-    metric: str = "euclidean",
-    gradient: str = "straight_through",
+    metric: Metric = "euclidean",
+    gradient: Gradient = "straight_through",
     code_sums: bool = False,
     codebook_error_scale: float = 0.0,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Quantized:
     """Replace each vector by its nearest code, with a gradient that passes through.
 
@@ -54,6 +56,7 @@ def quantize(
         indices = nearest(x, codebook)
         quantized = x + (codebook[indices] - x).detach()
         error = (x - codebook[indices].detach()).square().sum(-1)
+        return quantized, indices, error
     """
     op = "quantize"
     codebook, packed = unpack(op, codebook, metric, implementation)
@@ -156,8 +159,7 @@ define(
     "bool codebook_needed=False) -> (Tensor, Tensor)",
     reference.quantize_backward,
     fake_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    backward=no_second_derivative("quantize_backward"),
+    autograd=without_second_derivative("quantize_backward"),
 )
 define(
     "quantize",
@@ -166,8 +168,6 @@ define(
     "Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.quantize,
     fake_quantize,
-    fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
-    setup_context=save_for_backward,
-    backward=backward,
-    backward_op="quantize_backward",
+    fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, code_sums=torch.ops.vqops.code_sums),
+    autograd=Autograd(save_for_backward, backward, "quantize_backward"),
 )

@@ -5,28 +5,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqops import _C
-from vqops.ops import reference
-from vqops.ops.checks import METRICS, check_choice, check_codebook, check_search
+from vqops import reference
+from vqops.dispatch.library import Implementation, define, is_compiled, kernels, select, without_gradient
+from vqops.ops.checks import METRICS, Metric, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
-from vqops.ops.library import default_on_cuda, define, is_compiled, select
 from vqops.triton_kernels.layout import packed_bytes
 
 LARGEST_K = 32  # of nearest_topk: the list of candidates of a row stays in registers or cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedCodebook:
     """A codebook with what the search derives from it: centre, norms, packed copy. Made by `prepare`."""
 
     codebook: Tensor  # [K, D] or [H, K, D], the caller's own tensor
     packed: Tensor  # uint8, in the layout of the implementation that made it
-    metric: str
-    implementation: str | None
+    metric: Metric
+    implementation: Implementation | None
     version: int  # of the codebook, which must not change in place afterwards
 
 
-def prepare(codebook: Tensor, metric: str = "euclidean", *, implementation: str | None = None) -> PreparedCodebook:
+def prepare(
+    codebook: Tensor, metric: Metric = "euclidean", *, implementation: Implementation | None = None
+) -> PreparedCodebook:
     """Prepare a codebook [K, D] or [H, K, D] once, for many searches in evaluation or with a frozen codebook.
 
     The result takes the codebook's place in `nearest`, `nearest_topk` and `quantize`. It is invalid as soon as the
@@ -42,7 +43,7 @@ def prepare(codebook: Tensor, metric: str = "euclidean", *, implementation: str 
     return PreparedCodebook(codebook, packed, metric, implementation, codebook._version)
 
 
-def unpack(op: str, codebook: Tensor | PreparedCodebook, metric: str, implementation: str | None):
+def unpack(op: str, codebook: Tensor | PreparedCodebook, metric: Metric, implementation: Implementation | None):
     """The codebook, and its preparation if there is one that fits the call."""
     if not isinstance(codebook, PreparedCodebook):
         return codebook, None
@@ -64,16 +65,16 @@ def nearest(
     x: Tensor,  # [..., D], or [H, N, D] with one codebook per head
     codebook: Tensor | PreparedCodebook,  # [K, D] or [H, K, D]
     mask: Tensor | None = None,  # bool, shape of x without D; False leaves the row out
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Tensor:  # int64, shape of x without D
     """The index of the nearest code of each vector.
 
     euclidean: argmin_k |x - c_k|^2.  cosine: argmax_k x.c_k / |c_k|, where a zero code scores 0.
 
     Exact: distances are compared in float64 on the values given, in one fixed order of operations
-    (`vqops.ops.reference.cost`), so every implementation returns the same index; ties go to the lowest.
+    (`vqops.reference.distance.cost`), so every implementation returns the same index; ties go to the lowest.
     -1 for rows that are masked or hold a NaN or an Inf. A code that is not finite is never chosen; if none is finite,
     all indices are -1. x and codebook may differ in dtype (float32, float64, float16, bfloat16) and are not cast.
     No temporary is of size N x K. No gradient.
@@ -96,9 +97,9 @@ def nearest_topk(
     codebook: Tensor | PreparedCodebook,  # [K, D] or [H, K, D]
     k: int,
     mask: Tensor | None = None,  # bool, shape of x without D
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Tensor, Tensor]:  # indices [..., k] int64, distances [..., k] float32 (float64 for float64 x)
     """The k nearest codes of each vector, nearest first, equal distances by index. 1 <= k <= min(K, 32).
 
@@ -110,7 +111,8 @@ def nearest_topk(
 
     Equivalent to:
         distance = (x.double()[..., None, :] - codebook.double()).square().sum(-1)
-        return distance.topk(k, largest=False)
+        distances, indices = distance.topk(k, largest=False)
+        return indices, distances.float()
     """
     codebook, packed = unpack("nearest_topk", codebook, metric, implementation)
     check_search("nearest_topk", x, codebook, mask, metric)
@@ -125,9 +127,9 @@ def nearest_topk(
 def search_statistics(
     x: Tensor,  # [..., D], or [H, N, D] with one codebook per head
     codebook: Tensor,  # [K, D] or [H, K, D]
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Tensor:  # [4] int64
     """How `nearest` decided the rows of x; the four numbers add up to the number of rows.
 
@@ -158,33 +160,16 @@ def fake_statistics(x, codebook, metric="euclidean"):
 
 
 def fake_prepare(codebook, metric="euclidean"):
-    if codebook.device.type != "cuda":
-        return fake_prepare_on_cpu(codebook)
-    fakes = {"reference": reference.prepare, "compiled": fake_prepare_compiled, "triton": fake_prepare_triton}
-    return fakes[default_on_cuda("prepare", {"codebook": codebook})](codebook, metric)
-
-
-def fake_prepare_on_cpu(codebook):
-    H, K, D = codebook.shape
-    codes = (K + 31) // 32 * 32  # the layout is that of csrc/cpu/codebook.h
-    depth = (D + 1) // 2 + 1 if _C.screens_in_bfloat16() else D + 1
-    size = H * (64 + 4 * ((D + 15) // 16 * 16) + 4 * codes * (depth + 3))
+    if codebook.device.type == "cuda":  # the call chooses who prepares
+        return of_unknown_size(codebook)
     compiled = codebook.device.type == "cpu" and is_compiled("prepare", "cpu")
-    return codebook.new_empty(size if compiled else 0, dtype=torch.uint8)
+    return (fake_prepare_compiled if compiled else reference.prepare)(codebook)
 
 
 def fake_prepare_compiled(codebook, metric="euclidean"):
-    if codebook.device.type != "cuda":
-        return fake_prepare_on_cpu(codebook)
-    return codebook.new_empty(packed_bytes_on_cuda(*codebook.shape), dtype=torch.uint8)
-
-
-def packed_bytes_on_cuda(H: int, K: int, D: int) -> int:
-    """The layout is that of csrc/cuda/codebook.h."""
-    codes = (K + 127) // 128 * 128
-    width = next((most for most in (16, 32) if most >= D), (D + 63) // 64 * 64)
-    pieces = (4, 4, 4, 4 * D, 16 * codes, codes // 8, 2 * codes * width)
-    return H * sum((size + 255) // 256 * 256 for size in pieces)
+    if not all(isinstance(size, int) for size in codebook.shape):
+        return of_unknown_size(codebook)
+    return codebook.new_empty(kernels.packed_bytes(codebook.device.type, *codebook.shape), dtype=torch.uint8)
 
 
 def fake_prepare_triton(codebook, metric="euclidean"):
@@ -192,12 +177,8 @@ def fake_prepare_triton(codebook, metric="euclidean"):
     return codebook.new_empty(size, dtype=torch.uint8)
 
 
-def no_gradient(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output)
-
-
-def no_backward(ctx, *gradients):
-    raise AssertionError("no output of this op carries a gradient")
+def of_unknown_size(codebook):
+    return codebook.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 SEARCH = "Tensor? mask=None, str metric='euclidean', Tensor? prepared=None"
@@ -207,17 +188,18 @@ define(
     f"(Tensor x, Tensor codebook, int k, {SEARCH}) -> (Tensor, Tensor)",
     reference.nearest_topk,
     fake_topk,
-    setup_context=no_gradient,
-    backward=no_backward,
+    autograd=without_gradient(),
 )
 define(
     "prepare",
     "(Tensor codebook, str metric='euclidean') -> Tensor",
     reference.prepare,
-    fake_prepare,
-    reference_fake=reference.prepare,
-    compiled_fake=fake_prepare_compiled,
-    triton_fake=fake_prepare_triton,
+    {
+        None: fake_prepare,
+        "reference": reference.prepare,
+        "compiled": fake_prepare_compiled,
+        "triton": fake_prepare_triton,
+    },
 )
 define(
     "search_statistics",

@@ -1,18 +1,16 @@
 """VectorQuantize: a discrete bottleneck with an EMA codebook or a learnable one."""
 
+from contextlib import nullcontext
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqops.ops import Quantized
+from vqops.ops import check_first_run
 from vqops.ops.checks import check_device
-from vqops.quantizers.checkpointing import check_first_run
-from vqops.quantizers.codebook import Codebook, UpdateWeight
-from vqops.quantizers.cross_entropy import mean_cross_entropy
-from vqops.quantizers.layout import Layout
-from vqops.quantizers.losses import mean_error, weighted
-from vqops.quantizers.options import check_counts, check_decay, check_not_both, check_not_negative, refuse
-from vqops.quantizers.topk import quantize_topk
+from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
+from vqops.quantizers.interface.layout import Layout
+from vqops.quantizers.interface.losses import mean_cross_entropy, mean_error, weighted
+from vqops.quantizers.interface.options import check_counts, check_decay, check_not_both, check_not_negative, refuse
 
 
 class VectorQuantize(nn.Module):
@@ -38,7 +36,7 @@ class VectorQuantize(nn.Module):
         freeze_codebook: no update of the codes in training; forward's argument of this name overrides it.
         kmeans_init: the first batch decides the first codes, by k-means; without it they are random.
         kmeans_iters: iterations of that k-means.
-        sync_kmeans: k-means on the joint batch of all ranks, with a collective an iteration; False: on the batch of
+        sync_kmeans: k-means on the joint batch of all ranks, with a collective per iteration; False: on the batch of
             the rank that has most vectors. Either way all ranks start with the same codes.
         use_cosine_sim: the nearest code is the one of largest cosine; vectors and codes have norm 1.
         layernorm_after_project_in: a LayerNorm after `project_in`, if there is one.
@@ -60,35 +58,10 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: False: no gradient of the output reaches the input; it goes to the codes if they are
             learnable.
 
-    forward takes, besides the input x,
-        indices: int64, shaped as forward returns them. Instead of three values it then returns quantized and the mean
-            cross entropy of these codes, under the softmax of -|z - c_k|, for cosine of z.c_k; -1 is left out.
-        mask: bool, shape of x without its feature axis; False leaves a vector out of everything.
-        lens: [b] integers, for x [b, n, dim]: the mask that keeps the first lens[i] vectors of each sequence.
-        topk: return the codes of the k nearest (at most 32) instead of one, for one head. Nothing is updated.
-        freeze_codebook, ema_update: as above, for this call.
-        return_loss_breakdown: a fourth value, LossBreakdown.
-        ema_update_weight: [K] or [heads, K] in [0, 1], or a function of the sums [H, K, D] and counts [H, K] of all
-            ranks that returns this: scales how far each code's averages move.
-        accum_ema_update: only keep this call's counts and sums, for the next call without it to add to its own.
-
-    and returns
-        quantized: shape and dtype of the input (of the projection, if there is one); topk: k before the features, or
-            after all axes if the features come second.
-        indices: int64, shape of the input without its feature axis, then heads (if more than one) or k; -1 for masked
-            vectors and for those with a NaN or Inf, whose quantized values and loss are NaN and which take no part in
-            any update.
-        loss: (), float32 (float64 for float64 input), the mean over vectors that are not masked; 0 in eval and for an
-            empty batch. topk: the shape of the indices, in eval too.
-
-    In eval nothing is updated and no gradient reaches the input, except of the cross entropy; but a first batch still
-    initialises by k-means. An empty batch, or one without a valid vector on any rank, moves no average.
-
     In a `torch.distributed` job all ranks must call forward in training and for the first batch, in the same order. A
-    step is one collective, with dead codes a small one more; k-means one an iteration.
+    step is one collective, with dead codes a small one more; k-means one per iteration.
 
-    Raises TypeError or ValueError for arguments or inputs that don't fit, IndexError for indices that are no codes, and
-    RuntimeError when activation checkpointing repeats a step that has updated the codebook, before anything is changed.
+    Raises TypeError or ValueError for arguments that don't fit.
 
     Arguments, results and `state_dict` are those of vector-quantize-pytorch; docs/differences.md lists where the
     behaviour differs on purpose. Sources: van den Oord et al. 2017 (arXiv 1711.00937), appendix A.1 for the averages;
@@ -123,23 +96,23 @@ class VectorQuantize(nn.Module):
         learnable_codebook: bool | None = None,
         return_zeros_for_masked_padding: bool = True,
         route_gradients_to_input: bool = True,
-        **later,
+        **unsupported,
     ):
-        refuse("VectorQuantize", later)
+        owner = type(self).__name__
+        refuse(owner, unsupported)
         super().__init__()
         codebook_dim = dim if codebook_dim is None else codebook_dim
         learnable_codebook = bool(learnable_codebook)
         ema_update = not learnable_codebook if ema_update is None else ema_update
-        check_counts(
-            dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads, kmeans_iters=kmeans_iters
-        )
-        check_decay(decay)
+        counts = {"dim": dim, "codebook_size": codebook_size, "codebook_dim": codebook_dim, "heads": heads}
+        check_counts(owner, **counts, kmeans_iters=kmeans_iters)
+        check_decay(owner, decay)
         check_not_negative(
-            eps=eps, threshold_ema_dead_code=threshold_ema_dead_code, commitment_weight=commitment_weight
+            owner, eps=eps, threshold_ema_dead_code=threshold_ema_dead_code, commitment_weight=commitment_weight
         )
-        check_not_both(use_cosine_sim=use_cosine_sim, learnable_codebook=learnable_codebook)
-        check_not_both(ema_update=ema_update, learnable_codebook=learnable_codebook)
-        check_not_both(accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)
+        check_not_both(owner, use_cosine_sim=use_cosine_sim, learnable_codebook=learnable_codebook)
+        check_not_both(owner, ema_update=ema_update, learnable_codebook=learnable_codebook)
+        check_not_both(owner, accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)
 
         self.dim = dim
         self.codebook_size = codebook_size
@@ -165,6 +138,7 @@ class VectorQuantize(nn.Module):
             codebook_dim,
             codebook_size,
             heads if separate_codebook_per_head else 1,
+            owner=owner,
             decay=decay,
             eps=eps,
             kmeans_init=kmeans_init,
@@ -187,7 +161,7 @@ class VectorQuantize(nn.Module):
     def codebook(self, codes: Tensor) -> None:
         if codes.shape != self.codebook.shape:
             raise ValueError(
-                f"VectorQuantize: codebook must have shape {list(self.codebook.shape)}, got {list(codes.shape)}"
+                f"{type(self).__name__}: codebook must have shape {list(self.codebook.shape)}, got {list(codes.shape)}"
             )
         self._codebook.set_(codes.view(self._codebook.embed.shape))
 
@@ -198,7 +172,7 @@ class VectorQuantize(nn.Module):
 
     @decay.setter
     def decay(self, value: float) -> None:
-        check_decay(value)
+        check_decay(type(self).__name__, value)
         self._codebook.decay = value
 
     @property
@@ -206,14 +180,16 @@ class VectorQuantize(nn.Module):
         return self._codebook.ema_update
 
     @property
-    def layout(self) -> Layout:
+    def _layout(self) -> Layout:
         image = 2 if self.accept_image_fmap else 3 if self.accept_3d_fmap else None
         features_second = image is not None or not self.channel_last
-        return Layout(self.dim, self.heads, self.separate_codebook_per_head, features_second, image)
+        return Layout(
+            type(self).__name__, self.dim, self.heads, self.separate_codebook_per_head, features_second, image
+        )
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor,  # [b, ..., dim], or [b, dim, ...]
         indices: Tensor | None = None,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
@@ -224,89 +200,93 @@ class VectorQuantize(nn.Module):
         ema_update_weight: UpdateWeight | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-        **later,
+        **unsupported,
     ) -> tuple[Tensor, ...]:
-        refuse("VectorQuantize.forward", later)
+        """Quantize x: (quantized, indices, loss). In training then update the codes.
+
+        Arguments:
+            x: float32, float64, float16 or bfloat16, in the axes that channel_last, accept_image_fmap and
+                accept_3d_fmap say.
+            indices: int64, shaped as returned. The result is then (quantized, the mean cross entropy of these codes)
+                under the softmax of -|z - c_k|, for cosine of z.c_k; -1 is left out.
+            mask: bool, shape of x without its feature axis; False leaves a vector out of everything.
+            lens: [b] integers, for x [b, n, dim]: the mask that keeps the first lens[i] vectors of each sequence.
+            topk: return the codes of the k nearest (at most 32) instead of one, for one head. Nothing is updated.
+            freeze_codebook, ema_update: as in the constructor, for this call.
+            return_loss_breakdown: a fourth value, LossBreakdown.
+            ema_update_weight: [K] or [heads, K] in [0, 1], or a function of the sums [H, K, D] and counts [H, K] of
+                all ranks that returns this: scales how far each code's averages move.
+            accum_ema_update: only keep this call's counts and sums, for the next call without it to add to its own.
+
+        Returns:
+            quantized: shape and dtype of x (of the projection, if there is one); topk: k before the features, or after
+                all axes if the features come second.
+            indices: int64, shape of x without its feature axis, then heads (if more than one) or k; -1 for masked
+                vectors and for those with a NaN or Inf, whose quantized values and loss are NaN and which take no part
+                in any update.
+            loss: (), float32 (float64 for float64 x), the mean over vectors that are not masked; 0 in eval and for an
+                empty batch. topk: the shape of the indices, in eval as well.
+
+        In eval nothing is updated and no gradient reaches x, except of the cross entropy; but a first batch still
+        initialises by k-means. An empty batch, or one without a valid vector on any rank, moves no average.
+
+        Raises TypeError or ValueError for inputs that don't fit, IndexError for indices that are no codes, and
+        RuntimeError when activation checkpointing repeats a step that has updated the codebook, before any change.
+        """
+        owner, layout, codebook = type(self).__name__, self._layout, self._codebook
+        refuse(f"{owner}.forward", unsupported)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         learning = self.training and not frozen
-        collect = learning and topk is None and self._codebook.collects(ema_update)
-        self.check_call(x, indices, topk, ema_update, ema_update_weight)
-        mask = self.layout.mask(x, mask, lens)
+        collect = learning and topk is None and codebook.collects(ema_update)
+        self._check_call(x, indices, topk, ema_update, ema_update_weight)
+        mask = layout.mask(x, mask, lens)
         if collect:
-            check_first_run(self._codebook.embed.detach())
+            check_first_run(codebook.embed.detach(), owner)
+        ready = codebook.is_initted or torch.compiler.is_compiling()
+        with nullcontext() if ready else codebook.restored_on_failure():
+            positions, row_mask = layout.positions(x), layout.mask_rows(mask)
+            rows = self._rows(x, mask)
+            codebook.ready_(rows.detach(), row_mask)
+            gradient = "rotation" if self.rotation_trick else "straight_through"
+            if not self.route_gradients_to_input:
+                gradient = "none"
 
-        def results():
-            update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
-            return self.quantize(x, indices, mask, topk, learning, collect, return_loss_breakdown, update)
+            # In eval only the cross entropy reaches the input.
+            given = rows if self.training else rows.detach()
+            if topk is None:
+                found = codebook(given, row_mask, gradient=gradient, learn=learning, collect=collect)
+                quantized = layout.rows_back(found.quantized, positions)
+                chosen = layout.indices_back(found.indices, positions)
+                error = found.error
+                commitment = mean_error(error, row_mask, rows.shape[-1]) if self.training else error.new_zeros(())
+            else:
+                k = min(topk, self.codebook_size)
+                found = codebook.topk(given, k, row_mask, gradient=gradient, learn=learning)
+                quantized = found.quantized.view(*positions, k, rows.shape[-1])
+                chosen = found.indices.view(*positions, k)
+                commitment = found.error.view(*positions, k) / rows.shape[-1]
+            quantized = self._output(self.project_out(quantized), mask, x)
 
-        if self._codebook.is_initted or torch.compiler.is_compiling():
-            return results()
-        with self._codebook.restored_on_failure():
-            return results()
-
-    def quantize(
-        self,
-        x: Tensor,
-        targets: Tensor | None,
-        mask: Tensor | None,  # [*positions]
-        topk: int | None,
-        learning: bool,
-        collect: bool,
-        return_loss_breakdown: bool,
-        update: dict,
-    ) -> tuple[Tensor, ...]:
-        """forward, after its checks."""
-        layout = self.layout
-        z, rows = self.project(x, mask)
-        positions = z.shape[:-1]
-        row_mask = layout.mask_rows(mask)
-        self._codebook.ready_(rows.detach(), row_mask)
-        gradient = "rotation" if self.rotation_trick else "straight_through"
-        if not self.route_gradients_to_input:
-            gradient = "none"
-
-        # In eval only the cross entropy reaches the input.
-        given = rows if self.training else rows.detach()
-        if topk is None:
-            found = self._codebook(given, row_mask, gradient=gradient, learn=learning, collect=collect)
-            quantized = self.routed_to_codes(found, learning) if gradient == "none" else found.quantized
-            quantized = layout.rows_back(quantized, positions)
-            indices = layout.indices_back(found.indices, positions)
-            error = found.error
-            commitment = mean_error(error, row_mask, rows.shape[-1]) if self.training else error.new_zeros(())
-        else:
-            k = min(topk, self.codebook_size)
-            codes = self._codebook.codes(learning).squeeze(0)
-            flat = None if mask is None else mask.flatten()
-            found = quantize_topk(given.squeeze(0), codes, k, flat, self._codebook.metric, gradient)
-            quantized = found.quantized.view(*positions, k, rows.shape[-1])
-            indices = found.indices.view(*positions, k)
-            commitment = found.error.view(*positions, k) / rows.shape[-1]
-        quantized = self.output(self.project_out(quantized), mask, x)
-
-        if targets is None:
-            loss, breakdown = weighted(commitment, self.commitment_weight, self.training)
-            results = (quantized, indices, loss, breakdown) if return_loss_breakdown else (quantized, indices, loss)
-        else:
-            codes, targets = self._codebook.codes(learning), layout.index_rows(targets)
-            results = quantized, mean_cross_entropy(rows, codes, targets, row_mask, self._codebook.metric)
-        # Last, so that nothing that fails before it leaves a trace.
-        if collect:
-            self._codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
+            if indices is None:
+                loss, breakdown = weighted(commitment, self.commitment_weight, self.training)
+                results = (quantized, chosen, loss, breakdown) if return_loss_breakdown else (quantized, chosen, loss)
+            else:
+                codes, targets = codebook.codes(learning), layout.index_rows(indices)
+                results = quantized, mean_cross_entropy(rows, codes, targets, row_mask, codebook.metric)
+            # Last, so that nothing that fails before it leaves a trace.
+            if collect:
+                update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
+                codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
         return results
 
-    def project(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The vectors to quantize, as [*positions, heads * D] and as rows [H, N, D]."""
-        given = self.layout.features_last(x)
-        if mask is not None and self.has_projections:
-            # Padding may hold anything, and 0 * NaN in the gradient of the weights is NaN.
-            given = given.masked_fill(~mask.unsqueeze(-1), 0)
-        z = self.project_in(given)
-        return z, self.layout.rows(z)
+    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [H, N, D]
+        # Padding may hold anything, and 0 * NaN in the gradient of the projection's weights is NaN.
+        padding = ~mask if mask is not None and self.has_projections else None
+        return self._layout.rows(x, self.project_in, padding)
 
-    def output(self, quantized: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+    def _output(self, quantized: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
         """The output in the caller's axes, with its values at masked positions."""
-        layout = self.layout
+        layout = self._layout
         if mask is not None:
             kept, original = mask.unsqueeze(-1), layout.features_last(x)
             if quantized.dim() > original.dim():  # [*positions, k, dim]
@@ -317,42 +297,27 @@ class VectorQuantize(nn.Module):
                 quantized = quantized.masked_fill(~kept, 0)
         return layout.features_back(quantized)
 
-    def routed_to_codes(self, found: Quantized, learning: bool) -> Tensor:  # [H, N, D]
-        """The quantized rows, with their gradient to the codes if they are learnable, and else without one."""
-        quantized = found.quantized.detach()
-        if not (learning and self._codebook.learnable_codebook):
-            return quantized
-        codes = self.codes_of(self.layout.heads_last(found.indices).reshape(-1, self.heads))
-        codes = self.layout.heads_first(codes)
-        return quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero
-
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of indices [b, ...]: [b, ..., D], or [b, D, ...] if the input is [b, dim, ...]. -1 gives zeros.
 
         With heads, indices are [b, ..., heads], and their codes stand one behind the other in the features.
         """
-        self.layout.check_indices(indices, self.codebook_size)
-        return self.layout.features_back(self.joined_codes(indices))
+        return self._layout.features_back(self._joined_codes(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What forward returned as quantized with these indices, unless the codes have changed. -1 gives zeros."""
-        self.layout.check_indices(indices, self.codebook_size)
-        codes = self.joined_codes(indices)
+        """The quantized vectors that forward returned with these indices, if the codes are the same. -1 gives zeros."""
+        codes = self._joined_codes(indices)
         if self.has_projections:
             codes = self.project_out(codes.to(self.project_out.weight.dtype))
             missing = (indices < 0).all(-1) if self.heads > 1 else indices < 0
             codes = codes.masked_fill(missing.unsqueeze(-1), 0)
-        return self.layout.features_back(codes)
+        return self._layout.features_back(codes)
 
-    def joined_codes(self, indices: Tensor) -> Tensor:  # [*positions(, heads)] -> [*positions, heads * D]
-        return self.codes_of(indices if self.heads > 1 else indices.unsqueeze(-1)).flatten(-2)
-
-    def codes_of(self, indices: Tensor) -> Tensor:  # [..., heads] -> [..., heads, D], zeros for -1
-        embed = self._codebook.embed
-        place = indices.clamp_min(0)
-        if self.separate_codebook_per_head:
-            place = place + self.codebook_size * torch.arange(self.heads, device=indices.device)
-        return F.embedding(place, embed.flatten(0, 1)).masked_fill((indices < 0).unsqueeze(-1), 0)
+    def _joined_codes(self, indices: Tensor) -> Tensor:  # [*positions(, heads)] -> [*positions, heads * D]
+        layout = self._layout
+        layout.check_indices(indices, self.codebook_size)
+        positions = tuple(indices.shape[:-1] if self.heads > 1 else indices.shape)
+        return layout.rows_back(self._codebook.codes_at(layout.index_rows(indices)), positions)
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
@@ -361,16 +326,16 @@ class VectorQuantize(nn.Module):
         x, indices and mask as in forward; index -1 leaves a vector out. Also in eval and with freeze_codebook, since it
         is asked for. A learnable codebook has nothing to update, unless threshold_ema_dead_code keeps averages.
         """
-        self.check_call(x, indices, None, None, None)
-        mask = self.layout.mask(x, mask, None)
+        self._check_call(x, indices, None, None, None)
+        mask = self._layout.mask(x, mask, None)
         if not self._codebook.collects():
             return
-        check_first_run(self._codebook.embed.detach())
-        _, rows = self.project(x, mask)
+        check_first_run(self._codebook.embed.detach(), type(self).__name__)
+        rows = self._rows(x, mask)
         self._codebook.keep_float32_()
-        chosen = self.layout.index_rows(indices)
+        chosen = self._layout.index_rows(indices)
         if mask is not None:
-            chosen = chosen.masked_fill(~self.layout.mask_rows(mask), -1)
+            chosen = chosen.masked_fill(~self._layout.mask_rows(mask), -1)
         self._codebook.update_(rows, *self._codebook.statistics(rows, chosen))
 
     update_ema_indices = update_indices
@@ -381,12 +346,12 @@ class VectorQuantize(nn.Module):
 
         Only in training. All ranks must call it, and get the same codes.
         """
-        self.layout.check_input(x)
-        check_device("VectorQuantize", x, codebook=self._codebook.embed)
+        self._layout.check_input(x)
+        check_device(type(self).__name__, x, codebook=self._codebook.embed)
         if self.training and self._codebook.threshold_ema_dead_code > 0:
-            self._codebook.expire_codes_(self.project(x, None)[1])
+            self._codebook.expire_codes_(self._rows(x, None))
 
-    def check_call(
+    def _check_call(
         self,
         x: Tensor,
         indices: Tensor | None,
@@ -394,23 +359,22 @@ class VectorQuantize(nn.Module):
         ema_update: bool | None,
         ema_update_weight: UpdateWeight | None,
     ) -> None:
-        self.layout.check_input(x)
-        check_device("VectorQuantize", x, codebook=self._codebook.embed, indices=indices)
+        owner = type(self).__name__
+        self._layout.check_input(x)
+        check_device(owner, x, codebook=self._codebook.embed, indices=indices)
         if indices is not None:
-            self.layout.check_indices(indices, self.codebook_size, self.layout.positions(x))
+            self._layout.check_indices(indices, self.codebook_size, self._layout.positions(x))
         if topk is not None:
-            check_counts(topk=topk)
+            check_counts(owner, topk=topk)
             if self.heads > 1:
-                raise ValueError(f"VectorQuantize: topk ranks the codes of one head, got heads={self.heads}")
+                raise ValueError(f"{owner}: topk ranks the codes of one head, got heads={self.heads}")
             if indices is not None:
-                raise ValueError("VectorQuantize: topk and indices can't both be given")
+                raise ValueError(f"{owner}: topk and indices can't both be given")
         if ema_update and self._codebook.learnable_codebook:
-            raise ValueError("VectorQuantize: ema_update=True, but learnable_codebook=True: no averages move the codes")
+            raise ValueError(f"{owner}: ema_update=True, but learnable_codebook=True: no averages move the codes")
         weight = ema_update_weight
         if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
-            raise TypeError(
-                f"VectorQuantize: ema_update_weight must be a tensor or a function, got {type(weight).__name__}"
-            )
+            raise TypeError(f"{owner}: ema_update_weight must be a tensor or a function, got {type(weight).__name__}")
 
     def extra_repr(self) -> str:
         heads = f", heads={self.heads}" if self.heads > 1 else ""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqops.ops.reference import RUN
+from vqops.reference import RUN
 from vqops.triton_kernels.blocks import hot_rows, tile
 
 

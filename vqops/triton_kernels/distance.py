@@ -1,4 +1,4 @@
-"""The arithmetic that decides between codes, to the last bit; vqops/ops/reference.py is its specification.
+"""The arithmetic that decides between codes, to the last bit; vqops/reference/distance.py is its specification.
 
 Kernels that use it are launched with enable_fp_fusion=False: a fused multiply-add rounds once where two are meant.
 """

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vqops.ops.reference import TINY
+from vqops.reference import TINY
 from vqops.triton_kernels.blocks import tile
 
 SMALLEST = tl.constexpr(TINY)

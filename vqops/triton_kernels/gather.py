@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vqops.ops.reference import TINY
+from vqops.reference import TINY
 from vqops.triton_kernels.blocks import tile
 from vqops.triton_kernels.distance import squared_norm
 

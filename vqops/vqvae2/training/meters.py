@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqops.quantizers.ranks import num_ranks, sum_over_ranks
+from vqops.quantizers.codebook.ranks import num_ranks, sum_over_ranks
 from vqops.vqvae2.metrics import count_codes, perplexity
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float
 

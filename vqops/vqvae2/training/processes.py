@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from vqops.quantizers.ranks import num_ranks, rank, sum_over_ranks
+from vqops.quantizers.codebook.ranks import num_ranks, rank, sum_over_ranks
 from vqops.vqvae2.errors import Field, InputError
 
 

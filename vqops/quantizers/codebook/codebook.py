@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqops.ops import Quantized, code_sums, ema_update_, quantize
-from vqops.ops.checks import check_device, check_floating
-from vqops.ops.reference import TINY
-from vqops.quantizers.kmeans import kmeans
-from vqops.quantizers.ranks import num_ranks, of_fullest_rank, sum_over_ranks
-from vqops.quantizers.rows import random_rows
+from vqops.ops.checks import Gradient, check_device, check_floating
+from vqops.quantizers.codebook.kmeans import kmeans
+from vqops.quantizers.codebook.random_rows import random_rows
+from vqops.quantizers.codebook.ranks import num_ranks, of_fullest_rank, sum_over_ranks
+from vqops.quantizers.codebook.topk import QuantizedTopk, quantize_topk
+from vqops.reference import TINY
 
 UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
@@ -23,6 +24,7 @@ class Codebook(nn.Module):
     State: `embed` [H, K, D], the codes, a Parameter if learnable and else a buffer; `cluster_size` [H, K] and
     `embed_avg` [H, K, D], the moving averages of count and sum of the rows of each code; `initted` (), False until
     k-means has run. Buffers stay float32 through `.to(dtype)`, `.half()` and loading; a learnable `embed` follows them.
+    `owner` is the class that the user called, for messages.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Codebook(nn.Module):
         codebook_size: int,
         num_codebooks: int = 1,
         *,
+        owner: str,
         decay: float,
         eps: float,
         kmeans_init: bool,
@@ -44,6 +47,7 @@ class Codebook(nn.Module):
         learnable_codebook: bool,
     ):
         super().__init__()
+        self.owner = owner
         self.decay = decay
         self.eps = eps
         self.kmeans_iters = kmeans_iters
@@ -83,12 +87,15 @@ class Codebook(nn.Module):
         x: Tensor,  # [H, N, D]
         mask: Tensor | None = None,  # [H, N] bool
         *,
-        gradient: str,
+        gradient: Gradient,
         learn: bool,
         collect: bool,
     ) -> Quantized:
-        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: counts and sums, too."""
-        return quantize(
+        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: with counts and sums.
+
+        With gradient "none", the gradient of quantized goes to the codes, if they learn.
+        """
+        found = quantize(
             x,
             self.codes(learn),
             mask,
@@ -97,10 +104,35 @@ class Codebook(nn.Module):
             code_sums=collect,
             codebook_error_scale=float(learn and self.learnable_codebook),
         )
+        if gradient != "none":
+            return found
+        quantized = found.quantized.detach()
+        if learn and self.learnable_codebook:
+            codes = self.codes_at(found.indices)
+            quantized = quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero
+        return found._replace(quantized=quantized)
+
+    def topk(
+        self,
+        x: Tensor,  # [1, N, D]
+        k: int,
+        mask: Tensor | None,  # [1, N] bool
+        *,
+        gradient: Gradient,
+        learn: bool,
+    ) -> QuantizedTopk:
+        """Quantize to each of the k nearest codes, with one codebook."""
+        rows, codes = x.squeeze(0), self.codes(learn).squeeze(0)
+        return quantize_topk(rows, codes, k, None if mask is None else mask.squeeze(0), self.metric, gradient)
 
     def codes(self, learn: bool) -> Tensor:  # [H, K, D]
         """The codes; `learn`: with their gradient, if they are learnable."""
         return self.embed if learn and self.learnable_codebook else self.embed.detach()
+
+    def codes_at(self, indices: Tensor) -> Tensor:  # [H, N] -> [H, N, D], zeros for -1
+        H, K, _ = self.embed.shape
+        place = indices.clamp_min(0) + K * torch.arange(H, device=indices.device).unsqueeze(-1)
+        return F.embedding(place, self.embed.flatten(0, 1)).masked_fill((indices < 0).unsqueeze(-1), 0)
 
     def ready_(self, x: Tensor, mask: Tensor | None) -> None:
         """Before a search: float32 buffers, and k-means if neither a batch nor a loaded state has decided the codes."""
@@ -146,7 +178,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def statistics(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # x [H, N, D], indices [H, N]
-        """What `quantize` collects, for codes that the caller chose: indices without invalid rows, counts, sums."""
+        """The statistics of `quantize` for the caller's indices: these without invalid rows, counts, sums."""
         indices = indices.masked_fill(~x.isfinite().all(-1), -1)
         rows = F.normalize(x.float(), dim=-1, eps=TINY) if self.metric == "cosine" else x
         return indices, *code_sums(rows, indices, self.embed.shape[1], heads=True)
@@ -196,18 +228,20 @@ class Codebook(nn.Module):
     def update_weight(self, weight: UpdateWeight, counts: Tensor, sums: Tensor) -> Tensor:  # [H, K]
         if not isinstance(weight, Tensor):
             weight = weight(sums, counts)
-        name, (H, K) = "VectorQuantize: ema_update_weight", counts.shape
-        check_floating("VectorQuantize", ema_update_weight=weight)
-        check_device("VectorQuantize", self.embed, ema_update_weight=weight)
+        H, K = counts.shape
+        check_floating(self.owner, ema_update_weight=weight)
+        check_device(self.owner, self.embed, ema_update_weight=weight)
         if tuple(weight.shape) not in ((K,), (H, K)):
-            raise ValueError(f"{name} must have shape [{K}] or [{H}, {K}], got {list(weight.shape)}")
+            raise ValueError(
+                f"{self.owner}: ema_update_weight must have shape [{K}] or [{H}, {K}], got {list(weight.shape)}"
+            )
         return weight.detach().float()
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """Set the codes to the ratio of their averages: the step that manual_ema_update leaves to its user."""
         if self.learnable_codebook:
-            raise RuntimeError("VectorQuantize: update_ema, but learnable_codebook is True: no averages move the codes")
+            raise RuntimeError(f"{self.owner}: update_ema, but learnable_codebook is True: no averages move the codes")
         self.keep_float32_()
         nothing = torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_avg)
         ema_update_(self.cluster_size, self.embed_avg, self.embed, *nothing, 1.0, self.eps, metric=self.metric)

@@ -1,28 +1,31 @@
 """Where ops are defined, their kernels registered, and an implementation is picked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import import_module
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from vqops import triton_kernels
-from vqops.ops import regimes
+from vqops.dispatch import choice
 
 try:
-    from vqops import _C  # noqa: F401  importing it registers the compiled kernels
+    kernels = import_module("vqops._C")  # which registers the compiled ones
 except ImportError as error:
     raise ImportError(
         "vqops._C is not built: run `pip install .` in the source folder and import vqops from elsewhere, "
         f"or `pip install -e .` to work on the source ({error})"
     ) from error
 
-IMPLEMENTATIONS = ("compiled", "reference", "triton")
+Implementation = Literal["compiled", "reference", "triton"]
+IMPLEMENTATIONS = get_args(Implementation)
 OPS: list[str] = []
 
 library = torch.library.Library("vqops", "DEF")
 
 
-# What `_C` registered, read before anything here is: the names of the compiled kernels of each device.
+# The names of the compiled kernels of each device: what `_C` registered, read before anything is registered here.
 COMPILED = {
     device: {name for name in torch._C._dispatch_get_registrations_for_dispatch_key(key) if name.startswith("vqops::")}
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
@@ -50,54 +53,79 @@ def by_order(atomic: Callable, in_order: Callable) -> Callable:
     return run
 
 
+class Autograd(NamedTuple):
+    """An op's gradient, in the words of `torch.library.register_autograd`."""
+
+    setup_context: Callable
+    backward: Callable
+    op: str | None = None  # backward gets, as `op`, this one in the implementation of the forward
+
+
+def without_gradient() -> Autograd:
+    def refuse(ctx, *gradients):
+        raise AssertionError("no output of this op carries a gradient")
+
+    return Autograd(lambda ctx, inputs, output: ctx.mark_non_differentiable(*output), refuse)
+
+
+def without_second_derivative(name: str) -> Autograd:
+    """Of ops that are themselves gradients: otherwise second derivatives would be silently zero."""
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(f"{name}: the gradient of a gradient is not defined for a quantizer")
+
+    return Autograd(lambda ctx, inputs, output: None, refuse)
+
+
 def define(
     name: str,
     schema: str,
     reference: Callable,
-    fake: Callable,
-    reference_fake: Callable | None = None,
-    compiled_fake: Callable | None = None,
-    triton_fake: Callable | None = None,
+    fake: Callable | Mapping[str | None, Callable],
     *,
+    autograd: Autograd | None = None,
     fallback: Callable | None = None,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
-    backward_op: str | None = None,
 ) -> None:
     """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`, ...
 
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported;
     on CUDA for `name_compiled` alone, or for `name_compiled_atomic` and `name_compiled_sorted` if it sums by code.
     `name` falls back on `fallback` (default: the reference) on every device without one, and on CUDA picks by
-    regimes.py. `reference_fake`, `compiled_fake` and `triton_fake` are for an op whose result has another size there.
-    `backward` gets as `op` the op `backward_op` in the implementation of the forward; that of `name` itself picks by
-    its own regimes, since what a forward saves is the same in every implementation.
+    choice.py. `fake` is one per implementation (None: of `name`) where their results differ in size.
+    The backward of `name` itself picks by its own regimes, since what a forward saves is the same in all of them.
     """
     OPS.append(name)
-    metas = {name: fake, f"{name}_reference": reference_fake or fake}
-    if any(is_compiled(name, device) for device in COMPILED):
-        metas[f"{name}_compiled"] = compiled_fake or fake
-    if triton_kernels.has(name):
-        metas[f"{name}_triton"] = triton_fake or fake
-    for op, meta in metas.items():
+    there = {
+        None: True,
+        "reference": True,
+        "compiled": any(is_compiled(name, device) for device in COMPILED),
+        "triton": triton_kernels.has(name),
+    }
+    for implementation in (each for each, exists in there.items() if exists):
+        op = name_of(name, implementation)
         library.define(op + schema)
+        meta = fake[implementation] if isinstance(fake, Mapping) else fake
         torch.library.register_fake(f"vqops::{op}", meta, lib=library)
-        if backward is not None:
-            own = backward
-            if backward_op is not None:
-                own = partial(backward, op=getattr(torch.ops.vqops, backward_op + op.removeprefix(name)))
-            torch.library.register_autograd(f"vqops::{op}", own, setup_context=setup_context, lib=library)
+        if autograd is not None:
+            backward = autograd.backward
+            if autograd.op is not None:
+                backward = partial(backward, op=getattr(torch.ops.vqops, name_of(autograd.op, implementation)))
+            torch.library.register_autograd(f"vqops::{op}", backward, setup_context=autograd.setup_context, lib=library)
+    fallback = fallback or reference
     library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
-    library.impl(name, fallback or reference, "CompositeExplicitAutograd")
+    library.impl(name, fallback, "CompositeExplicitAutograd")
+    library.impl(name, by_regime(name, fallback), "CUDA")
     if sums_by_code(name):
         kernels = [f"{name}_compiled_{order}" for order in BY_ORDER]
         for kernel in kernels:
             library.define(kernel + schema)
         library.impl(f"{name}_compiled", by_order(*(getattr(torch.ops.vqops, kernel) for kernel in kernels)), "CUDA")
-    if triton_kernels.has(name):
+    if there["triton"]:
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
-    if any(row.op == name for row in regimes.ON_CUDA):
-        library.impl(name, by_regime(name, fallback or reference), "CUDA")
+
+
+def name_of(name: str, implementation: str | None) -> str:
+    return name if implementation is None else f"{name}_{implementation}"
 
 
 def by_regime(name: str, fallback: Callable) -> Callable:
@@ -118,11 +146,11 @@ def by_regime(name: str, fallback: Callable) -> Callable:
 
 
 def default_on_cuda(name: str, arguments: dict) -> str:
-    call = regimes.call_of(arguments)
-    return regimes.choose(regimes.ON_CUDA, name, call, lambda each: each in available(name, "cuda"))
+    call = choice.call_of(arguments)
+    return choice.choose(choice.ON_CUDA, name, call, lambda each: each in available(name, "cuda"))
 
 
-def select(name: str, implementation: str | None):
+def select(name: str, implementation: Implementation | None) -> Callable:
     """The op that `implementation=` names; None lets the device decide."""
     if implementation is None:
         return getattr(torch.ops.vqops, name)
@@ -132,12 +160,12 @@ def select(name: str, implementation: str | None):
         raise ValueError(f"{name}: there is no compiled implementation; it runs as 'reference'")
     if implementation == "triton" and not triton_kernels.has(name):
         raise ValueError(f"{name}: there is no triton implementation, or no Triton (`pip install triton`)")
-    return getattr(torch.ops.vqops, f"{name}_{implementation}")
+    return getattr(torch.ops.vqops, name_of(name, implementation))
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:
-    """What each op can run as on each device, the default first; on CUDA what some calls take (`vqops info` says which)
-    before the reference, which is there for all others.
+    """The implementations of each op on each device, the default first; on CUDA those that some calls take (see
+    `vqops info`) before the reference, which takes the others.
 
     Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference", "triton"]}, ...}`. "triton" is
     there for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
@@ -149,15 +177,6 @@ def available(name: str, device: str) -> list[str]:
     compiled, triton = is_compiled(name, device), triton_kernels.runs_on(name, device)
     every = ["compiled"] * compiled + ["reference"] + ["triton"] * triton
     if device == "cuda":
-        first = [*dict.fromkeys(row.implementation for row in regimes.ON_CUDA if row.op == name), "reference"]
+        first = [*dict.fromkeys(row.implementation for row in choice.ON_CUDA if row.op == name), "reference"]
         every.sort(key=lambda each: first.index(each) if each in first else len(first))
     return every
-
-
-def no_second_derivative(name: str) -> Callable:
-    """A backward for ops that are themselves gradients: without it, second derivatives would be silently zero."""
-
-    def backward(ctx, *gradients):
-        raise NotImplementedError(f"{name}: the gradient of a gradient is not defined for a quantizer")
-
-    return backward

@@ -1,4 +1,4 @@
-"""What the quantizers exchange between the processes of `torch.distributed`: sums, over the default group.
+"""Sums over the processes of `torch.distributed`, all that quantizers exchange, over the default group.
 
 `sync=False` stands for a process on its own: one rank, nothing exchanged.
 """

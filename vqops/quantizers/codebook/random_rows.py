@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqops.quantizers.ranks import num_ranks, rank, sum_over_ranks
+from vqops.quantizers.codebook.ranks import num_ranks, rank, sum_over_ranks
 
 
 class RandomRows(NamedTuple):
@@ -51,9 +51,9 @@ def random_rows(
 def share(count: Tensor, random: Tensor, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The ranks' total count, the count of the ranks before this one, and the random numbers of rank 0.
 
-    A collective of its own, of 8 (ranks + K + 1) bytes a head, before the one that carries the vectors: which rows are
-    chosen depends on how many valid rows every rank has. Without knowing, each rank would have to send a candidate for
-    every code, ranks x K x D values.
+    A collective of its own, of 8 (ranks + K + 1) bytes per head, before the one that carries the vectors: which rows
+    are chosen depends on how many valid rows every rank has. Without knowing, each rank would have to send a candidate
+    for every code, ranks x K x D values.
     """
     if num_ranks(sync) == 1:
         return count, torch.zeros_like(count), random

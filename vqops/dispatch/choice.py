@@ -1,7 +1,7 @@
 """Which implementation each op takes on CUDA: one table, each row shown by a committed run on a GPU.
 
-Shapes and dtypes alone decide. So nothing waits for the device, and a CUDA graph, a forward that is computed again and
-a search with a prepared codebook meet the same choice each time.
+The device, shapes and dtypes alone decide. So nothing waits for the device, and a CUDA graph, a forward that is
+computed again and a search with a prepared codebook meet the same choice each time.
 """
 
 import sys
@@ -15,12 +15,13 @@ ANY = (0, sys.maxsize)
 
 
 class Call(NamedTuple):
-    """What a regime can tell calls apart by."""
+    """The facts by which a regime tells calls apart."""
 
     D: int
     K: int  # codes of a head
     N: int | None  # rows of all heads; None for an op without rows
-    dtypes: tuple[torch.dtype, ...]  # of x and the codebook, as far as there are such
+    dtypes: tuple[torch.dtype, ...]  # of x and the codebook, where the op has them
+    device: str  # the GPU's name
 
 
 class Regime(NamedTuple):
@@ -33,13 +34,14 @@ class Regime(NamedTuple):
     K: tuple[int, int] = ANY
     N: tuple[int, int] = ANY
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    device: str | None = None  # the GPU's name; None: any
 
     def holds(self, call: Call) -> bool:
         inside = (
             bounds == ANY or size is None or bounds[0] <= size <= bounds[1]
             for size, bounds in ((call.D, self.D), (call.K, self.K), (call.N, self.N))
         )
-        return all(inside) and all(dtype in self.dtypes for dtype in call.dtypes)
+        return self.device in (None, call.device) and all(inside) and all(dtype in self.dtypes for dtype in call.dtypes)
 
 
 # The first row that holds a call decides, where the implementation is built; the reference takes the calls of no row.
@@ -59,4 +61,10 @@ def call_of(arguments: dict) -> Call:
     D = (codes if x is None else x).shape[-1]
     K = arguments["num_codes"] if codes is None else codes.shape[-2]
     N = None if x is None else x.shape[0] * x.shape[1]
-    return Call(D, K, N, tuple(tensor.dtype for tensor in (x, codes) if isinstance(tensor, Tensor)))
+    given = [tensor for tensor in (x, codes) if isinstance(tensor, Tensor)]
+    return Call(D, K, N, tuple(tensor.dtype for tensor in given), name_of(given[0].device))
+
+
+def name_of(device: torch.device) -> str:
+    """The GPU's name, which torch keeps: reading it does not wait for the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

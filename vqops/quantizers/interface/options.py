@@ -1,4 +1,4 @@
-"""The options of VectorQuantize: which values are allowed, and which of vector-quantize-pytorch's are yet to come."""
+"""The options of quantizers: which values are allowed, and which of vector-quantize-pytorch's are yet to come."""
 
 from numbers import Integral
 
@@ -36,23 +36,23 @@ def refuse(call: str, options: dict) -> None:
         raise TypeError(f"{call}: unexpected argument {name!r}")
 
 
-def check_counts(**values: int) -> None:
+def check_counts(owner: str, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"VectorQuantize: {name} must be an integer of at least 1, got {value!r}")
+            raise ValueError(f"{owner}: {name} must be an integer of at least 1, got {value!r}")
 
 
-def check_not_negative(**values: float) -> None:
+def check_not_negative(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
-            raise ValueError(f"VectorQuantize: {name} must be finite and at least 0, got {value}")
+            raise ValueError(f"{owner}: {name} must be finite and at least 0, got {value}")
 
 
-def check_decay(decay: float) -> None:
+def check_decay(owner: str, decay: float) -> None:
     if not 0 <= decay <= 1:
-        raise ValueError(f"VectorQuantize: decay must be in [0, 1], got {decay}")
+        raise ValueError(f"{owner}: decay must be in [0, 1], got {decay}")
 
 
-def check_not_both(**values: bool) -> None:
+def check_not_both(owner: str, **values: bool) -> None:
     if all(values.values()):
-        raise ValueError(f"VectorQuantize: {' and '.join(values)} can't both be True")
+        raise ValueError(f"{owner}: {' and '.join(values)} can't both be True")

@@ -3,7 +3,12 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from vqops.ops import code_cross_entropy
+from vqops.ops.checks import Metric
+from vqops.reference import TINY
 
 
 class LossBreakdown(NamedTuple):
@@ -19,6 +24,23 @@ def mean_error(error: Tensor, mask: Tensor | None, dim: int) -> Tensor:  # error
     """The mean of the squared differences whose sums over `dim` features are `error`, without the masked; 0 of none."""
     rows = max(error.numel(), 1) if mask is None else mask.sum().clamp_min(1)
     return error.sum() / rows / dim
+
+
+def mean_cross_entropy(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    targets: Tensor,  # [H, N] int64
+    mask: Tensor | None,  # [H, N] bool
+    metric: Metric,
+) -> Tensor:  # ()
+    """The mean of `code_cross_entropy` over the rows that are not masked and whose target is not -1; 0 of none."""
+    if metric == "cosine":
+        x, codebook = (
+            F.normalize(t.to(torch.promote_types(t.dtype, torch.float32)), dim=-1, eps=TINY) for t in (x, codebook)
+        )
+    if mask is not None:
+        targets = targets.masked_fill(~mask, -1)
+    return code_cross_entropy(x, codebook, targets, metric).sum() / (targets >= 0).sum().clamp_min(1)
 
 
 def weighted(commitment: Tensor, weight: float, training: bool) -> tuple[Tensor, LossBreakdown]:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops import nearest_topk
-from vqops.ops.reference import TINY
+from vqops.ops.checks import Gradient, Metric
+from vqops.reference import TINY
 
 
 class QuantizedTopk(NamedTuple):
@@ -22,10 +23,10 @@ def quantize_topk(
     codebook: Tensor,  # [K, D]
     k: int,  # at most 32
     mask: Tensor | None,  # [N] bool
-    metric: str,
-    gradient: str,
+    metric: Metric,
+    gradient: Gradient,
 ) -> QuantizedTopk:
-    """What `vqops.quantize` gives, for the k nearest codes of each vector instead of one.
+    """`vqops.quantize` for the k nearest codes of each vector instead of one.
 
     Gradients are those of `vqops.quantize` with codebook_error_scale=1; for "none", the output's goes to the codebook.
     Everything is gathered, of size N x k x D.

@@ -1,5 +1,6 @@
 """From the caller's axes to the rows [H, N, D] of the ops, and back."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ class Layout(NamedTuple):
     Heads with a codebook each are the H of the ops; heads that share one are rows of H = 1, a position's in turn.
     """
 
+    owner: str  # the class that the user called, for messages
     dim: int
     heads: int
     separate: bool  # a codebook per head
@@ -27,10 +29,10 @@ class Layout(NamedTuple):
         return f"[b, dim, {names}]" if self.features_second else f"[b, {names}, dim]"
 
     def check_input(self, x: Tensor) -> None:
-        check_floating("VectorQuantize", x=x)
+        check_floating(self.owner, x=x)
         fits = x.dim() >= 2 if self.spatial is None else x.dim() == self.spatial + 2
         if not fits or self.features_last(x).shape[-1] != self.dim:
-            raise ValueError(f"VectorQuantize: x must be {self.axes} with dim={self.dim}, got {list(x.shape)}")
+            raise ValueError(f"{self.owner}: x must be {self.axes} with dim={self.dim}, got {list(x.shape)}")
 
     def positions(self, x: Tensor) -> tuple[int, ...]:
         return tuple(self.features_last(x).shape[:-1])
@@ -38,31 +40,31 @@ class Layout(NamedTuple):
     def mask(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:  # bool [*positions]
         """Which positions to quantize, from the caller's mask or lens."""
         positions = self.positions(x)
-        check_device("VectorQuantize", x, mask=mask, lens=lens)
+        check_device(self.owner, x, mask=mask, lens=lens)
         if lens is not None:
             if mask is not None:
-                raise ValueError("VectorQuantize: mask and lens can't both be given")
+                raise ValueError(f"{self.owner}: mask and lens can't both be given")
             if len(positions) != 2:
-                raise ValueError(f"VectorQuantize: lens needs [b, n] vectors, got {list(positions)}; use mask")
+                raise ValueError(f"{self.owner}: lens needs [b, n] vectors, got {list(positions)}; use mask")
             if lens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-                raise TypeError(f"VectorQuantize: lens must be integers, got {lens.dtype}")
+                raise TypeError(f"{self.owner}: lens must be integers, got {lens.dtype}")
             if tuple(lens.shape) != positions[:1]:
-                raise ValueError(f"VectorQuantize: lens must have shape {list(positions[:1])}, got {list(lens.shape)}")
+                raise ValueError(f"{self.owner}: lens must have shape {list(positions[:1])}, got {list(lens.shape)}")
             return torch.arange(positions[1], device=x.device) < lens.unsqueeze(-1)
         if mask is not None:
             if mask.dtype != torch.bool:
-                raise TypeError(f"VectorQuantize: mask must be bool, True for vectors to quantize, got {mask.dtype}")
+                raise TypeError(f"{self.owner}: mask must be bool, True for vectors to quantize, got {mask.dtype}")
             if tuple(mask.shape) != positions:
-                raise ValueError(f"VectorQuantize: mask must have shape {list(positions)}, got {list(mask.shape)}")
+                raise ValueError(f"{self.owner}: mask must have shape {list(positions)}, got {list(mask.shape)}")
         return mask
 
     def check_indices(self, indices: Tensor, num_codes: int, positions: tuple[int, ...] | None = None) -> None:
-        check_indices("VectorQuantize", indices, num_codes)
+        check_indices(self.owner, indices, num_codes)
         heads, given = [self.heads] * (self.heads > 1), list(indices.shape)
         if positions is not None and given != [*positions, *heads]:
-            raise ValueError(f"VectorQuantize: indices must have shape {[*positions, *heads]}, got {given}")
+            raise ValueError(f"{self.owner}: indices must have shape {[*positions, *heads]}, got {given}")
         if heads and given[-1:] != heads:
-            raise ValueError(f"VectorQuantize: indices must end in an axis of heads={self.heads}, got {given}")
+            raise ValueError(f"{self.owner}: indices must end in an axis of heads={self.heads}, got {given}")
 
     def features_last(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1) if self.features_second else x
@@ -70,9 +72,18 @@ class Layout(NamedTuple):
     def features_back(self, x: Tensor) -> Tensor:
         return x.movedim(-1, 1) if self.features_second else x
 
-    def rows(self, z: Tensor) -> Tensor:  # [*positions, heads * D] -> [H, N, D]
-        D = z.shape[-1] // self.heads
-        return self.heads_first(z.reshape(-1, self.heads, D))
+    def rows(
+        self,
+        x: Tensor,
+        project: Callable[[Tensor], Tensor],  # [*positions, dim] -> [*positions, heads * D]
+        padding: Tensor | None = None,  # [*positions] bool, vectors to project as zeros
+    ) -> Tensor:  # [H, N, D]
+        """The rows to quantize, from the caller's x."""
+        given = self.features_last(x)
+        if padding is not None:
+            given = given.masked_fill(padding.unsqueeze(-1), 0)
+        z = project(given)
+        return self.heads_first(z.reshape(-1, self.heads, z.shape[-1] // self.heads))
 
     def rows_back(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, D] -> [*positions, heads * D]
         return self.heads_last(rows).reshape(*positions, self.heads * rows.shape[-1])

@@ -5,16 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops import quantize
-from vqops.ops.reference import TINY
-from vqops.quantizers.ranks import sum_over_ranks
-from vqops.quantizers.rows import random_rows
+from vqops.ops.checks import Metric
+from vqops.quantizers.codebook.random_rows import random_rows
+from vqops.quantizers.codebook.ranks import sum_over_ranks
+from vqops.reference import TINY
 
 
 def kmeans(
     x: Tensor,  # [H, N, D]
     num_codes: int,
     num_iters: int,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     mask: Tensor | None = None,  # [H, N] bool
     sync: bool = True,  # False: on this rank's rows alone
 ) -> tuple[Tensor, Tensor]:  # means [H, K, D] and counts [H, K], float32

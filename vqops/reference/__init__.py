@@ -1,0 +1,30 @@
+"""Every op in a few lines of PyTorch: the specification, the oracle of the tests, and the fallback on any device.
+
+A file per family. Nothing here is of size N x K: rows and codes are walked in blocks, temporaries hold at most 64 MB.
+Arguments come in the ops' shapes and are not checked; the functions of `vqops.ops` document errors and defaults.
+
+Axis letters: H codebooks (heads), N vectors, D dimensions, K codes.
+"""
+
+from vqops.reference.code_sums import RUN, code_sums
+from vqops.reference.cross_entropy import code_cross_entropy, code_cross_entropy_backward
+from vqops.reference.distance import TINY
+from vqops.reference.ema import ema_update_
+from vqops.reference.quantize import quantize
+from vqops.reference.quantize_backward import quantize_backward
+from vqops.reference.search import nearest, nearest_topk, prepare, search_statistics
+
+__all__ = [
+    "RUN",
+    "TINY",
+    "code_cross_entropy",
+    "code_cross_entropy_backward",
+    "code_sums",
+    "ema_update_",
+    "nearest",
+    "nearest_topk",
+    "prepare",
+    "quantize",
+    "quantize_backward",
+    "search_statistics",
+]

@@ -1,0 +1,59 @@
+"""Count and sum of each code's rows, added in a fixed order."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqops.reference.blocks import row_blocks
+
+RUN = 256  # rows of a code that are summed in order, before the runs are
+
+
+class CodeSlots:
+    """The partial sum that each row is added to, so that the order of addition is fixed.
+
+    A code's rows, ascending in n, are cut in runs of 256; a run is summed in order, then the runs in order.
+    """
+
+    def __init__(self, indices: Tensor, K: int):  # [H, N]
+        H, N = indices.shape
+        codes = H * K
+        code = torch.where(indices >= 0, indices + K * torch.arange(H, device=indices.device)[:, None], codes).flatten()
+        count = torch.zeros(codes + 1, dtype=torch.int64, device=indices.device)
+        count.scatter_add_(0, code, torch.ones_like(code))
+        order = code.argsort(stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(H * N, device=indices.device) - (count.cumsum(0) - count)[code[order]]
+        runs_of_code = (count[:-1] + RUN - 1) // RUN
+        first = F.pad(runs_of_code.cumsum(0) - runs_of_code, (0, 1))
+        self.codes, self.runs = codes, codes + H * N // RUN
+        self.count = count[:-1]
+        self.of_row = torch.where(code < codes, first[code] + rank // RUN, self.runs).view(H, N)
+        ends = runs_of_code.cumsum(0)
+        self.code_of_run = torch.searchsorted(ends, torch.arange(self.runs, device=indices.device), right=True)
+
+    def fold(self, runs: Tensor) -> Tensor:  # [runs + 1, ...] -> [codes, ...]
+        sums = runs.new_zeros(self.codes + 1, *runs.shape[1:])
+        return sums.index_add_(0, self.code_of_run, runs[:-1])[:-1]
+
+
+def code_sums(
+    x: Tensor,  # [H, N, D]
+    indices: Tensor,  # [H, N], -1 leaves the row out
+    num_codes: int,
+    weight: Tensor | None = None,  # [H, N]
+) -> tuple[Tensor, Tensor]:  # counts [H, K] int64, or float32 if weighted; sums [H, K, D] float32
+    """counts[k] = sum_n w[n] [indices[n] = k],  sums[k] = sum_n w[n] [indices[n] = k] x[n], in float32."""
+    H, N, D = x.shape
+    slots = CodeSlots(indices, num_codes)
+    runs = x.new_zeros(slots.runs + 1, D, dtype=torch.float32)
+    for rows in row_blocks(H, N, D):
+        values = x[:, rows].float()
+        if weight is not None:
+            values = values * weight[:, rows].float().unsqueeze(-1)
+        runs.index_add_(0, slots.of_row[:, rows].flatten(), values.flatten(0, 1))
+    sums = slots.fold(runs).view(H, num_codes, D)
+    if weight is None:
+        return slots.count.view(H, num_codes), sums
+    weights = runs.new_zeros(slots.runs + 1).index_add_(0, slots.of_row.flatten(), weight.float().flatten())
+    return slots.fold(weights).view(H, num_codes), sums

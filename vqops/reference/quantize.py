@@ -1,0 +1,61 @@
+"""Each row's nearest code, its error and the sums by code."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vqops.reference.blocks import row_blocks
+from vqops.reference.code_sums import code_sums
+from vqops.reference.distance import squared_distance, unit
+from vqops.reference.search import nearest
+
+
+def gather(codebook: Tensor, indices: Tensor) -> Tensor:  # [H, K, D], [H, N] -> [H, N, D]
+    """codebook[h, indices[h, n]]; index -1 reads code 0, for the caller to overwrite."""
+    return codebook.gather(1, indices.clamp_min(0).unsqueeze(-1).expand(*indices.shape, codebook.shape[-1]))
+
+
+def lost_rows(indices: Tensor, mask: Tensor | None) -> Tensor:  # [H, N], [H, N] bool -> [H, N, 1] bool
+    """Rows that should have a code and have none: they are not finite, or no code is."""
+    lost = indices < 0 if mask is None else (indices < 0) & mask
+    return lost.unsqueeze(-1)
+
+
+def quantize(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    mask: Tensor | None = None,  # [H, N] bool
+    weight: Tensor | None = None,  # [H, N], for the sums
+    metric: str = "euclidean",
+    gradient: str = "straight_through",  # for the backward, as codebook_error_scale is
+    with_sums: bool = False,
+    codebook_error_scale: float = 0.0,
+    snapshot: bool = True,  # of the codebook, for the backward
+    prepared: Tensor | None = None,
+    *,
+    nearest: Callable[..., Tensor] = nearest,
+    code_sums: Callable[..., tuple[Tensor, Tensor]] = code_sums,
+) -> tuple[Tensor, ...]:
+    """quantized [H, N, D] = c[indices], indices [H, N], error [H, N] = |x - quantized|^2, counts, sums, codebook.
+
+    Counts, sums and the codebook have shape [0] unless asked for. For "cosine", error and sums are those of `unit(x)`.
+    """
+    H, N, D = x.shape
+    indices = nearest(x, codebook, mask, metric, prepared)
+    quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    error = torch.empty(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for rows in row_blocks(H, N, D):
+        chosen, q = indices[:, rows], gather(codebook, indices[:, rows])
+        lost = lost_rows(chosen, None if mask is None else mask[:, rows])
+        start = x[:, rows] if metric == "euclidean" else unit(x[:, rows])
+        absent = torch.where(lost, math.nan, 0.0)
+        quantized[:, rows] = q.to(x.dtype).where(chosen.unsqueeze(-1) >= 0, absent.to(x.dtype))
+        error[:, rows] = squared_distance(start, q).where(chosen >= 0, absent.squeeze(-1)).to(error.dtype)
+    counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
+    if with_sums:
+        rows = x if metric == "euclidean" else unit(x).float()
+        counts, sums = code_sums(rows, indices, codebook.shape[1], weight)
+    old = codebook.clone(memory_format=torch.contiguous_format) if snapshot else codebook.new_empty(0)
+    return quantized, indices, error, counts, sums, old

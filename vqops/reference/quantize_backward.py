@@ -1,0 +1,74 @@
+"""The gradients of `quantize`."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqops.reference.blocks import row_blocks
+from vqops.reference.code_sums import CodeSlots
+from vqops.reference.distance import TINY
+from vqops.reference.quantize import gather, lost_rows
+
+
+def quantize_backward(
+    grad_quantized: Tensor | None,  # [H, N, D]
+    grad_error: Tensor | None,  # [H, N]
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D], as it was in the forward
+    indices: Tensor,  # [H, N]
+    mask: Tensor | None = None,  # [H, N] bool
+    metric: str = "euclidean",
+    gradient: str = "straight_through",
+    codebook_error_scale: float = 0.0,
+    x_needed: bool = True,
+    codebook_needed: bool = False,
+) -> tuple[Tensor, Tensor]:  # grad_x [H, N, D] and grad_codebook [H, K, D], or [0]
+    """grad_x = R^T g + 2 (x - q) e, grad_codebook[k] = codebook_error_scale sum over rows of code k of 2 (q - x) e.
+
+    g and e are the gradients of quantized and error; R is the identity for "straight_through", the turn and scaling of
+    x onto q for "rotation", and 0 for "none". For "cosine", x stands for x / max(|x|, 1e-6), and the gradient goes
+    through the division. The codebook's rows are added in the order of `code_sums`.
+    """
+    H, N, D = x.shape
+    real = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    grad_x = x.new_empty(x.shape) if x_needed else x.new_empty(0)
+    slots = CodeSlots(indices, codebook.shape[1]) if codebook_needed else None
+    runs = codebook.new_zeros(slots.runs + 1, D, dtype=real) if codebook_needed else None
+    for rows in row_blocks(H, N, D):
+        chosen = indices[:, rows]
+        q = gather(codebook, chosen).to(real)
+        q = q.masked_fill_(lost_rows(chosen, None if mask is None else mask[:, rows]), math.nan)
+        given = x[:, rows].to(real)
+        norm = given.norm(dim=-1, keepdim=True).clamp_min_(TINY)
+        start = given if metric == "euclidean" else given / norm
+        g = torch.zeros_like(start)
+        if grad_quantized is not None and gradient != "none":
+            g = grad_quantized[:, rows].to(real)
+            g = g if gradient == "straight_through" else rotate_back(g, start, q)
+        difference = None
+        if grad_error is not None:
+            difference = 2 * (start - q) * grad_error[:, rows].to(real).unsqueeze(-1)
+            g = g + difference
+        if x_needed:
+            if metric == "cosine":  # through x / max(|x|, 1e-6)
+                along = (start * g).sum(-1, keepdim=True) * start
+                g = torch.where(norm > TINY, g - along, g) / norm
+            off = torch.zeros_like(chosen, dtype=torch.bool) if mask is None else ~mask[:, rows]
+            grad_x[:, rows] = g.masked_fill(off.unsqueeze(-1), 0).to(x.dtype)
+        if codebook_needed and difference is not None:
+            pull = (-codebook_error_scale * difference).masked_fill_((chosen < 0).unsqueeze(-1), 0)
+            runs.index_add_(0, slots.of_row[:, rows].flatten(), pull.flatten(0, 1))
+    if not codebook_needed:
+        return grad_x, codebook.new_empty(0)
+    return grad_x, slots.fold(runs).view(codebook.shape).to(codebook.dtype)
+
+
+def rotate_back(g: Tensor, x: Tensor, q: Tensor) -> Tensor:  # each [..., D]
+    """The transpose of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2), applied to g."""
+    x_norm, q_norm = x.norm(dim=-1, keepdim=True).clamp_min_(TINY), q.norm(dim=-1, keepdim=True)
+    u, v = x / x_norm, q / q_norm.clamp_min(TINY)
+    w = F.normalize(u + v, dim=-1, eps=TINY)
+    back = g - 2 * w * (w * g).sum(-1, keepdim=True) + 2 * u * (v * g).sum(-1, keepdim=True)
+    return back * (q_norm / x_norm)

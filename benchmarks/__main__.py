@@ -1,132 +1,32 @@
-"""`python -m benchmarks --quick | --full`: every case of this suite, a file of rows a stage.
+"""`python -m benchmarks --quick | --full`: every case of this suite, a file of rows per stage.
 
     --quick    few shapes and rounds, two minutes on two cores; rows go to a temporary folder unless --out names one
-    --full     the rows that the documentation is made from, in benchmarks/results/<device>/; ten minutes on two cores
+    --full     the rows that the documentation is made from, in benchmarks/results/<device>/; twelve minutes there
 
-`python -m benchmarks.report` then draws docs/benchmarks.md from them. One thread and processor time unless --threads
-says otherwise.
+`python -m benchmarks.report` then draws the pages of docs/ from them. One thread and processor time unless --threads
+says otherwise; `VQOPS_CPU=avx512 python -m benchmarks --full --stage kernels` measures a set of CPU kernels that would
+not be chosen. On a GPU, smallest cases first, each in a process of its own.
 """
 
 import argparse
 import os
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks import cases, growth
-from benchmarks.baselines import Unavailable
-from benchmarks.measure import measure
-from benchmarks.rows import Writer, processor
-from benchmarks.shapes import SHAPES
+from benchmarks.limited import run_limited
+from benchmarks.plan import STAGES, Run, Task
+from benchmarks.rows import Writer, environment, folder_of, instructions, label, read
 
-RESULTS = Path(__file__).parent / "results"
-OFFSETS = (0.0, 10.0, 100.0, 1000.0)
-QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
-SLOW_TO_START = "torch.compile"  # tens of seconds of compiler for each shape: not in --quick, and in --full for one
+ROOT = Path(__file__).parents[1]
 
 
-@dataclass
-class Run:
-    """What a stage needs to know."""
-
-    device: str
-    quick: bool
-    seconds: float  # of timing a case
-    shapes: re.Pattern
-    cores: int
-    methods: re.Pattern
-
-    @property
-    def gemm_size(self) -> int:
-        return 8192 if self.device != "cpu" else 1024 if self.quick else 2048
-
-    def chosen(self, names: tuple[str, ...]) -> list:
-        if self.quick:
-            names = tuple(name for name in names if name in QUICK) or names[:1]
-        return [SHAPES[name] for name in names if self.shapes.search(name)]
-
-    def rows(self, make: Callable[[], cases.Case], compiled: bool = False) -> Iterator[dict]:
-        """Of one case. A case that cannot be made here is left out by name."""
-        try:
-            case = make()
-        except Unavailable as reason:
-            print(f"left out: {reason}")
-            return
-        names = [name for name in case.methods if self.methods.search(name)]
-        if self.quick or not compiled:
-            names = [name for name in names if not name.startswith(SLOW_TO_START)]
-        yield from measure(case, self.seconds, self.gemm_size, tuple(names))
-
-
-def search(run: Run) -> Iterator[dict]:
-    for shape in run.chosen(cases.ALL):
-        yield from run.rows(lambda shape=shape: cases.nearest(shape, run.device), shape.name == "VQGAN f16")
-    for shape in run.chosen(("VQ-VAE-2 top",)):
-        for dtype in (torch.float64, torch.float16, torch.bfloat16):
-            yield from run.rows(lambda shape=shape, dtype=dtype: cases.nearest(shape, run.device, dtype))
-
-
-def statistics(run: Run) -> Iterator[dict]:
-    for shape in run.chosen(cases.STATISTICS):
-        compiled = shape.name == "VQGAN f16"
-        yield from run.rows(lambda shape=shape: cases.code_sums(shape, run.device), compiled)
-        yield from run.rows(lambda shape=shape: cases.ema_update(shape, run.device))
-
-
-def quantize(run: Run) -> Iterator[dict]:
-    for shape in run.chosen(cases.STATISTICS):
-        yield from run.rows(lambda shape=shape: cases.quantize_forward(shape, run.device))
-        for gradient in ("straight_through", "rotation"):
-            yield from run.rows(lambda shape=shape, g=gradient: cases.quantize_backward(shape, run.device, g))
-
-
-def steps(run: Run) -> Iterator[dict]:
-    for shape in run.chosen(cases.STEPS):
-        yield from run.rows(lambda shape=shape: cases.training_step(shape, run.device), shape.name == "VQGAN f16")
-    for shape in run.chosen(("VQ-VAE-2 top",)):
-        yield from run.rows(lambda shape=shape: cases.evaluation(shape, run.device))
-    size, batch = (64, 4) if run.quick else (256, 1 if run.device == "cpu" else 32)
-    yield from run.rows(lambda: cases.system_step(run.device, size, batch, run.quick))
-
-
-def exactness(run: Run) -> Iterator[dict]:
-    """Wrong indices where data is not centred, and with the codes of an untrained model; nothing is timed."""
-    data = [{"offset": offset} for offset in OFFSETS] + [{"spread": 1e-3}]
-    for shape in run.chosen(("VQ-VAE-2 top",) if run.quick else ("VQ-VAE-2 top", "VQGAN f16")):
-        for given in data:
-            case = cases.nearest(shape, run.device, **given)
-            for name, make in case.methods.items():
-                if name.startswith((SLOW_TO_START, "vqops, prepared")) or not run.methods.search(name):
-                    continue
-                try:
-                    found = case.check(make()())
-                except Unavailable:
-                    continue
-                yield {**case.describe(), "op": "exactness", **given, "method": name, **found}
-
-
-def growing(run: Run) -> Iterator[dict]:
-    yield from growth.curves(run.device, run.quick, run.seconds / 4)
-    if run.device == "cpu":
-        with growth.baselines.threads(run.cores):
-            counts = growth.thread_counts()
-        for count, row in growth.thread_curve(counts, 3 if run.quick else 25):
-            yield {**row, "threads": count}
-
-
-def memory(run: Run) -> Iterator[dict]:
-    return growth.memory(run.device, run.quick)
-
-
-STAGES = {stage.__name__: stage for stage in (search, statistics, quantize, steps, exactness, growing, memory)}
-
-
-def main(arguments: list[str] | None = None) -> Path:
+def main(arguments: list[str] | None = None) -> bool:
+    """Whether all was measured for which there was time."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--quick", action="store_true")
@@ -137,44 +37,73 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--skip-done", action="store_true", help="leave out cases that this commit has measured")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
+    parser.add_argument("--case-seconds", type=float, help="each case in a process that ends after so long; GPU: 60")
+    parser.add_argument("--case", help="only the case of this name, in this process")
     options = parser.parse_args(arguments)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    if options.device == "cuda" and options.case_seconds is None:
+        options.case_seconds = 60.0
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        return run_stages(options, cores)
+        return run_stages(options, sys.argv[1:] if arguments is None else arguments)
     finally:
         torch.set_num_threads(before)
 
 
-def run_stages(options: argparse.Namespace, cores: int) -> Path:
-    name = torch.cuda.get_device_name() if options.device == "cuda" else processor()
-    folder = options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS / slug(name))
-    run = Run(
-        options.device,
-        options.quick,
-        0.3 if options.quick else 3.0,
-        re.compile(options.shape),
-        cores,
-        re.compile(options.method),
-    )
+def run_stages(options: argparse.Namespace, arguments: list[str]) -> bool:
+    temporary = options.quick and not options.out
+    folder = options.out or (Path(tempfile.mkdtemp()) if temporary else folder_of(options.device))
+    seconds = 0.3 if options.quick else 3.0
+    run = Run(options.device, options.quick, seconds, re.compile(options.shape), re.compile(options.method))
+    common = environment(options.device) | {"instructions": instructions(options.device)}
     begun = time.monotonic()
-    for stage in options.stage or STAGES:
+    for stage in dict.fromkeys(options.stage or STAGES):
         path = folder / f"{stage}.jsonl"
-        path.unlink(missing_ok=True)  # rows of one run only
-        writer = Writer(path)
-        writer.common |= {"device": name, "load": load()}
-        for row in STAGES[stage](run):
-            writer.common["threads"] = row.pop("threads", options.threads)
-            writer.write(row)
-            print(line(row), flush=True)
+        writer = Writer(path, common | {"load": load()})
+        tasks = list(STAGES[stage](run))
+        if options.device == "cuda":
+            tasks.sort(key=lambda task: task.products)
+        if options.case:
+            tasks = [task for task in tasks if task.name == options.case]
+        elif options.skip_done:
+            done = measured(path, common["commit"])
+            tasks = [task for task in tasks if task.name not in done]
+        else:
+            path.unlink(missing_ok=True)  # rows of one run only
+        for task in tasks:
+            if time.monotonic() - begun > options.seconds:
+                print(f"time is up before {task.name}: go on with --skip-done")
+                return False
+            if options.case_seconds and not options.case:
+                apart(task, stage, writer, folder, options.case_seconds, arguments)
+                continue
+            for row in task.rows():
+                row = {"threads": options.threads, **row, "case": task.name}
+                writer.write(row)
+                print(line(row), flush=True)
         print(f"-- {stage}: {time.monotonic() - begun:.0f} s")
     print(f"rows are in {folder}")
-    return folder
+    return True
 
 
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name.lower()).strip("-")
+def apart(task: Task, stage: str, writer: Writer, folder: Path, seconds: float, arguments: list[str]) -> None:
+    """In a process of its own, whose end is a row where it is not a good one."""
+    command = [sys.executable, "-m", "benchmarks", *arguments, "--out", folder.resolve(), "--case", task.name]
+    status, output = run_limited([*command, "--stage", stage], seconds, ROOT)
+    print(output, end="", flush=True)
+    if status != 0:
+        said = "out of time" if status is None else f"ended with {status}: {output.strip()[-300:]}"
+        writer.write({"op": task.name, **task.facts, "method": "all", "failed": said, "case": task.name})
+
+
+def measured(path: Path, commit: str) -> set[str]:
+    """Names of the cases of which this commit has rows, none of which failed since the last that did not."""
+    found = {row["case"]: "failed" not in row for row in read(path) if row["commit"] == commit}
+    return {case for case, good in found.items() if good}
 
 
 def load() -> float | None:
@@ -184,11 +113,10 @@ def load() -> float | None:
 
 def line(row: dict) -> str:
     """A row for the screen."""
-    head = " ".join(str(row[key]) for key in ("op", "shape", "axis", "N", "D", "K", "dtype", "method") if key in row)
-    keys = ("left_out", "failed", "p50_ms", "times_vqops", "share_of_ceiling", "extra_mb", "wrong", "checked")
+    keys = ("left_out", "failed", "p50_ms", "times_vqops", "share_of_ceiling", "extra_mb", "wrong", "checked", "tiers")
     keys += ("exponent", "times_one_thread", "largest_N_equal_K")
-    return head + ": " + ", ".join(f"{key} {row[key]}" for key in keys if row.get(key) is not None)
+    return label(row) + ": " + ", ".join(f"{key} {row[key]}" for key in keys if row.get(key) is not None)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(not main())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Call = Callable[[], object]
+SCORES = 2**28  # of plain PyTorch at a time: 1 GB, beyond all that is measured on a CPU
 
 
 class Unavailable(Exception):
@@ -48,16 +49,44 @@ def with_threads(call: Call) -> Call:
     return limited
 
 
+def tensor_float_32(call: Call) -> Call:
+    """The call with float32 matrix products whose inputs may be rounded to TF32."""
+
+    def rounding():
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return call()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return rounding
+
+
 # Search
 
 
+def in_parts(search: Callable[[Tensor], Tensor], x: Tensor, K: int) -> Tensor:
+    """A search of so many rows at a time that SCORES hold their distances."""
+    parts = x.split(max(1, SCORES // K))
+    return search(x) if len(parts) == 1 else torch.cat([search(rows) for rows in parts])
+
+
 def cdist_argmin(x: Tensor, codebook: Tensor) -> Tensor:
-    return torch.cdist(x, codebook).argmin(1)
+    return in_parts(lambda rows: torch.cdist(rows, codebook).argmin(1), x, len(codebook))
+
+
+def scores(x: Tensor, codebook: Tensor, half_squares: Tensor) -> Tensor:
+    """|c|^2 / 2 - x.c: the fastest plain form."""
+    return torch.addmm(half_squares, x, codebook.mT, alpha=-1)
 
 
 def addmm_argmin(x: Tensor, codebook: Tensor, half_squares: Tensor) -> Tensor:
-    """argmin of |c|^2 / 2 - x.c: the fastest plain form."""
-    return torch.addmm(half_squares, x, codebook.mT, alpha=-1).argmin(1)
+    return in_parts(lambda rows: scores(rows, codebook, half_squares).argmin(1), x, len(codebook))
+
+
+def addmm_topk(x: Tensor, codebook: Tensor, half_squares: Tensor, k: int) -> Tensor:
+    return in_parts(lambda rows: scores(rows, codebook, half_squares).topk(k, largest=False)[1], x, len(codebook))
 
 
 def half_squares(codebook: Tensor) -> Tensor:  # [K]
@@ -66,6 +95,12 @@ def half_squares(codebook: Tensor) -> Tensor:  # [K]
 
 def prepare_addmm(x: Tensor, codebook: Tensor) -> Call:
     return partial(addmm_argmin, x, codebook, half_squares(codebook))
+
+
+def prepare_tf32(x: Tensor, codebook: Tensor) -> Call:
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        raise Unavailable("TF32 takes float32 on a GPU")
+    return tensor_float_32(prepare_addmm(x, codebook))
 
 
 def prepare_cdist(x: Tensor, codebook: Tensor) -> Call:
@@ -121,6 +156,7 @@ def float32_on_cpu(package: str, x: Tensor) -> None:
 
 SEARCH = {
     "addmm + argmin": prepare_addmm,
+    "addmm + argmin, TF32": prepare_tf32,
     "cdist + argmin": prepare_cdist,
     "torch.compile of addmm + argmin": prepare_compiled_search,
     "faiss IndexFlatL2": prepare_faiss,
@@ -135,7 +171,10 @@ SEARCH = {
 
 def index_add_sums(x: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(K, x.shape[1], device=x.device).index_add_(0, indices, x.float())
-    return torch.bincount(indices, minlength=K), sums
+    if not x.is_cuda:
+        return torch.bincount(indices, minlength=K), sums
+    counts = torch.zeros(K, device=x.device, dtype=torch.int64)  # bincount waits for the device
+    return counts.index_add_(0, indices, torch.ones_like(indices)), sums
 
 
 def one_hot_sums(x: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ A case prepares its data once, and each method as late as possible. The same cas
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -22,170 +22,310 @@ ALL = tuple(SHAPES)
 STATISTICS = ("VQ-VAE-2 bottom", "VQGAN f16", "VQGAN f16 16384", "LlamaGen")
 STEPS = ("VQ-VAE-2 bottom", "VQGAN f16", "LlamaGen", "EnCodec", "DAC", "Mimi", "RQ-VAE")
 HALVES = {torch.float16, torch.bfloat16}
+SEVERAL = 8  # codes a vector, of nearest_topk
+SLOW = 2**32  # N D K above which the reference, float64 throughout, is the oracle alone
+
+Methods = dict[str, Callable[[], Call]]
+Check = Callable[[object], dict]
 
 
 @dataclass
 class Case:
-    """`methods` make the call to be timed. `check` looks at its result: counts of wrong indices, or WrongResult."""
+    """What is measured, on which device. Tensors are made when methods or check are first asked for.
+
+    `methods` make the calls to be timed. `check` looks at a result: counts of wrong indices, or WrongResult.
+    """
 
     op: str
     shape: Shape
     device: str
-    methods: dict[str, Callable[[], Call]]
-    check: Callable[[object], dict]
-    ceiling: str  # "gemm" or "copy": what bounds it
-    work: float  # floating-point operations, or bytes that have to be read and written
+    build: Callable[[], tuple[Methods, Check]]
+    work: dict[str, float]  # "gemm": floating-point operations, "copy": bytes to be read and written; first what bounds
     dtype: torch.dtype = torch.float32
     direction: str = "forward"
-    sizes: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.sizes = self.sizes or {"N": self.shape.N(self.device), "D": self.shape.D, "K": self.shape.K}
+    @cached_property
+    def built(self) -> tuple[Methods, Check]:
+        return self.build()
+
+    @property
+    def methods(self) -> Methods:
+        return self.built[0]
+
+    @property
+    def check(self) -> Check:
+        return self.built[1]
 
     def describe(self) -> dict:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"op": self.op, "shape": self.shape.name, **self.sizes, "dtype": dtype, "direction": self.direction}
+        found = {"op": self.op, "shape": self.shape.name}
+        found |= {"N": self.shape.N(self.device), "D": self.shape.D, "K": self.shape.K}
+        found |= {"dtype": str(self.dtype).removeprefix("torch."), "direction": self.direction}
+        return found | self.facts
 
 
-def ours(op: str, device: str, make: Callable[..., Call], every: bool) -> dict[str, Callable[[], Call]]:
-    """vqops as it selects by itself, and with `every` each implementation by name."""
-    methods = {"vqops": make}
-    if every:
-        names = vqops.implementations()[op][device]
-        methods |= {f"vqops {name}": partial(make, implementation=name) for name in names}
-    return methods
+def by_name(ops: tuple[str, ...], device: str, make: Callable[[str], Call], products: float = 0.0) -> Methods:
+    """make(name) of every implementation that all of the ops have on the device."""
+    found = vqops.implementations()
+    names = [name for name in found[ops[0]][device] if all(name in found[op][device] for op in ops)]
+    return {f"vqops {name}": partial(make, name) for name in names if name != "reference" or products <= SLOW}
+
+
+def in_both_orders(methods: Methods) -> Methods:
+    """Sums by code also in the order of torch.use_deterministic_algorithms; the reference has no other."""
+    kernels = {f"{name}, deterministic": make for name, make in methods.items() if name != "vqops reference"}
+    return methods | {name: lambda make=make: partial(deterministic, make()) for name, make in kernels.items()}
+
+
+def deterministic(call: Call) -> object:
+    """The mode without what it writes into fresh memory, which is no part of the ops."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return call()
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def search_work(shape: Shape, device: str, dtype: torch.dtype, written: int) -> dict[str, float]:
+    """Products and bytes of a search that writes so many bytes a vector."""
+    N, D, K = shape.N(device), shape.D, shape.K
+    return {"gemm": 2.0 * N * D * K, "copy": (N + K) * D * dtype.itemsize + N * written}
 
 
 @cache
-def exact_indices(shape: Shape, device: str, dtype: torch.dtype, offset: float, spread: float) -> Tensor:
-    """Of the first rows, as many as the check affords."""
+def exact_indices(
+    shape: Shape, device: str, dtype=torch.float32, offset: float = 0.0, spread: float = 1.0
+) -> Tensor:
+    """Of as many rows as the check affords."""
     x, codebook = shape.data(device, dtype, offset, spread)
     return correctness.exact_indices(x[correctness.checked_rows(x, codebook)], codebook)
 
 
-def nearest(
-    shape: Shape, device: str, dtype=torch.float32, offset: float = 0.0, spread: float = 1.0, every: bool = False
-) -> Case:
-    x, codebook = shape.data(device, dtype, offset, spread)
-    rounding_only = offset == 0 and dtype not in HALVES  # else plain PyTorch may be far off, which is what is counted
+def check_of_indices(x: Tensor, codebook: Tensor, of: tuple, rounding_only: bool = True) -> Check:
+    """`of`: the arguments of exact_indices, which is asked once the first result is there."""
+    rows = correctness.checked_rows(x, codebook)
 
     def check(found: Tensor) -> dict:
-        exact = exact_indices(shape, device, dtype, offset, spread)
-        rows = slice(0, len(exact))
+        exact = exact_indices(*of)
         wrong, excess = correctness.wrong_indices(found[rows].to(x.device), exact, x[rows], codebook)
         if excess > correctness.GROSS and rounding_only:
             raise correctness.WrongResult(f"{wrong} of {len(exact)} codes are not near the nearest")
         return {"wrong": wrong, "checked": len(exact), "excess": float(f"{excess:.2g}")}
 
-    def call(implementation=None):
-        return partial(vqops.nearest, x, codebook, implementation=implementation)
-
-    methods = ours("nearest", device, call, every)
-    methods["vqops, prepared"] = lambda: partial(vqops.nearest, x, vqops.prepare(codebook))
-    methods |= {name: partial(prepare, x, codebook) for name, prepare in baselines.SEARCH.items()}
-    return Case("nearest", shape, device, methods, check, "gemm", 2.0 * x.shape[0] * codebook.numel(), dtype)
+    return check
 
 
-def code_sums(shape: Shape, device: str, dtype=torch.float32, every: bool = False) -> Case:
-    x, _ = shape.data(device, dtype)
-    indices = torch.randint(shape.K, (len(x),), device=device, generator=torch.Generator(device).manual_seed(0))
-    sums = torch.zeros(shape.K, shape.D, device=device, dtype=torch.float64).index_add_(0, indices, x.double())
-    counts = torch.bincount(indices, minlength=shape.K)
+def nearest(
+    shape: Shape, device: str, dtype=torch.float32, offset: float = 0.0, spread: float = 1.0, every: bool = False
+) -> Case:
+    """`every`, here and below: each implementation by name, too."""
+    work = search_work(shape, device, dtype, 8)
 
-    def check(found: tuple[Tensor, Tensor]) -> dict:
-        correctness.same_statistics(found, counts, sums)
-        return {}
+    def build():
+        x, codebook = shape.data(device, dtype, offset, spread)
 
-    def call(implementation=None):
-        return partial(vqops.code_sums, x, indices, shape.K, implementation=implementation)
+        def call(implementation=None):
+            return partial(vqops.nearest, x, codebook, implementation=implementation)
 
-    methods = ours("code_sums", device, call, every)
-    methods |= {name: partial(prepare, x, indices, shape.K) for name, prepare in baselines.SUMS.items()}
-    moved = x.numel() * x.element_size() + 8 * len(x) + 4 * sums.numel()
-    return Case("code_sums", shape, device, methods, check, "copy", moved, dtype)
+        methods = {"vqops": call} | (by_name(("nearest",), device, call, work["gemm"]) if every else {})
+        methods["vqops, prepared"] = lambda: partial(vqops.nearest, x, vqops.prepare(codebook))
+        methods |= {name: partial(prepare, x, codebook) for name, prepare in baselines.SEARCH.items()}
+        # Half precision and moved data: plain PyTorch may be far off there, which is what is counted.
+        rounding_only = offset == 0 and dtype not in HALVES
+        return methods, check_of_indices(x, codebook, (shape, device, dtype, offset, spread), rounding_only)
+
+    return Case("nearest", shape, device, build, work, dtype)
+
+
+def nearest_topk(shape: Shape, device: str, every: bool = False) -> Case:
+    work = search_work(shape, device, torch.float32, 12 * SEVERAL)
+
+    def build():
+        x, codebook = shape.data(device)
+        rows = correctness.checked_rows(x, codebook)
+        exact = vqops.nearest_topk(x[rows], codebook, SEVERAL, implementation="reference")[0]
+
+        def check(found) -> dict:
+            return {"wrong": int((found[0][rows] != exact).any(1).sum()), "checked": len(exact)}
+
+        def call(implementation=None):
+            return partial(vqops.nearest_topk, x, codebook, SEVERAL, implementation=implementation)
+
+        def plain():
+            half = baselines.half_squares(codebook)
+            return lambda: (baselines.addmm_topk(x, codebook, half, SEVERAL),)
+
+        methods = {"vqops": call} | (by_name(("nearest_topk",), device, call, work["gemm"]) if every else {})
+        return methods | {"addmm + topk": plain}, check
+
+    return Case("nearest_topk", shape, device, build, work)
+
+
+def search_statistics(shape: Shape, device: str) -> Case:
+    """How many rows each tier of the search decides, by implementation: why it takes what it takes."""
+    work = search_work(shape, device, torch.float32, 0)
+
+    def build():
+        x, codebook = shape.data(device)
+
+        def check(found: Tensor) -> dict:
+            if int(found.sum()) != len(x):
+                raise correctness.WrongResult("the tiers do not hold all rows")
+            return {"tiers": found.tolist()}
+
+        def call(name):
+            return partial(vqops.search_statistics, x, codebook, implementation=name)
+
+        return by_name(("search_statistics",), device, call, work["gemm"]), check
+
+    return Case("search_statistics", shape, device, build, work)
+
+
+def codes_of_rows(kind: str, N: int, K: int, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    if kind == "one code":
+        return torch.full((N,), K // 2, device=device)
+    if kind == "uniform":
+        return torch.randint(K, (N,), device=device, generator=generator)
+    cumulative = (1 / torch.arange(1, K + 1, device=device, dtype=torch.float64)).cumsum(0)  # Zipf's law
+    places = torch.rand(N, device=device, dtype=torch.float64, generator=generator) * cumulative[-1]
+    ranks = torch.searchsorted(cumulative, places).clamp_max(K - 1)
+    return torch.randperm(K, device=device, generator=generator)[ranks]
+
+
+def code_sums(shape: Shape, device: str, dtype=torch.float32, kind: str = "uniform", every: bool = False) -> Case:
+    N, D, K = shape.N(device), shape.D, shape.K
+
+    def build():
+        x, _ = shape.data(device, dtype)
+        indices = codes_of_rows(kind, N, K, device)
+        zeros = torch.zeros(K, D, device=device, dtype=torch.float64)
+        sums, sizes = (zeros.index_add(0, indices, values) for values in (x.double(), x.double().abs()))
+        counts = torch.bincount(indices, minlength=K)
+
+        def check(found: tuple[Tensor, Tensor]) -> dict:
+            correctness.same_statistics(found, counts, sums, sizes)
+            return {}
+
+        def call(name):  # past the Python checks, which read the indices once more
+            return partial(getattr(torch.ops.vqops, f"code_sums_{name}"), x[None], indices[None], K)
+
+        methods = {"vqops": lambda: partial(vqops.code_sums, x, indices, K)}
+        methods |= in_both_orders(by_name(("code_sums",), device, call)) if every else {}
+        methods |= {name: partial(prepare, x, indices, K) for name, prepare in baselines.SUMS.items()}
+        return methods, check
+
+    moved = N * (D * dtype.itemsize + 8) + 4 * K * D
+    return Case("code_sums", shape, device, build, {"copy": moved}, dtype, facts={"indices": kind})
 
 
 def ema_update(shape: Shape, device: str, every: bool = False) -> Case:
-    _, codebook = shape.data(device)
-    counts = torch.randint(1, 5, (shape.K,), device=device, generator=torch.Generator(device).manual_seed(0))
-    expected = codebook.double()
-    baselines.ema_update(torch.ones_like(expected[:, 0]), expected.clone(), expected, counts, expected.clone(), DECAY)
+    def build():
+        _, codebook = shape.data(device)
+        counts = torch.randint(1, 5, (shape.K,), device=device, generator=torch.Generator(device).manual_seed(0))
+        expected = codebook.double()
+        ones = torch.ones_like(expected[:, 0])
+        baselines.ema_update(ones, expected.clone(), expected, counts, expected.clone(), DECAY)
 
-    def check(found: Tensor) -> dict:  # the codes after the first step
-        correctness.close("codes", found, expected.view_as(found), 1e-5 * float(expected.abs().max()))
-        return {}
+        def check(found: Tensor) -> dict:  # the codes after the first step
+            correctness.close("codes", found, expected.view_as(found), 1e-5 * float(expected.abs().max()))
+            return {}
 
-    def call(implementation=None):
-        state = [torch.ones(1, shape.K, device=device), codebook[None].clone(), codebook[None].clone()]
+        def updates(update: Callable[..., None], state: list[Tensor], *statistics) -> Call:
+            def call():
+                update(*state, *statistics)
+                return state[2]
 
-        def update():
-            vqops.ema_update_(*state, counts[None], codebook[None], DECAY, implementation=implementation)
-            return state[2]
+            return call
 
-        return update
+        def call(implementation=None):
+            update = partial(vqops.ema_update_, implementation=implementation)
+            decay = torch.tensor(DECAY, device=device) if implementation else DECAY  # by name, a CUDA graph can hold it
+            return updates(update, [t[None] for t in ema_state(codebook)], counts[None], codebook[None], decay)
 
-    def plain():
-        state = [torch.ones(shape.K, device=device), codebook.clone(), codebook.clone()]
+        methods = {"vqops": call} | (by_name(("ema_update_",), device, call) if every else {})
+        methods["PyTorch"] = lambda: updates(baselines.ema_update, ema_state(codebook), counts, codebook, DECAY)
+        return methods, check
 
-        def update():
-            baselines.ema_update(*state, counts, codebook, DECAY)
-            return state[2]
+    moved = 4 * 4 * shape.K * shape.D  # sums read, averages read and written, codes written
+    return Case("ema_update_", shape, device, build, {"copy": moved})
 
-        return update
 
-    methods = ours("ema_update_", device, call, every) | {"PyTorch": plain}
-    moved = 4 * 4 * codebook.numel()  # sums read, averages read and written, codes written
-    return Case("ema_update_", shape, device, methods, check, "copy", moved)
+def ema_state(codebook: Tensor) -> list[Tensor]:
+    """Cluster sizes of 1, averages equal to the codes, codes: a copy for each method."""
+    return [torch.ones(len(codebook), device=codebook.device), codebook.clone(), codebook.clone()]
 
 
 def quantize_forward(shape: Shape, device: str, dtype=torch.float32, every: bool = False) -> Case:
     """Search, values and error; the peer is plain PyTorch with the same outputs."""
-    x, codebook = shape.data(device, dtype)
-    search = nearest(shape, device, dtype)
-    half = baselines.half_squares(codebook)
+    work = search_work(shape, device, dtype, shape.D * dtype.itemsize + 12)
 
-    def check(found) -> dict:
-        quantized, indices, error = found[:3]
-        correctness.close("quantized", quantized, codebook[indices], 0.0)
-        expected = (x.double() - codebook[indices].double()).square().sum(1)
-        correctness.close("error", error, expected, 1e-5 * float(expected.max()))
-        return search.check(indices)
+    def build():
+        x, codebook = shape.data(device, dtype)
+        half = baselines.half_squares(codebook)
+        check_indices = check_of_indices(x, codebook, (shape, device, dtype), dtype not in HALVES)
 
-    def call(implementation=None):
-        return partial(vqops.quantize, x, codebook, implementation=implementation)
+        def check(found) -> dict:
+            quantized, indices, error = found[:3]
+            correctness.close("quantized", quantized, codebook[indices], 0.0)
+            expected = (x.double() - codebook[indices].double()).square().sum(1)
+            correctness.close("error", error, expected, 1e-5 * float(expected.max()))
+            return check_indices(indices)
 
-    def plain():
-        indices = baselines.addmm_argmin(x, codebook, half)
-        chosen = codebook[indices]
-        return chosen, indices, (x - chosen).square().sum(1)
+        def call(implementation=None):
+            return partial(vqops.quantize, x, codebook, implementation=implementation)
 
-    methods = ours("quantize", device, call, every) | {"PyTorch, addmm + argmin": lambda: plain}
-    return Case("quantize", shape, device, methods, check, "gemm", search.work, dtype)
+        def plain():
+            indices = baselines.addmm_argmin(x, codebook, half)
+            chosen = codebook[indices]
+            return chosen, indices, (x - chosen).square().sum(1)
+
+        methods = {"vqops": call} | (by_name(("quantize",), device, call, work["gemm"]) if every else {})
+        return methods | {"PyTorch, addmm + argmin": lambda: plain}, check
+
+    return Case("quantize", shape, device, build, work, dtype)
 
 
 def quantize_backward(shape: Shape, device: str, gradient: str = "straight_through", every: bool = False) -> Case:
     """From the gradients of values and loss to that of x."""
-    x, codebook = shape.data(device)
-    grad = torch.randn(x.shape, device=device, generator=torch.Generator(device).manual_seed(1))
-    indices = vqops.nearest(x, codebook)
-    expected = gradient_of(turned(leaf(x), codebook[indices], gradient), grad)()
+    N, D = shape.N(device), shape.D
 
-    def check(found: Tensor) -> dict:
-        correctness.close("gradients", found, expected, 1e-4 * float(expected.abs().max()))
-        return {}
+    def build():
+        x, codebook = shape.data(device)
+        grad = gradient_in(x)
+        indices = vqops.nearest(x, codebook)
+        expected = gradient_of(turned(leaf(x), codebook[indices], gradient), grad)()
 
-    def call(implementation=None):
-        input = leaf(x)
-        found = vqops.quantize(input, codebook, gradient=gradient, implementation=implementation)
-        return gradient_of((input, found.quantized, found.error.mean() / shape.D), grad)
+        def check(found: Tensor) -> dict:
+            correctness.close("gradients", found, expected, 1e-4 * float(expected.abs().max()))
+            return {}
 
-    def plain():
-        return gradient_of(turned(leaf(x), codebook[indices], gradient), grad)
+        def through_autograd():
+            input = leaf(x)
+            found = vqops.quantize(input, codebook, gradient=gradient)
+            return gradient_of((input, found.quantized, found.error.mean() / D), grad)
 
-    methods = ours("quantize", device, call, every) | {"PyTorch": plain}
-    moved = 4 * 4 * x.numel()  # both x and its gradient, the gradient coming in, the code chosen
-    op = f"quantize, {gradient.replace('_', '-')}"
-    return Case(op, shape, device, methods, check, "copy", moved, direction="backward")
+        def call(name):
+            op = getattr(torch.ops.vqops, f"quantize_backward_{name}")
+            of_error = torch.full((1, N), 1 / (N * D), device=device)
+            given = (grad[None], of_error, x[None], codebook[None], indices[None], None, "euclidean", gradient)
+            return lambda: op(*given)[0][0]
+
+        methods = {"vqops": through_autograd} | (by_name(("quantize_backward",), device, call) if every else {})
+        methods["PyTorch"] = lambda: gradient_of(turned(leaf(x), codebook[indices], gradient), grad)
+        return methods, check
+
+    moved = 4 * 4 * N * D  # both x and its gradient, the gradient coming in, the code chosen
+    facts = {"gradient": gradient}
+    return Case("quantize_backward", shape, device, build, {"copy": moved}, direction="backward", facts=facts)
+
+
+def gradient_in(x: Tensor) -> Tensor:
+    return torch.randn(x.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(1))
 
 
 def turned(x: Tensor, chosen: Tensor, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,54 +345,76 @@ def gradient_of(step: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> Call:
     return lambda: torch.autograd.grad([quantized, loss], [x], [grad, None], retain_graph=True)[0]
 
 
-def training_step(shape: Shape, device: str) -> Case:
-    """VectorQuantize: forward, EMA update and backward, straight-through."""
-    x, codebook = shape.data(device)
-    grad = torch.randn(x.shape, device=device, generator=torch.Generator(device).manual_seed(1))
-    search = nearest(shape, device)
+def training_step(shape: Shape, device: str, every: bool = False) -> Case:
+    """VectorQuantize: forward, EMA update and backward, straight-through. By name: the three ops of it."""
+    work = search_work(shape, device, torch.float32, 12 * shape.D + 8)
 
-    def module() -> Call:
-        quantizer = vqops.VectorQuantize(shape.D, shape.K, decay=DECAY, rotation_trick=False).to(device)
-        baselines.load_codes(quantizer, codebook)
-        return partial(baselines.module_step, quantizer, leaf(x), grad)
+    def build():
+        x, codebook = shape.data(device)
+        grad = gradient_in(x)
+        check_indices = check_of_indices(x, codebook, (shape, device))
 
-    methods = {"vqops": module, **baselines.training_steps(x, codebook, grad, DECAY)}
-    return Case("training step", shape, device, methods, step_check(search), "gemm", search.work, direction="both")
+        def check(found) -> dict:  # of the first step: the codebook has moved by the later ones
+            quantized, indices, loss = found
+            if not bool(torch.isfinite(quantized).all()) or not bool(torch.isfinite(loss)):
+                raise correctness.WrongResult("values or loss are not finite")
+            return check_indices(indices)
+
+        def module() -> Call:
+            quantizer = vqops.VectorQuantize(shape.D, shape.K, decay=DECAY, rotation_trick=False).to(device)
+            baselines.load_codes(quantizer, codebook)
+            return partial(baselines.module_step, quantizer, leaf(x), grad)
+
+        methods = {"vqops": module}
+        if every:
+            methods |= in_both_orders(by_name(FUSED, device, partial(fused_step, x, grad, codebook), work["gemm"]))
+        return methods | baselines.training_steps(x, codebook, grad, DECAY), check
+
+    return Case("training step", shape, device, build, work, direction="both")
 
 
-def step_check(search: Case) -> Callable[[object], dict]:
-    """Looks at the first step: the codebook has moved by the later ones."""
+FUSED = ("quantize", "quantize_backward", "ema_update_")
 
-    def check(found) -> dict:
-        quantized, indices, loss = found
-        if not bool(torch.isfinite(quantized).all()) or not bool(torch.isfinite(loss)):
-            raise correctness.WrongResult("values or loss are not finite")
-        return search.check(indices)
 
-    return check
+def fused_step(x: Tensor, grad: Tensor, codebook: Tensor, implementation: str) -> Call:
+    quantize, backward, update = (getattr(torch.ops.vqops, f"{op}_{implementation}") for op in FUSED)
+    state, decay = [t[None] for t in ema_state(codebook)], torch.tensor(DECAY, device=x.device)
+    of_error = torch.full((1, len(x)), 1 / x.numel(), device=x.device)
+
+    def step():
+        given = (x[None], state[2], None, None, "euclidean", "straight_through", True)
+        quantized, indices, error, counts, sums, old = quantize(*given)
+        backward(grad[None], of_error, x[None], old, indices)
+        update(*state, counts, sums, decay)
+        return quantized[0], indices[0], error.mean() / x.shape[1]
+
+    return step
 
 
 def evaluation(shape: Shape, device: str) -> Case:
     """VectorQuantize in eval: tokens of a trained model."""
-    x, codebook = shape.data(device)
-    search = nearest(shape, device)
 
-    def module(make: Callable) -> Call:
-        quantizer = make()
-        baselines.load_codes(quantizer, codebook)
-        quantizer.eval()
+    def build():
+        x, codebook = shape.data(device)
 
-        @torch.no_grad()
-        def call():
-            return quantizer(x[None])[1][0]
+        def module(make: Callable) -> Call:
+            quantizer = make()
+            baselines.load_codes(quantizer, codebook)
+            quantizer.eval()
 
-        return call
+            @torch.no_grad()
+            def call():
+                return quantizer(x[None])[1][0]
 
-    methods = {
-        "vqops": partial(module, lambda: vqops.VectorQuantize(shape.D, shape.K).to(device)),
-        "vector-quantize-pytorch": partial(module, partial(baselines.incumbent, codebook)),
-    }
-    return Case("evaluation", shape, device, methods, search.check, "gemm", search.work)
+            return call
+
+        methods = {
+            "vqops": partial(module, lambda: vqops.VectorQuantize(shape.D, shape.K).to(device)),
+            "vector-quantize-pytorch": partial(module, partial(baselines.incumbent, codebook)),
+        }
+        return methods, check_of_indices(x, codebook, (shape, device))
+
+    return Case("evaluation", shape, device, build, search_work(shape, device, torch.float32, 8))
 
 
 def system_step(device: str, size: int = 256, batch: int = 1, quick: bool = False) -> Case:
@@ -262,51 +424,53 @@ def system_step(device: str, size: int = 256, batch: int = 1, quick: bool = Fals
     except ImportError as error:
         raise Unavailable(f"vqops[train] is not installed ({error.name})") from None
     config = VQVAE2Config(channels=32 if quick else 128)
-    generator = torch.Generator(device).manual_seed(0)
-    images = torch.rand(batch, config.image_channels, size, size, generator=generator, device=device)
-    torch.manual_seed(0)
-    first = VQVAE2(config).to(device)
-    with torch.no_grad():
-        first(images)  # k-means gives the first codes
-        state = deepcopy(first.state_dict())
-        expected = first(images).indices
 
-    def incumbent() -> torch.nn.Module:
-        options = {"accept_image_fmap": True, "decay": config.decay, "commitment_weight": config.commitment}
-        code = torch.empty(config.codebook_size, config.code_dim, device=device)
-        return baselines.incumbent(code, rotation_trick=False, **options)
+    def build():
+        generator = torch.Generator(device).manual_seed(0)
+        images = torch.rand(batch, config.image_channels, size, size, generator=generator, device=device)
+        torch.manual_seed(0)
+        first = VQVAE2(config).to(device)
+        with torch.no_grad():
+            first(images)  # k-means gives the first codes
+            state = deepcopy(first.state_dict())
+            expected = first(images).indices
 
-    def make(quantizer: Callable[[], torch.nn.Module] | None) -> Call:
-        model = VQVAE2(config).to(device)
-        model.load_state_dict(state)
-        if quantizer is not None:
-            for level, ours in enumerate(model.quantizers):
-                model.quantizers[level] = quantizer()
-                if list(model.quantizers[level].state_dict()):
-                    model.quantizers[level].load_state_dict(ours.state_dict())
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        def incumbent() -> torch.nn.Module:
+            options = {"accept_image_fmap": True, "decay": config.decay, "commitment_weight": config.commitment}
+            code = torch.empty(config.codebook_size, config.code_dim, device=device)
+            return baselines.incumbent(code, rotation_trick=False, **options)
 
-        def step():
-            output = model(images)
-            loss = torch.nn.functional.mse_loss(output.reconstruction, images) + output.codebook_loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return output.indices
+        def make(quantizer: Callable[[], torch.nn.Module] | None) -> Call:
+            model = VQVAE2(config).to(device)
+            model.load_state_dict(state)
+            if quantizer is not None:
+                for level, ours in enumerate(model.quantizers):
+                    model.quantizers[level] = quantizer()
+                    if list(model.quantizers[level].state_dict()):
+                        model.quantizers[level].load_state_dict(ours.state_dict())
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
-        return step
+            def step():
+                output = model(images)
+                loss = torch.nn.functional.mse_loss(output.reconstruction, images) + output.codebook_loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                return output.indices
 
-    def check(found) -> dict:  # the convolutions are the same, and the search of vqops is exact
-        wrong = sum(int((a != b).sum()) for a, b in zip(found, expected, strict=True) if a.dim() == b.dim())
-        checked = sum(b.numel() for a, b in zip(found, expected, strict=True) if a.dim() == b.dim())
-        return {"wrong": wrong, "checked": checked} if checked else {}
+            return step
 
-    methods = {"vqops": partial(make, None), "vector-quantize-pytorch": partial(make, incumbent)}
-    methods["no quantizer"] = partial(make, Unquantized)
+        def check(found) -> dict:  # the convolutions are the same, and the search of vqops is exact
+            wrong = sum(int((a != b).sum()) for a, b in zip(found, expected, strict=True) if a.dim() == b.dim())
+            checked = sum(b.numel() for a, b in zip(found, expected, strict=True) if a.dim() == b.dim())
+            return {"wrong": wrong, "checked": checked} if checked else {}
+
+        methods = {"vqops": partial(make, None), "vector-quantize-pytorch": partial(make, incumbent)}
+        return methods | {"no quantizer": partial(make, Unquantized)}, check
+
     N = sum(batch * height * width for height, width in config.code_sizes(size, size))
-    shape = Shape(f"VQ-VAE-2, {size} px", "", N, config.code_dim, config.codebook_size, 1, 1)
-    work = 2.0 * N * config.code_dim * config.codebook_size
-    return Case("VQ-VAE-2 training step", shape, device, methods, check, "", work, direction="both")
+    shape = Shape(f"VQ-VAE-2, {size} px", "", N, config.code_dim, config.codebook_size)
+    return Case("VQ-VAE-2 training step", shape, device, build, {}, direction="both")
 
 
 class Unquantized(torch.nn.Module):

@@ -6,7 +6,6 @@ are those of `python -m benchmarks` (default: --quick).
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.rows import label, read
+
 SUITE = Path(__file__).parent
 ROOT = SUITE.parent
-KEY = ("op", "shape", "axis", "N", "D", "K", "dtype", "direction", "method", "threads")
 
 
 class Refused(Exception):
@@ -83,13 +83,8 @@ def measured(python: str, folder: Path, options: list[str]) -> dict[str, float]:
     """Medians in milliseconds by row."""
     with tempfile.TemporaryDirectory() as out:
         run([python, "-m", SUITE.name, *options, "--out", out], folder, "the suite fails")
-        lines = [line for path in sorted(Path(out).glob("*.jsonl")) for line in path.read_text().splitlines()]
-    rows = map(json.loads, lines)
+        rows = [row for path in sorted(Path(out).glob("*.jsonl")) for row in read(path)]
     return {label(row): row["p50_ms"] for row in rows if "p50_ms" in row and row["method"].startswith("vqops")}
-
-
-def label(row: dict) -> str:
-    return " ".join(str(row[key]) for key in KEY if key in row)
 
 
 def changes(runs: list[tuple[dict[str, float], dict[str, float]]]) -> list[Change]:

@@ -14,8 +14,8 @@ class WrongResult(Exception):
 
 
 def checked_rows(x: Tensor, codebook: Tensor) -> slice:
-    """The rows that the check affords, from the beginning."""
-    return slice(0, max(1, min(len(x), PRODUCTS // codebook.numel())))
+    """As many rows as the check affords, spread over all."""
+    return slice(None, None, max(1, -(-len(x) * codebook.numel() // PRODUCTS)))
 
 
 def exact_indices(x: Tensor, codebook: Tensor) -> Tensor:
@@ -37,11 +37,16 @@ def wrong_indices(found: Tensor, exact: Tensor, x: Tensor, codebook: Tensor) -> 
     return int(wrong.sum()), excess
 
 
-def same_statistics(found: tuple[Tensor, Tensor], counts: Tensor, sums: Tensor) -> None:
-    """Raises WrongResult unless counts are equal and sums agree within float32 rounding of their longest sum."""
-    if not torch.equal(found[0].to(counts.dtype), counts):
+def same_statistics(found: tuple[Tensor, Tensor], counts: Tensor, sums: Tensor, sizes: Tensor) -> None:
+    """Raises WrongResult unless counts are equal and sums agree within float32 rounding.
+
+    `sizes` are the sums of the absolute values: what rounding is relative to.
+    """
+    if not torch.equal(found[0].view_as(counts).to(counts.dtype), counts):
         raise WrongResult("the counts are wrong")
-    close("sums", found[1].double(), sums.double(), 1e-5 * float(sums.abs().max()))
+    wrong = int(((found[1].view_as(sums).double() - sums).abs() > 1e-5 * sizes + 1e-6).sum())
+    if wrong:
+        raise WrongResult(f"{wrong} of {sums.numel()} sums are wrong")
 
 
 def close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -24,9 +24,9 @@ def timed(rows: list[dict]) -> list[dict]:
     return [row for row in rows if "p50_ms" in row and not row["method"].startswith("ceiling")]
 
 
-def draw_search(device, path: Path) -> None:
+def draw_search(machine, path: Path) -> None:
     """Time of each peer over that of vqops, a group of bars a shape."""
-    rows = [row for row in timed(device.rows("search", "nearest")) if row["dtype"] == "float32"]
+    rows = [row for row in timed(machine.rows("search", "nearest")) if row["dtype"] == "float32"]
     rows = [row for row in rows if not row["method"].startswith(("vqops", "torch.compile"))]
     shapes, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "method"))
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -50,8 +50,8 @@ def draw_search(device, path: Path) -> None:
     save(figure, path)
 
 
-def draw_growth(device, path: Path) -> None:
-    rows = [row for row in timed(device.rows("growing", "nearest")) if row["axis"] in ("N", "K", "D")]
+def draw_growth(machine, path: Path) -> None:
+    rows = [row for row in timed(machine.rows("growing", "nearest")) if row["axis"] in ("N", "K", "D")]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     for panel, axis in zip(figure.subplots(1, 3, sharey=True), ("N", "K", "D"), strict=True):
@@ -71,10 +71,10 @@ def draw_growth(device, path: Path) -> None:
     save(figure, path)
 
 
-def draw_memory(device, path: Path) -> None:
+def draw_memory(machine, path: Path) -> None:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     for panel, op in zip(figure.subplots(1, 2, sharey=True), ("nearest", "training step"), strict=True):
-        rows = device.rows("memory", op)
+        rows = machine.rows("memory", op)
         largest = max((row["N"] for row in rows), default=0)
         rows = [row for row in rows if row["N"] == largest and row["extra_mb"] > 0]
         methods = list(dict.fromkeys(row["method"] for row in rows))

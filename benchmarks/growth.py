@@ -1,20 +1,17 @@
 """How time and memory grow with N, K, D and threads, and what still fits."""
 
-import time
 from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-import torch
 
-import vqops
 from benchmarks import baselines, cases
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.memory import peak_extra_mb
 from benchmarks.rows import summary
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import interleaved, ratio
+from benchmarks.timing import Cpu, interleaved, ratio
 
 BASE = {"N": 4096, "D": 64, "K": 1024}
 AXES = {
@@ -29,25 +26,19 @@ LIMIT_GIB = 16
 NOISE = 2**19  # bytes: pages and arenas that a call happens to touch; a term below it at the largest size is none
 
 
-def curves(device: str, quick: bool, seconds: float) -> Iterator[dict]:
-    for axis, values in AXES.items():
-        rows = []
-        for value in values[1:-1:2] if quick else values:
-            size = BASE | {axis: value}
-            shape = Shape(f"growth over {axis}", "", size["N"], size["D"], size["K"], 1, 1)
-            rows += [{**row, "axis": axis} for row in measure(cases.nearest(shape, device), seconds, 1024, METHODS)]
-        timed = [row for row in rows if "p50_ms" in row and not row["method"].startswith("ceiling")]
-        yield from timed
-        for method in dict.fromkeys(row["method"] for row in timed):
-            points = [(row[axis], row["p50_ms"]) for row in timed if row["method"] == method][-FITTED:]
-            yield {
-                "op": "growth exponent",
-                "axis": axis,
-                "method": method,
-                "exponent": round(exponent(points), 3),
-                "from": points[0][0],
-                "to": points[-1][0],
-            }
+def curve(axis: str, device: str, quick: bool, seconds: float) -> Iterator[dict]:
+    """Searches over one axis, and the exponent of each method."""
+    timed = []
+    for value in AXES[axis][1:-1:2] if quick else AXES[axis]:
+        size = BASE | {axis: value}
+        case = cases.nearest(Shape(f"growth over {axis}", "", size["N"], size["D"], size["K"]), device)
+        rows = [{**row, "axis": axis} for row in measure(case, seconds, 1024, METHODS.__contains__)]
+        timed += [row for row in rows if "p50_ms" in row and not row["method"].startswith("ceiling")]
+    yield from timed
+    for method in dict.fromkeys(row["method"] for row in timed):
+        points = [(row[axis], row["p50_ms"]) for row in timed if row["method"] == method][-FITTED:]
+        fitted = {"exponent": round(exponent(points), 3), "from": points[0][0], "to": points[-1][0]}
+        yield {"op": "growth exponent", "axis": axis, "method": method, **fitted}
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
@@ -56,71 +47,48 @@ def exponent(points: list[tuple[float, float]]) -> float:
     return float(np.polyfit(size, duration, 1)[0])
 
 
-def thread_curve(counts: list[int], rounds: int) -> Iterator[tuple[int, dict]]:
+def thread_curve(cores: int, rounds: int) -> Iterator[dict]:
     """Wall time of the same calls with 1, 2, 4, ... threads, side by side."""
-    shape = SHAPES["VQ-VAE-2 bottom"]
-    x, codebook = shape.data("cpu")
-    half = baselines.half_squares(codebook)
-    searches = {
-        "vqops": partial(vqops.nearest, x, codebook),
-        "addmm + argmin": partial(baselines.addmm_argmin, x, codebook, half),
-    }
+    case = cases.nearest(SHAPES["VQ-VAE-2 bottom"], "cpu")
+    counts = [2**i for i in range(cores.bit_length()) if 2**i <= cores]
 
     def call(count: int, search):
         with baselines.threads(count):
             return search()
 
+    searches = {name: case.methods[name]() for name in ("vqops", "addmm + argmin")}
     calls = {(name, count): partial(call, count, search) for name, search in searches.items() for count in counts}
-    times = interleaved(calls, rounds, time.perf_counter)
+    times = interleaved({key: Cpu("wall").prepare(each) for key, each in calls.items()}, rounds)
     for (name, count), seconds in times.items():
-        row = {"op": "nearest", "shape": shape.name, "N": len(x), "D": shape.D, "K": shape.K, "dtype": "float32"}
-        row |= {"direction": "forward", "method": name, "axis": "threads", "clock": "wall", "rounds": rounds}
-        row |= {**summary(seconds), "times_one_thread": round(ratio(times[name, 1], seconds), 3)}
-        yield count, row
+        row = {**case.describe(), "method": name, "axis": "threads", "threads": count, "clock": "wall"}
+        faster = round(ratio(times[name, 1], seconds), 3)
+        yield {**row, "rounds": rounds, **summary(seconds), "times_one_thread": faster}
 
 
-def memory(device: str, quick: bool) -> Iterator[dict]:
+def memory(op: str, device: str, quick: bool) -> Iterator[dict]:
     """Peak extra memory over a grid of N and K, the law through it, and the largest N = K that it lets fit."""
-    for op, methods_of in (("nearest", searches), ("training step", steps)):
-        found = {}
-        for N, K in GRID[::4] if quick else GRID:
-            shape = Shape("growth of memory", "", N, 64, K, 1, 1)
-            for name, make in methods_of(shape, device).items():
-                try:
-                    call = make()
-                except Unavailable:
-                    continue
-                call()  # what is kept between calls is kept before the measurement
-                extra = peak_extra_mb(call, device)
-                if extra is None:
-                    return
-                found.setdefault(name, []).append((N, K, extra * 2**20))
-                yield {
-                    "op": op,
-                    "shape": shape.name,
-                    "N": N,
-                    "D": 64,
-                    "K": K,
-                    "dtype": "float32",
-                    "method": name,
-                    "axis": "memory",
-                    "extra_mb": extra,
-                }
-        if not quick:
-            for name, points in found.items():
-                yield {"op": "memory law", "of": op, "method": name, "D": 64, **law(points)}
+    found = {}
+    for N, K in GRID[::4] if quick else GRID:
+        case = MEASURED[op](Shape("growth of memory", "", N, 64, K), device)
+        for name, make in case.methods.items():
+            if name.startswith("torch.compile") or name == "vqops, prepared":
+                continue
+            try:
+                call = make()
+            except Unavailable:
+                continue
+            call()  # what is kept between calls is kept before the measurement
+            extra = peak_extra_mb(call, device)
+            if extra is None:
+                return
+            found.setdefault(name, []).append((N, K, extra * 2**20))
+            yield {**case.describe(), "method": name, "axis": "memory", "extra_mb": extra}
+    if not quick:
+        for name, points in found.items():
+            yield {"op": "memory law", "of": op, "method": name, "D": 64, **law(points)}
 
 
-def searches(shape: Shape, device: str) -> dict:
-    x, codebook = shape.data(device)
-    found = {"vqops": lambda: partial(vqops.nearest, x, codebook)}
-    return found | {
-        name: partial(make, x, codebook) for name, make in baselines.SEARCH.items() if "compile" not in name
-    }
-
-
-def steps(shape: Shape, device: str) -> dict:
-    return {name: make for name, make in cases.training_step(shape, device).methods.items() if "compile" not in name}
+MEASURED = {"nearest": cases.nearest, "training step": cases.training_step}
 
 
 def law(points: list[tuple[int, int, float]]) -> dict:
@@ -157,8 +125,3 @@ def non_negative_fit(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     terms = np.zeros(columns.shape[1])
     terms[kept] = found / scale[kept]
     return terms
-
-
-def thread_counts() -> list[int]:
-    most = torch.get_num_threads()
-    return [2**i for i in range(most.bit_length()) if 2**i <= most]

@@ -1,94 +1,90 @@
-"""Cases to rows: check, then memory, then time, all methods of a case interleaved with the ceiling in one process."""
+"""Cases to rows: check, then memory, then time, all methods of a case interleaved with the ceilings in one process."""
 
 import math
-import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 
-from benchmarks.baselines import Call, Unavailable
+from benchmarks.baselines import Call, Unavailable, tensor_float_32
 from benchmarks.cases import Case
-from benchmarks.correctness import WrongResult
 from benchmarks.memory import peak_extra_mb
 from benchmarks.rows import summary
-from benchmarks.timing import interleaved, ratio
+from benchmarks.timing import clock_of, interleaved, ratio
 from vqops import _C
 
 FEWEST, MOST = 5, 40  # rounds
-SHORT = 0.1  # seconds
-COPY_BYTES = 2**27  # read, and as many written: more than any cache
-# On one CPU thread processor time, which other programs do not stretch; else wall time, after the device is done.
-CLOCKS = {"process": time.process_time, "wall": time.perf_counter}
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # read, and as many written: more than any cache
+RATES = {"gemm": "gflops", "copy": "gbytes_s"}
 
 
-def device_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
+def ceilings(case: Case, gemm_size: int) -> dict[str, tuple[Call, float]]:
+    """Calls that show what this machine can do, in the same rounds as the methods, and their work.
 
-
-def clock_of(device: str) -> tuple[str, Callable[[], float]]:
-    if device != "cpu":
-        return "wall", device_clock
-    name = "process" if torch.get_num_threads() == 1 else "wall"
-    return name, CLOCKS[name]
-
-
-def ceiling(kind: str, device: str, gemm_size: int) -> tuple[Call, float]:
-    """The call that shows what this machine can do, in the same rounds as the methods, and its work."""
-    if kind == "copy":
-        source = torch.ones(COPY_BYTES // 4, device=device)
+    The first kind of work bounds a case on a CPU; on a GPU either may.
+    """
+    on_cpu, found = case.device == "cpu", {}
+    kinds = list(case.work)[:1] if on_cpu else list(case.work)
+    if "gemm" in kinds:
+        a, b = (torch.randn(gemm_size, gemm_size, device=case.device) for _ in range(2))
+        if not on_cpu:
+            found["gemm, TF32"] = tensor_float_32(lambda a=a, b=b: a @ b), 2.0 * gemm_size**3
+            a, b = a.half(), b.half()
+        product = torch.empty_like(a)
+        found["gemm"] = lambda: torch.mm(a, b, out=product), 2.0 * gemm_size**3
+    if "copy" in kinds:
+        source = torch.ones(COPY_BYTES[case.device] // 4, device=case.device)
         target = torch.empty_like(source)
-        return lambda: target.copy_(source), 2.0 * COPY_BYTES
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    a, b, product = (torch.ones(gemm_size, gemm_size, device=device, dtype=dtype) for _ in range(3))
-    return lambda: torch.mm(a, b, out=product), 2.0 * gemm_size**3
+        found["copy"] = lambda: target.copy_(source), 8.0 * source.numel()
+    return found
 
 
-def measure(case: Case, seconds: float, gemm_size: int = 2048, only: tuple[str, ...] = ()) -> list[dict]:
-    """A row a method, and one for the ceiling. `seconds` is how long the timing of the case should take."""
-    rows, calls, took = {}, {}, {}
-    clock, read = clock_of(case.device)
-    for name, make in case.methods.items():
-        if only and name not in only:
-            continue
+def measure(
+    case: Case, seconds: float, gemm_size: int = 2048, wanted: Callable[[str], bool] = lambda name: True
+) -> list[dict]:
+    """A row a method, and one per ceiling. `seconds` is how long the timing of the case should take."""
+    rows, timed, clock = {}, {}, clock_of(case.device)
+    for name in filter(wanted, case.methods):
         try:
-            call = make()
-            rows[name] = case.check(call())
+            call = case.methods[name]()
+            row = case.check(call())
+            row["extra_mb"] = peak_extra_mb(call, case.device)
+            timed[name] = clock.prepare(call)
         except Unavailable as reason:
-            rows[name] = {"left_out": str(reason)}
-            continue
-        except (WrongResult, MemoryError, torch.OutOfMemoryError) as error:
-            rows[name] = {"failed": f"{type(error).__name__}: {error}"}
-            continue
-        start = read()
-        rows[name]["extra_mb"] = peak_extra_mb(call, case.device)
-        took[name] = read() - start
-        calls[name] = call
-    if case.ceiling:
-        calls[case.ceiling], ceiling_work = ceiling(case.ceiling, case.device, gemm_size)
-        took[case.ceiling] = 0.0
-    for name, call in calls.items():
-        if took[name] < SHORT:  # what the measurement of memory itself takes would count
-            start = read()
-            call()
-            took[name] = read() - start
-    rounds = max(FEWEST, min(MOST, math.floor(seconds / sum(took.values()))))
-    times = interleaved(calls, rounds, read)
-    for name, row in rows.items():
-        if name not in calls:
-            continue
-        row |= {"clock": clock, "rounds": rounds, **summary(times[name])}
-        if "vqops" in calls:
-            row["times_vqops"] = round(ratio(times[name], times["vqops"]), 3)
-        if case.ceiling:
-            share = ratio(times[case.ceiling], times[name]) * case.work / ceiling_work
-            row |= {"ceiling": case.ceiling, "share_of_ceiling": round(share, 4)}
-        unit = "gbytes_s" if case.ceiling == "copy" else "gflops"
-        row[unit] = round(case.work / row["p50_ms"] / 1e6, 2)
-    if case.ceiling:
-        row = {"clock": clock, "rounds": rounds, **summary(times[case.ceiling])}
-        row["gbytes_s" if case.ceiling == "copy" else "gflops"] = round(ceiling_work / row["p50_ms"] / 1e6, 2)
-        if case.ceiling == "gemm" and case.device == "cpu":  # in the arithmetic that the kernels screen in
-            row["multiply_add_gflops"] = round(2 * _C.multiply_add_rate() / 1e9, 2)
-        rows[f"ceiling: {case.ceiling}"] = row
+            row = {"left_out": str(reason)}
+        except Exception as error:  # a method that fails is a row, not the end of the run
+            row = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        rows[name] = row
+    limits = ceilings(case, gemm_size)
+    for kind, (call, _) in limits.items():
+        rows[f"ceiling: {kind}"] = {}
+        timed[f"ceiling: {kind}"] = clock.prepare(call)
+    if timed:
+        rounds = max(FEWEST, min(MOST, math.floor(seconds / sum(method.took for method in timed.values()))))
+        times = interleaved(timed, rounds)
+        for name, method in timed.items():
+            rows[name] |= {"clock": method.clock, "rounds": rounds, **summary(times[name])}
+        compared(case, rows, times, {kind: work for kind, (_, work) in limits.items()})
     return [{**case.describe(), "method": name, **row} for name, row in rows.items()]
+
+
+def compared(case: Case, rows: dict[str, dict], times: dict[str, list[float]], works: dict[str, float]) -> None:
+    """Adds to the rows the multiples of our time and the share of the ceiling that bounds the case."""
+    ours = sorted((name for name in times if name.startswith("vqops")), key=lambda name: median(times[name]))
+    base = "vqops" if "vqops" in times else next(iter(ours), None)  # among implementations by name, the fastest
+    kinds = [kind for kind in case.work if kind in works]
+    for name in times:
+        row = rows[name]
+        if name.startswith("ceiling"):
+            kind = name.removeprefix("ceiling: ")
+            row[RATES[kind.partition(",")[0]]] = round(works[kind] / row["p50_ms"] / 1e6, 2)
+            if kind == "gemm" and case.device == "cpu":  # in the arithmetic that the kernels screen in
+                row["multiply_add_gflops"] = round(2 * _C.multiply_add_rate() / 1e9, 2)
+            continue
+        if base:
+            row["times_vqops"] = round(ratio(times[name], times[base]), 3)
+        shares = {k: ratio(times[f"ceiling: {k}"], times[name]) * case.work[k] / works[k] for k in kinds}
+        if shares:
+            nearest = max(shares, key=shares.get)
+            row |= {"ceiling": nearest, "share_of_ceiling": float(f"{shares[nearest]:.4g}")}
+        row |= {RATES[kind]: round(case.work[kind] / row["p50_ms"] / 1e6, 2) for kind in kinds}

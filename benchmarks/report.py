@@ -1,21 +1,22 @@
 """`python -m benchmarks.report`: the tables and figures of the documentation, from the committed rows and nothing else.
 
-In docs/benchmarks.md and README.md, what stands between `<!-- benchmarks:NAME -->` and `<!-- /benchmarks -->` is
-replaced by the block of that name (BLOCKS). Figures go to docs/figures/.
+In README.md and the PAGES of docs/, what stands between `<!-- benchmarks:NAME -->` and `<!-- /benchmarks -->` is
+replaced by the block of that name (BLOCKS), one part per machine that has rows of it. Figures go to docs/figures/.
 """
 
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from benchmarks.figures import draw_growth, draw_memory, draw_search
+from benchmarks.rows import read
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("search", "statistics", "quantize", "steps", "exactness", "growing", "memory")
+PAGES = ("benchmarks.md", "cpu.md", "gpu.md")
+STAGES = ("search", "statistics", "quantize", "steps", "exactness", "growing", "memory")  # of docs/benchmarks.md
 MARKED = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 OURS = ("vqops", "vqops, prepared")
 SHORT = {
@@ -26,27 +27,27 @@ SHORT = {
     "faiss IndexFlatL2": "faiss",
 }
 FIXED_COST_MS = 1.0  # a search below this is mostly the call itself
-FIGURES = {"search": draw_search, "growth": draw_growth, "memory": draw_memory}
+FIGURES = {"search": ("search", draw_search), "growth": ("growing", draw_growth), "memory": ("memory", draw_memory)}
 
 
 @dataclass
-class Device:
+class Machine:
     """The rows of one folder of results."""
 
     folder: Path
 
     def rows(self, stage: str, op: str | None = None) -> list[dict]:
-        path = self.folder / f"{stage}.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [row for row in rows if op is None or row["op"] == op]
+        return [row for row in read(self.folder / f"{stage}.jsonl") if op is None or row["op"] == op]
 
     @property
     def name(self) -> str:
-        return self.rows("search")[0]["device"]
+        first = (self.rows("search") or self.rows("kernels"))[0]
+        return f"{first['device']} ({first['instructions']})"
 
 
-def devices(root: Path) -> list[Device]:
-    return [Device(path.parent) for path in sorted((root / "benchmarks" / "results").glob("*/search.jsonl"))]
+def machines(root: Path) -> list[Machine]:
+    found = map(Machine, sorted((root / "benchmarks" / "results").iterdir()))
+    return [machine for machine in found if machine.rows("search") or machine.rows("kernels")]
 
 
 def by_case(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
@@ -54,13 +55,14 @@ def by_case(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         if "p50_ms" in row:
-            key = row["op"], row["shape"], row["N"], row["D"], row["K"], row["dtype"], row["direction"]
-            cases.setdefault(key, {})[row["method"]] = row
+            key = ("op", "shape", "N", "D", "K", "dtype", "direction", "gradient", "indices")
+            cases.setdefault(tuple(row.get(name) for name in key), {})[row["method"]] = row
     return cases
 
 
 def table(heads: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *lines])
+    rows = [heads, ["---"] * len(heads), *lines] if lines else []
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def number(value: float) -> str:
@@ -110,16 +112,18 @@ def ratio_cell(row: dict | None) -> str:
 SIZE = ["shape", "N", "D", "K"]
 
 
-def machine(device: Device, figures: str) -> str:
+def measured(machine: Machine, figures: str) -> str:
     """What was measured, where, with what."""
     lines = []
-    rows = {stage: device.rows(stage) for stage in STAGES}
+    rows = {stage: machine.rows(stage) for stage in STAGES}
     every = [row for found in rows.values() for row in found]
+    if not rows["search"]:
+        return ""
     first = rows["search"][0]
     threads = "thread" if first["threads"] == 1 else "threads"
     clock = next(row["clock"] for row in rows["search"] if "clock" in row)
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines.append(f"{device.name} ({first['instructions']}), {first['threads']} {threads}, {clock} time, {versions}.")
+    lines.append(f"{machine.name}, {first['threads']} {threads}, {clock} time, {versions}.")
     commits = dict.fromkeys(row["commit"] for row in every)
     lines.append(f"Sources measured: commit {', '.join(f'`{commit}`' for commit in commits)}.")
     loads = [found[0]["load"] for found in rows.values() if found and found[0].get("load") is not None]
@@ -135,11 +139,11 @@ def machine(device: Device, figures: str) -> str:
     return "\n".join(lines)
 
 
-def bounds(device: Device, figures: str) -> str:
+def bounds(machine: Machine, figures: str) -> str:
     """What bounds the search at each shape, and what a user can do."""
     lines = []
-    for key, found in by_case(device.rows("search", "nearest")).items():
-        if key[5] == "float32" and "vqops" in found:
+    for found in by_case(searches(machine)).values():
+        if "vqops" in found:
             row, prepared = found["vqops"], found.get("vqops, prepared")
             cause, remedy = bound(row, prepared)
             share = f"{row['share_of_ceiling']:.2f}"
@@ -163,56 +167,61 @@ def bound(row: dict, prepared: dict | None) -> tuple[str, str]:
     return "matrix units", "nothing but a smaller N, K or D"
 
 
-def shapes(device: Device, figures: str) -> str:
-    found = {row["shape"]: row for row in device.rows("search") if row["shape"] in SHAPES}
+def shapes(machine: Machine, figures: str) -> str:
+    found = {row["shape"]: row for row in machine.rows("search") if row["shape"] in SHAPES}
     return table([*SIZE, "from"], [[*size(row), SHAPES[name].model] for name, row in found.items()])
 
 
-def search(device: Device, figures: str) -> str:
-    cases = {k: v for k, v in by_case(device.rows("search", "nearest")).items() if k[5] == "float32"}
-    return peer_columns(cases, SIZE, size, "share of GEMM")
+def searches(machine: Machine, float32: bool = True) -> list[dict]:
+    return [row for row in machine.rows("search", "nearest") if (row["dtype"] == "float32") == float32]
 
 
-def dtypes(device: Device, figures: str) -> str:
-    cases = {k: v for k, v in by_case(device.rows("search", "nearest")).items() if k[5] != "float32"}
-    return peer_columns(cases, ["dtype", *SIZE], lambda row: [row["dtype"], *size(row)])
+def search(machine: Machine, figures: str) -> str:
+    return peer_columns(by_case(searches(machine)), SIZE, size, "share of GEMM")
 
 
-def statistics(device: Device, figures: str) -> str:
-    cases = by_case(device.rows("statistics", "code_sums"))
-    update = by_case(device.rows("statistics", "ema_update_"))
-    parts = [peer_columns(cases, SIZE, size, "share of copy")]
-    if update:
-        codes = peer_columns(update, ["shape", "D", "K"], lambda row: [row["shape"], *size(row)[2:]], "share of copy")
-        parts += ["`ema_update_`:", codes]
-    return "\n\n".join(parts)
+def dtypes(machine: Machine, figures: str) -> str:
+    found = by_case(searches(machine, float32=False))
+    return peer_columns(found, ["dtype", *SIZE], lambda row: [row["dtype"], *size(row)])
 
 
-def quantize(device: Device, figures: str) -> str:
-    cases = by_case(device.rows("quantize"))
-    forward = {k: v for k, v in cases.items() if k[6] == "forward"}
-    backward = {k: v for k, v in cases.items() if k[6] == "backward"}
-    described = lambda row: [row["op"].rpartition(", ")[2], *size(row)]  # noqa: E731
-    parts = [peer_columns(forward, SIZE, size, "share of GEMM")]
-    parts += ["Backward:", peer_columns(backward, ["gradient", *SIZE], described, "share of copy")]
-    return "\n\n".join(parts)
+def statistics(machine: Machine, figures: str) -> str:
+    update = by_case(machine.rows("statistics", "ema_update_"))
+    if not update:
+        return ""
+    codes = peer_columns(update, ["shape", "D", "K"], lambda row: [row["shape"], *size(row)[2:]], "share of copy")
+    sums = peer_columns(by_case(machine.rows("statistics", "code_sums")), SIZE, size, "share of copy")
+    return f"{sums}\n\n`ema_update_`:\n\n{codes}"
 
 
-def step(device: Device, figures: str) -> str:
-    return peer_columns(by_case(device.rows("steps", "training step")), SIZE, size)
+def quantize(machine: Machine, figures: str) -> str:
+    backward = by_case(machine.rows("quantize", "quantize_backward"))
+    if not backward:
+        return ""
+    forward = peer_columns(by_case(machine.rows("quantize", "quantize")), SIZE, size, "share of GEMM")
+    named = peer_columns(backward, ["gradient", *SIZE], lambda row: [gradient(row), *size(row)], "share of copy")
+    return f"{forward}\n\nBackward:\n\n{named}"
 
 
-def system(device: Device, figures: str) -> str:
-    return peer_columns(by_case(device.rows("steps", "VQ-VAE-2 training step")), ["step", "vectors", "D", "K"], size)
+def gradient(row: dict) -> str:
+    return row["gradient"].replace("_", "-")
 
 
-def evaluation(device: Device, figures: str) -> str:
-    return peer_columns(by_case(device.rows("steps", "evaluation")), SIZE, size)
+def step(machine: Machine, figures: str) -> str:
+    return peer_columns(by_case(machine.rows("steps", "training step")), SIZE, size)
 
 
-def exactness(device: Device, figures: str) -> str:
+def system(machine: Machine, figures: str) -> str:
+    return peer_columns(by_case(machine.rows("steps", "VQ-VAE-2 training step")), ["step", "vectors", "D", "K"], size)
+
+
+def evaluation(machine: Machine, figures: str) -> str:
+    return peer_columns(by_case(machine.rows("steps", "evaluation")), SIZE, size)
+
+
+def exactness(machine: Machine, figures: str) -> str:
     """Share of wrong indices, in percent."""
-    rows = device.rows("exactness")
+    rows = machine.rows("exactness")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
@@ -225,25 +234,28 @@ def exactness(device: Device, figures: str) -> str:
     return table(["shape", "data", *(SHORT.get(method, method) for method in methods)], lines)
 
 
-def growth(device: Device, figures: str) -> str:
-    rows = device.rows("growing", "growth exponent")
+def growth(machine: Machine, figures: str) -> str:
+    rows = machine.rows("growing", "growth exponent")
+    if not rows:
+        return ""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     axes = dict.fromkeys((row["axis"], row["from"], row["to"]) for row in rows)
     exponents = {(row["axis"], row["method"]): row["exponent"] for row in rows}
+    heads = ["exponent of time over", *(SHORT.get(method, method) for method in methods)]
     lines = [[f"{a} from {b} to {c}", *(f"{exponents[a, m]:.2f}" for m in methods)] for a, b, c in axes]
-    picture = f"![time over N, K and D]({figures}/benchmarks_{device.folder.name}_growth.svg)"
-    return f"{picture}\n\n" + table(["exponent of time over", *(SHORT.get(m, m) for m in methods)], lines)
+    return picture("growth", "time over N, K and D", machine, figures) + f"\n\n{table(heads, lines)}"
 
 
-def threads(device: Device, figures: str) -> str:
-    rows = [row for row in device.rows("growing", "nearest") if row["axis"] == "threads"]
+def threads(machine: Machine, figures: str) -> str:
+    rows = [row for row in machine.rows("growing", "nearest") if row["axis"] == "threads"]
     lines = [[row["method"], str(row["threads"]), times(row), f"{number(row['times_one_thread'])} x"] for row in rows]
     return table(["method", "threads", "wall ms: p50 (p20-p80)", "as fast as one thread"], lines)
 
 
-def memory(device: Device, figures: str) -> str:
-    rows = device.rows("memory", "memory law")
-    picture = f"![extra memory over K]({figures}/benchmarks_{device.folder.name}_memory.svg)"
+def memory(machine: Machine, figures: str) -> str:
+    rows = machine.rows("memory", "memory law")
+    if not rows:
+        return ""
     limits = " or ".join(dict.fromkeys(f"{row['limit_gib']} GiB" for row in rows))
     largest = f"largest N = K in {limits}"
     heads = ["op", "method", "bytes a vector and code", "bytes a vector", "bytes a code", largest]
@@ -256,25 +268,27 @@ def memory(device: Device, figures: str) -> str:
         ]
         for row in rows
     ]
-    return f"{picture}\n\n" + table(heads, lines)
+    return picture("memory", "extra memory over K", machine, figures) + f"\n\n{table(heads, lines)}"
 
 
-def losses(device: Device, figures: str) -> str:
+def losses(machine: Machine, figures: str) -> str:
     """Every peer that was faster, from all stages."""
     lines = []
+    if not machine.rows("search"):
+        return ""
     for stage in ("search", "statistics", "quantize", "steps", "growing"):
-        for found in by_case(device.rows(stage)).values():
+        for found in by_case(machine.rows(stage)).values():
             for name, row in found.items():
                 if name in OURS or name == "no quantizer" or row.get("times_vqops", 1) >= 1:
                     continue
                 milliseconds = f"{number(row['p50_ms'])} against {number(found['vqops']['p50_ms'])} ms"
-                op = f"{row['op']}, {row['dtype']}" if row["dtype"] != "float32" else row["op"]
+                op = ", ".join([row["op"], *variant(row)])
                 took = f"{name} took {number(row['times_vqops'])} x our time ({milliseconds})"
                 where = f"{row['shape']}, {row['axis']} = {row[row['axis']]}" if "axis" in row else row["shape"]
                 lines.append(f"- {op}, {where}: {took}{wrong(row)}.")
     for op in ("nearest", "training step"):
-        rows = device.rows("memory", op)
-        largest = [row for row in rows if (row["N"], row["K"]) == (rows[-1]["N"], rows[-1]["K"])]
+        rows = machine.rows("memory", op)
+        largest = [row for row in rows if all(row[axis] == rows[-1][axis] for axis in "NK")]
         ours = next((row["extra_mb"] for row in largest if row["method"] == "vqops"), 0.0)
         for row in largest:
             if row["extra_mb"] < ours:
@@ -283,55 +297,142 @@ def losses(device: Device, figures: str) -> str:
     return "\n".join(lines) or "- In none of these cases was a peer faster."
 
 
-def claim(device: Device, figures: str) -> str:
+def variant(row: dict) -> list[str]:
+    """What sets a case apart from others of its op and sizes."""
+    parts = [row["dtype"]] if row["dtype"] != "float32" else []
+    if "gradient" in row:
+        parts.append(gradient(row))
+    return parts + ([row["indices"]] if row.get("indices", "uniform") != "uniform" else [])
+
+
+def kernels(of_gpu: bool, machine: Machine, figures: str) -> str:
+    """A line per case of the kernels' own sizes."""
+    rows = machine.rows("kernels")
+    if not rows or rows[0]["instructions"].startswith("sm_") != of_gpu:
+        return ""
+    lines, shown, older = [], [], []
+    for newest, before in runs_of_cases(machine):
+        ours = next((row for row in newest.values() if is_ours(row) and row["times_vqops"] == 1), None)
+        if ours is None:
+            continue
+        shown += newest.values()
+        op = ", ".join([ours["op"], *ours["method"].split()[1:], *variant(ours)])
+        sizes = ", ".join(str(ours[axis]) for axis in "NDK")
+        lines.append([op, sizes, *rates(ours, newest.get("ceiling: gemm", {})), multiples(ours, newest)])
+        older += [f"{op} {sizes}: {number(row['p50_ms'])} ms (`{row['commit']}`)" for row in before]
+    first = rows[0]
+    shown.sort(key=lambda row: row["committed"])
+    commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in shown))
+    named = [f"{name} {first['versions'][name]}" for name in VERSIONS if name in first["versions"]]
+    threads = "one thread" if first["threads"] == 1 else f"{first['threads']} threads"
+    parts = [f"**{first['device']}, `{first['instructions']}`**, {threads}, {', '.join(named)}, commit {commits}."]
+    heads = ["op", "N, D, K", "ms", "GFLOP/s", "share of the ceiling", "of multiply-adds", "times as long:"]
+    parts += [table(heads, lines)]
+    failed = [f"{row['method']} ({row['op']} {row['shape']}): {row['failed']}" for row in rows if "failed" in row]
+    by_events = dict.fromkeys(row["method"] for row in shown if row["clock"] == "events")
+    parts += [f"Failed: {'; '.join(failed)}."] if failed else []
+    parts += [f"Not from a CUDA graph, which can't hold them: {', '.join(by_events)}."] if by_events else []
+    parts += [f"Measured again since, and shown from there: {'; '.join(older)}."] if older else []
+    return "\n\n".join(parts)
+
+
+def runs_of_cases(machine: Machine) -> Iterator[tuple[dict[str, dict], list[dict]]]:
+    """Per case of the stage `kernels`: the rows of its newest run in any stage by method, and ours of older commits."""
+    found: dict[tuple, dict[tuple, dict[str, dict]]] = {}
+    for stage in ("kernels", *STAGES):
+        for row in machine.rows(stage):
+            if row["method"].startswith("ceiling") or ("p50_ms" in row and row.get("axis") != "threads"):
+                case = tuple(row.get(key) for key in ("op", "N", "D", "K", "dtype", "gradient", "indices"))
+                run = row["committed"], stage == "kernels", row.get("axis", "")
+                found.setdefault(case, {}).setdefault(run, {})[row["method"]] = row
+    for runs in found.values():
+        if any(kernels for _, kernels, _ in runs):
+            *before, newest = (rows for _, rows in sorted(runs.items()))
+            commits = {row["commit"] for row in newest.values()}
+            older = [rows["vqops"] for rows in before if "vqops" in rows]
+            yield newest, [row for row in older if row["commit"] not in commits]
+
+
+def is_ours(row: dict) -> bool:
+    return row["method"].startswith("vqops")
+
+
+VERSIONS = ("torch", "cuda", "triton", "faiss-cpu", "vector-quantize-pytorch", "flash-kmeans")
+
+
+def rates(row: dict, gemm: dict) -> list[str]:
+    """Cells of a row's time, its rate, and its shares of what the machine can do."""
+    cells = [f"{row['p50_ms']:.3g}", f"{row['gflops']:.0f}" if "ceiling" in row and "gflops" in row else "", "", ""]
+    if "share_of_ceiling" in row:
+        cells[2] = f"{row['share_of_ceiling']:.2f}" + (" (copy)" if row["ceiling"] == "copy" else "")
+        if "gflops" in row and "multiply_add_gflops" in gemm:
+            cells[3] = f"{row['gflops'] / gemm['multiply_add_gflops']:.2f}"
+    return cells
+
+
+def multiples(ours: dict, found: dict[str, dict]) -> str:
+    others = {name: row for name, row in found.items() if row is not ours and not name.startswith("ceiling")}
+    return ", ".join(f"{SHORT.get(name, name)} {row['times_vqops']:.3g}{wrong(row)}" for name, row in others.items())
+
+
+def claim(machine: Machine, figures: str) -> str:
     """One sentence for the README."""
-    steps = [found for found in by_case(device.rows("steps", "training step")).values() if "vqops" in found]
+    steps = [found for found in by_case(machine.rows("steps", "training step")).values() if "vqops" in found]
     parts = []
     for peer in ("vector-quantize-pytorch", "PyTorch, index_add_"):
         ratios = [found[peer]["times_vqops"] for found in steps if peer in found]
         if ratios:
             parts.append(f"{number(min(ratios))} to {number(max(ratios))} times as long with {peer}")
-    found = [row for row in device.rows("search", "nearest") if row["method"] == "vqops" and "wrong" in row]
+    found = [row for row in machine.rows("search", "nearest") if row["method"] == "vqops" and "wrong" in row]
     counted = f"{sum(row['wrong'] for row in found)} of {sum(row['checked'] for row in found)} indices wrong"
     shapes = f"{len(steps)} shapes of published models"
-    return f"On {device.name}, a training step of {shapes} takes {' and '.join(parts)}; {counted}."
+    if not parts:
+        return ""
+    return f"On {machine.name}, a training step of {shapes} takes {' and '.join(parts)}; {counted}."
 
 
-def picture(kind: str, text: str, device: Device, figures: str) -> str:
-    return f"![{text}]({figures}/benchmarks_{device.folder.name}_{kind}.svg)"
+def picture(kind: str, text: str, machine: Machine, figures: str) -> str:
+    stage, _ = FIGURES[kind]
+    return f"![{text}]({figures}/benchmarks_{machine.folder.name}_{kind}.svg)" if machine.rows(stage) else ""
 
 
-BLOCKS: dict[str, Callable[[Device, str], str]] = {
+BLOCKS: dict[str, Callable[[Machine, str], str]] = {
     block.__name__: block
     for block in (
-        *(machine, bounds, shapes, search, dtypes, statistics, quantize, step, system, evaluation),
+        *(bounds, shapes, search, dtypes, statistics, quantize, step, system, evaluation),
         *(exactness, growth, threads, memory, losses, claim),
     )
-} | {"search-figure": partial(picture, "search", "search time of the peers over that of vqops")}
+} | {
+    "machine": measured,
+    "search-figure": partial(picture, "search", "search time of the peers over that of vqops"),
+    "cpu-kernels": partial(kernels, False),
+    "gpu-kernels": partial(kernels, True),
+}
 
 
-def rendered(text: str, found: list[Device], figures: str) -> str:
+def rendered(text: str, found: list[Machine], figures: str) -> str:
     """The text with its blocks made anew. Raises KeyError for a marker that names no block."""
 
     def block(match: re.Match) -> str:
-        parts = []
-        for device in found:
-            title = f"**{device.name}**\n\n" if len(found) > 1 else ""
-            parts.append(title + BLOCKS[match[2]](device, figures))
-        return f"{match[1]}{chr(10).join(parts)}\n{match[3]}"
+        made = {machine.name: BLOCKS[match[2]](machine, figures) for machine in found}
+        made = {name: text for name, text in made.items() if text}
+        titled = len(made) > 1 and "kernels" not in match[2]  # whose text names the machine
+        parts = [f"**{name}**\n\n{text}" if titled else text for name, text in made.items()]
+        return "\n".join([match[1] + ("\n\n".join(parts) or "No run yet."), match[3]])
 
     return MARKED.sub(block, text)
 
 
 def main(root: Path = ROOT) -> None:
-    found = devices(root)
+    found = machines(root)
     folder = root / "docs" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for device in found:
-        for kind, draw in FIGURES.items():
-            draw(device, folder / f"benchmarks_{device.folder.name}_{kind}.svg")
-    for path, figures in ((root / "docs" / "benchmarks.md", "figures"), (root / "README.md", "docs/figures")):
-        path.write_text(rendered(path.read_text(), found, figures))
+    for machine in found:
+        for kind, (stage, draw) in FIGURES.items():
+            if machine.rows(stage):
+                draw(machine, folder / f"benchmarks_{machine.folder.name}_{kind}.svg")
+    for path in (*(root / "docs" / page for page in PAGES), root / "README.md"):
+        path.write_text(rendered(path.read_text(), found, "docs/figures" if path.parent == root else "figures"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""A row of results: what was measured, on what, with which versions, as one JSON object a line."""
+"""A row of results: what was measured, on what, with which versions, as one JSON object a line.
+
+Nothing of vqops is imported before the environment is asked for: .ci/gpu writes rows of a build, too.
+"""
 
 import json
+import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,30 +14,42 @@ from statistics import quantiles
 
 import torch
 
-import vqops
-from vqops import _C
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("vqops", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "flash-kmeans", "triton")
+LABEL = ("op", "shape", "axis", "N", "D", "K", "dtype", "direction", "gradient", "indices", "offset", "spread")
+LABEL += ("method", "threads")
 
-PEERS = ("vqops", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "flash-kmeans", "triton")
+
+def label(row: dict) -> str:
+    """Which measurement a row is, apart from when, where and what came out."""
+    return " ".join(str(row[key]) for key in LABEL if key in row)
 
 
-def environment() -> dict:
+def environment(device: str = "cpu") -> dict:
     """Device, versions and commit, the same for all rows of a run."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in PEERS:
+    if device == "cuda":
+        versions["cuda"] = torch.version.cuda
+    for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {
-        "device": processor(),
-        "instructions": _C.instruction_set(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": commit(),
-    }
+    return {"device": name_of(device), "versions": versions, **revision()}
 
 
-def processor() -> str:
+def instructions(device: str) -> str:
+    """The set of kernels that runs: by instruction set on a CPU, by architecture on a GPU."""
+    if device == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    from vqops import _C
+
+    return _C.instruction_set()
+
+
+def name_of(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -40,11 +57,25 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """Of the sources measured; ends in + where they differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude", "*"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() or vqops.__version__
+def folder_of(device: str) -> Path:
+    """Of the committed rows of this machine; a set of CPU kernels chosen by hand has one of its own."""
+    chosen = os.environ.get("VQOPS_CPU") if device == "cpu" else None
+    return RESULTS / "_".join(filter(None, (re.sub(r"\W+", "-", name_of(device).lower()).strip("-"), chosen)))
+
+
+def revision() -> dict:
+    """Commit of the sources measured, which ends in + where they differ from it, and its date.
+
+    A tree that came without its repository is told them by VQOPS_COMMIT and VQOPS_COMMITTED.
+    """
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(RESULTS.parent), *command], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    commit = os.environ.get("VQOPS_COMMIT") or git("describe", "--always", "--dirty=+", "--exclude", "*")
+    committed = os.environ.get("VQOPS_COMMITTED") or git("show", "-s", "--format=%cI")
+    return {"commit": commit or "unknown", "committed": committed}
 
 
 def summary(seconds: list[float]) -> dict:
@@ -53,12 +84,16 @@ def summary(seconds: list[float]) -> dict:
     return {name: round(1e3 * cuts[i], 4) for name, i in (("p20_ms", 1), ("p50_ms", 4), ("p80_ms", 7))}
 
 
-class Writer:
-    """Appends rows to a file, each flushed when it is measured."""
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def __init__(self, path: Path):
+
+class Writer:
+    """Appends rows to a file, each flushed when it is measured, with what all rows of the run share."""
+
+    def __init__(self, path: Path, common: dict):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.common = path, environment()
+        self.path, self.common = path, common
 
     def write(self, row: dict) -> None:
         with self.path.open("a") as file:

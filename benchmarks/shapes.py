@@ -15,9 +15,13 @@ class Shape:
     vectors: int  # of one item: an image, a clip, a record
     D: int
     K: int
-    cpu_items: int
-    gpu_items: int
+    cpu_items: int = 1
+    gpu_items: int = 1
     unit_norm: bool = False  # the model normalises vectors and codes, then compares Euclidean distances
+
+    @classmethod
+    def of(cls, N: int, D: int, K: int) -> "Shape":
+        return cls(f"{N} x {D} x {K}", "", N, D, K)
 
     def N(self, device: str) -> int:
         return self.vectors * (self.cpu_items if device == "cpu" else self.gpu_items)
@@ -53,3 +57,16 @@ SHAPES = {
         Shape("RQ-VAE", "semantic IDs of TIGER, one level (arXiv:2305.05065)", 1, 32, 256, 1024, 65536),
     )
 }
+
+# What the kernels are measured at, besides: N, D, K by device.
+SEARCHES = {
+    "cpu": [
+        *((65536, 64, 1024), (32768, 128, 1024), (4096, 256, 8192), (8192, 8, 16384)),
+        *((1, 128, 1024), (16, 8, 16384), (32, 256, 65536)),  # a few vectors, without preparation
+    ],
+    "cuda": [
+        *((2**20, 64, 512), (2**20, 64, 1024), (2**20, 128, 1024), (2**18, 256, 8192), (2**17, 8, 16384)),
+        *((2**16, 256, 2**18), (2**15, 512, 1024)),
+    ],
+}
+STEPS = {"cpu": [(32768, 128, 1024)], "cuda": [(2**20, 64, 512), (2**20, 128, 1024)]}

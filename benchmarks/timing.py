@@ -1,35 +1,86 @@
-"""Side-by-side timing: every method once a round, so that what disturbs the machine disturbs all of them."""
+"""Side-by-side timing: every method once a round, so that what disturbs the machine disturbs all of them.
+
+One clock per device; it prepares a call and tells its seconds.
+"""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
+import torch
 
-def interleaved(
-    methods: dict[str, Callable[[], object]],
-    rounds: int,
-    clock: Callable[[], float] = time.process_time,
-) -> dict[str, list[float]]:
-    """Seconds a call in each round for each method, after one round of warm-up.
+WARMUP = 3  # calls on a GPU, before its graph is captured
+
+
+@dataclass
+class Timed:
+    clock: str
+    seconds: Callable[[], float]  # of one call, measured now
+    took: float  # seconds of a round
+
+
+class Cpu:
+    """Processor time on one thread, which other programs do not stretch; else wall time.
 
     A method that takes less than a millisecond is called as often in a row as fits one, with its data in cache.
-
-    process_time counts the processor time of all threads of this process: on one thread it is not stretched by other
-    programs. For several threads give time.perf_counter.
     """
-    calls = {}
-    for name, method in methods.items():
-        method()
-        start = clock()
-        method()
-        calls[name] = max(1, int(1e-3 / max(clock() - start, 1e-6)))
-    seconds = {name: [] for name in methods}
+
+    def __init__(self, clock: str = ""):
+        self.clock = clock or ("process" if torch.get_num_threads() == 1 else "wall")
+
+    def prepare(self, call: Callable[[], object]) -> Timed:
+        read = time.process_time if self.clock == "process" else time.perf_counter
+
+        def seconds(calls: int) -> float:
+            start = read()
+            for _ in range(calls):
+                call()
+            return (read() - start) / calls
+
+        call()
+        took = seconds(1)
+        calls = max(1, int(1e-3 / max(took, 1e-6)))
+        return Timed(self.clock, lambda: seconds(calls), took * calls)
+
+
+class Cuda:
+    """Device time by events: of the replay of a CUDA graph, or of the call itself where it can't be captured."""
+
+    def prepare(self, call: Callable[[], object]) -> Timed:
+        for _ in range(WARMUP):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+            clock, replay = "graph", graph.replay
+        except Exception:  # it waits for the device, or cannot be captured for another reason
+            torch.cuda.synchronize()
+            clock, replay = "events", call
+
+        def seconds() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return Timed(clock, seconds, seconds())
+
+
+def clock_of(device: str) -> Cpu | Cuda:
+    return Cpu() if device == "cpu" else Cuda()
+
+
+def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call in each round for each method."""
+    seconds = {name: [] for name in timed}
     for _ in range(rounds):
-        for name, method in methods.items():
-            start = clock()
-            for _ in range(calls[name]):
-                method()
-            seconds[name].append((clock() - start) / calls[name])
+        for name, method in timed.items():
+            seconds[name].append(method.seconds())
     return seconds
 
 

@@ -53,6 +53,7 @@ def test_a_run_writes_whole_rows(tmp_path, capsys):
     "make",
     [
         cases.nearest,
+        cases.nearest_topk,
         cases.code_sums,
         cases.ema_update,
         cases.quantize_forward,
@@ -79,12 +80,13 @@ def test_every_method_of_a_case_passes_its_check(make):
 
 def test_a_wrong_result_is_reported_and_not_timed():
     case = cases.nearest(TINY, "cpu")
-    case.methods = {
+    methods = {
         "vqops": case.methods["vqops"],
         "farthest": lambda: lambda: torch.cdist(*TINY.data("cpu")).argmax(1),
         "no index": lambda: lambda: torch.full((96,), 20),
         "halves": lambda: lambda: torch.zeros(48, dtype=torch.int64),
     }
+    case.built = methods, case.check
     rows = {row["method"]: row for row in measure(case, 0.0, 64)}
     assert rows["vqops"]["p50_ms"] > 0
     for name in ("farthest", "no index", "halves"):
@@ -180,34 +182,64 @@ def test_comparison_prints_each_row(repository, monkeypatch, capsys):
 # The documentation
 
 
-@pytest.fixture
-def regenerated(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def regenerated(tmp_path_factory) -> Path:
     pytest.importorskip("matplotlib")
     from benchmarks import report
 
+    tmp_path = tmp_path_factory.mktemp("drawn")
     (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path / "docs")
+    for page in report.PAGES:
+        shutil.copy(ROOT / "docs" / page, tmp_path / "docs")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     report.main(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["docs/benchmarks.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/cpu.md", "docs/gpu.md", "README.md"])
 def test_every_number_is_in_the_results(regenerated, page):
     assert (regenerated / page).read_text() == (ROOT / page).read_text(), "run python -m benchmarks.report"
 
 
-def test_every_block_can_be_made():
+GPU_ROW = {"op": "nearest", "shape": "", "N": 4096, "D": 64, "K": 512, "dtype": "float32", "method": "vqops triton"}
+GPU_ROW |= {"clock": "graph", "p50_ms": 1.5, "times_vqops": 1.0, "ceiling": "copy", "share_of_ceiling": 0.5}
+GPU_ROW |= {"gflops": 9.0, "device": "a GPU", "instructions": "sm_90", "threads": 1}
+GPU_ROW |= {"versions": {}, "commit": "1", "committed": "1"}
+
+
+def test_every_block_can_be_made(tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks import report
 
-    found = report.devices(ROOT)
-    assert found
+    found = report.machines(ROOT)
+    on_gpu = json.dumps(GPU_ROW) + "\n" + json.dumps(GPU_ROW | {"method": "cdist + argmin", "times_vqops": 9.0})
+    (tmp_path / "kernels.jsonl").write_text(on_gpu)
+    found.append(report.Machine(tmp_path))
     for name, block in report.BLOCKS.items():
-        assert all(block(device, "figures") for device in found), name
+        assert any(block(machine, "figures") for machine in found), name
+    assert "| nearest, triton | 4096, 64, 512 | 1.5 |" in report.BLOCKS["gpu-kernels"](found[-1], "figures")
     with pytest.raises(KeyError):
         report.rendered("<!-- benchmarks:nothing -->\n<!-- /benchmarks -->", found, "figures")
+
+
+def test_a_case_measured_twice_has_one_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import report
+
+    row = GPU_ROW | {"method": "vqops", "instructions": "avx2", "ceiling": "gemm", "shape": "VQ-VAE-2 bottom"}
+    for stage, facts in (
+        ("kernels", {"p50_ms": 2.5, "commit": "old", "committed": "2026-01-01"}),
+        ("growing", {"p50_ms": 1.75, "commit": "new", "committed": "2026-01-02", "axis": "N"}),
+        ("search", {"p50_ms": 9.5, "commit": "older", "committed": "2025-12-31"}),
+    ):
+        (tmp_path / f"{stage}.jsonl").write_text(json.dumps(row | facts))
+    made = report.BLOCKS["cpu-kernels"](report.Machine(tmp_path), "figures")
+    assert [line.split(" | ")[2] for line in made.splitlines() if line.startswith("| nearest")] == ["1.75"]
+    assert made.endswith(
+        "Measured again since, and shown from there: nearest 4096, 64, 512: 9.50 ms (`older`); "
+        "nearest 4096, 64, 512: 2.50 ms (`old`)."
+    )
 
 
 def test_a_changed_number_is_noticed(regenerated):

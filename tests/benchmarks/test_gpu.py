@@ -1,88 +1,73 @@
-"""The logic of `python -m benchmarks.gpu` with a stand-in for the GPU: a clock for the CPU, small shapes."""
+"""What the benchmarks do on a GPU, on a CPU: every op by implementation, processes with limits, and `.ci/gpu`."""
 
-import importlib
-import json
-import time
+import importlib.machinery
+import importlib.util
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
+sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
 
-
-class Stub:
-    """Times on the CPU what the real one times on a GPU."""
-
-    device = torch.device("cpu")
-
-    def ceilings(self):
-        return {"copy_bytes_per_s": 1e10, "fp16_ops_per_s": 1e11, "tf32_ops_per_s": 5e10}
-
-    def timings(self, methods, rounds):
-        found = {}
-        for name, method in methods.items():
-            try:
-                seconds = [self.time(method) for _ in range(rounds)]
-                found[name] = {"seconds": seconds, "graph": False, "peak_bytes": 0}
-            except Exception as error:
-                found[name] = {"error": str(error)}
-        return found
-
-    def time(self, method):
-        start = time.perf_counter()
-        method()
-        return time.perf_counter() - start
+from benchmarks import __main__ as program  # noqa: E402
+from benchmarks import baselines, cases, measure, plan  # noqa: E402
+from benchmarks.limited import run_limited  # noqa: E402
+from benchmarks.rows import PACKAGES, Writer, read  # noqa: E402
+from benchmarks.shapes import Shape  # noqa: E402
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("benchmarks.gpu")
+def gpu():
+    """.ci/gpu as a module."""
+    loader = importlib.machinery.SourceFileLoader("first_run", str(ROOT / ".ci/gpu"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("first_run", loader))
+    loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
-def cases(gpu):
-    return importlib.import_module("benchmarks.gpu_cases")
+def stages(gpu, tmp_path):
+    return gpu.Stages(Writer(tmp_path / "first_run.jsonl", {"device": "stub", "commit": "1"}), 60.0)
 
 
-def rows_in(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+# Measuring
 
 
-def test_without_a_gpu_it_says_so_and_runs_nothing(gpu, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for stage in (*gpu.STAGES, "all"):
-        assert gpu.main([stage, "--out", str(tmp_path / "rows.jsonl")]) == 0
-    assert "no CUDA device" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-def test_every_case_gives_rows_with_right_results(gpu, cases, tmp_path):
-    rows = gpu.Rows(tmp_path / "rows.jsonl", {"device": "stub", "commit": "1"})
-    small = cases.cases(Stub.device, [(600, 8, 40)], [(600, 8, 40)])
-    assert gpu.bench(rows, Stub(), small, skip_done=False, rounds=5)
-    ceilings, *measured = rows_in(rows.path)
-    assert ceilings["op"] == "ceilings"
+def test_every_case_of_a_gpu_gives_rows_with_right_results(monkeypatch):
+    monkeypatch.setattr(measure, "FEWEST", 2)
+    torch.use_deterministic_algorithms(False)
+    shapes = [Shape.of(130, 8, 40)]
+    tasks = list(plan.by_implementation(plan.Run(seconds=0.0), shapes, shapes))
+    assert len({task.name for task in tasks}) == len(tasks)
+    with baselines.threads(1):
+        measured = [row for task in tasks for row in task.rows()]
     assert {row["op"] for row in measured} == {
         "nearest",
         "nearest_topk",
+        "search_statistics",
         "code_sums",
         "ema_update_",
         "quantize_backward",
         "training step",
     }
-    assert not [row for row in measured if "error" in row]
+    assert not [row for row in measured if "failed" in row]
     ours = [row for row in measured if row["method"].startswith("vqops")]
     assert {row["method"] for row in ours} >= {"vqops compiled", "vqops reference"}
     both = {row["op"] for row in ours if row["method"] == "vqops compiled, deterministic"}
     assert both == {"code_sums", "training step"}
-    assert not [row for row in ours if row["wrong"]]
-    assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["share_of_floor"] > 0 for row in ours)
+    assert not [row for row in ours if row.get("wrong")]
+    assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["share_of_ceiling"] > 0 for row in ours)
     assert {row["indices"] for row in measured if row["op"] == "code_sums"} == {"uniform", "zipf", "one code"}
+    assert all(sum(row["tiers"]) == 130 for row in ours if row["op"] == "search_statistics")
+    assert {row["times_vqops"] for row in ours if row["op"] == "ema_update_"} >= {1.0}  # of the fastest of ours
 
 
-def test_deterministic_mode_is_that_of_one_call(cases):
+def test_deterministic_mode_is_that_of_one_call():
     def modes():
         return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
 
@@ -93,45 +78,94 @@ def test_deterministic_mode_is_that_of_one_call(cases):
     assert modes() == (False, True)
 
 
-def case_of(cases, **methods):
-    return lambda: cases.Case("nearest", {"N": 1, "D": 1, "K": 1, "dtype": "float32"}, methods, operations=1)
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """measured(*options, one=..., two=...): the program with a stage of these tasks; its answer, and the rows."""
+    monkeypatch.setenv("VQOPS_COMMIT", "1")
+
+    def run(*options: str, **tasks):
+        monkeypatch.setitem(plan.STAGES, "search", lambda run: [plan.Task(name, rows) for name, rows in tasks.items()])
+        given = ["--quick", "--stage", "search", "--out", str(tmp_path), *options]
+        return program.main(given), read(tmp_path / "search.jsonl")
+
+    return run
 
 
-def test_skip_done_measures_what_is_missing_of_this_commit(gpu, cases, tmp_path):
+def rows_of(called: list[str], name: str, **facts):
+    called.append(name)
+    yield {"op": "nearest", "method": name, **facts}
+
+
+def test_skip_done_measures_what_is_missing_of_this_commit(measured, monkeypatch):
     called = []
-    methods = {name: lambda name=name: called.append(name) for name in ("one", "two")}
-    common = {"device": "stub", "commit": "1"}
-    path = tmp_path / "rows.jsonl"
-    gpu.bench(gpu.Rows(path, common), Stub(), [case_of(cases, one=methods["one"])], skip_done=True, rounds=3)
+    one, two = (partial(rows_of, called, name) for name in ("one", "two"))
+    measured(one=one)
     called.clear()
-    gpu.bench(gpu.Rows(path, common), Stub(), [case_of(cases, **methods)], skip_done=True, rounds=3)
-    assert set(called) == {"two"}
-    gpu.bench(gpu.Rows(path, {**common, "commit": "2"}), Stub(), [case_of(cases, **methods)], skip_done=True, rounds=3)
-    assert set(called) == {"one", "two"}
+    assert len(measured("--skip-done", one=one, two=two)[1]) == 2
+    assert called == ["two"]
+    monkeypatch.setenv("VQOPS_COMMIT", "2")
+    measured("--skip-done", one=one, two=two)
+    assert called == ["two", "one", "two"]
+    assert len(measured(one=one)[1]) == 1  # a run anew
 
 
-def test_a_failing_peer_is_a_row_and_is_tried_again(gpu, cases, tmp_path):
-    def fails():
-        raise RuntimeError("no such kernel")
-
-    rows = gpu.Rows(tmp_path / "rows.jsonl", {"device": "stub", "commit": "1"})
-    gpu.bench(rows, Stub(), [case_of(cases, good=lambda: None, bad=fails)], skip_done=False, rounds=3)
-    found = {row["method"]: row for row in rows_in(rows.path) if "method" in row}
-    assert found["bad"]["error"] == "no such kernel" and "error" not in found["good"]
-    assert len(rows.done()) == 2  # the ceilings and the good one
+def test_a_case_with_a_failing_peer_is_tried_again(measured):
+    called = []
+    for _ in range(2):
+        measured("--skip-done", bad=partial(rows_of, called, "bad", failed="no such kernel"))
+    measured("--skip-done", bad=partial(rows_of, called, "bad"))
+    measured("--skip-done", bad=partial(rows_of, called, "bad"))
+    assert called == ["bad"] * 3
 
 
-def test_time_that_is_up_ends_between_cases(gpu, cases, tmp_path, capsys):
-    rows = gpu.Rows(tmp_path / "rows.jsonl", {"device": "stub", "commit": "1"})
-    assert not gpu.bench(rows, Stub(), [case_of(cases, one=lambda: None)], skip_done=False, seconds=-1)
-    assert "--skip-done" in capsys.readouterr().out
+def test_time_that_is_up_ends_between_cases(measured, capsys):
+    passed, rows = measured("--seconds", "-1", one=partial(rows_of, [], "one"))
+    assert not passed and not rows
+    assert "before one: go on with --skip-done" in capsys.readouterr().out
 
 
-def test_check_without_a_sanitizer_says_so(gpu, monkeypatch, tmp_path):
+def test_a_case_in_a_process_of_its_own(tmp_path):
+    options = ["--quick", "--stage", "search", "--shape", "RQ-VAE", "--method", "^vqops$"]
+    assert program.main([*options, "--out", str(tmp_path), "--case-seconds", "300"])
+    rows = read(tmp_path / "search.jsonl")
+    assert {row["method"] for row in rows} == {"vqops", "ceiling: gemm"} and rows[0]["p50_ms"] > 0
+    assert {row["case"] for row in rows} == {"nearest RQ-VAE 1024 32 256 float32 forward"}
+
+
+@pytest.mark.parametrize("ending, said", [((None, "begun"), "out of time"), ((-11, "begun"), "ended with -11: begun")])
+def test_a_case_that_crashes_or_hangs_is_a_row(measured, monkeypatch, ending, said):
+    monkeypatch.setattr(program, "run_limited", lambda *_: ending)
+    passed, rows = measured("--case-seconds", "5", one=None, two=None)
+    assert passed and [row["failed"] for row in rows] == [said, said]
+
+
+def test_what_takes_too_long_is_ended_with_its_children(tmp_path):
+    child = "import time; time.sleep(3); open('survived', 'w')"
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    status, said = run_limited([sys.executable, "-c", parent], 1.5, tmp_path)
+    assert status is None and "begun" in said
+    status, _ = run_limited([sys.executable, "-c", "import time; time.sleep(3)"], 60, tmp_path)
+    assert status == 0 and not (tmp_path / "survived").exists()
+
+
+# .ci/gpu
+
+
+def test_without_a_gpu_it_says_so_and_runs_nothing(gpu, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for stage in (*gpu.STAGES, "all"):
+        assert gpu.main([stage, "--out", str(tmp_path)]) == 0
+    assert "no CUDA device" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program.main(["--quick", "--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_without_a_sanitizer_says_so(gpu, stages, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
-    rows = gpu.Rows(tmp_path / "rows.jsonl", {"device": "stub", "commit": "1"})
-    assert gpu.check(rows)
-    assert rows_in(rows.path)[0]["outcome"] == "not possible"
+    assert stages.check()
+    assert read(stages.writer.path)[0]["outcome"] == "not possible"
 
 
 @pytest.mark.parametrize(
@@ -143,19 +177,28 @@ def test_check_without_a_sanitizer_says_so(gpu, monkeypatch, tmp_path):
         (9, "Error: Device not supported", "not possible", True),
     ],
 )
-def test_outcomes_of_a_check(gpu, monkeypatch, tmp_path, status, output, outcome, passed):
+def test_outcomes_of_a_check(gpu, stages, monkeypatch, status, output, outcome, passed):
     monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
-    monkeypatch.setattr(gpu, "run", lambda *_, **__: (status, output))
-    rows = gpu.Rows(tmp_path / "rows.jsonl", {"device": "stub", "commit": "1"})
-    assert gpu.check(rows) == passed
-    assert {row["outcome"] for row in rows_in(rows.path)} == {outcome}
+    monkeypatch.setattr(gpu, "run_limited", lambda *_, **__: (status, output))
+    assert stages.check() == passed
+    assert {row["outcome"] for row in read(stages.writer.path)} == {outcome}
+    assert {path.read_text() for path in stages.writer.path.parent.glob("check_*.log")} == {output}
 
 
-def test_a_stage_that_takes_too_long_is_stopped(gpu):
-    status, said = gpu.run(["python3", "-c", "import time; print('begun', flush=True); time.sleep(60)"], 2)
-    assert status is None and "begun" in said
+@pytest.mark.parametrize("stage", ["facts", "test", "bench"])
+def test_other_stages_pass_as_their_command_does(gpu, stages, monkeypatch, stage):
+    ran = []
+    monkeypatch.setattr(gpu, "run_limited", lambda command, *_, **__: ran.append(command) or (len(ran) - 1, "said"))
+    assert getattr(stages, stage)() and not getattr(stages, stage)()
+    assert [row["outcome"] for row in read(stages.writer.path)] == ["passed", "failed"]
+    assert len(ran) == 2
 
 
-def test_requirements_name_every_peer(gpu):
+def test_it_names_tests_that_exist(gpu):
+    assert all((ROOT / path).exists() for path in gpu.CHECKS)
+
+
+def test_requirements_name_every_peer():
     named = (ROOT / "benchmarks/gpu_requirements.txt").read_text()
-    assert all(package in named for package in gpu.PACKAGES if package not in ("vqops", "triton"))
+    brought = set(PACKAGES) - {"vqops", "triton", "faiss-cpu", "scikit-learn"}  # the last two run on a CPU
+    assert all(package in named for package in brought)

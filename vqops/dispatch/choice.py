@@ -29,7 +29,7 @@ class Regime(NamedTuple):
 
     op: str
     implementation: str
-    results: str  # the run that showed it to be correct and the fastest there: a file in benchmarks/results
+    results: str  # the run that showed it to be correct and the fastest there: a folder in benchmarks/results
     D: tuple[int, int] = ANY
     K: tuple[int, int] = ANY
     N: tuple[int, int] = ANY

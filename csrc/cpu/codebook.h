@@ -3,7 +3,7 @@
 // One head, in sections of whole cache lines; a word is a float or, for the sets that screen so, two bfloat16:
 //   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [depth][codes a tile] words
 // The last of a panel's words hold the codes' radii (bfloat16: radius and what rounding took away).
-// vqops/ops/search.py computes the same size for fake tensors. csrc/cpu/exactness.md has the proof of the bound.
+// vqops/ops/search.py computes the same size for fake tensors. docs/exactness.md has the proof of the bound.
 #pragma once
 
 #include <cstdint>

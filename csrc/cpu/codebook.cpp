@@ -13,6 +13,14 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;    // rounding of float32
 constexpr double kDouble = 0x1p-53;  // rounding of float64
+// Of the bound, causes in docs/exactness.md.
+constexpr double kRoom = 1.02;             // a row's coefficients: their own share of the accumulation
+constexpr double kTwice = 2.02;            // the decision's error in |c|^2, two halves
+constexpr double kUpward = 1 + 0x1p-20;    // a radius, to float32
+constexpr double kStart = 0x1p-23;         // rounding of start
+constexpr double kHalf = 0x1p-22;          // rounding of the radius that |c|^2 / 2 is computed from
+constexpr double kSlack = 0x1p-20;         // both of these, and rounding of slack
+constexpr double kUnderflow = 0x1p-120;    // per dimension
 constexpr int64_t kManyDimensions = 32;
 constexpr int64_t kSample = 64;      // codes that the centre and the scale are taken from
 
@@ -134,16 +142,16 @@ private:
         const float* centre = given ? packed_.centre : zeros_.data();
         const RowNorms norms = set_.place_row(values, centre, given ? scale : 1, D, out);
         if (!set_.pairs) {
-            const float length = float(radius * (1 + 0x1p-20));
+            const float length = float(radius * kUpward);
             std::memcpy(out + D, &length, 4);
             return;
         }
         if (D % 2) out[D / 2] &= 0xffff;
         for (int64_t i = 0; i < depth - 1; i++) out[i] ^= 0x80008000;  // rows are negated, codes not
-        // exactness.md: what rounding to bfloat16, and before it to float, took from the code.
+        // What rounding to bfloat16, and before it to float, took from the code.
         const double lost = std::sqrt(double(norms.lost)) * (1 + 1e-5 + double(D) * 0x1p-23) + double(D) * 0x1p-70 +
-                            1.01 * 0x1p-24 * radius;
-        out[depth - 1] = up_to_bfloat16(float(radius * (1 + 0x1p-20))) | uint32_t(up_to_bfloat16(float(lost))) << 16;
+                            1.01 * kUnit * radius;
+        out[depth - 1] = up_to_bfloat16(float(radius * kUpward)) | uint32_t(up_to_bfloat16(float(lost))) << 16;
     }
 
     const float* through_double(int64_t k, float scale) {
@@ -169,15 +177,15 @@ float bound_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cos
     if (instructions().pairs) {
         const double lost = std::sqrt(double(norms.lost)) * rounding + underflow + 1.01 * kUnit * norm;
         const double held = norm + lost;  // at least the norm of the rounded row
-        const uint16_t radius = up_to_bfloat16(float(1.02 * (lost + double(D + 6) * kUnit * held)));
+        const uint16_t radius = up_to_bfloat16(float(kRoom * (lost + double(D + 6) * kUnit * held)));
         if (D % 2) words[D / 2] &= 0xffff;
-        words[packed.depth - 1] = (radius | uint32_t(up_to_bfloat16(float(1.02 * held))) << 16) ^ 0x80008000;
+        words[packed.depth - 1] = (radius | uint32_t(up_to_bfloat16(float(kRoom * held))) << 16) ^ 0x80008000;
     } else {
-        const float radius = std::nextafter(float(1.02 * double(D + 5) * kUnit * norm), INFINITY);
+        const float radius = std::nextafter(float(kRoom * double(D + 5) * kUnit * norm), INFINITY);
         std::memcpy(words + D, &radius, 4);
     }
     const double decision = packed.header->decision * (cosine ? norm : norm * norm);
-    return float(2 * (decision + 0x1p-120 * double(D) * (1 + norm)));
+    return float(2 * (decision + kUnderflow * double(D) * (1 + norm)));
 }
 
 void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
@@ -239,7 +247,7 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
                   [&](int32_t a, int32_t b) { return facts.radius[a] < facts.radius[b]; });
     for (int64_t k = 0; k < screened; k++) packed.slack[k] = facts.radius[packed.code[k]];  // by place from here on
 
-    // exactness.md: the coefficient of |c|^2 / 2 in the bound, and the error of the decision.
+    // The coefficient of |c|^2 / 2 in the bound, and the error of the decision.
     const double gamma = 1.01 * double(D + 6) * kUnit;
     const double decided = 1.01 * double(D / 8 + 8) * kDouble;
     *packed.header = {layout(), cosine, K, D, screened, far, repeats,
@@ -258,9 +266,9 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
             for (int64_t j = 0, k = p * width; j < count; j++, k++) {
                 radii[j] = packed.slack[k];
                 const double half = cosine ? 0 : radii[j] * radii[j] / 2;
-                const double bound = gamma + 2.02 * decided;
-                packed.start[k] = float(half * (1 - bound - 0x1p-23 - 0x1p-22));
-                packed.slack[k] = float(half * (2 * bound + 0x1p-20));
+                const double bound = gamma + kTwice * decided;
+                packed.start[k] = float(half * (1 - bound - kStart - kHalf));
+                packed.slack[k] = float(half * (2 * bound + kSlack));
             }
             writer.write(packed.code + p * width, radii, count, panels + p * packed.depth * width);
         }

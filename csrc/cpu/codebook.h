@@ -3,7 +3,7 @@
 // One head, in sections of whole cache lines; a word is a float or, for the sets that screen so, two bfloat16:
 //   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [depth][codes per panel]
 // The last of a panel's words hold the codes' radii (bfloat16: radius and what rounding took away).
-// csrc/cpu/exactness.md has the proof of the bound.
+// docs/exactness.md has the proof of the bound.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 //
 // One thread: a range of the codes. Read: each code once, from memory; the rows, as float, from the first cache. The
 // bounds need no centre, since differences of the values as given lose nothing: the float32 sum of (x_i - c_i)^2 is
-// within (D + 4) u of the true one, relatively (exactness.md, "Few rows"). Each thread keeps its own candidates; they
+// within (D + 4) u of the true one, relatively (docs/exactness.md). Each thread keeps its own candidates; they
 // are merged and decided in float64 at the end.
 
 #include "unprepared.h"

@@ -1,4 +1,4 @@
-// The error bound of the fp16 screening pass, each constant with its cause in csrc/cuda/exactness.md.
+// The error bound of the fp16 screening pass, each constant with its cause in docs/exactness.md.
 #pragma once
 
 #include "../host_device.h"
@@ -14,6 +14,13 @@ constexpr int kSmallestExponent = -46;    // of a norm, for the powers of two
 constexpr float kAbsentStart = 0x1p120f;  // more than any start: a code that is left out
 constexpr float kAlwaysStart = -0x1p100f; // less than any start: a code that stays a candidate of every row
 constexpr float kNoThreshold = 0x1p110f;  // of a row at first: only codes that are left out lie above
+constexpr double kRoom = 1.02;            // a row's radius: its own share of the epilogue; twice that in its spread
+constexpr double kEpilogue = 0x1p-21;     // 8 u, of |X'| r
+constexpr double kSpread = 0x1p-20;       // twice that, from the lower to the upper bound
+constexpr double kStart = 0x1p-20;        // the epilogue's of |C|^2 / 2, and rounding of start; three times in slack
+constexpr double kTwice = 2.02;           // the decision's error in |C|^2, two halves; twice that in slack
+constexpr double kRest = 2.05;            // what L has none of, in both bounds
+constexpr double kUpward = 1 + 0x1p-20;   // to float32
 
 // Of the tensor cores, relative to |X'| |C'|, for a depth that is a multiple of 16.
 VQOPS_HOST_DEVICE double accumulation(int64_t depth) { return 1.5 * double(depth + 16) * 0x1p-23; }
@@ -33,17 +40,17 @@ struct RowBound {
 // norm: |X|. error: |X - X'|. worst: the largest (|C - C'| + accumulation |C'|) / radius of a code.
 VQOPS_HOST_DEVICE RowBound row_bound(double norm, double error, double worst, int64_t D, bool cosine) {
     const double stored = (norm + error) * (1 + 0x1p-40);
-    const double radius = 1.02 * (error + 0x1p-45 * norm + stored * (worst + 0x1p-21));
+    const double radius = kRoom * (error + 0x1p-45 * norm + stored * (worst + kEpilogue));
     const double rest = decision(D, cosine) * (cosine ? norm : norm * norm) + 0x1p-90 * (1 + norm);
-    return {float(radius * (1 + 0x1p-20)), float(2.04 * radius + stored * 0x1p-20), float(2.05 * rest)};
+    return {float(radius * kUpward), float(2 * kRoom * radius + stored * kSpread), float(kRest * rest)};
 }
 
 // Code bounds: a code's part. half: |C|^2 / 2, 0 for cosine.
 VQOPS_HOST_DEVICE float code_start(double half, int64_t D) {
-    return float(half * (1 - 0x1p-20 - 2.02 * decision(D, false)));
+    return float(half * (1 - kStart - kTwice * decision(D, false)));
 }
 VQOPS_HOST_DEVICE float code_slack(double half, int64_t D) {
-    return float(half * (3 * 0x1p-20 + 4.04 * decision(D, false)));
+    return float(half * (3 * kStart + 2 * kTwice * decision(D, false)));
 }
 
 // Lower bound of t less its decision's error, from the accumulated product in units of `unit`.

@@ -1,4 +1,4 @@
-// The bodies of the CUDA kernels on the CPU, but those of the search (cuda_search.cpp), for ctypes: tests/support/cuda_blocks.py.
+// The bodies of the CUDA kernels on the CPU, but those of the search (cuda_search.cpp), for cuda_blocks.py.
 
 #include "../../../csrc/cuda/code_sums.h"
 #include "../../../csrc/cuda/ema.h"

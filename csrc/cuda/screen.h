@@ -10,7 +10,7 @@
 // at, blocks share their codes, and MergeLists decides.
 // Bytes: 4 N D read (float32), 8 N written, the packed codes from L2 once per block. Operations: 2 N K D on tensor
 // cores, 4 to 6 N K in the epilogue.
-// The order of the candidates does not matter, since float64 decides (distance.h). Proof: docs/exactness.md.
+// The result does not depend on the order of the candidates, since float64 decides (distance.h). Proof: exactness.md.
 // Sizes are guesses from the arithmetic, to be measured.
 #pragma once
 

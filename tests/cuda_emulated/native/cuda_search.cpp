@@ -1,4 +1,4 @@
-// The bodies of the CUDA search on the CPU, for ctypes: tests/support/cuda_blocks.py.
+// The bodies of the CUDA search on the CPU, for ctypes: cuda_blocks.py.
 
 #include "../../../csrc/cuda/search.h"
 

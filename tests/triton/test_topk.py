@@ -58,6 +58,13 @@ def test_heads_masks_repeats_and_no_numbers(metric):
     check(x, codebook, 12, torch.rand(2, 40) > 0.3, metric)
 
 
+def test_a_code_too_far_to_be_screened_is_among_the_nearest():
+    x, codebook = torch.randn(9, 4), torch.randn(30, 4)
+    codebook[7] *= 1e15
+    check(x, codebook, 30)
+    check(x, codebook, 29)
+
+
 def test_more_codes_within_rounding_than_a_list_holds():
     check(torch.randn(20, 8) * 100, torch.randn(1, 8) + 2.0**-20 * torch.randn(150, 8), 3)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqops.triton_kernels.blocks import TOPK
-from vqops.triton_kernels.bound import ABSENT, HUGE, SLACK, load_row_bound, tile_bounds
+from vqops.triton_kernels.bound import FAR_BOUND, HUGE, SLACK, load_row_bound, tile_bounds
 from vqops.triton_kernels.layout import Packed
 from vqops.triton_kernels.queue import ENTRY, SCANNED, SCREENED, enqueue
 from vqops.triton_kernels.rows import Rows
@@ -39,7 +39,7 @@ def screen_topk_kernel(
     total = tl.num_programs(1).to(tl.int64) * padded
     row_radius, spread, lift, rest = load_row_bound(row_bounds, here, total)
     state = tl.load(states + here)
-    usable = state == SCREENED
+    screened = state == SCREENED
     rows = stored + here[:, None] * WIDTH + tl.arange(0, BD)[None, :]
     codes_before = h * CODES
 
@@ -52,7 +52,8 @@ def screen_topk_kernel(
     threshold = tl.full((BN,), -HUGE, tl.float32)
     for _turn in range(0, top):
         threshold = tl.min(tl.where(least > threshold[:, None], least, HUGE), 1)
-    threshold = tl.minimum(threshold + rest, ABSENT / 2 * lift)  # below the bounds of codes left out
+    threshold += rest
+    usable = screened & (threshold < FAR_BOUND * lift)  # else a code left out may be among the nearest
 
     count = tl.zeros((BN,), tl.int32)
     place = lists + (h * N + n) * CANDIDATES
@@ -70,8 +71,8 @@ def screen_topk_kernel(
             following = tl.min(tl.where(later, slot, BK), 1)
             joins = usable & (following < BK) & (count <= CANDIDATES)
 
-    scanned = (state == SCANNED) | (usable & (count > CANDIDATES))
-    enqueue(queue, counters, h, n, N, count, usable & (scanned == 0), scanned, ENTRY)
+    scanned = (state == SCANNED) | (screened & ((usable == 0) | (count > CANDIDATES)))
+    enqueue(queue, counters, h, n, N, count, screened & (scanned == 0), scanned, ENTRY)
 
 
 def screen_topk(packed: Packed, rows: Rows, N: int, k: int, queue: Tensor, counters: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What vqops is compared with, as functions of the same arguments. Importing this imports no peer.
+"""The peers that vqops is compared with, as functions of the same arguments. Importing this imports no peer.
 
 Every search takes x [N, D], codebook [K, D] and returns indices [N] int64. `peers` of a name come as functions that
 prepare what their library lets a user keep between calls (an index, a compiled graph) and return the call to be timed;

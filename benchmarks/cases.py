@@ -1,4 +1,4 @@
-"""What is measured: an op or a whole step, at a shape, in a dtype and direction, by vqops and by every peer.
+"""The cases that are measured: an op or a whole step, at a shape, in a dtype and direction, by vqops and by every peer.
 
 A case prepares its data once, and each method as late as possible. The same cases serve `python -m benchmarks` and
 `pytest benchmarks`.
@@ -31,7 +31,7 @@ Check = Callable[[object], dict]
 
 @dataclass
 class Case:
-    """What is measured, on which device. Tensors are made when methods or check are first asked for.
+    """A case and its device. Tensors are made when methods or check are first asked for.
 
     `methods` make the calls to be timed. `check` looks at a result: counts of wrong indices, or WrongResult.
     """
@@ -122,7 +122,7 @@ def check_of_indices(x: Tensor, codebook: Tensor, of: tuple, rounding_only: bool
 def nearest(
     shape: Shape, device: str, dtype=torch.float32, offset: float = 0.0, spread: float = 1.0, every: bool = False
 ) -> Case:
-    """`every`, here and below: each implementation by name, too."""
+    """`every`, here and below: also each implementation by name."""
     work = search_work(shape, device, dtype, 8)
 
     def build():

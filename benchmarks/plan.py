@@ -1,4 +1,4 @@
-"""What `python -m benchmarks` measures: a list of tasks per stage, none of which makes a tensor before it runs."""
+"""The plan of `python -m benchmarks`: a list of tasks per stage, none of which makes a tensor before it runs."""
 
 import math
 import os
@@ -34,7 +34,7 @@ class Task:
 
 @dataclass
 class Run:
-    """What a stage needs to know."""
+    """The settings of a stage."""
 
     device: str = "cpu"
     quick: bool = True

@@ -113,7 +113,7 @@ SIZE = ["shape", "N", "D", "K"]
 
 
 def measured(machine: Machine, figures: str) -> str:
-    """What was measured, where, with what."""
+    """The machines, versions and commits of the rows."""
     lines = []
     rows = {stage: machine.rows(stage) for stage in STAGES}
     every = [row for found in rows.values() for row in found]
@@ -140,7 +140,7 @@ def measured(machine: Machine, figures: str) -> str:
 
 
 def bounds(machine: Machine, figures: str) -> str:
-    """What bounds the search at each shape, and what a user can do."""
+    """The bound of the search at each shape, and what a user can do."""
     lines = []
     for found in by_case(searches(machine)).values():
         if "vqops" in found:
@@ -298,7 +298,7 @@ def losses(machine: Machine, figures: str) -> str:
 
 
 def variant(row: dict) -> list[str]:
-    """What sets a case apart from others of its op and sizes."""
+    """The facts that set a case apart from others of its op and sizes."""
     parts = [row["dtype"]] if row["dtype"] != "float32" else []
     if "gradient" in row:
         parts.append(gradient(row))

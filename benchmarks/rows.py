@@ -1,6 +1,6 @@
 """A row of results: what was measured, on what, with which versions, as one JSON object a line.
 
-Nothing of vqops is imported before the environment is asked for: .ci/gpu writes rows of a build, too.
+Nothing of vqops is imported before the environment is asked for: .ci/gpu writes rows of a build.
 """
 
 import json

@@ -58,7 +58,7 @@ SHAPES = {
     )
 }
 
-# What the kernels are measured at, besides: N, D, K by device.
+# Further sizes of the kernels: N, D, K by device.
 SEARCHES = {
     "cpu": [
         *((65536, 64, 1024), (32768, 128, 1024), (4096, 256, 8192), (8192, 8, 16384)),

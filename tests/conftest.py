@@ -32,7 +32,7 @@ def has_module_fixture(file) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """What compiles for minutes comes first, so that no process is left with it at the end."""
+    """Tests that compile for minutes come first, so that no process is left with it at the end."""
     items.sort(key=lambda item: item.path.parts[-2:] != ("triton", "test_compile.py"))
 
 

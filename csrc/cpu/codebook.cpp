@@ -148,7 +148,7 @@ private:
         }
         if (D % 2) out[D / 2] &= 0xffff;
         for (int64_t i = 0; i < depth - 1; i++) out[i] ^= 0x80008000;  // rows are negated, codes not
-        // What rounding to bfloat16, and before it to float, took from the code.
+        // Rounding error of the code: to bfloat16, and before that to float.
         const double lost = std::sqrt(double(norms.lost)) * (1 + 1e-5 + double(D) * 0x1p-23) + double(D) * 0x1p-70 +
                             1.01 * kUnit * radius;
         out[depth - 1] = up_to_bfloat16(float(radius * kUpward)) | uint32_t(up_to_bfloat16(float(lost))) << 16;

@@ -90,7 +90,7 @@ CASES = {
 
 
 def differences(x, codes, metric):
-    """What the kernels of this process and the reference disagree about."""
+    """The results in which the kernels of this process and the reference disagree."""
     wrong = []
     found, expected = (vqops.nearest(x, codes, metric=metric, implementation=i) for i in ("compiled", "reference"))
     if (found != expected).any():

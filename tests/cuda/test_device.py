@@ -1,6 +1,6 @@
-"""What only a GPU can show of the CUDA kernels: the tensor cores' error, capture, streams, no synchronisation.
+"""The CUDA kernels as only a GPU can show them: the tensor cores' error, capture, streams, no synchronisation.
 
-The common suites run them as `compiled-cuda` and `triton-cuda`. None of this has met a GPU yet.
+The common suites run them as `compiled-cuda` and `triton-cuda`.
 """
 
 import pytest
@@ -151,7 +151,7 @@ def test_a_step_gives_the_same_bits_again(device, step):
 @pytest.mark.parametrize("codes", ["uniform", "zipf", "one code"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_atomic_sums(device, codes, weighted):
-    """What torch.use_deterministic_algorithms(False) gives: whole numbers to the bit, others within their rounding."""
+    """torch.use_deterministic_algorithms(False): whole numbers to the bit, others within their rounding."""
     N, D, K = 100_000, 67, 300
     torch.use_deterministic_algorithms(False)
     ranks = {"uniform": torch.ones(K), "zipf": 1 / torch.arange(1, K + 1), "one code": torch.eye(K)[7]}[codes]

@@ -1,4 +1,4 @@
-"""What a call refuses: each error names the op and the argument, what was given and what is allowed."""
+"""Calls that are refused: each error names the op and the argument, what was given and what is allowed."""
 
 import pytest
 import torch

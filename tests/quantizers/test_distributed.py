@@ -75,7 +75,7 @@ def batches(name: str):
 
 
 def call(vq, special, x: torch.Tensor, number: int) -> None:
-    """What the case does in step `number` with the rows x, all of it decided by the values of the rows."""
+    """Step `number` of the case with the rows x, all of it decided by the values of the rows."""
     arguments = {}
     if MASKED in special:
         arguments["mask"] = x[:, 0] > -0.5

@@ -1,6 +1,6 @@
 """The op families in Triton, for any CUDA device. Triton is imported when the first of them runs.
 
-None has run on a GPU yet (docs/gpu.md): they are chosen with implementation="triton" and are never the default.
+They are chosen with implementation="triton" and are not the default (docs/gpu.md).
 """
 
 import importlib

@@ -124,7 +124,7 @@ def round_rows_kernel(
 
 
 class Rows(NamedTuple):
-    """What round_rows makes of x, with N' rows: N rounded up to whole blocks."""
+    """The results of round_rows, with N' rows: N rounded up to whole blocks."""
 
     stored: Tensor  # [H, N', D'] float16
     bounds: Tensor  # [4, H, N'] float32

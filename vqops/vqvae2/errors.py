@@ -1,4 +1,4 @@
-"""What is raised for input that cannot be used."""
+"""The error for input that cannot be used."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ class Field(str):
 
 
 class InputError(ValueError):
-    """What was given cannot be used; the message names it, and what is allowed.
+    """Input that cannot be used; the message names it, and what is allowed.
 
     The arguments are the parts of the message. Names of options are `Field`s, so that a command line can write its
     flags in their place.

@@ -51,7 +51,7 @@ def types_of(kind: type) -> dict[str, Any]:
 
 
 def refused(value: object, hint: Any) -> str:
-    """What is allowed, in words, if the type does not allow the value; else empty."""
+    """The allowed values, in words, if the type does not allow this one; else empty."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         checks = (part for part in parts[1:] if isinstance(part, Check))

@@ -1,4 +1,4 @@
-"""What stands between encoder and decoder: nothing, a Gaussian, a relaxed categorical, or vector quantization.
+"""Bottlenecks between encoder and decoder: nothing, a Gaussian, a relaxed categorical, or vector quantization.
 
 Each is a module from features [B, C, h, w] to (z [B, D, h, w], indices [B, h, w] or None, loss []), where C is its
 `in_channels(D, K)`; the steps that led to the VQ-VAE can so be compared in one network.

@@ -104,7 +104,7 @@ def read_network(
 
 
 def as_tuples(value: object) -> object:
-    """What JSON holds, with tuples for its lists."""
+    """The values of a JSON text, with tuples for its lists."""
     if isinstance(value, dict):
         return {key: as_tuples(item) for key, item in value.items()}
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value

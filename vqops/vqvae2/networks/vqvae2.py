@@ -25,7 +25,7 @@ Bottleneck = Literal["vq", "none", "gaussian", "gumbel"]
 
 @dataclass(frozen=True)
 class NetworkOptions(Options):
-    """What can be chosen of the network."""
+    """The choices that the network leaves open."""
 
     levels: Literal[1, 2, 3] = 2
     """2 is VQ-VAE-2, 1 is VQ-VAE."""
@@ -55,7 +55,7 @@ class NetworkOptions(Options):
 
 @dataclass(frozen=True)
 class VQVAE2Config(NetworkOptions):
-    """What defines the network; it is saved with the weights.
+    """The definition of the network; it is saved with the weights.
 
     Levels are listed from bottom (finest) to top everywhere in this package.
     """
@@ -157,7 +157,7 @@ class VQVAE2(nn.Module):
             x = features[level + 1]
             if codes is not None:
                 x = torch.cat([x, self.decoders[level + 1](codes)], dim=1)
-            # What is quantized stays float32 under autocast: in bfloat16 vectors and codes fall onto few values.
+            # The quantizer's input stays float32 under autocast: in bfloat16 vectors and codes fall onto few values.
             with torch.autocast(x.device.type, enabled=False):
                 quantized, index, loss = self.quantizers[level](self.to_codes[level](x.float()))
             codes = self.beside(quantized, codes, level)
@@ -186,7 +186,7 @@ class VQVAE2(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:  # uint8 [B, C, H, W], of any device; the same
-        """What comes back of the pixels through the codes."""
+        """The pixels after their way through the codes."""
         images = as_float(pixels.to(self.encoders[0][0].weight.device))
         return (self(images).reconstruction.clamp(0, 1) * 255).round().to(torch.uint8).to(pixels.device)
 

@@ -18,7 +18,7 @@ SHOWN_VECTORS = 4000
 
 
 class Seen:
-    """What passed a model: the mean latent of each image [N, D], its vectors [n, D] and code counts at each level."""
+    """Images as a model sees them: the mean latent per image [N, D], vectors [n, D] and code counts per level."""
 
     @torch.no_grad()
     def __init__(self, model: VQVAE2, batches: Iterable[Tensor]):

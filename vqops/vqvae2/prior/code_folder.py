@@ -22,7 +22,7 @@ META, LABELS, KIND = "meta.json", "labels.npy", "vqops.codes"
 
 @dataclass(frozen=True)
 class CodesMeta:
-    """What meta.json holds. Levels are listed from bottom to top."""
+    """The contents of meta.json. Levels are listed from bottom to top."""
 
     images: int  # N
     done: int  # images whose codes are written
@@ -117,7 +117,7 @@ def read_meta(folder: Path) -> CodesMeta:
 
 
 def difference(before: CodesMeta, now: CodesMeta) -> str:
-    """What differs between two descriptions apart from the progress; empty if nothing does."""
+    """The differences between two descriptions apart from the progress; empty if there is none."""
     for field in fields(CodesMeta):
         there, here = getattr(before, field.name), getattr(now, field.name)
         if field.name != "done" and there != here:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """What defines the network; it is saved with the weights. Levels are listed from bottom to top."""
+    """The definition of the network; it is saved with the weights. Levels are listed from bottom to top."""
 
     level: str  # the level that it draws
     level_names: tuple[str, ...]
@@ -113,7 +113,7 @@ class Prior(nn.Module):
         return len(self.config.classes)
 
     def context(self, above: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What does not depend on the level's own codes: the first input [B, 1, C] and an addend a position [B, T, C].
+        """The part without the level's own codes: the first input [B, 1, C] and an addend per position [B, T, C].
 
         above: codes [B, h, w] of the levels above, nearest first; labels [B], `no_class` for "not said".
         """

@@ -18,7 +18,7 @@ ROW_EVERY = 10  # steps between two rows of metrics
 
 
 class Training:
-    """What is trained, as the loop sees it."""
+    """A training as the loop sees it."""
 
     module: nn.Module
     optimizer: Optimizer

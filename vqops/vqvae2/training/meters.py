@@ -45,7 +45,7 @@ class Meter:
 
 
 class CodeMeter(Meter):
-    """Measures, too, the mean perplexity of a batch, and the share of the codes used at least once."""
+    """Measures also the mean perplexity of a batch, and the share of the codes used at least once."""
 
     def __init__(self, config: VQVAE2Config, *names: str):
         self.config = config

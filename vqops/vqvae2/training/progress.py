@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar with its figures on a terminal, one line per validation anywhere else."""
+"""Progress of a run: a bar with its figures on a terminal, one line per validation anywhere else."""
 
 from rich.console import Console, Group
 from rich.live import Live

@@ -63,7 +63,7 @@ def train(options: TrainOptions) -> Path:
 
 
 def train_here(options: TrainOptions, device: torch.device) -> Path:
-    """What each process does."""
+    """The training of one process."""
     if options.batch_size % num_ranks():
         reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
         raise InputError(Field("batch_size"), reason)

@@ -27,7 +27,7 @@ def add_lanes(p):
 
 @triton.jit
 def cost_of(square, dot, norm_square, COSINE: tl.constexpr):
-    """The cost of a code, least for the nearest: |x - c|^2, or -x.c / |c|: 0 for a zero code, inf where float64 overflows."""
+    """The cost, least for the nearest: |x - c|^2, or -x.c / |c|: 0 for a zero code, inf where float64 overflows."""
     if COSINE:
         norm = tl.sqrt(norm_square)
         score = -dot / tl.where(norm > 0, norm, 1.0)

@@ -23,6 +23,7 @@ from benchmarks.plan import STAGES, Run, Task
 from benchmarks.rows import Writer, environment, folder_of, instructions, label, read
 
 ROOT = Path(__file__).parents[1]
+ALL = "all"  # the method of a row about a process that did not end well
 
 
 def main(arguments: list[str] | None = None) -> bool:
@@ -59,7 +60,7 @@ def run_stages(options: argparse.Namespace, arguments: list[str]) -> bool:
     folder = options.out or (Path(tempfile.mkdtemp()) if temporary else folder_of(options.device))
     seconds = 0.3 if options.quick else 3.0
     run = Run(options.device, options.quick, seconds, re.compile(options.shape), re.compile(options.method))
-    common = environment(options.device) | {"instructions": instructions(options.device)}
+    common = environment(options.device) | {"instructions": instructions(options.device), "threads": options.threads}
     begun = time.monotonic()
     for stage in dict.fromkeys(options.stage or STAGES):
         path = folder / f"{stage}.jsonl"
@@ -82,8 +83,7 @@ def run_stages(options: argparse.Namespace, arguments: list[str]) -> bool:
                 apart(task, stage, writer, folder, options.case_seconds, arguments)
                 continue
             for row in task.rows():
-                row = {"threads": options.threads, **row, "case": task.name}
-                writer.write(row)
+                writer.write({**row, "case": task.name})
                 print(line(row), flush=True)
         print(f"-- {stage}: {time.monotonic() - begun:.0f} s")
     print(f"rows are in {folder}")
@@ -97,13 +97,18 @@ def apart(task: Task, stage: str, writer: Writer, folder: Path, seconds: float, 
     print(output, end="", flush=True)
     if status != 0:
         said = "out of time" if status is None else f"ended with {status}: {output.strip()[-300:]}"
-        writer.write({"op": task.name, **task.facts, "method": "all", "failed": said, "case": task.name})
+        writer.write({"op": task.name, **task.facts, "method": ALL, "failed": said, "case": task.name})
 
 
 def measured(path: Path, commit: str) -> set[str]:
-    """Names of the cases of which this commit has rows, none of which failed since the last that did not."""
-    found = {row["case"]: "failed" not in row for row in read(path) if row["commit"] == commit}
-    return {case for case, good in found.items() if good}
+    """Names of the cases of which this commit has rows, each method's last one without a failure."""
+    found: dict[str, dict[str, bool]] = {}
+    for row in read(path):
+        if row["commit"] == commit:
+            methods = found.setdefault(row["case"], {})
+            methods.pop(ALL, None)
+            methods[row["method"]] = "failed" not in row
+    return {case for case, methods in found.items() if all(methods.values())}
 
 
 def load() -> float | None:

@@ -23,7 +23,7 @@ STATISTICS = ("VQ-VAE-2 bottom", "VQGAN f16", "VQGAN f16 16384", "LlamaGen")
 STEPS = ("VQ-VAE-2 bottom", "VQGAN f16", "LlamaGen", "EnCodec", "DAC", "Mimi", "RQ-VAE")
 HALVES = {torch.float16, torch.bfloat16}
 SEVERAL = 8  # codes a vector, of nearest_topk
-SLOW = 2**32  # N D K above which the reference, float64 throughout, is the oracle alone
+SLOW = 2**33  # operations above which the reference, float64 throughout, is the oracle alone
 
 Methods = dict[str, Callable[[], Call]]
 Check = Callable[[object], dict]
@@ -64,11 +64,11 @@ class Case:
         return found | self.facts
 
 
-def by_name(ops: tuple[str, ...], device: str, make: Callable[[str], Call], products: float = 0.0) -> Methods:
+def by_name(ops: tuple[str, ...], device: str, make: Callable[[str], Call], operations: float = 0.0) -> Methods:
     """make(name) of every implementation that all of the ops have on the device."""
     found = vqops.implementations()
     names = [name for name in found[ops[0]][device] if all(name in found[op][device] for op in ops)]
-    return {f"vqops {name}": partial(make, name) for name in names if name != "reference" or products <= SLOW}
+    return {f"vqops {name}": partial(make, name) for name in names if name != "reference" or operations <= SLOW}
 
 
 def in_both_orders(methods: Methods) -> Methods:

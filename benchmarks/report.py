@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.figures import draw_growth, draw_memory, draw_search
-from benchmarks.rows import read
+from benchmarks.rows import label, read
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
@@ -119,11 +119,7 @@ def measured(machine: Machine, figures: str) -> str:
     every = [row for found in rows.values() for row in found]
     if not rows["search"]:
         return ""
-    first = rows["search"][0]
-    threads = "thread" if first["threads"] == 1 else "threads"
-    clock = next(row["clock"] for row in rows["search"] if "clock" in row)
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines.append(f"{machine.name}, {first['threads']} {threads}, {clock} time, {versions}.")
+    lines.append(f"{machine.name}, {conditions(rows['search'])}.")
     commits = dict.fromkeys(row["commit"] for row in every)
     lines.append(f"Sources measured: commit {', '.join(f'`{commit}`' for commit in commits)}.")
     loads = [found[0]["load"] for found in rows.values() if found and found[0].get("load") is not None]
@@ -137,6 +133,12 @@ def measured(machine: Machine, figures: str) -> str:
     if failed:
         lines.append(f"Refused before timing, since the result was wrong or there was no memory: {'; '.join(failed)}.")
     return "\n".join(lines)
+
+
+def conditions(rows: list[dict]) -> str:
+    threads = f"{rows[0]['threads']} thread" + "s" * (rows[0]["threads"] != 1)
+    clock = next((f"{row['clock']} time" for row in rows if "clock" in row), "nothing timed")
+    return ", ".join([threads, clock, *(f"{name} {version}" for name, version in rows[0]["versions"].items())])
 
 
 def bounds(machine: Machine, figures: str) -> str:
@@ -320,15 +322,15 @@ def kernels(of_gpu: bool, machine: Machine, figures: str) -> str:
         sizes = ", ".join(str(ours[axis]) for axis in "NDK")
         lines.append([op, sizes, *rates(ours, newest.get("ceiling: gemm", {})), multiples(ours, newest)])
         older += [f"{op} {sizes}: {number(row['p50_ms'])} ms (`{row['commit']}`)" for row in before]
-    first = rows[0]
     shown.sort(key=lambda row: row["committed"])
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in shown))
-    named = [f"{name} {first['versions'][name]}" for name in VERSIONS if name in first["versions"]]
-    threads = "one thread" if first["threads"] == 1 else f"{first['threads']} threads"
-    parts = [f"**{first['device']}, `{first['instructions']}`**, {threads}, {', '.join(named)}, commit {commits}."]
+    parts = [f"**{machine.name}**, {conditions(rows)}, commit {commits}."]
     heads = ["op", "N, D, K", "ms", "GFLOP/s", "share of the ceiling", "of multiply-adds", "times as long:"]
     parts += [table(heads, lines)]
-    failed = [f"{row['method']} ({row['op']} {row['shape']}): {row['failed']}" for row in rows if "failed" in row]
+    latest = {label(row): row for row in rows if "failed" in row or "p50_ms" in row}.values()
+    done = {row.get("case") for row in latest if "p50_ms" in row}  # after a process that did not end well, too
+    failed = [row for row in latest if "failed" in row and (row["method"] != "all" or row["case"] not in done)]
+    failed = [f"{row['method']} ({row['op']} {row['shape']}): {row['failed']}" for row in failed]
     by_events = dict.fromkeys(row["method"] for row in shown if row["clock"] == "events")
     parts += [f"Failed: {'; '.join(failed)}."] if failed else []
     parts += [f"Not from a CUDA graph, which can't hold them: {', '.join(by_events)}."] if by_events else []
@@ -357,9 +359,6 @@ def is_ours(row: dict) -> bool:
     return row["method"].startswith("vqops")
 
 
-VERSIONS = ("torch", "cuda", "triton", "faiss-cpu", "vector-quantize-pytorch", "flash-kmeans")
-
-
 def rates(row: dict, gemm: dict) -> list[str]:
     """Cells of a row's time, its rate, and its shares of what the machine can do."""
     cells = [f"{row['p50_ms']:.3g}", f"{row['gflops']:.0f}" if "ceiling" in row and "gflops" in row else "", "", ""]
@@ -375,22 +374,6 @@ def multiples(ours: dict, found: dict[str, dict]) -> str:
     return ", ".join(f"{SHORT.get(name, name)} {row['times_vqops']:.3g}{wrong(row)}" for name, row in others.items())
 
 
-def claim(machine: Machine, figures: str) -> str:
-    """One sentence for the README."""
-    steps = [found for found in by_case(machine.rows("steps", "training step")).values() if "vqops" in found]
-    parts = []
-    for peer in ("vector-quantize-pytorch", "PyTorch, index_add_"):
-        ratios = [found[peer]["times_vqops"] for found in steps if peer in found]
-        if ratios:
-            parts.append(f"{number(min(ratios))} to {number(max(ratios))} times as long with {peer}")
-    found = [row for row in machine.rows("search", "nearest") if row["method"] == "vqops" and "wrong" in row]
-    counted = f"{sum(row['wrong'] for row in found)} of {sum(row['checked'] for row in found)} indices wrong"
-    shapes = f"{len(steps)} shapes of published models"
-    if not parts:
-        return ""
-    return f"On {machine.name}, a training step of {shapes} takes {' and '.join(parts)}; {counted}."
-
-
 def picture(kind: str, text: str, machine: Machine, figures: str) -> str:
     stage, _ = FIGURES[kind]
     return f"![{text}]({figures}/benchmarks_{machine.folder.name}_{kind}.svg)" if machine.rows(stage) else ""
@@ -400,7 +383,7 @@ BLOCKS: dict[str, Callable[[Machine, str], str]] = {
     block.__name__: block
     for block in (
         *(bounds, shapes, search, dtypes, statistics, quantize, step, system, evaluation),
-        *(exactness, growth, threads, memory, losses, claim),
+        *(exactness, growth, threads, memory, losses),
     )
 } | {
     "machine": measured,

@@ -97,4 +97,4 @@ class Writer:
 
     def write(self, row: dict) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({**row, **self.common}) + "\n")
+            file.write(json.dumps(row | self.common | row) + "\n")

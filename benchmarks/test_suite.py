@@ -28,44 +28,26 @@ def implementations(op: str) -> list[str]:
     return ["vqops", *(f"vqops {name}" for name in vqops.implementations()[op][DEVICE])]
 
 
+def every(make: Callable, **facts) -> Callable:
+    return partial(make, every=True, **facts)
+
+
 NEAREST = [*implementations("nearest"), "vqops, prepared", *baselines.SEARCH]
-STEPS = ["vqops", *baselines.STEPS]
+SUMS = [*implementations("code_sums"), *baselines.SUMS]
+UPDATE = [*implementations("ema_update_"), "PyTorch"]
+FORWARD = [*implementations("quantize"), "PyTorch, addmm + argmin"]
 BACKWARD = [*implementations("quantize_backward"), "PyTorch"]
+ROTATION = every(cases.quantize_backward, gradient="rotation")
+STEPS = ["vqops", *baselines.STEPS]
 # name, what makes the case, methods, shapes, dtypes
 TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
-    ("nearest", partial(cases.nearest, every=True), NEAREST, cases.ALL, DTYPES),
-    ("nearest", partial(cases.nearest, every=True), NEAREST, SIZED, FLOAT32),
-    (
-        "code_sums",
-        partial(cases.code_sums, every=True),
-        [*implementations("code_sums"), *baselines.SUMS],
-        cases.STATISTICS,
-        DTYPES,
-    ),
-    (
-        "ema_update_",
-        partial(cases.ema_update, every=True),
-        [*implementations("ema_update_"), "PyTorch"],
-        cases.STATISTICS,
-        FLOAT32,
-    ),
-    (
-        "quantize-forward",
-        partial(cases.quantize_forward, every=True),
-        [*implementations("quantize"), "PyTorch, addmm + argmin"],
-        cases.STATISTICS,
-        DTYPES,
-    ),
-    *(
-        (
-            f"quantize-backward-{gradient}",
-            partial(cases.quantize_backward, gradient=gradient, every=True),
-            BACKWARD,
-            cases.STATISTICS,
-            FLOAT32,
-        )
-        for gradient in ("straight_through", "rotation")
-    ),
+    ("nearest", every(cases.nearest), NEAREST, cases.ALL, DTYPES),
+    ("nearest", every(cases.nearest), NEAREST, SIZED, FLOAT32),
+    ("code_sums", every(cases.code_sums), SUMS, cases.STATISTICS, DTYPES),
+    ("ema_update_", every(cases.ema_update), UPDATE, cases.STATISTICS, FLOAT32),
+    ("quantize-forward", every(cases.quantize_forward), FORWARD, cases.STATISTICS, DTYPES),
+    ("quantize-backward-straight_through", every(cases.quantize_backward), BACKWARD, cases.STATISTICS, FLOAT32),
+    ("quantize-backward-rotation", ROTATION, BACKWARD, cases.STATISTICS, FLOAT32),
     ("VectorQuantize-training", cases.training_step, STEPS, cases.STEPS, FLOAT32),
     ("VectorQuantize-evaluation", cases.evaluation, ["vqops", "vector-quantize-pytorch"], cases.STEPS, FLOAT32),
     ("VQ-VAE-2-training", cases.system_step, ["vqops", "vector-quantize-pytorch", "no quantizer"], ("",), FLOAT32),

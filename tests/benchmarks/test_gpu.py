@@ -200,7 +200,7 @@ def test_other_stages_pass_as_their_command_does(gpu, stages, monkeypatch, stage
 
 
 def test_it_names_tests_that_exist(gpu):
-    assert all((ROOT / path).exists() for path in gpu.CHECKS)
+    assert all((ROOT / path).exists() for path in (*gpu.TESTS, *gpu.CHECKS))
 
 
 def test_requirements_name_every_peer():

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import vqops
 from benchmarks import baselines, correctness
-from benchmarks.baselines import Call, Unavailable, leaf
+from benchmarks.baselines import Call, leaf
 from benchmarks.shapes import SHAPES, Shape
+from vqops.vqvae2 import VQVAE2, VQVAE2Config
 
 DECAY = 0.99
 ALL = tuple(SHAPES)
@@ -419,10 +420,6 @@ def evaluation(shape: Shape, device: str) -> Case:
 
 def system_step(device: str, size: int = 256, batch: int = 1, quick: bool = False) -> Case:
     """A training step of the VQ-VAE-2 network of this package, with its quantizers, the incumbent's, and none."""
-    try:
-        from vqops.vqvae2 import VQVAE2, VQVAE2Config
-    except ImportError as error:
-        raise Unavailable(f"vqops[train] is not installed ({error.name})") from None
     config = VQVAE2Config(channels=32 if quick else 128)
 
     def build():

@@ -17,7 +17,7 @@ public:
         const float* values = buffer_.data();
         if (shape_.cosine) {
             read_row(x_, h_, n, D, unit_.data);
-            unit_.to_unit();
+            unit_.to_unit(D);
             for (int64_t i = 0; i < D; i++) buffer_[i] = float(unit_.data[i]);
         } else if (x_.dtype == DType::float64) {
             read_row(x_, h_, n, D, buffer_.data());

@@ -171,7 +171,7 @@ private:
 
 }  // namespace
 
-float bound_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words) {
+float row_bound(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words) {
     const double rounding = 1 + 1e-5 + double(D) * 0x1p-23, underflow = double(D) * 0x1p-70;
     const double norm = std::sqrt(double(norms.square)) * rounding + underflow;
     if (instructions().pairs) {

@@ -73,9 +73,9 @@ struct Packed {
     Panels as_read() const { return {panels, start, slack, panel_count(), depth}; }
 };
 
-// The constants of a row's bound (exactness.md): its coefficients, behind its dimensions in `words`, and what the upper
+// Constants of a row's bound (docs/exactness.md): its coefficients, behind its dimensions in `words`, and what the upper
 // bound adds for every code, which is returned.
-float bound_row(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words);
+float row_bound(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words);
 
 // Prepare head h of a codebook [H, K, D] into `memory` of Packed::bytes(K, D).
 void pack_codebook(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,

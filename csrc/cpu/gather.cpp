@@ -5,7 +5,6 @@
 #include "row_buffer.h"
 
 namespace vqops {
-
 namespace {
 
 // Rows [begin, end) of head h, whose indices are known.
@@ -26,7 +25,7 @@ void gather(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         if (k >= 0) {
             read_row(codebook, h, k, D, code.data);
             read_row(x, h, n, D, given.data);
-            if (shape.cosine) given.to_unit();
+            if (shape.cosine) given.to_unit(D);
             distance = instructions().exact_cost(given.data, code.data, given.padded, false);
         } else {
             distance = mask.keeps(h, n) ? std::nan("") : 0.0;

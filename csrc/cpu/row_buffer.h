@@ -18,10 +18,10 @@ struct AlignedRow {
 
     double dot(const AlignedRow& other) const { return instructions().dot(data, other.data, padded); }
 
-    // x / max(|x|, 1e-6), in place.
-    void to_unit() {
+    // x / max(|x|, 1e-6), in place; the padding stays zero whatever x is.
+    void to_unit(int64_t D) {
         const double norm = std::max(std::sqrt(dot(*this)), kSmallestNorm);
-        for (int64_t i = 0; i < padded; i++) data[i] /= norm;
+        for (int64_t i = 0; i < D; i++) data[i] /= norm;
     }
 
     // 0 * Inf and 0 * NaN are NaN. Eight sums, so that no addition waits for the one before.

@@ -6,9 +6,9 @@
 //   second cache  the block's rows, centred, scaled and rounded to words, at most 96 KB
 // A word is a float or two dimensions as bfloat16. Read: x once, the packed codebook once per block. Written: one index
 // per row. Operations: 2 N K (D + 1), fused.
-// The product gives lower bounds (exactness.md); a code stays a candidate while its lower bound does not exceed the
-// least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h). A
-// row with more candidates than its list holds is queued: compared with all codes by float32 differences, whose error
+// The product gives lower bounds (docs/exactness.md); a code stays a candidate while its lower bound does not exceed
+// the least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h).
+// A row with more candidates than its list holds is queued: compared with all codes by float32 differences, whose error
 // is relative to the distance itself (unprepared.h).
 #pragma once
 
@@ -82,7 +82,7 @@ private:
             else decision_.write_none(h, n, false);
             return false;
         }
-        candidates_.rest[r] = bound_row(norms, *packed_, D, shape_.cosine, out);
+        candidates_.rest[r] = row_bound(norms, *packed_, D, shape_.cosine, out);
         candidates_.start(r);
         return true;
     }

@@ -22,14 +22,14 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
     const int64_t fitting = kBlockBytes / (4 * round_up(depth_of(shape.D), 16)) / tile * tile;
     const int64_t share = round_up((shape.H * shape.N + parallel.threads - 1) / parallel.threads, tile);
     const int64_t rows = std::max(tile, std::min({kMostRows / tile * tile, fitting, share}));
-    const int64_t blocks_a_head = (shape.N + rows - 1) / rows;
+    const int64_t blocks_per_head = (shape.N + rows - 1) / rows;
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> totals[kTiers] = {};
-    parallel.over(std::min<int64_t>(parallel.threads, shape.H * blocks_a_head), [&](int64_t, int64_t) {
+    parallel.over(std::min<int64_t>(parallel.threads, shape.H * blocks_per_head), [&](int64_t, int64_t) {
         const DefaultFloatMode mode;
         Screen screen(shape, x, codebook, mask, result, rows);
-        for (int64_t task; (task = next++) < shape.H * blocks_a_head;) {
-            const int64_t h = task / blocks_a_head, begin = task % blocks_a_head * rows;
+        for (int64_t task; (task = next++) < shape.H * blocks_per_head;) {
+            const int64_t h = task / blocks_per_head, begin = task % blocks_per_head * rows;
             const char* head = static_cast<const char*>(memory) + h * Packed::bytes(shape.K, shape.D);
             const Packed packed(head, shape.K, shape.D);
             const int64_t end = std::min(begin + rows, shape.N);

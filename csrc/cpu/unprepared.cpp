@@ -16,7 +16,7 @@
 namespace vqops {
 namespace {
 
-constexpr int64_t kAgainBytes = 48 * 1024;  // of rows that are compared again, a thread
+constexpr int64_t kQueueBytes = 48 * 1024;  // of queued rows, per thread
 
 // The rows of one head, as the kernel reads them, and what bounds them.
 struct UnpreparedRows {
@@ -94,14 +94,14 @@ private:
 };
 
 // Decides row r of those that were compared, among its candidates.
-void settle(Candidates& candidates, int64_t r, int64_t h, int64_t n, int64_t k, Decision& decision, bool again) {
+void settle(Candidates& candidates, int64_t r, int64_t h, int64_t n, int64_t k, Decision& decision, bool queued) {
     decision.take(h, n);
     if (candidates.overflowed(r)) return decision.scan(h, n);
     candidates.drop_excluded(r);
     const int32_t count = candidates.count(r);
     Ranking ranking(k);
     for (int32_t i = 0; i < count; i++) decision.consider_any(h, candidates.code(r, i), ranking);
-    decision.write_ranked(h, n, ranking, again ? kScanned : count == 1 ? kCertified : kDecided);
+    decision.write_ranked(h, n, ranking, queued ? kScanned : count == 1 ? kCertified : kDecided);
 }
 
 }  // namespace
@@ -112,7 +112,7 @@ void scan_queue(const SearchShape& shape, const Rows& x, const Rows& codebook, i
         for (int64_t i = 0; i < count; i++) decision.take(h, rows[i]), decision.scan(h, rows[i]);
         return;
     }
-    const int64_t most = std::max<int64_t>(1, kAgainBytes / (4 * shape.D));
+    const int64_t most = std::max<int64_t>(1, kQueueBytes / (4 * shape.D));
     for (int64_t begin = 0; begin < count; begin += most) {
         const int64_t end = std::min(begin + most, count);
         UnpreparedRows taken(shape, end - begin);

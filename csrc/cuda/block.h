@@ -1,5 +1,5 @@
-// One thread block on a GPU. tests/native/emulated_block.h is the same on the CPU: a kernel's body is written once, and
-// tests run it there.
+// One thread block on a GPU. emulated_block.h of tests/cuda_emulated is the same on the CPU: a kernel's body is written
+// once, and tests run it there.
 //
 // A kernel is a struct: its members are the arguments, `Shared` is its shared memory, `operator()(block, shared)` its
 // body: a sequence of steps, between which only values that all threads agree on may steer it.
@@ -25,7 +25,7 @@
 
 namespace vqops::cuda {
 
-typedef unsigned long long Count;  // what atomic operations count in
+typedef unsigned long long Count;  // type of atomic counts
 
 template <class T, int n>
 struct Many {

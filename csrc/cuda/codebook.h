@@ -1,9 +1,9 @@
 // A codebook prepared for the screening pass: centre, scale, and its codes as float16 with what their bounds need.
 //
-//   Centre   a block per 64 dimensions: the median of a sample of 32 codes, which no single code can move
-//   Scale    a block per head: a power of two that brings the sample's median distance from the centre to [1, 2)
+//   Centre       a block per 64 dimensions: the median of a sample of 32 codes, which no single code can move
+//   Scale        a block per head: a power of two that brings the sample's median distance from the centre to [1, 2)
 //   MarkRepeats  8 threads per code: the lowest index of each of two hashes, by which repeats are found
-//   Pack     32 threads per code: the code centred, scaled, rounded; read two to four times, from cache
+//   Pack         32 threads per code: the code centred, scaled, rounded; read two to four times, from cache
 // Everything is computed in float64: the codebook is small next to the search. Any centre is correct, and so is
 // any hash: a repeat that is missed is one more candidate.
 #pragma once
@@ -370,8 +370,8 @@ struct Pack {
                 const double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
                 start = code_start(half, in.D), slack = code_slack(half, in.D);
                 radius = float(around * (1 + 0x1p-20)), unit = float(power);
-                atomic_max(block, packed.worst, float((error + accumulation(width) * (norm + error)) / radius *
-                                                 (1 + 0x1p-20)));
+                atomic_max(block, packed.worst,
+                           float((error + accumulation(width) * (norm + error)) / radius * (1 + 0x1p-20)));
             }
             Constants& tile = packed.constants[k / kTile];
             tile.start[k % kTile] = start, tile.slack[k % kTile] = slack;

@@ -1,4 +1,4 @@
-// The tensor cores in a block of the search, of warps or of warpgroups, and how much of it they multiply.
+// The tensor cores that multiply in a block of the search, of warps or of warpgroups, and their tiles.
 #pragma once
 
 #include <cstdint>

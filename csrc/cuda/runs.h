@@ -15,8 +15,8 @@
 
 namespace vqops::cuda {
 
-// Order of the rows of a block: as they lie, ordered by code within the block (batch.h), or as a run of the
-// sort.
+// Order of the rows of a block: as they lie, ordered by code within the block (batch.h), or as a run of
+// the sort.
 enum class Order { memory, within_block, sorted };
 
 struct Run {

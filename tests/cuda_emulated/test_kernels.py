@@ -2,7 +2,7 @@
 
 What this can't show: that nvcc's code does the same, the sort (here std::stable_sort), and anything about time. Each
 test runs the threads of a step ascending and descending: a race between them would show as a difference. Sums by code
-are here in the sorted order; test_cuda_sums.py has those by atomic additions.
+are here in the sorted order; test_sums.py has those by atomic additions.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Sums by code by atomic additions: the kernels' bodies on the CPU, as in test_cuda_kernels.py.
+"""Sums by code by atomic additions: the kernels' bodies on the CPU, as in test_kernels.py.
 
 The order of addition is open: whole numbers must be exact, others within the bound that holds for the blocks' order.
 """

@@ -265,7 +265,7 @@ def on_stage(monkeypatch):
     kernels = {"nearest": (search, 4), "prepare": (codebook, None), "quantize": (quantize, 9)}
     for op, (module, prepared) in {**kernels, "quantize_backward": (quantize_backward, None)}.items():
         monkeypatch.setattr(module, op, noting(f"{op}: triton", getattr(module, op), prepared))
-    composed = partial(reference.quantize, nearest=ops.nearest, code_sums=ops.code_sums)
+    composed = partial(reference.quantize, find_nearest=ops.nearest, sum_codes=ops.code_sums)
     fallbacks = {op: getattr(reference, op) for op in (*kernels, "quantize_backward")} | {"quantize": composed}
     with torch.library._scoped_library("vqops", "IMPL") as scope:
 

@@ -1,6 +1,6 @@
 """What vector-quantize-pytorch 1.32.0 gets wrong and vqops does not: a test for each, that the wheel fails.
 
-Its speed is a matter of the benchmarks, ranks that drift apart of test_quantizer_distributed.py.
+Its speed is a matter of the benchmarks, ranks that drift apart of test_distributed.py.
 """
 
 import subprocess

@@ -6,6 +6,7 @@ computed again and a search with a prepared codebook meet the same choice each t
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -62,9 +63,10 @@ def call_of(arguments: dict) -> Call:
     K = arguments["num_codes"] if codes is None else codes.shape[-2]
     N = None if x is None else x.shape[0] * x.shape[1]
     given = [tensor for tensor in (x, codes) if isinstance(tensor, Tensor)]
-    return Call(D, K, N, tuple(tensor.dtype for tensor in given), name_of(given[0].device))
+    return Call(D, K, N, tuple(tensor.dtype for tensor in given), gpu_name(given[0].device))
 
 
-def name_of(device: torch.device) -> str:
+@cache
+def gpu_name(device: torch.device) -> str:
     """The GPU's name, which torch keeps: reading it does not wait for the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""Where ops are defined, their kernels registered, and an implementation is picked."""
+"""Definition of ops, registration of their kernels, choice of an implementation."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -65,7 +65,10 @@ def without_gradient() -> Autograd:
     def refuse(ctx, *gradients):
         raise AssertionError("no output of this op carries a gradient")
 
-    return Autograd(lambda ctx, inputs, output: ctx.mark_non_differentiable(*output), refuse)
+    def mark(ctx, inputs, output):
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    return Autograd(mark, refuse)
 
 
 def without_second_derivative(name: str) -> Autograd:
@@ -102,14 +105,14 @@ def define(
         "triton": triton_kernels.has(name),
     }
     for implementation in (each for each, exists in there.items() if exists):
-        op = name_of(name, implementation)
-        library.define(op + schema)
+        op = op_name(name, implementation)
+        library.define(op + schema, tags=torch.Tag.pt2_compliant_tag)
         meta = fake[implementation] if isinstance(fake, Mapping) else fake
         torch.library.register_fake(f"vqops::{op}", meta, lib=library)
         if autograd is not None:
             backward = autograd.backward
             if autograd.op is not None:
-                backward = partial(backward, op=getattr(torch.ops.vqops, name_of(autograd.op, implementation)))
+                backward = partial(backward, op=getattr(torch.ops.vqops, op_name(autograd.op, implementation)))
             torch.library.register_autograd(f"vqops::{op}", backward, setup_context=autograd.setup_context, lib=library)
     fallback = fallback or reference
     library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
@@ -118,13 +121,13 @@ def define(
     if sums_by_code(name):
         kernels = [f"{name}_compiled_{order}" for order in BY_ORDER]
         for kernel in kernels:
-            library.define(kernel + schema)
+            library.define(kernel + schema, tags=torch.Tag.pt2_compliant_tag)
         library.impl(f"{name}_compiled", by_order(*(getattr(torch.ops.vqops, kernel) for kernel in kernels)), "CUDA")
     if there["triton"]:
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
 
 
-def name_of(name: str, implementation: str | None) -> str:
+def op_name(name: str, implementation: str | None) -> str:
     return name if implementation is None else f"{name}_{implementation}"
 
 
@@ -160,7 +163,7 @@ def select(name: str, implementation: Implementation | None) -> Callable:
         raise ValueError(f"{name}: there is no compiled implementation; it runs as 'reference'")
     if implementation == "triton" and not triton_kernels.has(name):
         raise ValueError(f"{name}: there is no triton implementation, or no Triton (`pip install triton`)")
-    return getattr(torch.ops.vqops, name_of(name, implementation))
+    return getattr(torch.ops.vqops, op_name(name, implementation))
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:

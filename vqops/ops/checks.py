@@ -67,14 +67,14 @@ def check_weight(op: str, weight: Tensor | None, rows: tuple[int, ...]) -> None:
         check_shape(op, "weight", weight, rows, "of x without D")
 
 
-def check_indices(op: str, indices: Tensor, num_codes: int) -> None:
+def check_indices(op: str, indices: Tensor, num_codes: int, name: str = "indices") -> None:
     """Indices are -1 or a code. On the CPU an error; elsewhere a device-side assertion, without a synchronisation."""
     if indices.dtype != torch.int64:
-        raise TypeError(f"{op}: indices must be int64, got {indices.dtype}")
+        raise TypeError(f"{op}: {name} must be int64, got {indices.dtype}")
     if torch.compiler.is_compiling() or indices.numel() == 0:
         return
     lowest, highest = indices.aminmax()
-    message = f"{op}: indices must be -1 or a code in [0, {num_codes})"
+    message = f"{op}: {name} must be -1 or a code in [0, {num_codes})"
     if indices.device.type == "cpu":
         if lowest < -1 or highest >= num_codes:
             raise IndexError(f"{message}, got values from {int(lowest)} to {int(highest)}")

@@ -19,9 +19,9 @@ def code_cross_entropy(
 ) -> Tensor:  # float32 (float64 for float64 x), shape of x without D; 0 without a target
     """-log softmax_k(l)[target] with l_k = -|x - c_k|, or x.c_k for "cosine" (of vectors that the caller normalised).
 
-    The softmax is summed block by block of at most 1024 x 1024 distances, and its backward computes them again: memory
-    grows with N + K. The gradient to the codebook is that of its values at the time of the call. A code that is not
-    finite has probability 0. Second derivatives raise NotImplementedError.
+    The softmax is summed block by block of distances, and its backward computes them again: memory grows with N + K.
+    The gradient to the codebook is that of its values at the time of the call. A code that is not finite has
+    probability 0. Second derivatives raise NotImplementedError.
 
     Raises ValueError or TypeError where shapes, dtypes or devices disagree, IndexError for a target that is no code.
 
@@ -33,7 +33,7 @@ def code_cross_entropy(
     check_search(op, x, codebook, None, metric)
     check_device(op, x, targets=targets)
     check_shape(op, "targets", targets, x.shape[:-1], "of x without D")
-    check_indices(op, targets, codebook.shape[-2])
+    check_indices(op, targets, codebook.shape[-2], "targets")
     heads = with_heads(x, codebook)
     return heads.rows_back(select(op, implementation)(heads.x, heads.codebook, heads.row(targets), metric)[0])
 

@@ -168,6 +168,6 @@ define(
     "Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.quantize,
     fake_quantize,
-    fallback=partial(reference.quantize, nearest=torch.ops.vqops.nearest, code_sums=torch.ops.vqops.code_sums),
+    fallback=partial(reference.quantize, find_nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
     autograd=Autograd(save_for_backward, backward, "quantize_backward"),
 )

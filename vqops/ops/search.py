@@ -167,6 +167,8 @@ def fake_prepare(codebook, metric="euclidean"):
 
 
 def fake_prepare_compiled(codebook, metric="euclidean"):
+    if codebook.device.type not in ("cpu", "cuda"):
+        return reference.prepare(codebook)
     if not all(isinstance(size, int) for size in codebook.shape):
         return of_unknown_size(codebook)
     return codebook.new_empty(kernels.packed_bytes(codebook.device.type, *codebook.shape), dtype=torch.uint8)

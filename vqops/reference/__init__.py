@@ -1,6 +1,8 @@
-"""Every op in a few lines of PyTorch: the specification, the oracle of the tests, and the fallback on any device.
+"""Every op in a few lines of PyTorch: the specification, the oracle of the tests, and the fallback on
+any device with float64.
 
-A file per family. Nothing here is of size N x K: rows and codes are walked in blocks, temporaries hold at most 64 MB.
+A file per family. Nothing here is of size N x K: rows and codes are walked in blocks of at most 64 MB; the cross
+entropy also holds the codes of a head, and its gradients, in float64.
 Arguments come in the ops' shapes and are not checked; the functions of `vqops.ops` document errors and defaults.
 
 Axis letters: H codebooks (heads), N vectors, D dimensions, K codes.

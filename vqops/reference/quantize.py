@@ -35,15 +35,15 @@ def quantize(
     snapshot: bool = True,  # of the codebook, for the backward
     prepared: Tensor | None = None,
     *,
-    nearest: Callable[..., Tensor] = nearest,
-    code_sums: Callable[..., tuple[Tensor, Tensor]] = code_sums,
+    find_nearest: Callable[..., Tensor] = nearest,
+    sum_codes: Callable[..., tuple[Tensor, Tensor]] = code_sums,
 ) -> tuple[Tensor, ...]:
     """quantized [H, N, D] = c[indices], indices [H, N], error [H, N] = |x - quantized|^2, counts, sums, codebook.
 
     Counts, sums and the codebook have shape [0] unless asked for. For "cosine", error and sums are those of `unit(x)`.
     """
     H, N, D = x.shape
-    indices = nearest(x, codebook, mask, metric, prepared)
+    indices = find_nearest(x, codebook, mask, metric, prepared)
     quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     error = torch.empty(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for rows in row_blocks(H, N, D):
@@ -56,6 +56,6 @@ def quantize(
     counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
     if with_sums:
         rows = x if metric == "euclidean" else unit(x).float()
-        counts, sums = code_sums(rows, indices, codebook.shape[1], weight)
+        counts, sums = sum_codes(rows, indices, codebook.shape[1], weight)
     old = codebook.clone(memory_format=torch.contiguous_format) if snapshot else codebook.new_empty(0)
     return quantized, indices, error, counts, sums, old

@@ -41,7 +41,7 @@ ROWS = 128  # rows are padded to a multiple: the largest block of the screening 
 
 
 class Sizes(NamedTuple):
-    """Per program of the other kernels, at a time."""
+    """Amounts that a program of the other kernels takes at a time."""
 
     centre: int  # dimensions whose median is taken
     codes: int  # codes prepared

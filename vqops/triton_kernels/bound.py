@@ -18,7 +18,7 @@ HUGE = tl.constexpr(2.0**126)  # above any bound
 ABSENT = tl.constexpr(2.0**70)  # start of a code left out: above any other bound, and finite in every row's unit
 FAR_CODE = tl.constexpr(2.0**30)  # |C| beyond: left out
 FAR_ROW = tl.constexpr(2.0**28)  # 2 |X| + the smallest radius beyond: compared with every code
-FAR_BOUND = tl.constexpr(2.0**58)  # below (|C|^2 / 2 - X.C) of every far code, for other rows
+FAR_BOUND = tl.constexpr(2.0**58)  # at most |C|^2 / 2 - X.C of a far code, for rows within FAR_ROW
 SMALLEST_RADIUS = tl.constexpr(2.0**-24)  # so that a code at the centre has a relative error
 
 TWICE = tl.constexpr(2.02)  # 2, and what its factors are rounded by

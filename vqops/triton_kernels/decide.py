@@ -1,7 +1,7 @@
 """The decision: candidates of a row compared in float64.
 
-A fixed number of programs walks the queue from the front. Costs of [rows, codes] at a time are
-eight float64 sums each, in registers, over the dimensions in order (distance.py).
+A fixed number of programs walks the queue from the front. Costs of [rows, codes] at a time are eight float64 sums each,
+in registers, over the dimensions in order (distance.py).
 """
 
 import triton

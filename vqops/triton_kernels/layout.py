@@ -1,4 +1,4 @@
-"""Where a prepared codebook keeps what. No Triton here: fake kernels compute the size as well.
+"""Layout of a prepared codebook. No Triton here: fake kernels compute the size as well.
 
 Sections, one after the other, each with all H heads, in units of 128 bytes:
   header      [H, 32] int32        see codebook.py

@@ -53,7 +53,7 @@ def screen_topk_kernel(
     for _turn in range(0, top):
         threshold = tl.min(tl.where(least > threshold[:, None], least, HUGE), 1)
     threshold += rest
-    usable = screened & (threshold < FAR_BOUND * lift)  # else a code left out may be among the nearest
+    usable = screened & (threshold < FAR_BOUND * lift)  # else a code left out, or fewer than k bounds
 
     count = tl.zeros((BN,), tl.int32)
     place = lists + (h * N + n) * CANDIDATES

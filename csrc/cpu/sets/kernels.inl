@@ -109,7 +109,7 @@ struct Kernels {
             const Vector size = bound[v] < -bound[v] ? -bound[v] : bound[v];
             const Vector charged = Set::spread_of(last, Set::load_words(panel + (depth - 1) * kCodes + v * kWidth)) +
                                    Set::load(slack + v * kWidth) + Set::broadcast(open.rest[row]);
-            // The factors cover the rounding of these sums (exactness.md).
+            // The factors cover the rounding of these sums (docs/exactness.md).
             upper[v] = bound[v] + (size * Set::broadcast(0x1p-21f) + charged * Set::broadcast(1 + 0x1p-20f));
         }
         const float* lower = reinterpret_cast<const float*>(bound);

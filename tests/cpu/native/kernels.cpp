@@ -1,5 +1,5 @@
 // The CPU kernels without torch, for address and undefined-behaviour sanitizers: degenerate and adversarial shapes, each
-// index checked against a plain double loop. Built and run by tests/test_sanitizers.py.
+// index checked against a plain double loop. Built and run by test_sanitizers.py.
 
 #include <cmath>
 #include <cstring>

@@ -139,7 +139,7 @@ class Evaluation:
         """Accuracy on these images of classifiers that learned from real images, reconstructions and samples."""
         options, model, classes = self.options, self.model, self.classes
         if self.labels is None:
-            needed = f" needs labels of {options.data}, too: give "
+            needed = f" also needs labels of {options.data}: give "
             raise InputError(Field("classifier_data"), needed, Field("label_key"))
         source = load_images(options.classifier_data, options.classifier_key, channels=model.config.image_channels)
         learned, names = load_labels(options.classifier_data, options.classifier_label_key, len(source))

@@ -89,7 +89,7 @@ def read_file(path: Path, kind: str, device: torch.device | str = "cpu") -> tupl
 def read_network(
     path: Path, kind: str, network: Callable[[dict[str, Any]], nn.Module], device: torch.device | str
 ) -> tuple[Any, dict[str, Any]]:
-    """What `network` makes of the description, with the tensors of the file, in eval mode; and the description.
+    """The result of `network` for the description, with the tensors of the file, in eval mode; and the description.
 
     Raises InputError if the file is damaged, of another kind, or does not fit this version.
     """

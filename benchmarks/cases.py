@@ -129,8 +129,11 @@ def nearest(
     def build():
         x, codebook = shape.data(device, dtype, offset, spread)
 
+        # As autocast gives them: rows in half precision, codes in float32.
+        ours = codebook.float() if every and dtype in HALVES else codebook
+
         def call(implementation=None):
-            return partial(vqops.nearest, x, codebook, implementation=implementation)
+            return partial(vqops.nearest, x, ours, implementation=implementation)
 
         methods = {"vqops": call} | (by_name(("nearest",), device, call, work["gemm"]) if every else {})
         methods["vqops, prepared"] = lambda: partial(vqops.nearest, x, vqops.prepare(codebook))

@@ -55,10 +55,13 @@ def measure(
         except Exception as error:  # a method that fails is a row, not the end of the run
             row = {"failed": f"{type(error).__name__}: {error}"[:300]}
         rows[name] = row
-    limits = ceilings(case, gemm_size)
-    for kind, (call, _) in limits.items():
-        rows[f"ceiling: {kind}"] = {}
-        timed[f"ceiling: {kind}"] = clock.prepare(call)
+    try:
+        limits = ceilings(case, gemm_size)
+        for kind, (call, _) in limits.items():
+            rows[f"ceiling: {kind}"] = {}
+            timed[f"ceiling: {kind}"] = clock.prepare(call)
+    except Exception as error:  # a GPU that a method has left in error: that method's row says which
+        rows["ceilings"], timed = {"failed": f"{type(error).__name__}: {error}"[:300]}, {}
     if timed:
         rounds = max(FEWEST, min(MOST, math.floor(seconds / sum(method.took for method in timed.values()))))
         times = interleaved(timed, rounds)

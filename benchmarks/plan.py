@@ -19,6 +19,8 @@ OFFSETS = (0.0, 10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
 SLOW_TO_START = "torch.compile"  # tens of seconds of compiler for each shape: not in --quick, and in --full for one
 ANY = re.compile("")
+UNNAMED = ("vqops", "vqops, prepared")  # where each implementation is measured by name
+LARGE = 2**31  # N x K beyond which the incumbent's matrices fill a GPU
 
 
 @dataclass
@@ -107,10 +109,12 @@ def kernels(run: Run) -> Iterator[Task]:
 
 
 def by_implementation(run: Run, searches: list[Shape], steps: list[Shape]) -> Iterator[Task]:
-    timed = partial(run.timed, but=("vqops", "vqops, prepared"))
+    timed = partial(run.timed, but=UNNAMED)
     for shape in searches:
+        large = ("vector-quantize-pytorch",) if shape.vectors * shape.K > LARGE else ()
         for dtype in (torch.float32, torch.bfloat16):
-            yield timed(cases.nearest(shape, run.device, dtype, every=True))
+            case = cases.nearest(shape, run.device, dtype, every=True)
+            yield run.timed(case, but=(*UNNAMED, *large))
         yield timed(cases.search_statistics(shape, run.device))
     for shape in steps:
         for kind in ("uniform", "zipf", "one code"):

@@ -131,7 +131,7 @@ def measured(machine: Machine, figures: str) -> str:
     if skipped:
         lines.append(f"Left out: {'; '.join(dict.fromkeys(skipped.values()))}.")
     if failed:
-        lines.append(f"Refused before timing, since the result was wrong or there was no memory: {'; '.join(failed)}.")
+        lines.append(f"Failed, and so not timed: {'; '.join(failed)}.")
     return "\n".join(lines)
 
 

@@ -70,7 +70,10 @@ def revision() -> dict:
     """
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", "-C", str(RESULTS.parent), *command], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(RESULTS.parent), *command], capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     commit = os.environ.get("VQOPS_COMMIT") or git("describe", "--always", "--dirty=+", "--exclude", "*")

@@ -38,10 +38,11 @@ def stages(gpu, tmp_path):
 # Measuring
 
 
-def test_every_case_of_a_gpu_gives_rows_with_right_results(monkeypatch):
+@pytest.mark.parametrize("N", [33, pytest.param(600, marks=pytest.mark.slow)])  # without and with full blocks of rows
+def test_every_case_of_a_gpu_gives_rows_with_right_results(monkeypatch, N):
     monkeypatch.setattr(measure, "FEWEST", 2)
     torch.use_deterministic_algorithms(False)
-    shapes = [Shape.of(33, 8, 20)]
+    shapes = [Shape.of(N, 8, 20)]
     tasks = list(plan.by_implementation(plan.Run(seconds=0.0), shapes, shapes))
     assert len({task.name for task in tasks}) == len(tasks)
     with baselines.threads(1):
@@ -63,7 +64,7 @@ def test_every_case_of_a_gpu_gives_rows_with_right_results(monkeypatch):
     assert not [row for row in ours if row.get("wrong")]
     assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["share_of_ceiling"] > 0 for row in ours)
     assert {row["indices"] for row in measured if row["op"] == "code_sums"} == {"uniform", "zipf", "one code"}
-    assert all(sum(row["tiers"]) == 33 for row in ours if row["op"] == "search_statistics")
+    assert all(sum(row["tiers"]) == N for row in ours if row["op"] == "search_statistics")
     assert {row["times_vqops"] for row in ours if row["op"] == "ema_update_"} >= {1.0}  # of the fastest of ours
 
 
@@ -179,7 +180,8 @@ def test_check_without_a_sanitizer_says_so(gpu, stages, monkeypatch):
         (0, "3 passed", "passed", True),
         (1, "1 failed", "failed", False),
         (None, "", "out of time", False),
-        (9, "Error: Device not supported", "not possible", True),
+        (9, "========= Error: Device not supported", "not possible", True),
+        (9, "E   RuntimeError: this dtype is not supported", "failed", False),
     ],
 )
 def test_outcomes_of_a_check(gpu, stages, monkeypatch, status, output, outcome, passed):

@@ -96,6 +96,19 @@ def test_refusals(capsys, arguments, parts, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_resumed_run_cannot_change(capsys, tmp_path):
+    pytest.importorskip("tyro")
+    (tmp_path / "config.toml").write_text("lr = 0.001")
+    check_refusal(capsys, vqops.cli.main(["train", "--resume", str(tmp_path), "--lr", "0.1"]), "--lr is 0.001 there")
+
+
+def test_a_flag_may_have_another_name_than_its_option():
+    pytest.importorskip("tyro")
+    from vqops.cli.parsing import flag
+
+    assert (flag("val_data"), flag("classes")) == ("--val-data", "--class")
+
+
 def test_flags_that_do_not_parse(capsys):
     pytest.importorskip("tyro")
     for flags, part in [(["--steps", "many"], "many"), (["--levels", "4"], "1"), (["--colour", "red"], "--colour")]:

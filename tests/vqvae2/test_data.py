@@ -274,3 +274,10 @@ def test_hold_out_splits_by_seed(total, held):
     assert (len(kept), len(held_out)) == (total - held, held)
     assert sorted(int(image[0, 0, 0]) for part in (kept, held_out) for image in part) == list(range(total))
     assert batches.hold_out(total, seed=3)[1].tolist() == held_out.positions
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_is_lost_in_training_is_named(num_workers):
+    images = Images([EncodedImage("gone.png", b"not an image")] * 4, range(4), 3, (8, 8))
+    with pytest.raises(InputError, match=r"gone\.png: not a readable image"):
+        training_list(images, num_workers=num_workers)

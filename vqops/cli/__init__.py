@@ -52,7 +52,7 @@ def run(command: str, flags: list[str]) -> int:
     try:
         getattr(vqvae2, command.replace("-", "_"))(parsed(command, flags))
     except vqvae2.InputError as error:
-        return refuse(f"vqops {command}: {error.message(flag)}")
+        return refuse(f"vqops {command}: {error.text(flag)}")
     return 0
 
 

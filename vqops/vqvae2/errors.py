@@ -14,13 +14,10 @@ class InputError(ValueError):
     flags in their place.
     """
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return tuple(part for part in self.args if isinstance(part, Field))
-
     def __str__(self) -> str:
-        return self.message(str)
+        return self.text(str)
 
-    def message(self, named: Callable[[str], str]) -> str:
+    # No attribute `message`: a DataLoader that passes on a worker's error would call the class with message=.
+    def text(self, named: Callable[[str], str]) -> str:
         """The message, with each option as `named` writes it."""
         return "".join(named(part) if isinstance(part, Field) else part for part in self.args)

@@ -97,7 +97,7 @@ def read_network(
     try:
         module = network(as_tuples(description)).to(device)
         module.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, InputError) as error:
         found = f"{path} was written by vqops {description.get('vqops')}, this is {__version__}"
         raise InputError(f"{found}: {str(error).splitlines()[0]}") from error
     return module.eval(), description

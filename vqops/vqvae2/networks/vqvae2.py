@@ -23,7 +23,7 @@ LEVEL_NAMES = {1: ("bottom",), 2: ("bottom", "top"), 3: ("bottom", "middle", "to
 Bottleneck = Literal["vq", "none", "gaussian", "gumbel"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NetworkOptions(Options):
     """The choices that the network leaves open."""
 
@@ -53,7 +53,7 @@ class NetworkOptions(Options):
         level_strides(self.strides, self.levels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VQVAE2Config(NetworkOptions):
     """The definition of the network; it is saved with the weights.
 

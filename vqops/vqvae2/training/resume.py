@@ -1,4 +1,7 @@
-"""`--resume`: all that a step depends on, in one file, so that a run goes on as if it had not been cut off."""
+"""`--resume`: all that a step depends on, in one file, so that a run goes on as if it had not been cut off.
+
+train.py begins with it; run_folder.rewind cuts the metrics back to the checkpoint.
+"""
 
 import pickle
 import zipfile

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks import baselines, cases
+from benchmarks import baselines, cases, modules
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.memory import peak_extra_mb
@@ -88,7 +88,7 @@ def memory(op: str, device: str, quick: bool) -> Iterator[dict]:
             yield {"op": "memory law", "of": op, "method": name, "D": 64, **law(points)}
 
 
-MEASURED = {"nearest": cases.nearest, "training step": cases.training_step}
+MEASURED = {"nearest": cases.nearest, "training step": modules.training_step}
 
 
 def law(points: list[tuple[int, int, float]]) -> dict:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import cases, growth
+from benchmarks import cases, growth, modules
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.rows import label
@@ -88,12 +88,12 @@ def quantize(run: Run) -> Iterator[Task]:
 
 
 def steps(run: Run) -> Iterator[Task]:
-    for shape in run.named(cases.STEPS):
-        yield run.timed(cases.training_step(shape, run.device), shape.name == "VQGAN f16")
+    for shape in run.named(modules.STEPS):
+        yield run.timed(modules.training_step(shape, run.device), shape.name == "VQGAN f16")
     for shape in run.named(("VQ-VAE-2 top",)):
-        yield run.timed(cases.evaluation(shape, run.device))
+        yield run.timed(modules.evaluation(shape, run.device))
     size, batch = (64, 4) if run.quick else (256, 1 if run.device == "cpu" else 32)
-    yield run.timed(cases.system_step(run.device, size, batch, run.quick))
+    yield run.timed(modules.system_step(run.device, size, batch, run.quick))
 
 
 def kernels(run: Run) -> Iterator[Task]:
@@ -103,7 +103,7 @@ def kernels(run: Run) -> Iterator[Task]:
             yield run.timed(cases.nearest(shape, run.device), but=("vector-quantize-pytorch",))  # seconds a call
         for shape in [] if run.quick else run.sized(STEPS):
             yield run.timed(cases.code_sums(shape, run.device))
-            yield run.timed(cases.training_step(shape, run.device))
+            yield run.timed(modules.training_step(shape, run.device))
     else:
         yield from by_implementation(run, run.sized(SEARCHES), run.sized(STEPS))
 
@@ -123,7 +123,7 @@ def by_implementation(run: Run, searches: list[Shape], steps: list[Shape]) -> It
         yield timed(cases.ema_update(shape, run.device, every=True))
         for gradient in ("straight_through", "rotation"):
             yield timed(cases.quantize_backward(shape, run.device, gradient, every=True))
-        yield timed(cases.training_step(shape, run.device, every=True), shape == steps[0])
+        yield timed(modules.training_step(shape, run.device, every=True), shape == steps[0])
 
 
 def exactness(run: Run) -> Iterator[Task]:

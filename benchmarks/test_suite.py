@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vqops
-from benchmarks import baselines, cases
+from benchmarks import baselines, cases, modules
 from benchmarks.baselines import Unavailable
 from benchmarks.shapes import SEARCHES, SHAPES, Shape
 
@@ -48,9 +48,9 @@ TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
     ("quantize-forward", every(cases.quantize_forward), FORWARD, cases.STATISTICS, DTYPES),
     ("quantize-backward-straight_through", every(cases.quantize_backward), BACKWARD, cases.STATISTICS, FLOAT32),
     ("quantize-backward-rotation", ROTATION, BACKWARD, cases.STATISTICS, FLOAT32),
-    ("VectorQuantize-training", cases.training_step, STEPS, cases.STEPS, FLOAT32),
-    ("VectorQuantize-evaluation", cases.evaluation, ["vqops", "vector-quantize-pytorch"], cases.STEPS, FLOAT32),
-    ("VQ-VAE-2-training", cases.system_step, ["vqops", "vector-quantize-pytorch", "no quantizer"], ("",), FLOAT32),
+    ("VectorQuantize-training", modules.training_step, STEPS, modules.STEPS, FLOAT32),
+    ("VectorQuantize-evaluation", modules.evaluation, ["vqops", "vector-quantize-pytorch"], modules.STEPS, FLOAT32),
+    ("VQ-VAE-2-training", modules.system_step, ["vqops", "vector-quantize-pytorch", "no quantizer"], ("",), FLOAT32),
 ]
 
 

@@ -15,7 +15,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
 sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
 
-from benchmarks import baselines, cases, compare, correctness, growth, memory  # noqa: E402
+from benchmarks import baselines, cases, compare, correctness, growth, memory, modules  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.measure import measure  # noqa: E402
 from benchmarks.shapes import SHAPES, Shape  # noqa: E402
@@ -59,8 +59,8 @@ def test_a_run_writes_whole_rows(tmp_path, capsys):
         cases.quantize_forward,
         cases.quantize_backward,
         lambda *given: cases.quantize_backward(*given, "rotation"),
-        cases.training_step,
-        cases.evaluation,
+        modules.training_step,
+        modules.evaluation,
     ],
 )
 def test_every_method_of_a_case_passes_its_check(make):
@@ -75,7 +75,7 @@ def test_every_method_of_a_case_passes_its_check(make):
             continue
         assert not found.get("wrong"), name
         done.append(name)
-    assert done[0] == "vqops" and len(done) >= 2 - (make is cases.evaluation)
+    assert done[0] == "vqops" and len(done) >= 2 - (make is modules.evaluation)
 
 
 def test_a_wrong_result_is_reported_and_not_timed():

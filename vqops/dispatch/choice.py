@@ -46,7 +46,6 @@ class Regime(NamedTuple):
 
 
 # The first row that holds a call decides, where the implementation is built; the reference takes the calls of no row.
-# There has been no run on a GPU, so there is no row.
 ON_CUDA: tuple[Regime, ...] = ()
 
 

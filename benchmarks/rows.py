@@ -58,9 +58,9 @@ def name_of(device: str) -> str:
 
 
 def folder_of(device: str) -> Path:
-    """Of the committed rows of this machine; a set of CPU kernels chosen by hand has one of its own."""
-    chosen = os.environ.get("VQOPS_CPU") if device == "cpu" else None
-    return RESULTS / "_".join(filter(None, (re.sub(r"\W+", "-", name_of(device).lower()).strip("-"), chosen)))
+    """Of the committed rows of this machine. Processors of several generations share a name, not their instructions."""
+    name = re.sub(r"\W+", "-", name_of(device).lower()).strip("-")
+    return RESULTS / (name if device == "cuda" else f"{name}_{instructions(device)}")
 
 
 def revision() -> dict:

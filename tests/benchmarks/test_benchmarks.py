@@ -18,6 +18,7 @@ sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one tha
 from benchmarks import baselines, cases, compare, correctness, growth, memory, modules  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.measure import measure  # noqa: E402
+from benchmarks.rows import folder_of  # noqa: E402
 from benchmarks.shapes import SHAPES, Shape  # noqa: E402
 
 TINY = Shape("tiny", "", 96, 6, 20, 1, 1)
@@ -213,7 +214,7 @@ def test_every_block_can_be_made(tmp_path):
     from benchmarks import report
 
     found = report.machines(ROOT)
-    main = next(machine for machine in found if machine.folder.name == "amd-epyc")
+    main = next(machine for machine in found if machine.folder.name == "amd-epyc_avx512_bf16")
     on_gpu = json.dumps(GPU_ROW) + "\n" + json.dumps(GPU_ROW | {"method": "cdist + argmin", "times_vqops": 9.0})
     (tmp_path / "kernels.jsonl").write_text(on_gpu)
     found.append(report.Machine(tmp_path))
@@ -267,3 +268,12 @@ def test_prose_holds_no_measured_number():
 
     prose = MARKED.sub("", (ROOT / "docs" / "benchmarks.md").read_text())
     assert re.findall(r"\d[\d.]*\s*(?:x\b(?! \d)|%|ms\b|[KMG]i?B\b|GFLOP|times\b)", prose) == []
+
+
+def test_processors_of_one_name_have_folders_by_their_instructions(monkeypatch):
+    monkeypatch.setattr("benchmarks.rows.name_of", lambda device: "AMD EPYC")
+    found = set()
+    for instructions in ("avx2", "avx512"):
+        monkeypatch.setattr("benchmarks.rows.instructions", lambda device, instructions=instructions: instructions)
+        found.add(folder_of("cpu").name)
+    assert found == {"amd-epyc_avx2", "amd-epyc_avx512"}

@@ -184,7 +184,7 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
         for (int64_t n = 0; n < N; n++) {
             uint32_t* out = &words[n * stride];
             const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, out);
-            rest[n] = bound_row(norms, packed, D, false, out);
+            rest[n] = row_bound(norms, packed, D, false, out);
         }
         struct Seen {
             const float *x, *c;

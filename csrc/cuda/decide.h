@@ -29,10 +29,10 @@ struct Decide {
         block.for_threads_sync([&](int t) {
             for (int r = t; r < kRows; r += kThreads) {
                 Candidates& list = lists[r];
-                if (list.fate != kSearched) continue;
+                if (list.state != kSearched) continue;
                 list.drop_excluded();
                 shared.best_code[r] = list.count == 1 ? list.code[0] : -1;
-                if (list.count > kCapacity) list.fate = kQueued;
+                if (list.count > kCapacity) list.state = kQueued;
                 if (list.count < 2 || list.count > kCapacity) continue;
                 const int place = block.atomic_add(&shared.pairs, list.count);
                 for (int i = 0; i < list.count; i++) shared.pair[place + i] = uint16_t(r * kCapacity + i);
@@ -65,13 +65,13 @@ struct Decide {
         block.for_threads([&](int t) {
             for (int r = t; r < kRows && first + r < in.N; r += kThreads) {
                 const Candidates& list = lists[r];
-                if (list.fate == kQueued) {
+                if (list.state == kQueued) {
                     out.queue[h * in.N + block.atomic_add(&out.queued[h], 1)] = uint32_t(first + r);
                     continue;
                 }
                 int32_t code = -1;
-                if (list.fate == kSearched) code = shared.best_code[r];
-                if (list.fate == kZero && *codes.first != kUnmarked) code = *codes.first;
+                if (list.state == kSearched) code = shared.best_code[r];
+                if (list.state == kZero && *codes.first != kUnmarked) code = *codes.first;
                 out.indices[h * in.N + first + r] = code;
                 if (!out.tiers) continue;
                 block.atomic_add(&out.tiers[code < 0 ? kNoCode : list.count > 1 ? kDecided : kCertified], Count(1));
@@ -110,7 +110,7 @@ struct MergeLists {
                 body(shared.list[t / kLanes], lists[s * in.N + t / kLanes]);
         };
         block.for_threads_sync([&](int r) {
-            if (r < kRows) shared.list[r].clear(first + r < in.N ? lists[r].fate : kOutside);
+            if (r < kRows) shared.list[r].clear(first + r < in.N ? lists[r].state : kOutside);
         });
         block.for_threads_sync([&](int t) {
             each_share(t, [&](Candidates& list, const Candidates& part) {

@@ -28,7 +28,7 @@ struct RowTile {
     struct Shared {
         RowBound bound[kRows];
         float unit[kRows];
-        Fate fate[kRows];
+        State state[kRows];
     };
 
     SearchInputs<T> in;
@@ -98,7 +98,7 @@ struct RowTile {
                 const double norm = std::sqrt(double(square[t])) * upward;
                 const double error = std::sqrt(double(lost[t])) * upward + norm * RealOf<T>::kRounding;
                 const bool searched = fits(t) && norm <= kFarRow;
-                shared.fate[r] = searched ? kSearched : is_zero(t) ? kZero : exists(t) ? kQueued : kOutside;
+                shared.state[r] = searched ? kSearched : is_zero(t) ? kZero : exists(t) ? kQueued : kOutside;
                 shared.unit[r] = searched ? float(unit) : 0;
                 shared.bound[r] = searched ? row_bound(norm, error, *codes.worst, in.D, in.cosine) : RowBound{};
             });

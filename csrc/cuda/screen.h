@@ -59,7 +59,7 @@ struct Screen {
         rows().take(block, shared.rows, codes, x, h, first);
         block.for_threads_sync([](int) {});
         block.for_threads([&](int t) {
-            for (int r = t; r < kRows; r += kThreads) shared.list[r].clear(shared.rows.fate[r]);
+            for (int r = t; r < kRows; r += kThreads) shared.list[r].clear(shared.rows.state[r]);
         });
         Codes{codes, in.K, rows().width(), share, shares}.each(
             block, shared.stages, x, [&](int code, const Constants* constants, auto& products) {

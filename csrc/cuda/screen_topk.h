@@ -57,7 +57,7 @@ struct ScreenTopk {
         block.for_threads_sync([](int) {});
         block.for_threads([&](int t) {
             for (int r = t; r < kRows; r += kThreads) {
-                const bool searched = shared.rows.fate[r] == kSearched;
+                const bool searched = shared.rows.state[r] == kSearched;
                 shared.threshold[r] = searched ? kNoThreshold : -INFINITY;
                 shared.count[r] = 0;
             }
@@ -173,7 +173,7 @@ private:
         auto wanted = block.template registers<int32_t>();
         const auto count_of = [&](int t) {
             const int count = shared.count[row_of(t, r)];
-            return shared.rows.fate[row_of(t, r)] != kSearched || count > kCapacity ? 0 : count;
+            return shared.rows.state[row_of(t, r)] != kSearched || count > kCapacity ? 0 : count;
         };
         const auto offset = [&](int t) { return in.x.offset(h, first + row_of(t, r)); };
         for (int base = 0; base < kCapacity; base += 32 / kLanes) {
@@ -205,8 +205,8 @@ private:
         block.for_threads_syncwarp([&](int t) {
             const int row = row_of(t, r), count = count_of(t);
             if (first + row >= in.N) return;
-            const Fate fate = shared.rows.fate[row];
-            if (fate == kQueued || fate == kZero || shared.count[row] > kCapacity) {
+            const State state = shared.rows.state[row];
+            if (state == kQueued || state == kZero || shared.count[row] > kCapacity) {
                 if (t % 32 == 0)
                     out.queue[h * in.N + block.atomic_add(&out.queued[h], 1)] = uint32_t(first + row);
                 return;

@@ -15,22 +15,22 @@ struct SearchInputs {
     bool cosine;
 };
 
-// Fate of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all
+// State of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all
 // codes alike, left out, or queued for Scan.
-enum Fate : int32_t { kSearched, kZero, kOutside, kQueued };
+enum State : int32_t { kSearched, kZero, kOutside, kQueued };
 
 constexpr int kCapacity = 16;  // random and clustered data leave 1 to 3 candidates
 
 // Of a row, which the fast pass leaves.
 struct Candidates {
-    Fate fate;
+    State state;
     int32_t threshold;  // ordered(upper bound)
     int32_t count;      // more than kCapacity: not all are held
     int32_t code[kCapacity];
     float lower[kCapacity];
 
-    VQOPS_HOST_DEVICE void clear(Fate of_row) {
-        fate = of_row, count = 0;
+    VQOPS_HOST_DEVICE void clear(State of_row) {
+        state = of_row, count = 0;
         threshold = ordered(of_row == kSearched ? kNoThreshold : -INFINITY);
     }
 

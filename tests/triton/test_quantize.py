@@ -21,11 +21,6 @@ from vqops.triton_kernels import code_sums as kernels
 METRICS = ("euclidean", "cosine")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def both(op, *arguments, **named):
     return (op(*arguments, implementation=each, **named) for each in ("triton", "reference"))
 

@@ -24,11 +24,6 @@ COSINE_SLOW = ("euclidean", pytest.param("cosine", marks=pytest.mark.slow))
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def check(x, codebook, mask=None, metric="euclidean"):
     """Same indices as the compiled kernels."""
     expected = vqops.nearest(x, codebook, mask, metric, implementation="compiled")

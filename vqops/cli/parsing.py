@@ -50,7 +50,7 @@ def flagged_class(kind: type) -> type:
     """The options with what the help shows of them, and unchecked: tyro would report itself what a check raises."""
     shown = [(field.name, shown_type(field, types_of(kind)[field.name])) for field in fields(kind)]
     unchecked = {"__post_init__": lambda options: None, "__doc__": kind.__doc__}
-    return make_dataclass(kind.__name__, shown, bases=(kind,), namespace=unchecked, frozen=True)
+    return make_dataclass(kind.__name__, shown, bases=(kind,), namespace=unchecked, frozen=True, kw_only=True)
 
 
 def shown_type(field: Any, hint: Any) -> Any:

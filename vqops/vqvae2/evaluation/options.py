@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.networks.vqvae2 import Bottleneck, level_strides
+from vqops.vqvae2.networks.vqvae2 import Bottleneck, Channels, level_strides
 from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed
 
 
@@ -98,7 +98,7 @@ class CompareOptions(Options):
     """Codes per level (K)."""
     code_dim: Count = 64
     """Dimensions of a code, or of a latent (D)."""
-    channels: int = 128
+    channels: Channels = 128
     """Channels of the convolutions."""
     seed: Seed = 0
     """Seed of every model."""

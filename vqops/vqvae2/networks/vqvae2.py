@@ -21,6 +21,7 @@ from vqops.vqvae2.options import Check, Count, NotNegative, Options, Share
 STRIDES = (2, 4, 8, 16)  # of a level; powers of 2, as each convolution halves
 LEVEL_NAMES = {1: ("bottom",), 2: ("bottom", "top"), 3: ("bottom", "middle", "top")}
 Bottleneck = Literal["vq", "none", "gaussian", "gumbel"]
+Channels = Annotated[int, Check("a positive multiple of 4", lambda C: C >= 4 and C % 4 == 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class NetworkOptions(Options):
     """Codes per level (K)."""
     code_dim: Count = 64
     """Dimensions of a code (D)."""
-    channels: Annotated[int, Check("a positive multiple of 4", lambda C: C >= 4 and C % 4 == 0)] = 128
+    channels: Channels = 128
     """Channels of the convolutions, a multiple of 4."""
     decay: Share = 0.99
     """Decay of the moving averages of --codebook ema."""

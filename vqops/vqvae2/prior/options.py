@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.options import Check, Count, CountOrZero, Device, NotNegative, Options, Positive, Run, Seed, Share
+from vqops.vqvae2.prior.transformer import TransformerOptions
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ExtractOptions(Options):
 
 
 @dataclass(frozen=True)
-class TrainPriorOptions(Options):
+class TrainPriorOptions(TransformerOptions):
     """Train a transformer on the codes of one level, which `vqops sample` then draws from.
 
     The top level's sees the class, if there are labels; those below it also see all levels above.
@@ -53,14 +54,6 @@ class TrainPriorOptions(Options):
     """Steps over which the learning rate grows from 0."""
     weight_decay: NotNegative = 0.01
     """Of AdamW, for the matrices."""
-    width: Count = 192
-    """Width of the transformer, a multiple of twice --heads."""
-    layers: Count = 4
-    """Layers of the transformer."""
-    heads: Count = 4
-    """Attention heads of a layer."""
-    dropout: Share = 0.1
-    """Share of activations set to 0 in training."""
     class_dropout: Share = 0.1
     """Share of the training images whose class is hidden, so that --guidance can compare with and without."""
     grad_clip: NotNegative = 1.0
@@ -72,12 +65,6 @@ class TrainPriorOptions(Options):
     seed: Seed = 0
     """Seed of the weights, the order of the codes and the held-out part (5 %)."""
     device: Device = "auto"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.width % (2 * self.heads):
-            allowed = " must be a multiple of twice ", Field("heads"), f" {self.heads}"
-            raise InputError(Field("width"), *allowed, f", got {self.width}")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.options import Count, Options, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerOptions(Options):
+    """The choices that the network leaves open."""
+
+    width: Count = 192
+    """Width of the transformer, a multiple of twice --heads."""
+    layers: Count = 4
+    """Layers of the transformer."""
+    heads: Count = 4
+    """Attention heads of a layer."""
+    dropout: Share = 0.1
+    """Share of activations set to 0 in training."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % (2 * self.heads):
+            allowed = " must be a multiple of twice ", Field("heads"), f" {self.heads}"
+            raise InputError(Field("width"), *allowed, f", got {self.width}")
+
 
 @dataclass(frozen=True)
-class PriorConfig:
+class PriorConfig(TransformerOptions):
     """The definition of the network; it is saved with the weights. Levels are listed from bottom to top."""
 
     level: str  # the level that it draws
@@ -21,10 +44,6 @@ class PriorConfig:
     sizes: tuple[tuple[int, int], ...]  # h, w of the codes of each level
     codebook_size: int  # K
     classes: tuple[str, ...] = ()
-    width: int = 192
-    layers: int = 4
-    heads: int = 4
-    dropout: float = 0.1
 
     @property
     def position(self) -> int:

@@ -1,6 +1,7 @@
 """The loop of both trainings: steps, rows of metrics, validations, checkpoints, and when to stop."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from vqops.vqvae2.training.progress import Progress
 ROW_EVERY = 10  # steps between two rows of metrics
 
 
-class Training:
+class Training(ABC):
     """A training as the loop sees it."""
 
     module: nn.Module
@@ -29,22 +30,22 @@ class Training:
     validates_when_interrupted = False
     finished = False  # whether more steps would not help
 
+    @abstractmethod
     def loss(self, batch: Any, step: int) -> Tensor:
         """The loss [] of a batch, which the meter takes in too."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validate(self, step: int) -> dict[str, float]:
         """Metrics on held-out data, with names that begin with val_."""
-        raise NotImplementedError
 
+    @abstractmethod
     def record(self, row: dict[str, float]) -> None:
         """Write and show a row of metrics. Called in the first process only."""
-        raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:  # noqa: B027  for those who need it, as save is
         """Called when the parameters have moved."""
 
-    def save(self, step: int, last: bool) -> None:
+    def save(self, step: int, last: bool) -> None:  # noqa: B027
         """Write a checkpoint if one is due, as it is after the last step. Called in the first process only."""
 
 

@@ -107,6 +107,3 @@ inline void check_ema_arguments(const char* op, const Tensor& cluster_size, cons
 }
 
 }  // namespace vqops
-
-// Torch's shim of its CUDA half, which a torch without CUDA does not have: weak, so that the kernels load there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);

@@ -9,6 +9,9 @@
 #include "memory.h"
 #include "code_sums.h"
 
+// Torch's shim of its CUDA half, which a torch without CUDA does not have: weak, so that the kernels load there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
 namespace vqops::cuda {
 
 inline void check(cudaError_t error, const char* what) {

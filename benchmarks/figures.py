@@ -1,18 +1,31 @@
 """The figures of docs/benchmarks.md, drawn from rows. The same rows give the same file."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-COLOURS = {"vqops": "#0b6e4f", "vqops, prepared": "#7bbf9f"}
-PEERS = ("#c1440e", "#d98f2b", "#6c7a89", "#3b6fb6", "#8e5ea2", "#b03a5b")
+COLOURS = {
+    "vqops": "#0b6e4f",
+    "addmm + argmin": "#c1440e",
+    "addmm + argmin, TF32": "#e8926b",
+    "cdist + argmin": "#d98f2b",
+    "faiss IndexFlatL2": "#6c7a89",
+    "scikit-learn": "#3b6fb6",
+    "vector-quantize-pytorch": "#8e5ea2",
+    "flash-kmeans": "#4a4e69",
+    "PyTorch, index_add_": "#b03a5b",
+    "PyTorch, one-hot": "#5fa8a0",
+}
 
 
-def colour(method: str, methods: Iterable[str]) -> str:
-    peers = [m for m in methods if m not in COLOURS]
-    return COLOURS.get(method) or PEERS[peers.index(method) % len(PEERS)]
+def add_legend(figure: Figure) -> None:
+    """Above the panels, each method once."""
+    found = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -36,7 +49,7 @@ def draw_search(machine, path: Path) -> None:
         chosen = [row for row in rows if row["method"] == method]
         at = [shapes.index(row["shape"]) + (number - (len(methods) - 1) / 2) * width for row in chosen]
         heights = [row["times_vqops"] for row in chosen]
-        axes.bar(at, heights, width, color=colour(method, methods), label=method)
+        axes.bar(at, heights, width, color=COLOURS[method], label=method)
     axes.axhline(1, color=COLOURS["vqops"], linewidth=1.5, label="vqops")
     axes.set_yscale("log")
     axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n", 1) for shape in shapes], fontsize=8)
@@ -46,7 +59,7 @@ def draw_search(machine, path: Path) -> None:
     axes.yaxis.set_minor_formatter("")
     axes.set_ylim(min([1, *(row["times_vqops"] for row in rows)]) / 1.5)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, ncols=3)
+    add_legend(figure)
     save(figure, path)
 
 
@@ -59,15 +72,15 @@ def draw_growth(machine, path: Path) -> None:
         for method in methods:
             line = [row for row in chosen if row["method"] == method]
             points, medians = [row[axis] for row in line], [row["p50_ms"] for row in line]
-            panel.plot(points, medians, "o-", markersize=3, color=colour(method, methods), label=method)
+            panel.plot(points, medians, "o-", markersize=3, color=COLOURS[method], label=method)
             low, high = ([row[key] for row in line] for key in ("p20_ms", "p80_ms"))
-            panel.fill_between(points, low, high, color=colour(method, methods), alpha=0.2, linewidth=0)
+            panel.fill_between(points, low, high, color=COLOURS[method], alpha=0.2, linewidth=0)
         fixed = [f"{other} = {chosen[0][other]}" for other in "NDK" if other != axis] if chosen else []
         panel.set(xscale="log", yscale="log", xlabel=axis, title=", ".join(fixed))
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("search, ms (band: p20 to p80)")
-    figure.axes[0].legend(fontsize=8)
+    add_legend(figure)
     save(figure, path)
 
 
@@ -81,10 +94,10 @@ def draw_memory(machine, path: Path) -> None:
         for method in methods:
             line = [row for row in rows if row["method"] == method]
             points, extra = [row["K"] for row in line], [row["extra_mb"] for row in line]
-            panel.plot(points, extra, "o-", markersize=3, color=colour(method, methods), label=method)
+            panel.plot(points, extra, "o-", markersize=3, color=COLOURS[method], label=method)
         panel.set(yscale="log", xlabel="K", title=f"{op}, N = {largest}, D = 64")
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
     figure.axes[0].set_ylabel("peak extra memory, MB")
+    add_legend(figure)
     save(figure, path)

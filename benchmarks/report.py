@@ -1,7 +1,8 @@
 """`python -m benchmarks.report`: the tables and figures of the documentation, from the committed rows and nothing else.
 
 In README.md and the PAGES of docs/, what stands between `<!-- benchmarks:NAME -->` and `<!-- /benchmarks -->` is
-replaced by the block of that name (BLOCKS), one part per machine that has rows of it. Figures go to docs/figures/.
+replaced by the block of that name (BLOCKS), one part per machine that has rows of it; `NAME of FOLDER` has only
+that one. Figures go to docs/figures/.
 """
 
 import re
@@ -31,7 +32,8 @@ from benchmarks.tables import (
 ROOT = Path(__file__).parents[1]
 PAGES = ("benchmarks.md", "cpu.md", "gpu.md")
 STAGES = ("search", "statistics", "quantize", "steps", "exactness", "growing", "memory")  # of docs/benchmarks.md
-MARKED = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- benchmarks:([\w-]+)(?: of ([\w-]+))? -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+NAMED = ("machine", "cpu-kernels", "gpu-kernels")  # blocks whose text names the machine
 FIXED_COST_MS = 1.0  # a search below this is mostly the call itself
 FIGURES = {"search": ("search", draw_search), "growth": ("growing", draw_growth), "memory": ("memory", draw_memory)}
 
@@ -43,7 +45,7 @@ def measured(machine: Machine, figures: str) -> str:
     every = [row for found in rows.values() for row in found]
     if not rows["search"]:
         return ""
-    lines.append(f"{machine.name}, {conditions(rows['search'])}.")
+    lines.append(f"**{machine.name}**, {conditions(rows['search'])}.")
     commits = dict.fromkeys(row["commit"] for row in every)
     lines.append(f"Sources measured: commit {', '.join(f'`{commit}`' for commit in commits)}.")
     loads = [found[0]["load"] for found in rows.values() if found and found[0].get("load") is not None]
@@ -112,12 +114,12 @@ def dtypes(machine: Machine, figures: str) -> str:
 
 
 def statistics(machine: Machine, figures: str) -> str:
-    update = by_case(machine.rows("statistics", "ema_update_"))
-    if not update:
-        return ""
-    codes = peer_columns(update, ["shape", "D", "K"], lambda row: [row["shape"], *size(row)[2:]], "share of copy")
-    sums = peer_columns(by_case(machine.rows("statistics", "code_sums")), SIZE, size, "share of copy")
-    return f"{sums}\n\n`ema_update_`:\n\n{codes}"
+    sums, update = (by_case(machine.rows("statistics", op)) for op in ("code_sums", "ema_update_"))
+    parts = [peer_columns(sums, SIZE, size, "share of copy")] if sums else []
+    if update:
+        codes = peer_columns(update, ["shape", "D", "K"], lambda row: [row["shape"], *size(row)[2:]], "share of copy")
+        parts += ["`ema_update_`:", codes]
+    return "\n\n".join(parts)
 
 
 def quantize(machine: Machine, figures: str) -> str:
@@ -321,11 +323,12 @@ def rendered(text: str, found: list[Machine], figures: str) -> str:
     """The text with its blocks made anew. Raises KeyError for a marker that names no block."""
 
     def block(match: re.Match) -> str:
-        made = {machine.name: BLOCKS[match[2]](machine, figures) for machine in found}
+        wanted = [machine for machine in found if match[3] in (None, machine.folder.name)]
+        made = {machine.name: BLOCKS[match[2]](machine, figures) for machine in wanted}
         made = {name: text for name, text in made.items() if text}
-        titled = len(made) > 1 and "kernels" not in match[2]  # whose text names the machine
+        titled = len(made) > 1 and match[2] not in NAMED
         parts = [f"**{name}**\n\n{text}" if titled else text for name, text in made.items()]
-        return "\n".join([match[1] + ("\n\n".join(parts) or "No run yet."), match[3]])
+        return "\n".join([match[1] + ("\n\n".join(parts) or "No run yet."), match[4]])
 
     return MARKED.sub(block, text)
 

@@ -1,9 +1,15 @@
-// Promises of the ops on both devices, in numbers; vqops/ops has the words.
+// What the ops of both devices agree on: shapes, and promises in numbers; vqops/ops has the words.
 #pragma once
 
 #include <cstdint>
 
 namespace vqops {
+
+// H codebooks of K codes, N rows for each, D dimensions.
+struct SearchShape {
+    int64_t H, N, K, D;
+    bool cosine;  // else Euclidean
+};
 
 // Ways in which a row is decided, as vqops.search_statistics counts them.
 enum Tier { kCertified, kDecided, kScanned, kNoCode, kTiers };

@@ -9,11 +9,6 @@
 
 namespace vqops {
 
-struct SearchShape {
-    int64_t H, N, K, D;
-    bool cosine;
-};
-
 struct SearchResult {
     int64_t* indices;         // [H, N, k], -1 where there is no code
     int64_t k;                // codes per row, at most kLargestK

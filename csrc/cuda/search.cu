@@ -67,7 +67,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     const Rows rows = rows_of(op, x);
     with_type(rows.dtype, [&](auto typed) {
         using T = decltype(typed);
-        const SearchInputs<T> in = {H, N, K, D, rows.as<T>(), rows_of(op, codebook), mask_of(mask), cosine};
+        const SearchInputs<T> in = {{H, N, K, D, cosine}, rows.as<T>(), rows_of(op, codebook), mask_of(mask)};
         const Abilities able = abilities_of(x.get_device_index());
         int64_t shares = 0;  // no fast pass fits
         with_screen(in, out, Preparation{}, able, [&](const auto& kernel) { shares = shares_in(kernel); });

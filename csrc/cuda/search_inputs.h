@@ -7,12 +7,10 @@
 namespace vqops::cuda {
 
 template <class T>
-struct SearchInputs {
-    int64_t H, N, K, D;
+struct SearchInputs : SearchShape {
     Typed<T> x;     // [H, N, D]
     Rows codebook;  // [H, K, D]
     RowMask mask;
-    bool cosine;
 };
 
 // State of a row in the fast pass: searched, given the first finite code because it is zero and cosine has all

@@ -26,7 +26,7 @@ EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t mult
                                parts.data(), lists.data()};
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
-        search(device, SearchInputs<T>{H, N, K, D, x->as<T>(), *codebook, *mask, cosine != 0}, out, packed,
+        search(device, SearchInputs<T>{{H, N, K, D, cosine != 0}, x->as<T>(), *codebook, *mask}, out, packed,
                Abilities{size_t(shared_bytes), wgmma != 0, multiprocessors});
     });
 }
@@ -74,7 +74,7 @@ EXPORT void bounds(int adder, int64_t N, int64_t K, int64_t D, const Rows* x, co
     const Preparation in = {1, K, D, *codebook, cosine != 0, place, bytes, marks.data(), slots};
     pack_codebook(device, in);
     const Packed packed = in.head(0);
-    const SearchInputs<float> given = {1, N, K, D, x->as<float>(), *codebook, RowMask{}, cosine != 0};
+    const SearchInputs<float> given = {{1, N, K, D, cosine != 0}, x->as<float>(), *codebook, RowMask{}};
     device.launch(TakeRows{{given}, packed, stored.data(), unit.data(), row.data()});
     for (int64_t n = 0; n < N; n++) {
         // For cosine, X is x times a power of two, which the largest element tells.

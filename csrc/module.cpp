@@ -13,7 +13,7 @@ static const std::string oldest_torch =
 
 extern "C" const char* vqops_cpu_compiled();         // the instruction sets in this binary, fastest first
 extern "C" const char* vqops_cpu_instruction_set();  // the one that this process uses
-extern "C" bool vqops_cpu_pairs();                   // whether it screens in bfloat16
+extern "C" bool vqops_cpu_rounds();                  // whether it screens in bfloat16
 extern "C" double vqops_cpu_multiply_add_rate();     // per second, without loads: its ceiling, measured now
 
 // Bytes of a prepared head; that of CUDA is null in a binary without CUDA.
@@ -23,7 +23,7 @@ extern "C" __attribute__((weak)) int64_t vqops_cuda_packed_bytes(int64_t K, int6
 PYBIND11_MODULE(_C, m) {
     m.attr("instruction_sets") = vqops_cpu_compiled();
     m.def("instruction_set", &vqops_cpu_instruction_set);
-    m.def("screens_in_bfloat16", &vqops_cpu_pairs);
+    m.def("screens_in_bfloat16", &vqops_cpu_rounds);
     m.def("multiply_add_rate", &vqops_cpu_multiply_add_rate);
     m.def("packed_bytes", [](const std::string& device, int64_t H, int64_t K, int64_t D) {
         const auto bytes = device == "cuda" ? vqops_cuda_packed_bytes : vqops_cpu_packed_bytes;

@@ -28,6 +28,10 @@ public:
         if (k_ > 1) std::fill_n(&least_[row * k_], k_, INFINITY);
     }
 
+    // A place without a row: no bound is below its threshold.
+    void leave_out(int64_t row) { threshold[row] = NAN; }
+    bool left_out(int64_t row) const { return std::isnan(threshold[row]); }
+
     void add(int64_t row, int64_t code, float lower, float upper) {
         if (overflowed(row)) return;
         lower_threshold(row, upper);
@@ -64,7 +68,7 @@ public:
     int32_t count(int64_t row) const { return count_[row]; }
     int32_t code(int64_t row, int32_t i) const { return code_[row * room_ + i]; }
 
-    std::vector<float> threshold;  // k-th least upper bound of a row so far; -inf takes no more candidates
+    std::vector<float> threshold;  // k-th least upper bound of a row so far; -inf takes no more candidates, NaN is no row
     std::vector<float> rest;       // of a row's bound: from the lower to the upper one, whatever the code
 
 private:

@@ -6,17 +6,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace vqops {
 namespace {
 
-constexpr double kUnit = 0x1p-24;    // rounding of float32
 constexpr double kDouble = 0x1p-53;  // rounding of float64
 // Of the bound, causes in docs/exactness.md.
-constexpr double kRoom = 1.02;             // a row's coefficients: their own share of the accumulation
 constexpr double kTwice = 2.02;            // the decision's error in |c|^2, two halves
-constexpr double kUpward = 1 + 0x1p-20;    // a radius, to float32
 constexpr double kStart = 0x1p-23;         // rounding of start
 constexpr double kHalf = 0x1p-22;          // rounding of the radius that |c|^2 / 2 is computed from
 constexpr double kSlack = 0x1p-20;         // both of these, and rounding of slack
@@ -86,7 +84,7 @@ float choose_centre(const Codes& codes, float* centre) {
 struct Facts {
     explicit Facts(const Packed& packed)
         : radius(packed.start), key(reinterpret_cast<uint32_t*>(packed.slack)),
-          table(static_cast<int32_t*>(packed.panels)) {}
+          table(reinterpret_cast<int32_t*>(packed.panels)) {}
 
     float* radius;   // |c - centre|, scaled; NaN for a code that is not finite, kRepeat for one that repeats another
     uint32_t* key;   // equal for equal codes
@@ -117,75 +115,50 @@ void mark_repeats(const Codes& codes, const Facts& facts) {
     }
 }
 
-// One thread's packing of panels: the codes of a panel as the screening pass takes rows, then turned.
+// One thread's packing of panels.
 class PanelWriter {
 public:
     PanelWriter(const Codes& codes, const Packed& packed)
-        : codes_(codes), packed_(packed), words_(size_t(set_.codes) * packed.depth), values_(codes.D), zeros_(codes.D),
-          row_(codes.D) {}
+        : codes_(codes), packed_(packed), bytes_(set_.codes * set_.code_bytes(codes.D)), work_(new uint32_t[bytes_ / 4]),
+          values_(size_t(set_.codes * codes.D)), zeros_(size_t(codes.D)), row_(codes.D) {}
 
-    // Codes `numbers` of the codebook, of the given radii.
-    void write(const int32_t* numbers, const double* radii, int64_t count, uint32_t* panel) {
-        const int64_t depth = packed_.depth, width = set_.codes;
-        std::fill(words_.begin(), words_.end(), 0);
-        for (int64_t j = 0; j < count; j++) place(numbers[j], radii[j], &words_[size_t(j * depth)]);
-        for (int64_t d = 0; d < depth; d++)
-            for (int64_t j = 0; j < width; j++) panel[d * width + j] = words_[size_t(j * depth + d)];
+    // Panel p: codes `numbers` of the codebook, of the given radii.
+    void write(int64_t p, const int32_t* numbers, const double* radii, int64_t count) {
+        const bool given = codes_.rows.dtype != DType::float64 && !codes_.cosine;
+        const float scale = packed_.header->scale;
+        const float* vectors[kMostCodes];
+        for (int64_t j = 0; j < count; j++) {
+            float* const buffer = &values_[size_t(j * codes_.D)];
+            vectors[j] = given ? float_row(codes_.rows, codes_.h, numbers[j], codes_.D, buffer)
+                               : through_double(numbers[j], scale, buffer);
+        }
+        const float* centre = given ? packed_.centre : zeros_.data();
+        set_.place_codes({vectors, count, codes_.D, centre, given ? scale : 1}, radii, work_.get(),
+                         packed_.panels + p * bytes_);
     }
 
 private:
-    void place(int64_t k, double radius, uint32_t* out) {
-        const int64_t D = codes_.D, depth = packed_.depth;
-        const float scale = packed_.header->scale;
-        const bool given = codes_.rows.dtype != DType::float64 && !codes_.cosine;
-        const float* values = given ? float_row(codes_.rows, codes_.h, k, D, values_.data()) : through_double(k, scale);
-        const float* centre = given ? packed_.centre : zeros_.data();
-        const RowNorms norms = set_.place_row(values, centre, given ? scale : 1, D, out);
-        if (!set_.pairs) {
-            const float length = float(radius * kUpward);
-            std::memcpy(out + D, &length, 4);
-            return;
-        }
-        if (D % 2) out[D / 2] &= 0xffff;
-        for (int64_t i = 0; i < depth - 1; i++) out[i] ^= 0x80008000;  // rows are negated, codes not
-        // Rounding error of the code: to bfloat16, and before that to float.
-        const double lost = std::sqrt(double(norms.lost)) * (1 + 1e-5 + double(D) * 0x1p-23) + double(D) * 0x1p-70 +
-                            1.01 * kUnit * radius;
-        out[depth - 1] = up_to_bfloat16(float(radius * kUpward)) | uint32_t(up_to_bfloat16(float(lost))) << 16;
-    }
-
-    const float* through_double(int64_t k, float scale) {
+    const float* through_double(int64_t k, float scale, float* out) {
         codes_.read(k, row_.data);
         codes_.normalise(row_.data);
-        for (int64_t i = 0; i < codes_.D; i++) values_[i] = float((row_.data[i] - packed_.centre[i]) * scale);
-        return values_.data();
+        for (int64_t i = 0; i < codes_.D; i++) out[i] = float((row_.data[i] - packed_.centre[i]) * scale);
+        return out;
     }
 
     const Codes& codes_;
     const Packed& packed_;
     const Instructions& set_ = instructions();
-    std::vector<uint32_t> words_;  // [codes per panel, depth]
+    const int64_t bytes_;  // of a panel
+    std::unique_ptr<uint32_t[]> work_;
     std::vector<float> values_, zeros_;
     AlignedRow row_;
 };
 
 }  // namespace
 
-float row_bound(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words) {
-    const double rounding = 1 + 1e-5 + double(D) * 0x1p-23, underflow = double(D) * 0x1p-70;
-    const double norm = std::sqrt(double(norms.square)) * rounding + underflow;
-    if (instructions().pairs) {
-        const double lost = std::sqrt(double(norms.lost)) * rounding + underflow + 1.01 * kUnit * norm;
-        const double held = norm + lost;  // at least the norm of the rounded row
-        const uint16_t radius = up_to_bfloat16(float(kRoom * (lost + double(D + 6) * kUnit * held)));
-        if (D % 2) words[D / 2] &= 0xffff;
-        words[packed.depth - 1] = (radius | uint32_t(up_to_bfloat16(float(kRoom * held))) << 16) ^ 0x80008000;
-    } else {
-        const float radius = std::nextafter(float(kRoom * double(D + 5) * kUnit * norm), INFINITY);
-        std::memcpy(words + D, &radius, 4);
-    }
-    const double decision = packed.header->decision * (cosine ? norm : norm * norm);
-    return float(2 * (decision + kUnderflow * double(D) * (1 + norm)));
+float rest_of(double norm, const Header& header) {
+    const double decision = header.decision * (header.cosine ? norm : norm * norm);
+    return float(2 * (decision + kUnderflow * double(header.D) * (1 + norm)));
 }
 
 void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
@@ -256,7 +229,6 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
     const int64_t width = instructions().codes, codes_held = round_up(K, kMostCodes);
     std::fill(packed.start + screened, packed.start + codes_held, INFINITY);
     std::fill(packed.slack + screened, packed.slack + codes_held, 0);
-    uint32_t* const panels = static_cast<uint32_t*>(packed.panels);
     parallel.over(packed.panel_count(), [&](int64_t begin, int64_t end) {
         const DefaultFloatMode mode;
         PanelWriter writer(codes, packed);
@@ -270,10 +242,11 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
                 packed.start[k] = float(half * (1 - bound - kStart - kHalf));
                 packed.slack[k] = float(half * (2 * bound + kSlack));
             }
-            writer.write(packed.code + p * width, radii, count, panels + p * packed.depth * width);
+            writer.write(p, packed.code + p * width, radii, count);
         }
     });
-    std::fill(panels + packed.panel_count() * width * packed.depth, panels + codes_held * packed.depth, 0);
+    const int64_t bytes = instructions().code_bytes(D);
+    std::fill(packed.panels + packed.panel_count() * width * bytes, packed.panels + codes_held * bytes, 0);
 }
 
 }  // namespace vqops

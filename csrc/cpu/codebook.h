@@ -1,8 +1,7 @@
 // The codebook as the screening pass reads it: centred, scaled, in panels, with the error bound's constants.
 //
-// One head, in sections of whole cache lines; a word is a float or, for the sets that screen so, two bfloat16:
-//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels [depth][codes per panel]
-// The last of a panel's words hold the codes' radii (bfloat16: radius and what rounding took away).
+// One head, in sections of whole cache lines:
+//   Header | centre [D to 16] | start [K to 32] | slack [K to 32] | code [K to 32] | panels, laid out by the set
 // docs/exactness.md has the proof of the bound.
 #pragma once
 
@@ -28,17 +27,6 @@ struct Header {
 static_assert(sizeof(Header) == 64);
 inline int32_t layout() { return 0x76710010 + instructions().layout; }
 
-// Words of a code: its dimensions, and the coefficients of its bound.
-inline int64_t depth_of(int64_t D) { return instructions().pairs ? (D + 1) / 2 + 1 : D + 1; }
-
-// The next bfloat16 that is not smaller than a positive value; at least the smallest that vdpbf16ps doesn't take for 0.
-static inline uint16_t up_to_bfloat16(float value) {
-    uint32_t bits;
-    value = value > 0x1p-126f ? value : 0x1p-126f;
-    std::memcpy(&bits, &value, 4);
-    return uint16_t((bits + 0xffff) >> 16);
-}
-
 // A code further than this from the centre, in units of the typical norm, is decided in float64 for every row.
 constexpr float kFar = 0x1p40f;
 
@@ -49,11 +37,10 @@ struct Packed {
     float* start;     // |c|^2 / 2 less its own error, the accumulator's first value; infinite where there is no code
     float* slack;     // what the upper bound adds to the lower one for the code alone
     int32_t* code;    // its index in the codebook
-    void* panels;
-    int64_t depth;
+    char* panels;
 
     static int64_t bytes(int64_t K, int64_t D) {
-        return 64 + 4 * round_up(D, 16) + 4 * round_up(K, 32) * (depth_of(D) + 3);
+        return 64 + 4 * round_up(D, 16) + round_up(K, 32) * (instructions().code_bytes(D) + 12);
     }
 
     Packed(const void* memory, int64_t K, int64_t D) {
@@ -64,18 +51,16 @@ struct Packed {
         start = centre + round_up(D, 16);
         slack = start + codes;
         code = reinterpret_cast<int32_t*>(slack + codes);
-        panels = code + codes;
-        depth = depth_of(D);
+        panels = reinterpret_cast<char*>(code + codes);
     }
 
     int64_t panel_count() const { return (header->screened + instructions().codes - 1) / instructions().codes; }
 
-    Panels as_read() const { return {panels, start, slack, panel_count(), depth}; }
+    Panels as_read() const { return {panels, start, slack, panel_count(), header->D}; }
 };
 
-// Constants of a row's bound (docs/exactness.md): its coefficients, behind its dimensions in `words`, and what the upper
-// bound adds for every code, which is returned.
-float row_bound(const RowNorms& norms, const Packed& packed, int64_t D, bool cosine, uint32_t* words);
+// `rest` of a row's bound (docs/exactness.md): what the upper one adds for every code.
+float rest_of(double norm, const Header& header);
 
 // Prepare head h of a codebook [H, K, D] into `memory` of Packed::bytes(K, D).
 void pack_codebook(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,

@@ -25,7 +25,7 @@ constexpr int64_t kSpinSteps = 256;  // some microseconds: long against the cloc
 constexpr int kSpinRepeats = 40;
 
 // Where bfloat16 is not clearly faster (some processors have one such unit, or a slow one), its wider bounds only cost.
-constexpr double kWorthPairs = 1.6;
+constexpr double kWorthRounding = 1.6;
 
 double spin_seconds(const Instructions& set, int repeats) {
     double least = INFINITY;
@@ -76,7 +76,7 @@ const Instructions& choose() {
     for (auto choice = choices.rbegin(); choice != choices.rend(); choice++) {
         const Instructions& set = *choice->set;
         if (!choice->supported) continue;
-        if (!set.pairs || multiply_add_rate(set) > kWorthPairs * multiply_add_rate(*best)) best = &set;
+        if (!set.rounds || multiply_add_rate(set) > kWorthRounding * multiply_add_rate(*best)) best = &set;
     }
     return *best;
 }
@@ -120,5 +120,5 @@ DefaultFloatMode::~DefaultFloatMode() {}
 
 extern "C" const char* vqops_cpu_instruction_set() { return vqops::instructions().name; }
 extern "C" double vqops_cpu_multiply_add_rate() { return vqops::multiply_add_rate(vqops::instructions()); }
-extern "C" bool vqops_cpu_pairs() { return vqops::instructions().pairs; }
+extern "C" bool vqops_cpu_rounds() { return vqops::instructions().rounds; }
 extern "C" const char* vqops_cpu_compiled() { return vqops::compiled_instructions(); }

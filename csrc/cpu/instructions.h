@@ -5,7 +5,9 @@
 
 namespace vqops {
 
-constexpr int kMostCodes = 32;  // codes of the widest register tile
+constexpr int kMostTile = 14;      // rows of the highest register tile
+constexpr int kMostCodes = 32;     // codes of the widest
+constexpr double kUnit = 0x1p-24;  // rounding of float32
 
 // Receiver of the codes that the bound of a row does not exclude, in a search without preparation.
 struct Offer {
@@ -15,7 +17,7 @@ struct Offer {
 
 // A block of rows with the codes that their bounds leave open (candidates.h), as the screening pass fills it.
 struct OpenCodes {
-    float* threshold;     // [rows] least upper bound of a row so far; -inf takes no more candidates
+    float* threshold;     // [rows] least upper bound of a row so far; -inf takes no more candidates, NaN is no row
     const float* rest;    // [rows] from the lower to the upper bound, whatever the code
     int32_t* count;       // [rows]
     int32_t* code;        // [rows, room]
@@ -31,10 +33,18 @@ struct OpenCodes {
 
 // The packed codebook, as the screening pass reads it.
 struct Panels {
-    const void* words;   // [count, depth, codes of a register tile]
+    const void* words;   // [count] panels, as the set lays them out
     const float* start;  // the sums' first values
     const float* slack;  // from the lower to the upper bound, of a code alone
-    int64_t count, depth;
+    int64_t count, D;
+};
+
+// Rows or codes on their way into a block or a panel: scale (vector - centre).
+struct Given {
+    const float* const* vectors;  // [count] of D values
+    int64_t count, D;
+    const float* centre;  // [D]
+    float scale;
 };
 
 // Rows as they lie in memory, to be added up by code: those of codes [first, first + count) are added to target[code -
@@ -50,9 +60,9 @@ struct RowSums {
     void (*fold)(void* owner, int64_t code);
 };
 
-struct RowNorms {
-    float square;  // of the row as float
-    float lost;    // square of what its rounding to bfloat16 took away; 0 where there is none
+struct RowNorm {
+    float square;     // summed in float
+    double at_least;  // at least the norm
 };
 
 struct CodeFacts {
@@ -72,12 +82,19 @@ struct Instructions {
     const char* name;
     int tile;    // rows per register tile of the screening pass,
     int codes;   // and its codes, which lie side by side in the packed codebook
-    bool pairs;  // the screening pass takes bfloat16, two dimensions per word, and rows negated; else float
-    int layout;  // id of the panels, as this set and those that have the same lay them out
-    void (*screen)(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open);
+    bool rounds;  // the screening pass takes less than float: wider bounds, which only a faster unit makes worth while
+    // The layouts of rows and codes, the coefficients of their bounds included, are the set's own.
+    int layout;                        // id of the panels, as this set and those that have the same lay them out
+    int64_t (*row_bytes)(int64_t D);   // of a row in a block,
+    int64_t (*code_bytes)(int64_t D);  // and of a code in a panel
+    // Places at most a tile's rows, from place `first` of the block on.
+    void (*place_rows)(const Given& rows, int64_t first, void* block, RowNorm* norms);
+    // Fills a panel; `radius`: the codes' norms, rounded up; `work` is as large as the panel.
+    void (*place_codes)(const Given& codes, const double* radius, void* work, void* panel);
+    // All codes against `rows` rows of a block, a multiple of the tile.
+    void (*screen)(const void* block, int64_t rows, const Panels& panels, const OpenCodes& open);
     UnpreparedKernel* unprepared;
     int group;  // codes that `unprepared` takes together
-    RowNorms (*place_row)(const float* x, const float* centre, float scale, int64_t D, void* out);
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*exact_distance)(const float* x, const float* c, int64_t D);
     double (*dot)(const double* x, const double* c, int64_t padded);

@@ -33,68 +33,81 @@ public:
     Screen(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
            const SearchResult& result, int64_t rows)
         : shape_(shape), x_(x), codebook_(codebook), mask_(mask), result_(result), set_(instructions()),
-          depth_(depth_of(shape.D)), stride_(round_up(depth_, 16)), words_(new uint32_t[rows * stride_]()),
-          given_(new float[shape.D]), zeros_(new float[shape.D]()), candidates_(rows, result.k),
-          decision_(shape, x, codebook, result) {}
+          block_(new uint32_t[rows * set_.row_bytes(shape.D) / 4]()), values_(new float[set_.tile * shape.D]),
+          zeros_(new float[shape.D]()), candidates_(rows, result.k), decision_(shape, x, codebook, result) {}
 
     void run(int64_t h, int64_t begin, int64_t end, const Packed& packed) {
         packed_ = &packed;
-        int64_t screened = 0;
-        for (int64_t n = begin; n < end; n++)
-            if (take(h, n, screened)) rows_[screened++] = n;
-        const int64_t padded = round_up(screened, set_.tile);
-        for (int64_t r = screened; r < padded; r++) {
-            std::fill_n(words_.get() + r * stride_, stride_, 0);
-            candidates_.threshold[r] = -INFINITY;
+        int64_t screened = 0, taken = 0;
+        for (int64_t n = begin; n < end; n++) {
+            if (take(h, n, taken)) rows_[screened + taken++] = n;
+            if (taken < set_.tile && n + 1 < end) continue;
+            place(h, screened, taken);
+            screened += taken;
+            taken = 0;
         }
-        set_.screen(words_.get(), padded, stride_, packed.as_read(), candidates_.open(packed.header->screened));
+        const int64_t padded = round_up(screened, set_.tile);
+        for (int64_t r = screened; r < padded; r++) candidates_.leave_out(r);
+        set_.screen(block_.get(), padded, packed.as_read(), candidates_.open(packed.header->screened));
         int64_t queued = 0;
         for (int64_t r = 0; r < screened; r++)
-            if (!decide(h, rows_[r], r)) rows_[queued++] = rows_[r];
+            if (!candidates_.left_out(r) && !decide(h, rows_[r], r)) rows_[queued++] = rows_[r];
         if (queued > 0) scan_queue(shape_, x_, codebook_, h, rows_, queued, decision_, result_.k);
     }
 
     const int64_t* tiers() const { return decision_.tiers; }
 
 private:
-    // Puts row n in place r, with the constants of its bound. False: the row is settled without screening.
-    bool take(int64_t h, int64_t n, int64_t r) {
+    // Reads row n as vector i of those to be placed. False: it is settled without screening.
+    bool take(int64_t h, int64_t n, int64_t i) {
         if (!mask_.keeps(h, n)) return decision_.write_none(h, n, true), false;
-        const int64_t D = shape_.D;
-        uint32_t* out = words_.get() + r * stride_;
-        RowNorms norms;
-        bool near = true;
-        if (shape_.cosine || x_.dtype == DType::float64) {
-            const double scale = read_double(h, n);
-            norms = set_.place_row(given_.get(), zeros_.get(), 1, D, out);
-            near = !shape_.cosine || stays_in_range(scale);
-        } else {
-            const float* row = float_row(x_, h, n, D, given_.get());
-            norms = set_.place_row(row, packed_->centre, packed_->header->scale, D, out);
-        }
-        if (shape_.cosine && norms.square == 0 && !result_.distances && packed_->header->first >= 0)
-            return decision_.write(h, n, packed_->header->first), false;  // scores 0 with every code
-        if (!near || !(norms.square <= kFarRow * kFarRow) || D > kDeepest) {
-            decision_.read(h, n);
-            const bool finite = decision_.x.finite();
-            decision_.take(h, n);
-            if (finite) decision_.scan(h, n);
-            else decision_.write_none(h, n, false);
-            return false;
-        }
-        candidates_.rest[r] = row_bound(norms, *packed_, D, shape_.cosine, out);
-        candidates_.start(r);
-        return true;
+        float* const values = &values_[i * shape_.D];
+        vectors_[i] = values;
+        if (given()) return vectors_[i] = float_row(x_, h, n, shape_.D, values), true;
+        const double scale = read_double(h, n, values);
+        if (!shape_.cosine) return true;
+        const int64_t first = packed_->header->first;
+        const auto is_zero = [](float value) { return value == 0; };
+        if (!result_.distances && first >= 0 && std::all_of(values, values + shape_.D, is_zero))
+            return decision_.write(h, n, first), false;  // scores 0 with every code
+        return stays_in_range(scale) || (settle(h, n), false);
     }
 
-    // For float64 rows and for cosine, where a power of two brings each row to about norm 1: returns the factor.
-    double read_double(int64_t h, int64_t n) {
+    // Rows are placed as they were given, but float64 rows and those of a cosine.
+    bool given() const { return !shape_.cosine && x_.dtype != DType::float64; }
+
+    // For cosine, a power of two brings each row to about norm 1: returns the factor.
+    double read_double(int64_t h, int64_t n, float* out) {
         decision_.read(h, n);
         const double* row = decision_.x.data;
         const double scale = shape_.cosine ? unit_scale(row, shape_.D) : packed_->header->scale;
         for (int64_t i = 0; i < shape_.D; i++)
-            given_[i] = float((row[i] - (shape_.cosine ? 0 : packed_->centre[i])) * scale);
+            out[i] = float((row[i] - (shape_.cosine ? 0 : packed_->centre[i])) * scale);
         return scale;
+    }
+
+    // Puts what was taken, rows_[first, first + count), in its places of the block, with the constants of its bounds.
+    void place(int64_t h, int64_t first, int64_t count) {
+        RowNorm norms[kMostTile];
+        const float *centre = given() ? packed_->centre : zeros_.get(), scale = given() ? packed_->header->scale : 1;
+        set_.place_rows({vectors_, count, shape_.D, centre, scale}, first, block_.get(), norms);
+        for (int64_t i = 0, r = first; i < count; i++, r++) {
+            if (norms[i].square <= kFarRow * kFarRow && shape_.D <= kDeepest) {
+                candidates_.rest[r] = rest_of(norms[i].at_least, *packed_->header);
+                candidates_.start(r);
+            } else {
+                candidates_.leave_out(r);
+                settle(h, rows_[r]);
+            }
+        }
+    }
+
+    // A row that no bound covers.
+    void settle(int64_t h, int64_t n) {
+        decision_.read(h, n);
+        if (!decision_.x.finite()) return decision_.write_none(h, n, false);
+        decision_.take(h, n);
+        decision_.scan(h, n);
     }
 
     // False: more candidates than the list holds.
@@ -121,9 +134,9 @@ private:
     const SearchResult& result_;
     const Instructions& set_;
     const Packed* packed_ = nullptr;
-    const int64_t depth_, stride_;
-    std::unique_ptr<uint32_t[]> words_;
-    std::unique_ptr<float[]> given_, zeros_;
+    std::unique_ptr<uint32_t[]> block_;  // as the set lays rows out
+    std::unique_ptr<float[]> values_, zeros_;
+    const float* vectors_[kMostTile];
     Candidates candidates_;
     Decision decision_;
     int64_t rows_[kMostRows];

@@ -19,7 +19,7 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         return;
     }
     const int64_t tile = instructions().tile;
-    const int64_t fitting = kBlockBytes / (4 * round_up(depth_of(shape.D), 16)) / tile * tile;
+    const int64_t fitting = kBlockBytes / instructions().row_bytes(shape.D) / tile * tile;
     const int64_t share = round_up((shape.H * shape.N + parallel.threads - 1) / parallel.threads, tile);
     const int64_t rows = std::max(tile, std::min({kMostRows / tile * tile, fitting, share}));
     const int64_t blocks_per_head = (shape.N + rows - 1) / rows;

@@ -17,8 +17,8 @@ struct Avx512Bf16 : PairWords<Floats16> {
 
     VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return _mm512_dpbf16_ps(sum, __m512bh(x), __m512bh(c)); }
 
-    static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
-        uint16_t* to = static_cast<uint16_t*>(out);
+    static Squares place(const float* x, const float* centre, float scale, int64_t D, Word* out) {
+        HalfWord* to = reinterpret_cast<HalfWord*>(out);
         Vector sum = {}, lost = {};
         for (int64_t i = 0; i < D; i += 16) {
             const __mmask16 some = D - i < 16 ? __mmask16((1u << (D - i)) - 1) : __mmask16(0xffff);

@@ -20,8 +20,8 @@ struct Bf16Model : PairWords<Floats4> {
         return sum;
     }
 
-    static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
-        uint16_t* to = static_cast<uint16_t*>(out);
+    static Squares place(const float* x, const float* centre, float scale, int64_t D, Word* out) {
+        HalfWord* to = reinterpret_cast<HalfWord*>(out);
         float sum = 0, lost = 0;
         for (int64_t i = 0; i < D; i++) {
             const float value = (centre[i] - x[i]) * scale;

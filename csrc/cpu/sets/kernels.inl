@@ -8,13 +8,28 @@
 
 #include "../exact.h"
 
+// Of the bound, causes in docs/exactness.md.
+constexpr double kRoom = 1.02;           // a row's coefficients: their own share of the accumulation
+constexpr double kUpward = 1 + 0x1p-20;  // a radius, to float32
+
+// At least the norm whose square was summed in float.
+VQOPS_INLINE double norm_of(float square, int64_t D) {
+    return __builtin_sqrt(double(square)) * (1 + 1e-5 + double(D) * 0x1p-23) + double(D) * 0x1p-70;
+}
+
+// Squares of a placed vector, and of what its rounding to bfloat16 took away.
+struct Squares {
+    float all, lost;
+};
+
 // Loops over a tile must unroll completely, or the sums do not stay in registers.
 #define VQOPS_UNROLL_ALL _Pragma("GCC unroll 16")
 
 // The screening pass in float: a word is one dimension.
 template <class Floats>
 struct FloatWords : Floats {
-    static constexpr bool kPairs = false;
+    static constexpr bool kRounds = false;
+    static constexpr int kPerWord = 1;
     typedef typename Floats::Vector Vector;
     typedef typename Floats::UnalignedVector UnalignedVector;
     typedef float Word;
@@ -27,8 +42,13 @@ struct FloatWords : Floats {
     // codes, the coefficients of the bound, which the lower one has subtracted once.
     VQOPS_INLINE Vector spread_of(Word row, Words codes) { return codes * Floats::broadcast(2.02f * row); }
 
-    static RowNorms place_row(const float* x, const float* centre, float scale, int64_t D, void* out) {
-        float* to = static_cast<float*>(out);
+    VQOPS_INLINE void bound_row(Squares, double norm, int64_t D, Word* to) {
+        to[D] = __builtin_nextafterf(float(kRoom * double(D + 5) * kUnit * norm), __builtin_inff());
+    }
+
+    VQOPS_INLINE void bound_code(Squares, double radius, int64_t D, Word* to) { to[D] = float(radius * kUpward); }
+
+    static Squares place(const float* x, const float* centre, float scale, int64_t D, Word* to) {
         Vector sum = {};
         const Vector factor = Floats::broadcast(scale);
         int64_t i = 0;
@@ -48,23 +68,49 @@ struct FloatWords : Floats {
 };
 
 // The screening pass in bfloat16: a word is two dimensions, and rows are negated, since the instruction can only add. A
-// set says `step` and `place_row`.
+// set says `step` and `place`.
 template <class Floats>
 struct PairWords : Floats {
-    static constexpr bool kPairs = true;
+    static constexpr bool kRounds = true;
+    static constexpr int kPerWord = 2;
     typedef typename Floats::Vector Vector;
     typedef uint32_t Word;
+    typedef uint16_t HalfWord __attribute__((may_alias));
     typedef typename Floats::Pairs Words;
+    static constexpr Word kSigns = 0x80008000;
 
     VQOPS_INLINE Words broadcast_word(Word value) { return Words{} + value; }
     VQOPS_INLINE Words load_words(const Word* p) {
         return *reinterpret_cast<const typename Floats::UnalignedPairs*>(p);
     }
     VQOPS_INLINE Vector spread_of(Word row, Words codes) {
-        const Word both = row ^ 0x80008000;
+        const Word both = row ^ kSigns;
         const Words radius = broadcast_word(both << 16), lost = broadcast_word(both & 0xffff0000);
         return (Vector(codes << 16) * Vector(radius) + Vector(codes & 0xffff0000) * Vector(lost)) *
                Floats::broadcast(2.02f);
+    }
+
+    // Radius and what rounding took away, as one word of two bfloat16. Each is rounded up, and at least the smallest
+    // that vdpbf16ps doesn't take for 0.
+    VQOPS_INLINE Word up_to_pair(double radius, double lost) {
+        const float low = float(radius) > 0x1p-126f ? float(radius) : 0x1p-126f;
+        const float high = float(lost) > 0x1p-126f ? float(lost) : 0x1p-126f;
+        return (__builtin_bit_cast(Word, low) + 0xffff) >> 16 |
+               ((__builtin_bit_cast(Word, high) + 0xffff) & 0xffff0000);
+    }
+
+    VQOPS_INLINE void bound_row(Squares squares, double norm, int64_t D, Word* to) {
+        const double lost = norm_of(squares.lost, D) + 1.01 * kUnit * norm;
+        const double held = norm + lost;  // at least the norm of the rounded row
+        if (D % 2) to[D / 2] &= 0xffff;
+        to[(D + 1) / 2] = up_to_pair(kRoom * (lost + double(D + 6) * kUnit * held), kRoom * held) ^ kSigns;
+    }
+
+    VQOPS_INLINE void bound_code(Squares squares, double radius, int64_t D, Word* to) {
+        if (D % 2) to[D / 2] &= 0xffff;
+        for (int64_t i = 0; i < (D + 1) / 2; i++) to[i] ^= kSigns;  // `place` negates
+        // Rounding error of the code: to bfloat16, and before that to float.
+        to[(D + 1) / 2] = up_to_pair(radius * kUpward, norm_of(squares.lost, D) + 1.01 * kUnit * radius);
     }
 };
 
@@ -76,6 +122,36 @@ struct Kernels {
     typedef typename Set::Word Word;
     typedef typename Set::Words Words;
     static constexpr int kWidth = Set::kWidth, kTile = Set::kTile, kCodes = Set::kCodes, kVectors = kCodes / kWidth;
+
+    // Words of a row or a code: its dimensions, and the coefficients of its bound behind them, which the screening pass
+    // takes as one more.
+    VQOPS_INLINE int64_t depth_of(int64_t D) { return (D + Set::kPerWord - 1) / Set::kPerWord + 1; }
+    VQOPS_INLINE int64_t stride_of(int64_t D) { return (depth_of(D) + 15) / 16 * 16; }  // rows in whole cache lines
+    static int64_t row_bytes(int64_t D) { return stride_of(D) * int64_t(sizeof(Word)); }
+    static int64_t code_bytes(int64_t D) { return depth_of(D) * int64_t(sizeof(Word)); }
+
+    static void place_rows(const Given& rows, int64_t first, void* block, RowNorm* norms) {
+        const int64_t D = rows.D, stride = stride_of(D);
+        Word* to = static_cast<Word*>(block) + first * stride;
+        for (int64_t r = 0; r < rows.count; r++, to += stride) {
+            const Squares squares = Set::place(rows.vectors[r], rows.centre, rows.scale, D, to);
+            norms[r] = {squares.all, norm_of(squares.all, D)};
+            Set::bound_row(squares, norms[r].at_least, D, to);
+        }
+    }
+
+    // The codes of a panel, placed as rows are, then turned: [depth, kCodes].
+    static void place_codes(const Given& codes, const double* radius, void* work, void* panel) {
+        const int64_t D = codes.D, depth = depth_of(D);
+        Word *const rows = static_cast<Word*>(work), *to = static_cast<Word*>(panel);
+        for (int64_t i = 0; i < kCodes * depth; i++) rows[i] = 0;
+        for (int64_t j = 0; j < codes.count; j++) {
+            Word* const row = rows + j * depth;
+            Set::bound_code(Set::place(codes.vectors[j], codes.centre, codes.scale, D, row), radius[j], D, row);
+        }
+        for (int64_t d = 0; d < depth; d++)
+            for (int64_t j = 0; j < kCodes; j++) *to++ = rows[j * depth + d];
+    }
 
     // A bit for each value of a row that does not exceed a limit.
     VQOPS_INLINE unsigned not_above(const Vector* value, float limit) {
@@ -192,14 +268,15 @@ struct Kernels {
         open_tile(bound, x, stride, panel, slack, depth, code, row, open);
     }
 
-    // All codes against `rows` rows, a multiple of the tile. A panel stays in the first cache while all rows pass it.
-    static void screen(const void* x, int64_t rows, int64_t stride, const Panels& panels, const OpenCodes& open) {
-        const Word *row = static_cast<const Word*>(x), *panel = static_cast<const Word*>(panels.words);
-        for (int64_t p = 0; p < panels.count; p++, panel += panels.depth * kCodes) {
+    // A panel stays in the first cache while all rows pass it.
+    static void screen(const void* block, int64_t rows, const Panels& panels, const OpenCodes& open) {
+        const int64_t depth = depth_of(panels.D), stride = stride_of(panels.D);
+        const Word *row = static_cast<const Word*>(block), *panel = static_cast<const Word*>(panels.words);
+        for (int64_t p = 0; p < panels.count; p++, panel += depth * kCodes) {
             const int64_t code = p * kCodes;
             for (int64_t r = 0; r < rows; r += kTile)
-                screen_tile(row + r * stride, stride, panel, panels.start + code, panels.slack + code, panels.depth,
-                            code, r, open);
+                screen_tile(row + r * stride, stride, panel, panels.start + code, panels.slack + code, depth, code, r,
+                            open);
         }
     }
 
@@ -265,9 +342,10 @@ struct Kernels {
     }
 
     static constexpr Instructions table(UnpreparedKernel unprepared, int group) {
-        return {Set::kName,     kTile,      kCodes,         Set::kPairs, Set::kLayout, screen, unprepared, group,
-                Set::place_row, exact_cost, exact_distance, exact_dot,   measure,      add_rows,   spin,
-                kTile * kCodes * (1 + Set::kPairs)};
+        return {Set::kName, kTile,       kCodes,     Set::kRounds, Set::kLayout, row_bytes,
+                code_bytes, place_rows,  place_codes, screen,      unprepared,   group,
+                exact_cost, exact_distance, exact_dot, measure,    add_rows,     spin,
+                kTile * kCodes * Set::kPerWord};
     }
 };
 

@@ -177,15 +177,15 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
         void* memory = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(packed_memory.data()) + 63) / 64 * 64);
         pack_codebook(codes, 0, K, D, false, memory, two_threads());
         const Packed packed(memory, K, D);
-        const int64_t stride = round_up(packed.depth, 16);
-        std::vector<uint32_t> words(N * stride, 0);
+        std::vector<uint32_t> block(N * instructions().row_bytes(D) / 4);
+        std::vector<const float*> vectors(N);
+        for (int64_t n = 0; n < N; n++) vectors[n] = &x[n * D];
+        std::vector<RowNorm> norms(N);
+        instructions().place_rows({vectors.data(), N, D, packed.centre, packed.header->scale}, 0, block.data(),
+                                  norms.data());
         std::vector<float> threshold(N, INFINITY);
         std::vector<float> rest(N);
-        for (int64_t n = 0; n < N; n++) {
-            uint32_t* out = &words[n * stride];
-            const RowNorms norms = instructions().place_row(&x[n * D], packed.centre, packed.header->scale, D, out);
-            rest[n] = row_bound(norms, packed, D, false, out);
-        }
+        for (int64_t n = 0; n < N; n++) rest[n] = rest_of(norms[n].at_least, *packed.header);
         struct Seen {
             const float *x, *c;
             const Packed* packed;
@@ -206,7 +206,7 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
         };
         const OpenCodes open = {threshold.data(), rest.data(), nullptr, nullptr, nullptr, 0, 0,
                                 int32_t(packed.header->screened), &seen, nullptr, candidate};
-        instructions().screen(words.data(), N, stride, packed.as_read(), open);
+        instructions().screen(block.data(), N, packed.as_read(), open);
         expect(seen.count == N * packed.header->screened, "codes were left out", "bounds", seen.count);
     }
 }

@@ -164,7 +164,7 @@ def test_comparison_passes_the_strides_on():
 
 
 def test_comparison(folder, tmp_path, capsys):
-    options = CompareOptions(tmp_path / "out", str(folder / "images.npz"), data_key="x", val_key="x_val", levels=2)
+    options = CompareOptions(tmp_path / "out", data=str(folder / "images.npz"), data_key="x", val_key="x_val", levels=2)
     out = compare(replace(options, label_key="y_val", steps=30, batch_size=8, lr=3e-3, **SIZES))
     lines = (out / "comparison.md").read_text().splitlines()
     names = ["autoencoder", "VAE", "discrete VAE (Gumbel)", "VQ-VAE"]

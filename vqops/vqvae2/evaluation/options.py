@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.networks.vqvae2 import Bottleneck, Channels, level_strides
 from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed
+from vqops.vqvae2.training.options import ImageOptions
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,11 @@ class EvaluateOptions(Options):
 
 
 @dataclass(frozen=True)
-class CompareOptions(Options):
+class CompareOptions(ImageOptions):
     """Train one model a bottleneck on the same images and steps, and lay the results side by side."""
 
     out: Path
     """Folder for the runs, comparison.md and the pictures. It must be empty or new."""
-    data: str | None = None
-    """Training images, as of `vqops train`."""
-    data_key: str | None = None
-    """Array or column of the training images."""
-    val_data: str | None = None
-    """Validation images; without them 5 % of the training images are held out."""
-    val_key: str | None = None
-    """Array or column of the validation images."""
     label_key: str | None = None
     """Array or column of the labels of the validation images, for the picture of the latent space."""
     bottleneck: tuple[Bottleneck, ...] = ("none", "gaussian", "gumbel", "vq")
@@ -92,8 +85,6 @@ class CompareOptions(Options):
     """Images per step."""
     lr: Positive = 3e-4
     """Learning rate of Adam."""
-    image_size: Count = 64
-    """Train on random crops of this size."""
     codebook_size: Count = 512
     """Codes per level (K)."""
     code_dim: Count = 64

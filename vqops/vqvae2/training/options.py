@@ -10,12 +10,18 @@ from vqops.vqvae2.options import Count, CountOrZero, Device, NotNegative, Option
 
 @dataclass(frozen=True)
 class SourceOptions(Options):
-    """Where options and images come from."""
+    """Where options come from."""
 
     preset: Literal["photos", "cifar10", "fashion", "imagenet128", "ffhq256"] | None = None
     """Defaults that suit a kind of images; the flags and --config override them."""
     config: Path | None = None
     """A TOML file of options, such as the config.toml of a run; the flags override it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """Where images come from."""
+
     data: str | None = None
     """Training images: a folder (searched recursively), a .npz or .npy file of uint8 images [N, H, W, C] or [N, H, W],
     a .parquet file, or the name of a Hugging Face dataset. Without it: photographs that come with scikit-image."""
@@ -31,7 +37,7 @@ class SourceOptions(Options):
 
 
 @dataclass(frozen=True)
-class TrainOptions(NetworkOptions, SourceOptions):
+class TrainOptions(NetworkOptions, ImageOptions, SourceOptions):
     """Train a VQ-VAE-2 on images and write its weights, metrics and pictures to a run folder.
 
     Raises InputError where a value is out of its range.

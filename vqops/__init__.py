@@ -1,18 +1,12 @@
 """Vector quantization for PyTorch: exact, fused ops and the modules built on them."""
 
-from vqops.ops import (
-    PreparedCodebook,
-    Quantized,
-    code_sums,
-    ema_update_,
-    implementations,
-    nearest,
-    nearest_topk,
-    prepare,
-    quantize,
-    search_statistics,
-)
-from vqops.quantizers import LossBreakdown, VectorQuantize
+from vqops.dispatch.library import implementations
+from vqops.ops.code_sums import code_sums
+from vqops.ops.ema import ema_update_
+from vqops.ops.quantize import Quantized, quantize
+from vqops.ops.search import PreparedCodebook, nearest, nearest_topk, prepare, search_statistics
+from vqops.quantizers.interface.losses import LossBreakdown
+from vqops.quantizers.vector_quantize import VectorQuantize
 
 __version__ = "0.1.0"
 

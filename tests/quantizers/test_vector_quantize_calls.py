@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqops import VectorQuantize, nearest, nearest_topk
-from vqops.ops import code_cross_entropy
+from vqops.ops.cross_entropy import code_cross_entropy
 from vqops.quantizers.interface.losses import LossBreakdown
 from vqops.reference import cross_entropy
 

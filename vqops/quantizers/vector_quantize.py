@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from vqops.ops import check_first_run
+from vqops.ops.checkpointing import check_first_run
 from vqops.ops.checks import check_device
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
 from vqops.quantizers.interface.layout import Layout

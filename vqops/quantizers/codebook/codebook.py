@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqops.ops import Quantized, code_sums, ema_update_, quantize
 from vqops.ops.checks import Gradient, check_device, check_floating
+from vqops.ops.code_sums import code_sums
+from vqops.ops.ema import ema_update_
+from vqops.ops.quantize import Quantized, quantize
 from vqops.quantizers.codebook.kmeans import kmeans
 from vqops.quantizers.codebook.random_rows import random_rows
 from vqops.quantizers.codebook.ranks import num_ranks, of_fullest_rank, sum_over_ranks

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqops.ops import quantize
 from vqops.ops.checks import Metric
+from vqops.ops.quantize import quantize
 from vqops.quantizers.codebook.random_rows import random_rows
 from vqops.quantizers.codebook.ranks import sum_over_ranks
 from vqops.reference import TINY

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqops.ops import nearest_topk
 from vqops.ops.checks import Gradient, Metric
+from vqops.ops.search import nearest_topk
 from vqops.reference import TINY
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqops.ops import code_cross_entropy
 from vqops.ops.checks import Metric
+from vqops.ops.cross_entropy import code_cross_entropy
 from vqops.reference import TINY
 
 

@@ -73,7 +73,7 @@ private:
         return stays_in_range(scale) || (settle(h, n), false);
     }
 
-    // Rows are placed as they were given, but float64 rows and those of a cosine.
+    // Rows are placed as given, except float64 rows and those of a cosine search.
     bool given() const { return !shape_.cosine && x_.dtype != DType::float64; }
 
     // For cosine, a power of two brings each row to about norm 1: returns the factor.

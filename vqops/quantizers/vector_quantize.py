@@ -245,7 +245,7 @@ class VectorQuantize(nn.Module):
         ready = codebook.is_initted or torch.compiler.is_compiling()
         with nullcontext() if ready else codebook.restored_on_failure():
             positions, row_mask = layout.positions(x), layout.mask_rows(mask)
-            rows = self._rows(x, mask)
+            rows = layout.rows(x, self.project_in, mask)
             codebook.ready_(rows.detach(), row_mask)
             gradient = "rotation" if self.rotation_trick else "straight_through"
             if not self.route_gradients_to_input:
@@ -278,11 +278,6 @@ class VectorQuantize(nn.Module):
                 update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
                 codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
         return results
-
-    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [H, N, D]
-        # Padding may hold anything, and 0 * NaN in the gradient of the projection's weights is NaN.
-        padding = ~mask if mask is not None and self.has_projections else None
-        return self._layout.rows(x, self.project_in, padding)
 
     def _output(self, quantized: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
         """The output in the caller's axes, with its values at masked positions."""
@@ -327,15 +322,16 @@ class VectorQuantize(nn.Module):
         is asked for. A learnable codebook has nothing to update, unless threshold_ema_dead_code keeps averages.
         """
         self._check_call(x, indices, None, None, None)
-        mask = self._layout.mask(x, mask, None)
+        layout = self._layout
+        mask = layout.mask(x, mask, None)
         if not self._codebook.collects():
             return
         check_first_run(self._codebook.embed.detach(), type(self).__name__)
-        rows = self._rows(x, mask)
+        rows = layout.rows(x, self.project_in, mask)
         self._codebook.keep_float32_()
-        chosen = self._layout.index_rows(indices)
+        chosen = layout.index_rows(indices)
         if mask is not None:
-            chosen = chosen.masked_fill(~self._layout.mask_rows(mask), -1)
+            chosen = chosen.masked_fill(~layout.mask_rows(mask), -1)
         self._codebook.update_(rows, *self._codebook.statistics(rows, chosen))
 
     update_ema_indices = update_indices
@@ -349,7 +345,7 @@ class VectorQuantize(nn.Module):
         self._layout.check_input(x)
         check_device(type(self).__name__, x, codebook=self._codebook.embed)
         if self.training and self._codebook.threshold_ema_dead_code > 0:
-            self._codebook.expire_codes_(self._rows(x, None))
+            self._codebook.expire_codes_(self._layout.rows(x, self.project_in))
 
     def _check_call(
         self,

@@ -1,10 +1,9 @@
 """From the caller's axes to the rows [H, N, D] of the ops, and back."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqops.ops.checks import check_device, check_floating, check_indices
 
@@ -75,13 +74,14 @@ class Layout(NamedTuple):
     def rows(
         self,
         x: Tensor,
-        project: Callable[[Tensor], Tensor],  # [*positions, dim] -> [*positions, heads * D]
-        padding: Tensor | None = None,  # [*positions] bool, vectors to project as zeros
+        project: nn.Module,  # [*positions, dim] -> [*positions, heads * D]
+        mask: Tensor | None = None,  # bool [*positions]
     ) -> Tensor:  # [H, N, D]
         """The rows to quantize, from the caller's x."""
         given = self.features_last(x)
-        if padding is not None:
-            given = given.masked_fill(padding.unsqueeze(-1), 0)
+        if mask is not None and not isinstance(project, nn.Identity):
+            # Padding may hold anything, and 0 * NaN in the gradient of the projection's weights is NaN.
+            given = given.masked_fill(~mask.unsqueeze(-1), 0)
         z = project(given)
         return self.heads_first(z.reshape(-1, self.heads, z.shape[-1] // self.heads))
 

@@ -61,7 +61,7 @@ def run_stages(options: argparse.Namespace, arguments: list[str]) -> bool:
     seconds = 0.3 if options.quick else 3.0
     run = Run(options.device, options.quick, seconds, re.compile(options.shape), re.compile(options.method))
     common = environment(options.device) | {"instructions": instructions(options.device), "threads": options.threads}
-    begun = time.monotonic()
+    begun, found = time.monotonic(), 0
     for stage in dict.fromkeys(options.stage or STAGES):
         path = folder / f"{stage}.jsonl"
         writer = Writer(path, common | {"load": load()})
@@ -85,7 +85,10 @@ def run_stages(options: argparse.Namespace, arguments: list[str]) -> bool:
             for row in task.rows():
                 writer.write({**row, "case": task.name})
                 print(line(row), flush=True)
+        found += len(tasks)
         print(f"-- {stage}: {time.monotonic() - begun:.0f} s")
+    if options.case and not found:
+        sys.exit(f"--case: none of these stages has one that is called {options.case}")
     print(f"rows are in {folder}")
     return True
 

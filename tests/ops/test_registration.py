@@ -18,28 +18,30 @@ def samples():
     x, c = torch.randn(2, 20, 5), torch.randn(2, 7, 5)
     mask, weight = torch.rand(2, 20) > 0.3, torch.rand(2, 20)
     indices = reference.nearest(x, c, mask)
+    strided = torch.randn(2, 5, 20).mT
     sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
     return {
-        "nearest": [(x, c), (x, c, mask, "cosine")],
-        "nearest_topk": [(x, c, 3, mask)],
-        "prepare": [(c,), (c, "cosine")],
-        "search_statistics": [(x, c)],
-        "code_sums": [(x, indices, 7), (x, indices, 7, weight)],
+        "nearest": [(x, c), (strided, c, mask, "cosine")],
+        "nearest_topk": [(x, c, 3, mask), (strided, c, 3)],
+        "prepare": [(c,), (torch.randn(2, 5, 7).mT, "cosine")],
+        "search_statistics": [(x, c), (strided, c)],
+        "code_sums": [(x, indices, 7), (strided, indices, 7, weight)],
         "ema_update_": [(*sums, torch.tensor(0.9)), (*sums, torch.tensor(0.9), 1e-5, torch.rand(2, 7), "cosine")],
         "quantize": [
             (x, c, mask, weight, "euclidean", "straight_through", True),
             (*learnable, None, None, "cosine", "rotation", True, 0.5),
-            (x, c, None, None, "euclidean", "none", False, 0.0, False),
+            (strided, c, None, None, "euclidean", "none", False, 0.0, False),
         ],
         "check_first_run_": [(c, "VectorQuantize")],
-        "code_cross_entropy": [(x, c, indices, "euclidean"), (*learnable, indices, "cosine")],
+        "code_cross_entropy": [(strided, c, indices, "euclidean"), (*learnable, indices, "cosine")],
         "code_cross_entropy_backward": [
             (torch.randn(2, 20), x, c, indices, torch.randn(2, 20) + 9, "euclidean", True, True),
-            (torch.randn(2, 20), x, c, indices, torch.randn(2, 20) + 9, "cosine", False, True),
+            (torch.randn(2, 20), strided, c, indices, torch.randn(2, 20) + 9, "cosine", True, True),
         ],
         "quantize_backward": [
             (torch.randn(x.shape), torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, True, True),
+            (strided, torch.randn(2, 20), strided, c, indices, mask, "euclidean", "none", 0.5, True, True),
             (None, torch.randn(2, 20), x, c, indices, None, "euclidean", "none", 0.5, False, True),
         ],
     }
@@ -68,6 +70,18 @@ def copied(arguments):
     return tuple(
         a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments
     )
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_chooses_on_cuda(name):
+    """The key of a GPU with the CPU's tensors: the table is asked of any call, and has no row for this device."""
+    for arguments in SAMPLES[name]:
+        expected, found = copied(arguments), copied(arguments)
+        results = getattr(ops, name + "_reference")(*expected)
+        chosen = getattr(ops, name).default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *found)
+        for a, b in zip([*flat(chosen), *found], [*flat(results), *expected], strict=True):
+            if isinstance(a, torch.Tensor):
+                REPEATS.same(a, b)
 
 
 def ema_step(x, c):

@@ -19,14 +19,14 @@ class Call(NamedTuple):
     """The facts by which a regime tells calls apart."""
 
     D: int
-    K: int  # codes of a head
+    K: int | None  # codes of a head; None for an op without codes
     N: int | None  # rows of all heads; None for an op without rows
     dtypes: tuple[torch.dtype, ...]  # of x and the codebook, where the op has them
     device: str  # the GPU's name
 
 
 class Regime(NamedTuple):
-    """Calls of an op that take an implementation. Bounds are inclusive; those of N are for ops that have rows."""
+    """Calls of an op that take an implementation. Bounds are inclusive; those of N and K are for ops that have them."""
 
     op: str
     implementation: str
@@ -59,7 +59,7 @@ def call_of(arguments: dict) -> Call:
     """The call of an op, from its arguments by name."""
     x, codes = arguments.get("x"), arguments.get("codebook", arguments.get("embed_avg"))
     D = (codes if x is None else x).shape[-1]
-    K = arguments["num_codes"] if codes is None else codes.shape[-2]
+    K = arguments.get("num_codes") if codes is None else codes.shape[-2]
     N = None if x is None else x.shape[0] * x.shape[1]
     given = [tensor for tensor in (x, codes) if isinstance(tensor, Tensor)]
     return Call(D, K, N, tuple(tensor.dtype for tensor in given), gpu_name(given[0].device))

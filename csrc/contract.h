@@ -1,4 +1,4 @@
-// What the ops of both devices agree on: shapes, and promises in numbers; vqops/ops has the words.
+// Common to the ops of both devices: shapes, and promises in numbers; vqops/ops has the words.
 #pragma once
 
 #include <cstdint>

@@ -342,10 +342,27 @@ struct Kernels {
     }
 
     static constexpr Instructions table(UnpreparedKernel unprepared, int group) {
-        return {Set::kName, kTile,       kCodes,     Set::kRounds, Set::kLayout, row_bytes,
-                code_bytes, place_rows,  place_codes, screen,      unprepared,   group,
-                exact_cost, exact_distance, exact_dot, measure,    add_rows,     spin,
-                kTile * kCodes * Set::kPerWord};
+        return {
+            .name = Set::kName,
+            .tile = kTile,
+            .codes = kCodes,
+            .rounds = Set::kRounds,
+            .layout = Set::kLayout,
+            .row_bytes = row_bytes,
+            .code_bytes = code_bytes,
+            .place_rows = place_rows,
+            .place_codes = place_codes,
+            .screen = screen,
+            .unprepared = unprepared,
+            .group = group,
+            .exact_cost = exact_cost,
+            .exact_distance = exact_distance,
+            .dot = exact_dot,
+            .measure = measure,
+            .add_rows = add_rows,
+            .spin = spin,
+            .spin_products = kTile * kCodes * Set::kPerWord,
+        };
     }
 };
 

@@ -203,6 +203,16 @@ def test_every_number_is_in_the_results(regenerated, page):
     assert (regenerated / page).read_text() == (ROOT / page).read_text(), "run python -m benchmarks.report"
 
 
+def test_every_peer_has_a_colour():
+    pytest.importorskip("matplotlib")
+    from benchmarks.figures import COLOURS
+
+    drawn = {"vqops", *(m for case in (cases.nearest, modules.training_step) for m in case(TINY, "cpu").methods)}
+    drawn = {method for method in drawn if not method.startswith(("torch.compile", "vqops, prepared"))}
+    assert drawn | set(growth.METHODS) == COLOURS.keys()
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
 GPU_ROW = {"op": "nearest", "shape": "", "N": 4096, "D": 64, "K": 512, "dtype": "float32", "method": "vqops triton"}
 GPU_ROW |= {"clock": "graph", "p50_ms": 1.5, "times_vqops": 1.0, "ceiling": "copy", "share_of_ceiling": 0.5}
 GPU_ROW |= {"gflops": 9.0, "device": "a GPU", "instructions": "sm_90", "threads": 1}

@@ -1,11 +1,11 @@
 """The options of the commands that measure: reconstruct, evaluate and compare."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.networks.vqvae2 import Bottleneck, Channels, level_strides
+from vqops.vqvae2.networks.vqvae2 import Bottleneck, SizeOptions
 from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed
 from vqops.vqvae2.training.options import ImageOptions
 
@@ -66,7 +66,7 @@ class EvaluateOptions(Options):
 
 
 @dataclass(frozen=True)
-class CompareOptions(ImageOptions):
+class CompareOptions(SizeOptions, ImageOptions):
     """Train one model a bottleneck on the same images and steps, and lay the results side by side."""
 
     out: Path
@@ -75,22 +75,14 @@ class CompareOptions(ImageOptions):
     """Array or column of the labels of the validation images, for the picture of the latent space."""
     bottleneck: tuple[Bottleneck, ...] = ("none", "gaussian", "gumbel", "vq")
     """The bottlenecks to compare."""
-    levels: Literal[1, 2, 3] = 1
+    levels: Literal[1, 2, 3] = field(default=1, kw_only=True)
     """Levels of each model."""
-    strides: tuple[int, ...] = ()
-    """What a code covers along an axis at each level, as of `vqops train`."""
     steps: Count = 1000
     """Training steps of each model."""
     batch_size: Count = 32
     """Images per step."""
     lr: Positive = 3e-4
     """Learning rate of Adam."""
-    codebook_size: Count = 512
-    """Codes per level (K)."""
-    code_dim: Count = 64
-    """Dimensions of a code, or of a latent (D)."""
-    channels: Channels = 128
-    """Channels of the convolutions."""
     seed: Seed = 0
     """Seed of every model."""
     device: Device = "auto"
@@ -100,4 +92,3 @@ class CompareOptions(ImageOptions):
         if not self.bottleneck or len(set(self.bottleneck)) < len(self.bottleneck):
             allowed = f"at least one of {', '.join(get_args(Bottleneck))}, and different ones"
             raise InputError(Field("bottleneck"), f" must be {allowed}, got {' '.join(self.bottleneck)}")
-        level_strides(self.strides, self.levels)

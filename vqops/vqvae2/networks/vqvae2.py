@@ -25,33 +25,39 @@ Channels = Annotated[int, Check("a positive multiple of 4", lambda C: C >= 4 and
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions(Options):
-    """The choices that the network leaves open."""
+class SizeOptions(Options):
+    """The sizes of a network, whatever its bottleneck."""
 
     levels: Literal[1, 2, 3] = 2
     """2 is VQ-VAE-2, 1 is VQ-VAE."""
     strides: tuple[int, ...] = ()
     """What a code covers along an axis, a number a level from the bottom up: pixels at the bottom, codes of the level
     below at each further level. Each is 2, 4, 8 or 16; images are padded to a multiple of their product."""
+    codebook_size: Count = 512
+    """Codes per level (K)."""
+    code_dim: Count = 64
+    """Dimensions of a code, or of a latent where there are no codes (D)."""
+    channels: Channels = 128
+    """Channels of the convolutions, a multiple of 4."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        level_strides(self.strides, self.levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(SizeOptions):
+    """The choices that the network leaves open."""
+
     bottleneck: Bottleneck = "vq"
     """What stands between encoder and decoder at each level: vector quantization; nothing (an autoencoder); a Gaussian
     with a KL loss (a VAE); a Gumbel softmax over --codebook-size codes, cooling down (a discrete VAE)."""
     codebook: Literal["ema", "gradient"] = "ema"
     """How the codes learn: moving averages of the vectors assigned to them, or the gradient of the codebook loss."""
-    codebook_size: Count = 512
-    """Codes per level (K)."""
-    code_dim: Count = 64
-    """Dimensions of a code (D)."""
-    channels: Channels = 128
-    """Channels of the convolutions, a multiple of 4."""
     decay: Share = 0.99
     """Decay of the moving averages of --codebook ema."""
     commitment: NotNegative = 0.25
     """Weight of the loss that keeps the encoder near its codes (beta)."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        level_strides(self.strides, self.levels)
 
 
 @dataclass(frozen=True, kw_only=True)

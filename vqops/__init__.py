@@ -1,5 +1,6 @@
 """Vector quantization for PyTorch: exact, fused ops and the modules built on them."""
 
+from vqops.dispatch.choice import use_implementation
 from vqops.dispatch.library import implementations
 from vqops.ops.code_sums import code_sums
 from vqops.ops.ema import ema_update_
@@ -23,4 +24,5 @@ __all__ = [
     "prepare",
     "quantize",
     "search_statistics",
+    "use_implementation",
 ]

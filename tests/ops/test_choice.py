@@ -1,8 +1,10 @@
-"""Which implementation an op takes on CUDA: the table, what it must rest on, and how it decides."""
+"""Which implementation an op takes: the one that is named, or on CUDA what a record of the GPU says."""
 
-import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,96 +13,154 @@ from promises import COPIES, INDICES
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, has_free_unbacked_symbols
 
 import vqops
-from vqops import info, reference, triton_kernels
+from vqops import pytorch, reference, triton_kernels
 from vqops.dispatch import choice, library
-from vqops.dispatch.choice import ANY, ON_CUDA, Call, Regime, choose
+from vqops.dispatch.choice import ANY, Call, Regime, Table, choose
+from vqops.pytorch.codebook import packed_bytes as pytorch_bytes
 from vqops.triton_kernels.layout import packed_bytes
 
-RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-WITHOUT_ROWS = ("prepare", "ema_update_")
-# The benchmark that shows an op, where it has none of its own name.
-SHOWN_BY = {"prepare": "nearest", "search_statistics": "nearest", "quantize": "training step"}
 ops = torch.ops.vqops
-GPU = "NVIDIA H200"
 
 
-# What a row must rest on
+# The one that is named
 
 
-def unproven(row: Regime, results: Path = RESULTS) -> str | None:
-    """Why a row may not stand in the table, or None."""
-    if row.op not in library.OPS or row.implementation not in library.IMPLEMENTATIONS:
-        return "no such op or implementation"
-    if row.op in WITHOUT_ROWS and row.N != ANY:
-        return f"{row.op} has no rows to count"
-    folder = results / row.results
-    if not folder.is_dir():
-        return f"there is no {folder}"
-    lines = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
-    if not any(line.get("stage") == "test" and line.get("outcome") == "passed" for line in lines):
-        return "the tests have not passed there"
-    shown = [line for line in lines if line.get("op") == SHOWN_BY.get(row.op, row.op)]
-    shown = [line for line in shown if row.holds(measured(line)) and line["method"].startswith("vqops ")]
-    ours = [line for line in shown if line["method"] == f"vqops {row.implementation}"]
-    if not ours:
-        return "nothing in the regime has been measured"
-    for line in ours:
-        if "failed" in line or line.get("wrong"):
-            return f"it was wrong: {line}"
-        rivals = (other["p50_ms"] for other in shown if key(other) == key(line) and "p50_ms" in other)
-        if line["p50_ms"] > min(rivals):
-            return f"it was not the fastest: {line}"
-    return None
+@pytest.fixture(autouse=True)
+def nothing_is_named():
+    yield
+    vqops.use_implementation(None)
 
 
-def measured(line: dict) -> Call:
-    return Call(line["D"], line["K"], line["N"], (getattr(torch, line["dtype"]),), line["device"])
+def test_everything_follows_the_one_that_is_named():
+    """VectorQuantize too, in its forward, its backward and its first codebook."""
+    took = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            took.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with vqops.use_implementation("pytorch"), Watch():
+        vq = vqops.VectorQuantize(dim=4, codebook_size=8, kmeans_init=True, kmeans_iters=2)
+        quantized, *_ = vq(torch.randn(2, 30, 4, requires_grad=True))
+        quantized.sum().backward()
+    ours = {name for name in took if name.startswith("vqops.") and "check_first_run" not in name}
+    expected = {"quantize", "quantize_backward", "ema_update_"}
+    assert expected <= {name.removeprefix("vqops.").removesuffix("_pytorch.default") for name in ours}
+    assert all(name.endswith("_pytorch.default") for name in ours), ours
 
 
-def key(line: dict) -> list:
-    return [line.get(name) for name in ("N", "D", "K", "dtype", "indices", "gradient")]
+def test_with_gives_back_what_was_named_before():
+    def first():
+        return vqops.implementations()["nearest"]["cpu"][0]
+
+    assert first() == "compiled"
+    vqops.use_implementation("pytorch")
+    with vqops.use_implementation("reference"):
+        assert first() == "reference"
+        with vqops.use_implementation(None):
+            assert first() == "compiled"
+        assert first() == "reference"
+    assert first() == "pytorch"
+    vqops.use_implementation(None)
+    assert first() == "compiled"
 
 
-def test_every_row_rests_on_a_committed_run():
-    assert [(row, unproven(row)) for row in ON_CUDA if unproven(row)] == []
+def test_a_call_names_its_own():
+    x, c = torch.randn(5, 3), torch.randn(4, 3)
+    with vqops.use_implementation("reference"):
+        assert vqops.prepare(c, implementation="pytorch").packed.numel() > 0
+        assert vqops.prepare(c).packed.numel() == 0
+        INDICES.same(vqops.nearest(x, c, implementation="compiled"), vqops.nearest(x, c))
 
 
-def lines_of(**changes) -> list[dict]:
-    bench = {"op": "nearest", "N": 1 << 20, "D": 64, "K": 512, "dtype": "float32", "wrong": 0, "device": GPU}
-    return [
-        {"stage": "test", "outcome": "passed"},
-        bench | {"method": "ceiling: gemm", "p50_ms": 0.1},
-        bench | {"method": "vqops triton", "p50_ms": 1.0} | changes,
-        bench | {"method": "vqops compiled", "p50_ms": 2.0},
-        bench | {"method": "cdist + argmin", "p50_ms": 0.5},
-    ]
+def test_an_op_without_it_takes_its_default():
+    x, c, targets = torch.randn(5, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 3, -1])
+    from vqops.ops.cross_entropy import code_cross_entropy
+
+    expected = code_cross_entropy(x, c, targets)
+    with vqops.use_implementation("compiled"):
+        torch.testing.assert_close(code_cross_entropy(x, c, targets), expected)
+
+
+def test_a_preparation_belongs_to_the_one_that_was_named():
+    c = torch.randn(4, 3)
+    with vqops.use_implementation("pytorch"):
+        prepared = vqops.prepare(c)
+        vqops.nearest(torch.randn(5, 3), prepared)
+    with pytest.raises(ValueError, match="implementation is None, but the codebook was prepared with 'pytorch'"):
+        vqops.nearest(torch.randn(5, 3), prepared)
+
+
+def test_a_graph_keeps_what_was_named_when_it_was_traced():
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    search = torch.compile(lambda x, c: vqops.nearest(x, c), fullgraph=True, backend=keep)
+    x, c = torch.randn(5, 3), torch.randn(4, 3)
+    with vqops.use_implementation("reference"):
+        search(x, c)
+    search(x, c)  # another choice is another graph
+    assert "nearest_reference" in graphs[0] and "nearest_reference" not in graphs[1]
+
+
+@pytest.mark.parametrize("name", ["fastest", "Compiled", ""])
+def test_an_unknown_name(name):
+    with pytest.raises(ValueError, match="use_implementation: name must be one of .*'pytorch'.*got " + repr(name)):
+        vqops.use_implementation(name)
+    assert choice.named is None
+
+
+def test_one_that_cannot_run_here_says_why(monkeypatch):
+    x = torch.zeros(1, 2, 3)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_kernels, "why_not", triton_kernels.why_not.__wrapped__)
+    with pytest.raises(RuntimeError, match="nearest: implementation 'triton' can't run: it runs on CUDA, or on"):
+        ops.nearest_triton(x, x)
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    if not library.is_compiled("nearest", "cuda"):
+        with pytest.raises(RuntimeError, match="nearest: implementation 'compiled' has no kernel for"):
+            ops.nearest_compiled.default.redispatch(cuda, x, x)
 
 
 @pytest.mark.parametrize(
-    "row, lines, why",
+    "gpu, compilers, why",
     [
-        ({}, lines_of(), None),
-        ({"D": (64, 64), "N": (1 << 20, 1 << 20)}, lines_of(), None),
-        ({}, None, "there is no"),
-        ({}, lines_of()[1:], "the tests have not passed"),
-        ({"K": (1024, 4096)}, lines_of(), "nothing in the regime"),
-        ({"dtypes": (torch.bfloat16,)}, lines_of(), "nothing in the regime"),
-        ({"device": GPU}, lines_of(), None),
-        ({"device": "NVIDIA A100-SXM4-80GB"}, lines_of(), "nothing in the regime"),
-        ({}, lines_of(wrong=1), "it was wrong"),
-        ({}, lines_of(failed="out of memory"), "it was wrong"),
-        ({}, lines_of(p50_ms=2.5), "it was not the fastest"),
-        ({"op": "nearset"}, lines_of(), "no such op"),
-        ({"op": "prepare"}, lines_of(), None),
-        ({"op": "prepare", "N": (1, 5)}, lines_of(), "has no rows"),
+        ({}, ["gcc"], None),
+        ({"major": 12, "minor": 0}, ["clang"], None),
+        ({"name": "Tesla T4", "major": 7, "minor": 5}, ["gcc"], "need sm_80 or newer, Tesla T4 is sm_75"),
+        ({"shared_memory_per_block_optin": 65536}, ["gcc"], "shared memory a block, NVIDIA L4 has 65536"),
+        ({}, [], "Triton needs a C compiler"),
     ],
 )
-def test_what_a_row_must_rest_on(tmp_path, row, lines, why):
-    if lines is not None:
-        (tmp_path / "gpu").mkdir()
-        (tmp_path / "gpu/kernels.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = unproven(Regime(**{"op": "nearest", "implementation": "triton", "results": "gpu"} | row), tmp_path)
+def test_why_triton_cannot_run_on_a_gpu(monkeypatch, gpu, compilers, why):
+    facts = {"name": "NVIDIA L4", "major": 8, "minor": 9, "shared_memory_per_block_optin": 101376, **gpu}
+    properties = namedtuple("Properties", facts)(**facts)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(triton_kernels.shutil, "which", lambda name: name if name in compilers else None)
+    monkeypatch.delenv("CC", raising=False)
+    found = triton_kernels.why_not.__wrapped__(torch.device("cuda", 0))
     assert found is None if why is None else why in found
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert triton_kernels.why_not.__wrapped__(torch.device("cuda", 0)) == "its kernels are for NVIDIA GPUs"
+
+
+@pytest.mark.parametrize(
+    "value, printed",
+    [("pytorch", "pytorch"), ("", "compiled"), ("fast", "ValueError: VQOPS_IMPLEMENTATION must be one of")],
+)
+def test_the_variable(value, printed):
+    code = "import vqops; print(vqops.implementations()['nearest']['cpu'][0])"
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "VQOPS_IMPLEMENTATION": value}, capture_output=True, text=True
+    )
+    assert printed in (ran.stdout or ran.stderr)
 
 
 # How it decides
@@ -111,11 +171,10 @@ def everything(_implementation):
 
 
 TABLE = (
-    Regime("nearest", "compiled", "run", D=(1, 64), K=(512, 1024), N=(1000, ANY[1])),
-    Regime("nearest", "triton", "run", D=(1, 128), dtypes=(torch.float32, torch.bfloat16)),
-    Regime("nearest", "compiled", "run", dtypes=(torch.float64,)),
-    Regime("prepare", "triton", "run", K=(2, 2000)),
-    Regime("search_statistics", "triton", "run", device=GPU),
+    Regime("nearest", "compiled", D=(1, 64), K=(512, 1024), N=(1000, ANY[1])),
+    Regime("nearest", "triton", D=(1, 128), dtypes=(torch.float32, torch.bfloat16)),
+    Regime("nearest", "compiled", dtypes=(torch.float64,)),
+    Regime("prepare", "triton", K=(2, 2000)),
 )
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -123,61 +182,40 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 @pytest.mark.parametrize(
     "op, call, expected",
     [
-        ("nearest", Call(64, 512, 1000, (F32, F32), GPU), "compiled"),
-        ("nearest", Call(64, 512, 999, (F32, F32), GPU), "triton"),
-        ("nearest", Call(65, 512, 1000, (BF16, F32), GPU), "triton"),
-        ("nearest", Call(65, 1025, 10**9, (F32, torch.float16), GPU), "reference"),
-        ("nearest", Call(129, 600, 1000, (F32, F32), GPU), "reference"),
-        ("nearest", Call(129, 600, 1000, (F64, F64), GPU), "compiled"),
-        ("nearest", Call(129, 600, 1000, (F64, F32), GPU), "reference"),
-        ("nearest_topk", Call(64, 512, 1000, (F32, F32), GPU), "reference"),
-        ("prepare", Call(64, 2, None, (F32,), GPU), "triton"),
-        ("prepare", Call(64, 1, None, (F32,), GPU), "reference"),
-        ("search_statistics", Call(64, 512, 1000, (F32, F32), GPU), "triton"),
-        ("search_statistics", Call(64, 512, 1000, (F32, F32), "NVIDIA L4"), "reference"),
+        ("nearest", Call(64, 512, 1000, (F32, F32)), "compiled"),
+        ("nearest", Call(64, 512, 999, (F32, F32)), "triton"),
+        ("nearest", Call(65, 512, 1000, (BF16, F32)), "triton"),
+        ("nearest", Call(65, 1025, 10**9, (F32, torch.float16)), "pytorch"),
+        ("nearest", Call(129, 600, 1000, (F32, F32)), "pytorch"),
+        ("nearest", Call(129, 600, 1000, (F64, F64)), "compiled"),
+        ("nearest", Call(129, 600, 1000, (F64, F32)), "pytorch"),
+        ("nearest_topk", Call(64, 512, 1000, (F32, F32)), "pytorch"),
+        ("prepare", Call(64, 2, None, (F32,)), "triton"),
+        ("prepare", Call(64, 1, None, (F32,)), "pytorch"),
     ],
 )
 def test_the_first_row_that_holds_decides(op, call, expected):
     assert choose(TABLE, op, call, everything) == expected
-    assert choose((), op, call, everything) == "reference"
+    assert choose((), op, call, everything) == "pytorch"
 
 
 def test_what_is_not_built_is_passed_over():
-    call = Call(64, 512, 1000, (F32, F32), GPU)
+    call = Call(64, 512, 1000, (F32, F32))
     assert choose(TABLE, "nearest", call, "triton".__eq__) == "triton"
-    assert choose(TABLE, "nearest", call, lambda _: False) == "reference"
+    assert choose(TABLE, "nearest", call, lambda _: False) == "pytorch"
 
 
 def test_calls():
     x, c = torch.zeros(2, 20, 5, dtype=BF16), torch.zeros(2, 7, 5)
-    assert choice.call_of({"x": x, "codebook": c, "mask": None}) == Call(5, 7, 40, (BF16, F32), "cpu")
-    assert choice.call_of({"codebook": c}) == Call(5, 7, None, (F32,), "cpu")
-    assert choice.call_of({"x": x, "indices": None, "num_codes": 9}) == Call(5, 9, 40, (BF16,), "cpu")
-    assert choice.call_of({"cluster_size": None, "embed_avg": c, "embed": None}) == Call(5, 7, None, (F32,), "cpu")
+    assert choice.call_of({"x": x, "codebook": c, "mask": None}) == Call(5, 7, 40, (BF16, F32))
+    assert choice.call_of({"codebook": c}) == Call(5, 7, None, (F32,))
+    assert choice.call_of({"x": x, "indices": None, "num_codes": 9}) == Call(5, 9, 40, (BF16,))
+    assert choice.call_of({"cluster_size": None, "embed_avg": c, "embed": None}) == Call(5, 7, None, (F32,))
 
 
 def test_every_op_chooses_on_cuda():
     for name in library.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vqops::{name}", "CUDA"), name
-
-
-def test_there_has_been_no_run_so_everything_takes_the_reference():
-    assert ON_CUDA == ()
-    assert all(by_device["cuda"][0] == "reference" for by_device in vqops.implementations().values())
-    assert "No kernel has been confirmed on a GPU yet" in info.report()
-
-
-needs_triton = pytest.mark.skipif(not triton_kernels.has("nearest"), reason="Triton is not installed")
-
-
-@needs_triton
-def test_what_is_said_of_a_table(monkeypatch):
-    monkeypatch.setattr(choice, "ON_CUDA", TABLE[1:2])
-    assert vqops.implementations()["nearest"]["cuda"] == ["triton", "reference"]
-    assert vqops.implementations()["quantize"]["cuda"] == ["reference", "triton"]
-    report = info.report()
-    assert "nearest  triton  any  1 to 128  any  any  float32, bfloat16  run" in report and "No kernel" not in report
-    assert [info.bounds(each) for each in (ANY, (5, ANY[1]), (0, 9), (3, 3))] == ["any", "5 and more", "0 to 9", "3"]
 
 
 # Fake preparations
@@ -189,8 +227,8 @@ def on_fake_cuda():
 
 def test_a_fake_preparation_on_cuda_leaves_its_size_open(monkeypatch):
     """Whatever the table says, so that a graph holds for every implementation."""
-    for table in ((), TABLE):
-        monkeypatch.setattr(choice, "ON_CUDA", table)
+    for rows in ((), TABLE):
+        monkeypatch.setattr(choice, "table", lambda device, rows=rows: Table(rows, "record"))
         with on_fake_cuda():
             packed = ops.prepare(torch.empty(2, 300, 20, device="cuda"))
         assert packed.device.type == "cuda" and packed.dtype == torch.uint8 and packed.dim() == 1
@@ -201,6 +239,7 @@ def test_the_size_of_an_implementation_is_known():
     with on_fake_cuda():
         codebook = torch.empty(2, 300, 20, device="cuda")
         assert ops.prepare_reference(codebook).shape == (0,)
+        assert ops.prepare_pytorch(codebook).shape == (pytorch_bytes(2, 300, 20),)
         if triton_kernels.has("prepare"):
             assert ops.prepare_triton(codebook).shape == (packed_bytes(2, 300, 20),)
         if library.is_compiled("prepare", "cuda"):
@@ -266,13 +305,15 @@ def on_stage(monkeypatch):
     for op, (module, prepared) in {**kernels, "quantize_backward": (quantize_backward, None)}.items():
         monkeypatch.setattr(module, op, noting(f"{op}: triton", getattr(module, op), prepared))
     composed = partial(reference.quantize, find_nearest=ops.nearest, sum_codes=ops.code_sums)
-    fallbacks = {op: getattr(reference, op) for op in (*kernels, "quantize_backward")} | {"quantize": composed}
+    fallbacks = {op: getattr(pytorch, op) for op in (*kernels, "quantize_backward")} | {"quantize": composed}
     with torch.library._scoped_library("vqops", "IMPL") as scope:
 
         def raise_curtain(*table):
-            monkeypatch.setattr(choice, "ON_CUDA", table)
+            monkeypatch.setattr(choice, "table", lambda device: Table(table, "record"))
             for op, fallback in fallbacks.items():
-                kernel = library.by_regime(op, noting(f"{op}: reference", fallback))
+                place = kernels.get(op, (None, None))[1]
+                noted = noting(f"{op}: pytorch", fallback, place)
+                kernel = library.by_regime(op, noted, composed=fallback is composed)
                 scope.impl(op, kernel, "CPU", allow_override=True)
             return took
 
@@ -280,7 +321,7 @@ def on_stage(monkeypatch):
 
 
 def row(op, **bounds) -> Regime:
-    return Regime(op, "triton", "run", **bounds)
+    return Regime(op, "triton", **bounds)
 
 
 def test_each_call_takes_its_regime(on_stage):
@@ -290,27 +331,25 @@ def test_each_call_takes_its_regime(on_stage):
     INDICES.same(vqops.nearest(x, c), expected[0])
     INDICES.same(vqops.nearest(x[:, :5], c), expected[1])
     vqops.nearest(x.double(), c)
-    assert took == ["nearest: triton", "nearest: reference", "nearest: reference"]
+    assert took == ["nearest: triton", "nearest: pytorch", "nearest: pytorch"]
 
 
 @pytest.mark.parametrize(
-    "table, packed, took",
+    "table, took",
     [
-        ([], False, "nearest: reference"),
-        ([row("nearest"), row("prepare")], True, "nearest: triton, prepared"),
-        ([row("nearest")], False, "nearest: triton"),
-        ([row("prepare")], True, "nearest: reference"),
-        ([row("nearest", N=(50, ANY[1])), row("prepare")], True, "nearest: reference"),
-        ([row("nearest"), row("prepare", dtypes=(torch.bfloat16,))], False, "nearest: triton"),
+        ([], "nearest: pytorch, prepared"),
+        ([row("nearest"), row("prepare")], "nearest: triton, prepared"),
+        ([row("nearest")], "nearest: triton"),
+        ([row("prepare")], "nearest: pytorch"),
+        ([row("nearest", N=(50, ANY[1])), row("prepare")], "nearest: pytorch"),
+        ([row("nearest"), row("prepare", dtypes=(torch.bfloat16,))], "nearest: triton"),
     ],
 )
-def test_a_preparation_is_used_by_who_made_it(on_stage, table, packed, took):
+def test_a_preparation_is_used_by_who_made_it(on_stage, table, took):
     x, c = torch.randn(40, 6), torch.randn(30, 6)
     expected = vqops.nearest(x, c)
     taken = on_stage(*table)
-    prepared = vqops.prepare(c)
-    assert (prepared.packed.numel() > 0) == packed
-    INDICES.same(vqops.nearest(x, prepared), expected)
+    INDICES.same(vqops.nearest(x, vqops.prepare(c)), expected)
     assert taken[1] == took
 
 
@@ -318,24 +357,24 @@ def test_a_preparation_of_another_kernel_is_left_alone(on_stage, monkeypatch):
     x, c = torch.randn(400, 6), torch.randn(300, 6)
     expected = vqops.nearest(x, c)
     monkeypatch.setattr(library, "available", lambda name, device: ["compiled", "triton"])
-    took = on_stage(Regime("nearest", "compiled", "run"), row("prepare"))
+    took = on_stage(Regime("nearest", "compiled"), row("prepare"))
     INDICES.same(vqops.nearest(x, vqops.prepare(c)), expected)
     assert took == ["prepare: triton"]
 
 
-def test_quantize_by_reference_searches_by_the_regime_of_the_search(on_stage):
+def test_quantize_in_pytorch_searches_by_the_regime_of_the_search(on_stage):
     x, c = torch.randn(40, 6), torch.randn(30, 6)
     expected = vqops.quantize(x, c)
     took = on_stage(row("nearest"), row("prepare"))
     COPIES.same(vqops.quantize(x, vqops.prepare(c)).quantized, expected.quantized)
-    assert took == ["prepare: triton", "quantize: reference", "nearest: triton, prepared"]
+    assert took == ["prepare: triton", "quantize: pytorch, prepared", "nearest: triton, prepared"]
     took.clear()
     on_stage(row("quantize"), row("prepare"))
     COPIES.same(vqops.quantize(x, vqops.prepare(c)).quantized, expected.quantized)
     assert took == ["prepare: triton", "quantize: triton, prepared"]
 
 
-@pytest.mark.parametrize("forward, backward", [("triton", "triton"), ("triton", "reference"), ("reference", "triton")])
+@pytest.mark.parametrize("forward, backward", [("triton", "triton"), ("triton", "pytorch"), ("pytorch", "triton")])
 def test_a_backward_has_a_regime_of_its_own(on_stage, forward, backward):
     def gradients(call):
         inputs = [x.clone().requires_grad_(), c.clone().requires_grad_()]
@@ -360,4 +399,4 @@ def test_compiled_for_any_number_of_rows(on_stage):
     for N in (30, 40, 34, 35):
         x = torch.randn(N, 6)
         INDICES.same(compiled(x, c), vqops.nearest(x, c, implementation="reference"))
-    assert [t.split(": ")[1] for t in took] == ["reference", "triton", "reference", "triton"]
+    assert [t.split(": ")[1] for t in took] == ["pytorch", "triton", "pytorch", "triton"]

@@ -55,7 +55,7 @@ def test_every_op_has_samples():
     assert set(SAMPLES) == set(vqops.implementations()) == set(library.OPS)
 
 
-@pytest.mark.parametrize("suffix", ["", "_compiled", "_reference"])
+@pytest.mark.parametrize("suffix", ["", "_compiled", "_pytorch", "_reference"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name, suffix):
     if suffix == "_compiled" and not library.is_compiled(name, "cpu"):
@@ -77,7 +77,7 @@ def test_chooses_on_cuda(name):
     """The key of a GPU with the CPU's tensors: the table is asked of any call, and has no row for this device."""
     for arguments in SAMPLES[name]:
         expected, found = copied(arguments), copied(arguments)
-        results = getattr(ops, name + "_reference")(*expected)
+        results = getattr(ops, name + "_pytorch")(*expected)
         chosen = getattr(ops, name).default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *found)
         for a, b in zip([*flat(chosen), *found], [*flat(results), *expected], strict=True):
             if isinstance(a, torch.Tensor):
@@ -184,8 +184,8 @@ def test_indices_carry_no_gradient():
 
 def test_the_default_comes_first_and_is_what_runs():
     for name, devices in vqops.implementations().items():
-        cpu = "reference" if name in WITHOUT_KERNELS else "compiled"
-        assert devices["cpu"][0] == cpu and devices["cuda"][0] == "reference", name
+        cpu = "pytorch" if name in WITHOUT_KERNELS else "compiled"
+        assert devices["cpu"][0] == cpu and devices["cuda"][0] == "pytorch", name
 
 
 def test_sums_on_cuda_are_in_order_where_torch_is_to_be_deterministic(monkeypatch):
@@ -193,11 +193,12 @@ def test_sums_on_cuda_are_in_order_where_torch_is_to_be_deterministic(monkeypatc
     monkeypatch.setitem(library.COMPILED, "cuda", {f"vqops::stand_in_compiled_{order}" for order in library.BY_ORDER})
     monkeypatch.setattr(library, "OPS", [])
     assert library.is_compiled("stand_in", "cuda") and not library.is_compiled("stand_in", "cpu")
-    library.define("stand_in", "(Tensor x, int twice=2) -> Tensor", torch.neg, lambda x, twice=2: torch.empty_like(x))
+    schema = "(Tensor x, int twice=2) -> Tensor"
+    library.define("stand_in", schema, lambda x, twice=2: torch.empty_like(x), everywhere=torch.neg)
     for number, order in enumerate(library.BY_ORDER):
         kernel = lambda x, twice=2, number=number: x * twice + number  # noqa: E731
         library.library.impl(f"stand_in_compiled_{order}", kernel, "CPU")
-    assert library.available("stand_in", "cuda") == ["reference", "compiled"]
+    assert library.available("stand_in", "cuda") == ["compiled", "pytorch", "reference"]
     cuda, x = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.ones(3)
     for deterministic, added in ((False, 0), (True, 1)):
         torch.use_deterministic_algorithms(deterministic)

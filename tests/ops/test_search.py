@@ -1,12 +1,12 @@
 """nearest, nearest_topk, prepare and search_statistics: every implementation against the float64 reference."""
 
 import math
-import weakref
 
 import numpy as np
 import pytest
 import torch
 from cases import INF, NAN, SEARCHES
+from memory import LargestTemporaries
 from promises import INDICES, ORDER
 from torch.testing import assert_close
 
@@ -236,24 +236,6 @@ def test_a_prepared_codebook_is_equal_to_itself_alone():
 
 
 # Memory
-
-
-class LargestTemporaries(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most bytes that tensors made inside the block held together."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.alive[storage.data_ptr()] = (weakref.ref(tensor), storage.nbytes())
-        self.alive = {key: value for key, value in self.alive.items() if value[0]() is not None}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
-        return result
 
 
 @pytest.mark.parametrize("metric", METRICS)

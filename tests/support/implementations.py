@@ -12,7 +12,7 @@ INTERPRETED = ("triton", "cpu")
 IMPLEMENTATIONS = [
     pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.slow] * ((name, device) == INTERPRETED))
     for device in ("cpu", "cuda")
-    for name in ("reference", "compiled", "triton")
+    for name in ("reference", "pytorch", "compiled", "triton")
 ]
 
 

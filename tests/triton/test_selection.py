@@ -33,13 +33,14 @@ def test_every_op_of_a_step_has_a_triton_implementation():
 
 def test_lazy_and_on_the_cpu_only_in_the_interpreter():
     code = "import sys, vqops; print('triton' in sys.modules, vqops.implementations()['nearest']['cpu'])"
-    assert run(code) == "False ['compiled', 'reference']\n"
-    assert run(code, TRITON_INTERPRET="1") == "False ['compiled', 'reference', 'triton']\n"
+    assert run(code) == "False ['compiled', 'pytorch', 'reference']\n"
+    assert run(code, TRITON_INTERPRET="1") == "False ['compiled', 'pytorch', 'reference', 'triton']\n"
 
 
 def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="nearest: implementation 'triton' runs on CUDA, or on the CPU in"):
+    monkeypatch.setattr(triton_kernels, "why_not", triton_kernels.why_not.__wrapped__)
+    with pytest.raises(RuntimeError, match="nearest: implementation 'triton' can't run: it runs on CUDA, or on"):
         vqops.nearest(torch.zeros(2, 3), torch.zeros(2, 3), implementation="triton")
 
 
@@ -47,7 +48,7 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(triton_kernels, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install triton"):
         vqops.nearest(torch.zeros(2, 3), torch.zeros(2, 3), implementation="triton")
-    assert vqops.implementations()["nearest"]["cuda"] == ["reference"]
+    assert vqops.implementations()["nearest"]["cuda"] == ["pytorch", "reference"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,18 +1,67 @@
-"""Which implementation each op takes on CUDA: one table, each row shown by a committed run on a GPU.
+"""Which implementation a call takes: the one that is named, or on a GPU what a record shows to be right and fast.
 
-The device, shapes and dtypes alone decide. So nothing waits for the device, and a CUDA graph, a forward that is
-computed again and a search with a prepared codebook meet the same choice each time.
+The device, shapes and dtypes alone decide, by a table that is read once a process. So nothing waits for the device, and
+a CUDA graph, a forward that is computed again and a search with a prepared codebook meet the same choice each time.
 """
 
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from vqops.dispatch import records
+
+Implementation = Literal["compiled", "pytorch", "reference", "triton"]
+IMPLEMENTATIONS = get_args(Implementation)
+VARIABLE = "VQOPS_IMPLEMENTATION"
 ANY = (0, sys.maxsize)
+
+
+# The one that is named
+
+
+def check_name(name: str | None, by: str) -> None:
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"{by} must be one of {IMPLEMENTATIONS}, got {name!r}")
+
+
+named: Implementation | None = os.environ.get(VARIABLE) or None
+check_name(named, VARIABLE)
+
+
+class use_implementation:
+    """Take one implementation for every op that has it, in all threads: until the next call, or within `with`.
+
+        vqops.use_implementation("pytorch")
+        with vqops.use_implementation("reference"): ...
+
+    None leaves the choice to the device, as at first. `implementation=` of a call goes before it; the environment
+    variable VQOPS_IMPLEMENTATION is its value at the start. Ops that do not have the implementation take what they took
+    before. A compiled graph keeps the choice that was made when it was traced.
+
+    Raises ValueError for a name that there is not. An implementation that cannot run on a call's device raises
+    RuntimeError there.
+    """
+
+    def __init__(self, name: Implementation | None):
+        global named
+        check_name(name, "use_implementation: name")
+        self.before, named = named, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception) -> None:
+        global named
+        named = self.before
+
+
+# The one of a GPU's record
 
 
 class Call(NamedTuple):
@@ -22,7 +71,6 @@ class Call(NamedTuple):
     K: int | None  # codes of a head; None for an op without codes
     N: int | None  # rows of all heads; None for an op without rows
     dtypes: tuple[torch.dtype, ...]  # of x and the codebook, where the op has them
-    device: str  # the GPU's name
 
 
 class Regime(NamedTuple):
@@ -30,29 +78,63 @@ class Regime(NamedTuple):
 
     op: str
     implementation: str
-    results: str  # the run that showed it to be correct and the fastest there: a folder in benchmarks/results
     D: tuple[int, int] = ANY
     K: tuple[int, int] = ANY
     N: tuple[int, int] = ANY
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-    device: str | None = None  # the GPU's name; None: any
 
     def holds(self, call: Call) -> bool:
         inside = (
             bounds == ANY or size is None or bounds[0] <= size <= bounds[1]
             for size, bounds in ((call.D, self.D), (call.K, self.K), (call.N, self.N))
         )
-        return self.device in (None, call.device) and all(inside) and all(dtype in self.dtypes for dtype in call.dtypes)
+        return all(inside) and all(dtype in self.dtypes for dtype in call.dtypes)
 
 
-# The first row that holds a call decides, where the implementation is built; the reference takes the calls of no row.
-ON_CUDA: tuple[Regime, ...] = ()
+class Table(NamedTuple):
+    """What a GPU takes. The first row that holds a call decides, where the implementation is there; else "pytorch"."""
+
+    rows: tuple[Regime, ...]
+    source: str | None  # the record
+    ignored: tuple[str, ...] = ()  # records that do not count here, each with its reason
 
 
-def choose(table: Iterable[Regime], op: str, call: Call, built: Callable[[str], bool]) -> str:
-    """The implementation of a call on CUDA."""
-    rows = (row for row in table if row.op == op and row.holds(call) and built(row.implementation))
-    return next((row.implementation for row in rows), "reference")
+@cache
+def table(device: torch.device) -> Table:
+    """Of a device, for the rest of the process. Warns if no record names a kernel for a GPU."""
+    if device.type != "cuda":
+        return Table((), None)
+    gpu = records.gpu_of(device)
+    ignored = []
+    for path in records.candidates(gpu):
+        try:
+            found = records.read(path, gpu)
+        except records.Ignored as reason:
+            ignored.append(f"{path}: {reason}")
+            continue
+        rows = tuple(regime_of(row) for row in found.rows)
+        return Table(rows, str(path), (*ignored, *(f"{path}: {reason}" for reason in found.ignored)))
+    warnings.warn(
+        f"vqops: no record shows a kernel to be right and fast on {gpu.name} (sm_{gpu.capability.replace('.', '')}), "
+        'so its ops take "pytorch": exact, without a kernel. `vqops info` says more.',
+        stacklevel=2,
+    )
+    return Table((), None, tuple(ignored))
+
+
+def regime_of(row: dict) -> Regime:
+    bounds = {axis: (row[axis][0] or 0, row[axis][1] or ANY[1]) for axis in "DKN" if row.get(axis)}
+    return Regime(row["op"], row["implementation"], dtypes=tuple(getattr(torch, d) for d in row["dtypes"]), **bounds)
+
+
+def choose(rows: Iterable[Regime], op: str, call: Call, built: Callable[[str], bool]) -> str:
+    found = (row for row in rows if row.op == op and row.holds(call) and built(row.implementation))
+    return next((row.implementation for row in found), "pytorch")
+
+
+def tensors_of(arguments: dict) -> list[Tensor]:
+    x, codes = arguments.get("x"), arguments.get("codebook", arguments.get("embed_avg"))
+    return [tensor for tensor in (x, codes) if isinstance(tensor, Tensor)]
 
 
 def call_of(arguments: dict) -> Call:
@@ -61,11 +143,4 @@ def call_of(arguments: dict) -> Call:
     D = (codes if x is None else x).shape[-1]
     K = arguments.get("num_codes") if codes is None else codes.shape[-2]
     N = None if x is None else x.shape[0] * x.shape[1]
-    given = [tensor for tensor in (x, codes) if isinstance(tensor, Tensor)]
-    return Call(D, K, N, tuple(tensor.dtype for tensor in given), gpu_name(given[0].device))
-
-
-@cache
-def gpu_name(device: torch.device) -> str:
-    """The GPU's name, which torch keeps: reading it does not wait for the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Call(D, K, N, tuple(tensor.dtype for tensor in tensors_of(arguments)))

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
-from vqops import triton_kernels
+from vqops import pytorch, reference, triton_kernels
 from vqops.dispatch import choice
+from vqops.dispatch.choice import Implementation
 
 try:
     kernels = import_module("vqops._C")  # which registers the compiled ones
@@ -18,8 +19,6 @@ except ImportError as error:
         f"or `pip install -e .` to work on the source ({error})"
     ) from error
 
-Implementation = Literal["compiled", "reference", "triton"]
-IMPLEMENTATIONS = get_args(Implementation)
 OPS: list[str] = []
 
 library = torch.library.Library("vqops", "DEF")
@@ -83,23 +82,25 @@ def without_second_derivative(name: str) -> Autograd:
 def define(
     name: str,
     schema: str,
-    reference: Callable,
     fake: Callable | Mapping[str | None, Callable],
     *,
     autograd: Autograd | None = None,
     fallback: Callable | None = None,
+    everywhere: Callable | None = None,
 ) -> None:
     """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`, ...
 
+    Those in PyTorch are the functions of this name in `vqops.reference` and `vqops.pytorch`, or `everywhere` is both.
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported;
     on CUDA for `name_compiled` alone, or for `name_compiled_atomic` and `name_compiled_sorted` if it sums by code.
-    `name` falls back on `fallback` (default: the reference) on every device without one, and on CUDA picks by
-    choice.py. `fake` is one per implementation (None: of `name`) where their results differ in size.
+    `name` falls back on `fallback` (default: "pytorch") on every device without one, and on CUDA picks by choice.py.
+    `fake` is one per implementation (None: of `name`) where their results differ in size.
     The backward of `name` itself picks by its own regimes, since what a forward saves is the same in all of them.
     """
     OPS.append(name)
     there = {
         None: True,
+        "pytorch": True,
         "reference": True,
         "compiled": any(is_compiled(name, device) for device in COMPILED),
         "triton": triton_kernels.has(name),
@@ -114,10 +115,17 @@ def define(
             if autograd.op is not None:
                 backward = partial(backward, op=getattr(torch.ops.vqops, op_name(autograd.op, implementation)))
             torch.library.register_autograd(f"vqops::{op}", backward, setup_context=autograd.setup_context, lib=library)
-    fallback = fallback or reference
-    library.impl(f"{name}_reference", reference, "CompositeExplicitAutograd")
+    plain = {
+        implementation: everywhere or getattr(module, name)
+        for implementation, module in (("pytorch", pytorch), ("reference", reference))
+    }
+    for implementation, function in plain.items():
+        library.impl(op_name(name, implementation), function, "CompositeExplicitAutograd")
+    if there["compiled"]:
+        library.impl(f"{name}_compiled", no_kernel(name), "CompositeExplicitAutograd")
+    fallback = fallback or plain["pytorch"]
     library.impl(name, fallback, "CompositeExplicitAutograd")
-    library.impl(name, by_regime(name, fallback), "CUDA")
+    library.impl(name, by_regime(name, fallback, composed=fallback is not plain["pytorch"]), "CUDA")
     if sums_by_code(name):
         kernels = [f"{name}_compiled_{order}" for order in BY_ORDER]
         for kernel in kernels:
@@ -127,59 +135,91 @@ def define(
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
 
 
+def no_kernel(name: str) -> Callable:
+    def refuse(*arguments):
+        device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor)).type
+        why = f": CUDA is {kernels.cuda}" if device == "cuda" else ""
+        raise RuntimeError(f"{name}: implementation 'compiled' has no kernel for {device}{why}")
+
+    return refuse
+
+
 def op_name(name: str, implementation: str | None) -> str:
     return name if implementation is None else f"{name}_{implementation}"
 
 
-def by_regime(name: str, fallback: Callable) -> Callable:
-    """`vqops::name` on CUDA: the implementation of the call's regime, or `fallback`."""
+def by_regime(name: str, fallback: Callable, composed: bool = False) -> Callable:
+    """`vqops::name` on CUDA: the implementation of the call's regime, or `fallback`, which may be composed of ops."""
     names = [argument.name for argument in getattr(torch.ops.vqops, name).default._schema.arguments]
 
     def run(*arguments):
         given = dict(zip(names, arguments, strict=False))  # without those at the end that have their default
         chosen = default_on_cuda(name, given)
-        if chosen == "reference":
+        if chosen == "pytorch" and composed:
             return fallback(*arguments)
         # A preparation has the layout of who made it; to others it is as if there were none.
         if given.get("prepared") is not None and chosen != default_on_cuda("prepare", {"codebook": given["codebook"]}):
             given["prepared"] = None
-        return getattr(torch.ops.vqops, f"{name}_{chosen}")(*given.values())
+        return (fallback if chosen == "pytorch" else getattr(torch.ops.vqops, f"{name}_{chosen}"))(*given.values())
 
     return run
 
 
 def default_on_cuda(name: str, arguments: dict) -> str:
-    call = choice.call_of(arguments)
-    return choice.choose(choice.ON_CUDA, name, call, lambda each: each in available(name, "cuda"))
+    device = choice.tensors_of(arguments)[0].device
+
+    def built(implementation):
+        runs = implementation != "triton" or triton_kernels.why_not(device) is None
+        return runs and implementation in available(name, "cuda")
+
+    return choice.choose(choice.table(device).rows, name, choice.call_of(arguments), built)
+
+
+def resolve(implementation: Implementation | None) -> Implementation | None:
+    """Of a call: its own, or the one that `use_implementation` names; None lets the device decide."""
+    return choice.named if implementation is None else implementation
 
 
 def select(name: str, implementation: Implementation | None) -> Callable:
-    """The op that `implementation=` names; None lets the device decide."""
+    """The op that `implementation=` names, or else `use_implementation`, or that lets the device decide."""
     if implementation is None:
-        return getattr(torch.ops.vqops, name)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{name}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation == "compiled" and not any(is_compiled(name, device) for device in COMPILED):
-        raise ValueError(f"{name}: there is no compiled implementation; it runs as 'reference'")
-    if implementation == "triton" and not triton_kernels.has(name):
-        raise ValueError(f"{name}: there is no triton implementation, or no Triton (`pip install triton`)")
+        chosen = choice.named if choice.named is None or has(name, choice.named) else None
+        return getattr(torch.ops.vqops, op_name(name, chosen))
+    choice.check_name(implementation, f"{name}: implementation")
+    if not has(name, implementation):
+        missing = "compiled" if implementation == "compiled" else "triton"
+        or_no = ", or no Triton (`pip install triton`)" if missing == "triton" else "; it runs as 'pytorch'"
+        raise ValueError(f"{name}: there is no {missing} implementation{or_no}")
     return getattr(torch.ops.vqops, op_name(name, implementation))
+
+
+def has(name: str, implementation: Implementation) -> bool:
+    """Whether the op has the implementation, on any device."""
+    if implementation == "compiled":
+        return any(is_compiled(name, device) for device in COMPILED)
+    return implementation != "triton" or triton_kernels.has(name)
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:
     """The implementations of each op on each device, the default first; on CUDA those that some calls take (see
-    `vqops info`) before the reference, which takes the others.
+    `vqops info`) before "pytorch", which takes the others.
 
-    Returns e.g. `{"nearest": {"cpu": ["compiled", "reference"], "cuda": ["reference", "triton"]}, ...}`. "triton" is
-    there for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+    Returns e.g. `{"nearest": {"cpu": ["compiled", "pytorch", "reference"], "cuda": ["pytorch", ...]}, ...}`. "triton"
+    is there for the CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests. What `use_implementation`
+    names comes first.
     """
-    return {name: {device: available(name, device) for device in COMPILED} for name in OPS}
+    return {name: {device: by_default(name, device) for device in COMPILED} for name in OPS}
 
 
 def available(name: str, device: str) -> list[str]:
     compiled, triton = is_compiled(name, device), triton_kernels.runs_on(name, device)
-    every = ["compiled"] * compiled + ["reference"] + ["triton"] * triton
+    return ["compiled"] * compiled + ["pytorch", "reference"] + ["triton"] * triton
+
+
+def by_default(name: str, device: str) -> list[str]:
+    every = available(name, device)
+    first = [choice.named] if choice.named is not None else []
     if device == "cuda":
-        first = [*dict.fromkeys(row.implementation for row in choice.ON_CUDA if row.op == name), "reference"]
-        every.sort(key=lambda each: first.index(each) if each in first else len(first))
-    return every
+        rows = choice.table(torch.device("cuda", torch.cuda.current_device())).rows if torch.cuda.is_available() else ()
+        first += [*(row.implementation for row in rows if row.op == name), "pytorch"]
+    return sorted(every, key=lambda each: first.index(each) if each in first else len(first))

@@ -31,4 +31,9 @@ def fake_check_first_run_(codebook, owner):
     return None
 
 
-define("check_first_run_", "(Tensor(a!) codebook, str owner) -> ()", raise_within_backward, fake_check_first_run_)
+define(
+    "check_first_run_",
+    "(Tensor(a!) codebook, str owner) -> ()",
+    fake_check_first_run_,
+    everywhere=raise_within_backward,
+)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from vqops import reference
 from vqops.dispatch.library import Autograd, Implementation, define, select, without_second_derivative
 from vqops.ops.checks import Metric, check_device, check_indices, check_search, check_shape
 from vqops.ops.heads import with_heads
@@ -65,14 +64,12 @@ define(
     "code_cross_entropy_backward",
     "(Tensor grad, Tensor x, Tensor codebook, Tensor targets, Tensor total, str metric, bool x_needed, "
     "bool codebook_needed) -> (Tensor, Tensor)",
-    reference.code_cross_entropy_backward,
     fake_backward,
     autograd=without_second_derivative("code_cross_entropy_backward"),
 )
 define(
     "code_cross_entropy",
     "(Tensor x, Tensor codebook, Tensor targets, str metric) -> (Tensor, Tensor, Tensor)",
-    reference.code_cross_entropy,
     fake_cross_entropy,
     autograd=Autograd(save_for_backward, backward, "code_cross_entropy_backward"),
 )

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from vqops import reference
 from vqops.dispatch.library import Implementation, define, select
 from vqops.ops.checks import METRICS, Metric, check_choice, check_device, check_shape
 
@@ -67,6 +66,5 @@ define(
     "ema_update_",
     "(Tensor(a!) cluster_size, Tensor(b!) embed_avg, Tensor(c!)? embed, Tensor counts, Tensor sums, Tensor decay, "
     "float eps=1e-5, Tensor? weight=None, str metric='euclidean') -> ()",
-    reference.ema_update_,
     fake_ema_update_,
 )

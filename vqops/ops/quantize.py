@@ -157,7 +157,6 @@ define(
     "(Tensor? grad_quantized, Tensor? grad_error, Tensor x, Tensor codebook, Tensor indices, Tensor? mask=None, "
     "str metric='euclidean', str gradient='straight_through', float codebook_error_scale=0.0, bool x_needed=True, "
     "bool codebook_needed=False) -> (Tensor, Tensor)",
-    reference.quantize_backward,
     fake_backward,
     autograd=without_second_derivative("quantize_backward"),
 )
@@ -166,7 +165,6 @@ define(
     "(Tensor x, Tensor codebook, Tensor? mask=None, Tensor? weight=None, str metric='euclidean', "
     "str gradient='straight_through', bool code_sums=False, float codebook_error_scale=0.0, bool snapshot=True, "
     "Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.quantize,
     fake_quantize,
     fallback=partial(reference.quantize, find_nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
     autograd=Autograd(save_for_backward, backward, "quantize_backward"),

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from vqops import reference
-from vqops.dispatch.library import Implementation, define, is_compiled, kernels, select, without_gradient
+from vqops.dispatch.library import Implementation, define, is_compiled, kernels, resolve, select, without_gradient
 from vqops.ops.checks import METRICS, Metric, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
-from vqops.triton_kernels.layout import packed_bytes
+from vqops.pytorch.codebook import packed_bytes as pytorch_bytes
+from vqops.triton_kernels.layout import packed_bytes as triton_bytes
 
 LARGEST_K = 32  # of nearest_topk: the list of candidates of a row stays in registers or cache
 
@@ -40,7 +41,7 @@ def prepare(
     check_choice("prepare", "metric", metric, METRICS)
     heads = codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
     packed = select("prepare", implementation)(heads.detach(), metric)
-    return PreparedCodebook(codebook, packed, metric, implementation, codebook._version)
+    return PreparedCodebook(codebook, packed, metric, resolve(implementation), codebook._version)
 
 
 def unpack(op: str, codebook: Tensor | PreparedCodebook, metric: Metric, implementation: Implementation | None):
@@ -54,7 +55,7 @@ def unpack(op: str, codebook: Tensor | PreparedCodebook, metric: Metric, impleme
         )
     for name, given, made in (
         ("metric", metric, codebook.metric),
-        ("implementation", implementation, codebook.implementation),
+        ("implementation", resolve(implementation), codebook.implementation),
     ):
         if given != made:
             raise ValueError(f"{op}: {name} is {given!r}, but the codebook was prepared with {made!r}")
@@ -163,19 +164,25 @@ def fake_prepare(codebook, metric="euclidean"):
     if codebook.device.type == "cuda":  # the call chooses who prepares
         return of_unknown_size(codebook)
     compiled = codebook.device.type == "cpu" and is_compiled("prepare", "cpu")
-    return (fake_prepare_compiled if compiled else reference.prepare)(codebook)
+    return (fake_prepare_compiled if compiled else fake_prepare_pytorch)(codebook)
+
+
+def fake_prepare_pytorch(codebook, metric="euclidean"):
+    if not all(isinstance(size, int) for size in codebook.shape):
+        return of_unknown_size(codebook)
+    return codebook.new_empty(pytorch_bytes(*codebook.shape), dtype=torch.uint8)
 
 
 def fake_prepare_compiled(codebook, metric="euclidean"):
     if codebook.device.type not in ("cpu", "cuda"):
-        return reference.prepare(codebook)
+        return fake_prepare_pytorch(codebook)
     if not all(isinstance(size, int) for size in codebook.shape):
         return of_unknown_size(codebook)
     return codebook.new_empty(kernels.packed_bytes(codebook.device.type, *codebook.shape), dtype=torch.uint8)
 
 
 def fake_prepare_triton(codebook, metric="euclidean"):
-    size = 0 if codebook.dtype == torch.float64 else packed_bytes(*codebook.shape)
+    size = 0 if codebook.dtype == torch.float64 else triton_bytes(*codebook.shape)
     return codebook.new_empty(size, dtype=torch.uint8)
 
 
@@ -184,21 +191,20 @@ def of_unknown_size(codebook):
 
 
 SEARCH = "Tensor? mask=None, str metric='euclidean', Tensor? prepared=None"
-define("nearest", f"(Tensor x, Tensor codebook, {SEARCH}) -> Tensor", reference.nearest, fake_nearest)
+define("nearest", f"(Tensor x, Tensor codebook, {SEARCH}) -> Tensor", fake_nearest)
 define(
     "nearest_topk",
     f"(Tensor x, Tensor codebook, int k, {SEARCH}) -> (Tensor, Tensor)",
-    reference.nearest_topk,
     fake_topk,
     autograd=without_gradient(),
 )
 define(
     "prepare",
     "(Tensor codebook, str metric='euclidean') -> Tensor",
-    reference.prepare,
     {
         None: fake_prepare,
         "reference": reference.prepare,
+        "pytorch": fake_prepare_pytorch,
         "compiled": fake_prepare_compiled,
         "triton": fake_prepare_triton,
     },
@@ -206,6 +212,5 @@ define(
 define(
     "search_statistics",
     "(Tensor x, Tensor codebook, str metric='euclidean') -> Tensor",
-    reference.search_statistics,
     fake_statistics,
 )

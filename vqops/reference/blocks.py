@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 BLOCK = 1 << 20  # float64 values of one temporary: 8 MB
+ON_CPU, ELSEWHERE = 1 << 18, 1 << 24  # values of rows at once: in a core's cache, or enough to fill a GPU
 
 
 def blocks(size: int, step: int) -> Iterator[slice]:
@@ -10,6 +13,7 @@ def blocks(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def row_blocks(H: int, N: int, D: int) -> Iterator[slice]:
+def row_blocks(x: Tensor) -> Iterator[slice]:  # [H, N, D]
     """Slices of rows of which all heads together are one temporary."""
-    return blocks(N, max(1, BLOCK // max(H * D, 1)))
+    H, N, D = x.shape
+    return blocks(N, max(1, (ON_CPU if x.device.type == "cpu" else ELSEWHERE) // max(H * D, 1)))

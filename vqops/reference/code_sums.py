@@ -1,5 +1,7 @@
 """Count and sum of each code's rows, added in a fixed order."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,17 @@ from torch import Tensor
 from vqops.reference.blocks import row_blocks
 
 RUN = 256  # rows of a code that are summed in order, before the runs are
+
+
+def code_of_row(indices: Tensor, K: int) -> Tensor:  # [H, N] -> [H, N]
+    """The number of each row's code among those of all heads, H K for a row without one."""
+    H = len(indices)
+    return torch.where(indices >= 0, indices + K * torch.arange(H, device=indices.device)[:, None], H * K)
+
+
+def count_rows(code: Tensor, codes: int) -> Tensor:  # -> [codes]
+    code = code.flatten()
+    return code.new_zeros(codes + 1).scatter_add_(0, code, torch.ones_like(code))[:-1]
 
 
 class CodeSlots:
@@ -17,18 +30,16 @@ class CodeSlots:
 
     def __init__(self, indices: Tensor, K: int):  # [H, N]
         H, N = indices.shape
-        codes = H * K
-        code = torch.where(indices >= 0, indices + K * torch.arange(H, device=indices.device)[:, None], codes).flatten()
-        count = torch.zeros(codes + 1, dtype=torch.int64, device=indices.device)
-        count.scatter_add_(0, code, torch.ones_like(code))
+        code = code_of_row(indices, K).flatten()
+        self.codes, self.runs = H * K, H * K + H * N // RUN
+        self.count = count_rows(code, self.codes)
         order = code.argsort(stable=True)
         rank = torch.empty_like(order)
-        rank[order] = torch.arange(H * N, device=indices.device) - (count.cumsum(0) - count)[code[order]]
-        runs_of_code = (count[:-1] + RUN - 1) // RUN
+        start = F.pad(self.count.cumsum(0), (1, 0))  # of each code's rows, and of those without a code
+        rank[order] = torch.arange(H * N, device=indices.device) - start[code[order]]
+        runs_of_code = (self.count + RUN - 1) // RUN
         first = F.pad(runs_of_code.cumsum(0) - runs_of_code, (0, 1))
-        self.codes, self.runs = codes, codes + H * N // RUN
-        self.count = count[:-1]
-        self.of_row = torch.where(code < codes, first[code] + rank // RUN, self.runs).view(H, N)
+        self.of_row = torch.where(code < self.codes, first[code] + rank // RUN, self.runs).view(H, N)
         ends = runs_of_code.cumsum(0)
         self.code_of_run = torch.searchsorted(ends, torch.arange(self.runs, device=indices.device), right=True)
 
@@ -42,12 +53,14 @@ def code_sums(
     indices: Tensor,  # [H, N], -1 leaves the row out
     num_codes: int,
     weight: Tensor | None = None,  # [H, N]
+    *,
+    slots_of: Callable[[Tensor, int], CodeSlots] = CodeSlots,
 ) -> tuple[Tensor, Tensor]:  # counts [H, K] int64, or float32 if weighted; sums [H, K, D] float32
     """counts[k] = sum_n w[n] [indices[n] = k],  sums[k] = sum_n w[n] [indices[n] = k] x[n], in float32."""
-    H, N, D = x.shape
-    slots = CodeSlots(indices, num_codes)
+    H, _, D = x.shape
+    slots = slots_of(indices, num_codes)
     runs = x.new_zeros(slots.runs + 1, D, dtype=torch.float32)
-    for rows in row_blocks(H, N, D):
+    for rows in row_blocks(x):
         values = x[:, rows].float()
         if weight is not None:
             values = values * weight[:, rows].float().unsqueeze(-1)

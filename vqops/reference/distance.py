@@ -1,7 +1,7 @@
 """The distance, to the last bit: everything that decides between codes goes through these functions."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,19 @@ from torch import Tensor
 TINY = 1e-6  # smallest norm that a vector is divided by; the value of vector-quantize-pytorch
 
 
+def has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
+
+
+def is_finite(t: Tensor) -> Tensor:  # [..., D] -> bool [...]
+    """Whether all of a vector is; faster than isfinite().all(-1) on a CPU."""
+    return t.abs().amax(-1) < math.inf
+
+
 def lanes(t: Tensor) -> Tensor:  # [..., D] -> float64 [ceil(D / 8), ..., 8]
     """Element i in lane i mod 8, padded with zeros."""
-    if t.device.type == "mps":
-        raise RuntimeError("vqops: device mps has no float64, in which the nearest code is decided; move x to the CPU")
+    if not has_float64(t.device):
+        raise RuntimeError(f"vqops: device {t.device.type} has no float64, which this needs; move x to the CPU")
     return F.pad(t.double(), (0, -t.shape[-1] % 8)).unflatten(-1, (-1, 8)).movedim(-2, 0)
 
 
@@ -29,6 +38,11 @@ def lane_sum(steps: Iterable[Tensor]) -> Tensor:  # each [..., 8] -> [...]
 def squared_distance(x: Tensor, c: Tensor) -> Tensor:  # [..., D], [..., D] -> float64 [...]
     """sum_i (x_i - c_i)^2 in float64, broadcast over the leading axes."""
     return lane_sum((a - b).square_() for a, b in zip(lanes(x), lanes(c), strict=True))
+
+
+def squared_error(x: Tensor, c: Tensor) -> Tensor:  # [..., D], [..., D] -> float64 [...]
+    """The same, with D float64 values at once for each pair: faster where the pairs are few."""
+    return lane_sum(lanes((x.double() - c.double()).square_()))
 
 
 def dot(x: Tensor, c: Tensor) -> Tensor:  # [..., D], [..., D] -> float64 [...]
@@ -59,19 +73,19 @@ def unit(x: Tensor) -> Tensor:  # [..., D] -> float64 [..., D]
 
 
 def cost(
-    x: Tensor,  # [n, D]
-    codebook: Tensor,  # [k, D]
+    x: Tensor,  # [..., D]
+    c: Tensor,  # [..., D], codes
     metric: str,
-) -> Tensor:  # [n, k] float64
+    square: Callable[[Tensor, Tensor], Tensor] = squared_distance,
+) -> Tensor:  # float64, broadcast over the leading axes
     """The cost that the nearest code minimises: |x - c|^2, for "cosine" -x.c / |c| on x as given, 0 for a zero code.
 
     NaN marks a code that can't be chosen.
     """
-    x, c = x[:, None], codebook[None]
     if metric == "euclidean":
-        result = squared_distance(x, c)
+        result = square(x, c)
     else:
         norm = root(dot(c, c))
         result = torch.where(norm > 0, -dot(x, c) / norm, 0.0)
         result = torch.where(result.isnan(), math.inf, result)  # float64 overflow: a value, the worst one
-    return result.masked_fill_(~codebook.isfinite().all(-1), math.nan)
+    return result.masked_fill_(~is_finite(c), math.nan)

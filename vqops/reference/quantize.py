@@ -8,13 +8,15 @@ from torch import Tensor
 
 from vqops.reference.blocks import row_blocks
 from vqops.reference.code_sums import code_sums
-from vqops.reference.distance import squared_distance, unit
+from vqops.reference.distance import squared_error, unit
 from vqops.reference.search import nearest
 
 
 def gather(codebook: Tensor, indices: Tensor) -> Tensor:  # [H, K, D], [H, N] -> [H, N, D]
     """codebook[h, indices[h, n]]; index -1 reads code 0, for the caller to overwrite."""
-    return codebook.gather(1, indices.clamp_min(0).unsqueeze(-1).expand(*indices.shape, codebook.shape[-1]))
+    H, K, D = codebook.shape
+    code = indices.clamp_min(0) + K * torch.arange(H, device=indices.device).unsqueeze(1)
+    return codebook.reshape(H * K, D).index_select(0, code.flatten()).view(*indices.shape, D)
 
 
 def lost_rows(indices: Tensor, mask: Tensor | None) -> Tensor:  # [H, N], [H, N] bool -> [H, N, 1] bool
@@ -42,17 +44,16 @@ def quantize(
 
     Counts, sums and the codebook have shape [0] unless asked for. For "cosine", error and sums are those of `unit(x)`.
     """
-    H, N, D = x.shape
     indices = find_nearest(x, codebook, mask, metric, prepared)
     quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     error = torch.empty(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for rows in row_blocks(H, N, D):
+    for rows in row_blocks(x):
         chosen, q = indices[:, rows], gather(codebook, indices[:, rows])
         lost = lost_rows(chosen, None if mask is None else mask[:, rows])
         start = x[:, rows] if metric == "euclidean" else unit(x[:, rows])
         absent = torch.where(lost, math.nan, 0.0)
         quantized[:, rows] = q.to(x.dtype).where(chosen.unsqueeze(-1) >= 0, absent.to(x.dtype))
-        error[:, rows] = squared_distance(start, q).where(chosen >= 0, absent.squeeze(-1)).to(error.dtype)
+        error[:, rows] = squared_error(start, q).where(chosen >= 0, absent.squeeze(-1)).to(error.dtype)
     counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
     if with_sums:
         rows = x if metric == "euclidean" else unit(x).float()

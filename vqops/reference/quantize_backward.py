@@ -1,6 +1,7 @@
 """The gradients of `quantize`."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ def quantize_backward(
     codebook_error_scale: float = 0.0,
     x_needed: bool = True,
     codebook_needed: bool = False,
+    *,
+    slots_of: Callable[[Tensor, int], CodeSlots] = CodeSlots,
 ) -> tuple[Tensor, Tensor]:  # grad_x [H, N, D] and grad_codebook [H, K, D], or [0]
     """grad_x = R^T g + 2 (x - q) e, grad_codebook[k] = codebook_error_scale sum over rows of code k of 2 (q - x) e.
 
@@ -31,12 +34,11 @@ def quantize_backward(
     x onto q for "rotation", and 0 for "none". For "cosine", x stands for x / max(|x|, 1e-6), and the gradient goes
     through the division. The codebook's rows are added in the order of `code_sums`.
     """
-    H, N, D = x.shape
     real = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     grad_x = x.new_empty(x.shape) if x_needed else x.new_empty(0)
-    slots = CodeSlots(indices, codebook.shape[1]) if codebook_needed else None
-    runs = codebook.new_zeros(slots.runs + 1, D, dtype=real) if codebook_needed else None
-    for rows in row_blocks(H, N, D):
+    slots = slots_of(indices, codebook.shape[1]) if codebook_needed else None
+    runs = codebook.new_zeros(slots.runs + 1, x.shape[-1], dtype=real) if codebook_needed else None
+    for rows in row_blocks(x):
         chosen = indices[:, rows]
         q = gather(codebook, chosen).to(real)
         q = q.masked_fill_(lost_rows(chosen, None if mask is None else mask[:, rows]), math.nan)

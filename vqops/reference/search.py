@@ -29,7 +29,7 @@ def search(
     for h in range(H):
         for rows in blocks(N, rows_per_block):
             for codes in blocks(K, codes_per_block):
-                new = cost(x[h, rows], codebook[h, codes], metric)
+                new = cost(x[h, rows, None], codebook[h, codes], metric)
                 number = torch.arange(codes.start, codes.stop, device=x.device).expand_as(new)
                 # Stable, so that equal costs keep the order of the indices; NaN sorts behind infinity.
                 both, order = torch.cat([costs[h, rows], new], 1).sort(dim=1, stable=True)
@@ -61,6 +61,18 @@ def nearest_topk(
 ) -> tuple[Tensor, Tensor]:  # indices [H, N, k] int64, distances [H, N, k] float32 (float64 for float64 x)
     """Each row's k nearest codes and their distances |x - c|^2, for "cosine" 1 - x.c / (|x| |c|)."""
     costs, indices = search(x, codebook, k, mask, metric)
+    return indices, distances_of(costs, indices, x, mask, metric)
+
+
+def distances_of(
+    costs: Tensor,  # [H, N, k] float64, NaN without a code
+    indices: Tensor,  # [H, N, k], -1 without a code
+    x: Tensor,  # [H, N, D]
+    mask: Tensor | None,  # [H, N] bool
+    metric: str,
+) -> Tensor:  # [H, N, k] float32 (float64 for float64 x)
+    """The distances that `nearest_topk` returns: inf where no code is left or the row is masked, NaN for a row that is
+    not finite."""
     if metric == "cosine":
         norm = root(dot(x, x)).unsqueeze(-1)
         costs = 1 + torch.where(norm > 0, costs / norm, 0.0).where(indices >= 0, math.nan)
@@ -68,7 +80,7 @@ def nearest_topk(
         x.isfinite().all(-1, keepdim=True) if mask is None else x.isfinite().all(-1, keepdim=True) | ~mask[..., None]
     )
     distances = torch.where(missing & (indices < 0), math.inf, costs)
-    return indices, distances.to(torch.promote_types(x.dtype, torch.float32))
+    return distances.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def prepare(

@@ -1,14 +1,21 @@
 """The op families in Triton, for any CUDA device. Triton is imported when the first of them runs.
 
-They are chosen with implementation="triton" and are not the default (docs/gpu.md).
+They are chosen with implementation="triton", or by a record of the GPU (docs/gpu.md).
 """
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
+
+OLDEST = 8  # major compute capability: of cp.async, and of the products that the bounds were proved for
+SHARED = 99 * 1024  # bytes a block, of sm_89 and sm_120
+COMPILERS = ("gcc", "clang")  # of which Triton takes one
 
 MODULES = {
     "prepare": "codebook",
@@ -32,17 +39,38 @@ def interpreted() -> bool:
 
 
 def runs_on(op: str, device: str) -> bool:
+    """Whether there is a device of this type on which the op may run."""
     return has(op) and (device == "cuda" or (device == "cpu" and interpreted()))
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels can't run on a device, or None. A GPU's reason is one that its user can read in `vqops info`."""
+    if device.type == "cpu" and interpreted():
+        return None
+    if device.type != "cuda":
+        return (
+            "it runs on CUDA, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1 in the environment); "
+            f"the input is on {device}"
+        )
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs"
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < OLDEST:
+        return f"its kernels need sm_{OLDEST}0 or newer, {gpu.name} is sm_{gpu.major}{gpu.minor}"
+    if gpu.shared_memory_per_block_optin < SHARED:
+        has = gpu.shared_memory_per_block_optin
+        return f"its kernels need {SHARED} bytes of shared memory a block, {gpu.name} has {has}"
+    if not any(map(shutil.which, [os.environ["CC"]] if os.environ.get("CC") else COMPILERS)):
+        return "Triton needs a C compiler (Debian, Ubuntu: `apt install gcc`), or its name in the variable CC"
+    return None
 
 
 def implementation(op: str) -> Callable:
     def run(*arguments):
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if not runs_on(op, device.type):
-            raise RuntimeError(
-                f"{op}: implementation 'triton' runs on CUDA, or on the CPU in Triton's interpreter "
-                f"(TRITON_INTERPRET=1 in the environment); the input is on {device}"
-            )
+        if reason := why_not(device):
+            raise RuntimeError(f"{op}: implementation 'triton' can't run: {reason}")
         module = importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}")
         return getattr(module, op)(*arguments)
 

@@ -1,0 +1,367 @@
+"""The search in plain PyTorch: its bounds, the precision of its product, what it waits for and what it keeps."""
+
+import contextlib
+import importlib
+import threading
+
+import pytest
+import torch
+from cases import SEARCHES
+from memory import LargestTemporaries
+from promises import INDICES, ORDER, REPEATS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vqops
+from vqops import pytorch, reference
+from vqops.pytorch import codebook as codebooks
+from vqops.pytorch import decide, host, precision, screen, search
+from vqops.reference import distance
+
+METRICS = ("euclidean", "cosine")
+
+
+# Bounds
+
+
+def cut(values, bits):
+    """Rounded towards zero to so many bits of mantissa."""
+    mantissa, exponent = values.double().frexp()
+    return torch.ldexp(torch.trunc(mantissa * 2.0**bits), exponent - bits)
+
+
+def cutting_product(rows, codes, out):
+    """A float32 product that cuts after every operation, from the first term to the last."""
+    total = torch.zeros(out.shape, dtype=torch.float64)
+    for i in range(rows.shape[-1]):
+        total = cut(total + cut(rows[..., i, None].double() * codes[..., i, None, :].double(), 24), 24)
+    return out.copy_(total)
+
+
+def true_scores(x, c, codes, metric):
+    """t of every pair in float64, and the error that the decision may have besides."""
+    D, x, c = x.shape[-1], x.double(), c.double()
+    if metric == "euclidean":
+        X, C = (codes.scale.double() * (t - codes.centre.double()) for t in (x, c))
+        h = C.square().sum(-1) / 2
+        d = 2.0**-53 * (D / 8 + 8) * (X.square().sum(-1, keepdim=True) + 2 * h.unsqueeze(1))
+    else:
+        largest = x.abs().amax(-1, keepdim=True)
+        X = x / codebooks.power_of_two(largest.clamp_min(2.0**-126))
+        norm = c.norm(dim=-1, keepdim=True)
+        C, h = torch.where(norm > 0, c / norm, 0), torch.zeros_like(c[..., 0])
+        d = 2.0**-53 * 4 * (D + 16) * X.norm(dim=-1, keepdim=True) * torch.ones_like(h).unsqueeze(1)
+    return h.unsqueeze(1) - X @ C.mT, d
+
+
+@pytest.mark.parametrize("product", ["torch.bmm", "cutting"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", SEARCHES)
+def test_the_true_score_is_between_the_bounds(monkeypatch, case, metric, product):
+    if product == "cutting":
+        monkeypatch.setattr(torch, "bmm", cutting_product)
+    x, c = SEARCHES[case]()
+    K, D = c.shape[1:]
+    codes = codebooks.prepare_codes(c, metric, torch.float32)
+    rows = screen.prepare_rows(x, codes, 1, metric)
+    if metric == "cosine":
+        rows = rows._replace(fits=rows.fits & (x != 0).any(-1))
+    for some, lower in screen.Products(codes.matrix[:, :K]).of(rows.matrix):
+        part = screen.Rows(*(t[:, some] for t in rows))
+        every = torch.arange(K).expand(lower.shape)
+        upper = screen.upper_bounds(lower, every, part, codes, D).double()
+        t, d = true_scores(x[:, some], c, codes, metric)
+        there = codes.matrix[:, None, :K, D + 1] < 2.0**90
+        held = part.fits.unsqueeze(-1) & there
+        # What is common to a row is left out of the lower bound, and twice in the upper one.
+        common = part.rest.double().unsqueeze(-1) / 2
+        assert ((lower.double() <= t - d + common) | ~held).all()
+        assert ((upper >= t + d) | ~held).all()
+
+
+# The precision of the product
+
+
+TF32, BF16 = 11, 8  # bits of a mantissa, with the hidden one
+
+
+def product_of_a_device(rows, codes, out, bmm=torch.bmm):
+    """A float32 product that follows PyTorch's settings as CUDA does, or a processor with bfloat16 products."""
+    settings = {torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision}
+    bits = BF16 if "bf16" in settings else TF32 if "tf32" in settings else None
+    if rows.dtype == torch.float32 and bits:
+        rows, codes = cut(rows, bits).float(), cut(codes, bits).float()
+    return bmm(rows, codes, out=out)
+
+
+def medium():
+    torch.set_float32_matmul_precision("medium")
+
+
+def high():
+    torch.set_float32_matmul_precision("high")
+
+
+def of_cuda():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def of_everything():
+    torch.backends.fp32_precision = "tf32"
+
+
+def settings():
+    found = [
+        torch.backends.fp32_precision,
+        *(each.fp32_precision for each in (torch.backends.cudnn, torch.backends.mkldnn)),
+        *(each.fp32_precision for each in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)),
+    ]
+    try:
+        return [*found, torch.get_float32_matmul_precision()]
+    except RuntimeError:  # of a mixture of old and new settings
+        return [*found, "mixed"]
+
+
+@pytest.fixture
+def as_before():
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("allow", [medium, high, of_cuda, of_everything])
+def test_the_product_is_in_float32_whatever_the_caller_allows(monkeypatch, as_before, allow):
+    monkeypatch.setattr(torch, "bmm", product_of_a_device)
+    x, c = torch.randn(1, 400, 24), torch.randn(1, 300, 24)
+    expected = reference.nearest(x, c)
+    allow()
+    before = settings()
+    INDICES.same(pytorch.nearest(x, c), expected)
+    assert settings() == before
+    torch.backends.fp32_precision = "ieee"  # what was inherited is so still
+    if allow is of_everything:
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize("allow", [medium, high])
+def test_the_model_of_a_coarser_product_is_wrong(monkeypatch, as_before, allow):
+    """Or the test above would not see it."""
+    monkeypatch.setattr(torch, "bmm", product_of_a_device)
+    monkeypatch.setattr(search, "full_precision", lambda _device: contextlib.nullcontext())
+    x, c = torch.randn(1, 4000, 24), torch.randn(1, 1000, 24)
+    allow()
+    assert (pytorch.nearest(x, c) != reference.nearest(x, c)).any()
+
+
+def test_threads_share_the_setting(as_before):
+    medium()
+    before, inside, leave, seen = settings(), threading.Barrier(2), threading.Event(), []
+
+    def first():
+        with precision.full_precision(torch.device("cpu")):
+            inside.wait()
+            leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    with precision.full_precision(torch.device("cpu")):
+        leave.set()
+        thread.join()
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+    assert seen == ["ieee"] and settings() == before
+
+
+def test_autocast_changes_nothing():
+    x, c = torch.randn(1, 300, 24), torch.randn(1, 300, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pytorch.nearest(x, c)
+    INDICES.same(found, reference.nearest(x, c))
+
+
+# What it waits for
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        self.count += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What decides whether to ask is that of a GPU."""
+    monkeypatch.setattr(search, "at_once", lambda _device: 1 << 22)
+    monkeypatch.setattr(codebooks, "asking_is_free", lambda _device: False)
+
+
+@pytest.fixture
+def must_not_wait(monkeypatch, on_a_gpu):
+    monkeypatch.setattr(search, "may_wait", lambda _device: False)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", SEARCHES)
+def test_without_waiting_it_finds_the_same(must_not_wait, case, metric):
+    x, c = SEARCHES[case]()
+    with Waits() as waits:
+        found = pytorch.nearest(x, c, None, metric)
+        several = pytorch.nearest_topk(x, c, min(3, c.shape[1]), None, metric)
+    assert waits.count == 0
+    INDICES.same(found, reference.nearest(x, c, metric=metric))
+    ORDER.same(several, reference.nearest_topk(x, c, min(3, c.shape[1]), metric=metric), equal_nan=True)
+
+
+def test_ordinary_data_waits_once(on_a_gpu):
+    x, c = torch.randn(1, 2000, 16), torch.randn(1, 300, 16)
+    with Waits() as waits:
+        found = pytorch.nearest(x, c)
+    assert waits.count == 1
+    INDICES.same(found, reference.nearest(x, c))
+    with Waits() as waits:  # more open rows than are compared at once, with more near codes than a list holds
+        found = pytorch.nearest(1e12 + 0 * x.double(), c.repeat(1, 20, 1) + 1e-3 * torch.randn(1, 6000, 16))
+    assert waits.count == 3
+
+
+def test_without_waiting_too_many_rows_fail(must_not_wait, monkeypatch):
+    monkeypatch.setattr(search, "SCANNED_UNASKED", 1)
+    x, c = torch.zeros(1, 50, 16), 2.0 * torch.randint(2, (1, 100, 16)) - 1  # all codes are as far from 0
+    with pytest.raises(RuntimeError, match="more rows are equally near to many codes"):
+        pytorch.nearest(x, c)
+
+
+# Devices without float64
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 but in what runs on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.at_home = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            wide = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64
+            assert not wide or self.at_home, f"{func} in float64"
+        return result
+
+
+@pytest.fixture
+def without_float64(monkeypatch):
+    mode = NoFloat64()
+
+    def at_home(function):
+        def run(*arguments, **options):
+            mode.at_home += 1
+            try:
+                return function(*arguments, **options)
+            finally:
+                mode.at_home -= 1
+
+        return run
+
+    for module in (search, codebooks, distance, host, importlib.import_module("vqops.pytorch.quantize")):
+        monkeypatch.setattr(module, "has_float64", lambda _device: mode.at_home > 0)
+    for name in ("prepare_codes", "decide", "scan"):
+        monkeypatch.setattr(search, name, at_home(getattr(search, name)))
+    monkeypatch.setattr(torch.Tensor, "cpu", at_home(torch.Tensor.cpu))
+    return mode
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", ["normal", "heads", "heavy_tails", "near_ties", "one_code_x_1e15", "not_finite_rows"])
+def test_a_search_without_float64(request, case, metric):
+    x, c = SEARCHES[case]()
+    expected = reference.nearest(x, c, metric=metric)
+    with request.getfixturevalue("without_float64"):
+        found = pytorch.nearest(x, c, None, metric)
+        again = pytorch.nearest(x, c, None, metric, pytorch.prepare(c, metric))
+    INDICES.same(found, expected)
+    INDICES.same(again, expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_needs_float64_is_computed_on_the_cpu(request, monkeypatch, metric):
+    """`on_host` of all the others: with stand-ins for the move, since here both are the CPU."""
+    x, c = SEARCHES["heads"]()
+    expected = reference.quantize(x, c, metric=metric, with_sums=True)
+    several = reference.nearest_topk(x, c, 3, metric=metric)
+    averages = [torch.rand(3, 40), torch.randn(3, 40, 11), c.clone()]
+    updated = [t.clone() for t in averages]
+    reference.ema_update_(*updated, expected[3], expected[4], torch.tensor(0.9), metric=metric)
+    mode = request.getfixturevalue("without_float64")
+    moved = []
+
+    def arrive(tensor):
+        moved.append(tensor)
+        mode.at_home = 1
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "cpu", arrive)
+    found = pytorch.quantize(x, c, None, None, metric, "none", True)
+    mode.at_home = 0
+    ORDER.same(found, expected)
+    ORDER.same(pytorch.nearest_topk(x, c, 3, None, metric), several)
+    mode.at_home = 0
+    pytorch.ema_update_(*averages, expected[3], expected[4], torch.tensor(0.9), 1e-5, None, metric)
+    ORDER.same(averages, updated)
+    assert moved
+
+
+# Memory, and sums
+
+
+def test_nothing_is_as_large_as_rows_times_codes():
+    x, c = torch.randn(1, 20000, 4), torch.randn(1, 8000, 4)
+    with LargestTemporaries() as memory:
+        pytorch.nearest(x, c)
+    assert 20000 * 4 < memory.most < 20000 * 8000 * 4 / 20
+
+
+def test_sums_follow_the_deterministic_flag():
+    x, indices, weight = torch.randn(2, 3000, 5), torch.randint(-1, 4, (2, 3000)), torch.rand(2, 3000)
+    for given in (None, weight):
+        expected = reference.code_sums(x, indices, 4, given)
+        torch.use_deterministic_algorithms(True)
+        ORDER.same(pytorch.code_sums(x, indices, 4, given), expected)
+        torch.use_deterministic_algorithms(False)
+        found = pytorch.code_sums(x, indices, 4, given)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert given is not None or (found[0] == expected[0]).all()
+
+
+def test_repeats():
+    c = torch.tensor([[[1.0, 2], [0.0, 3], [1.0, 2], [-0.0, 3], [1.0, 2], [3.0, 0]]])
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert codebooks.repeats(c.to(dtype)).tolist() == [[False, False, True, True, True, False]]
+    many = torch.randn(3, 500, 7)
+    many[:, 250:] = many[:, :250].flip(1)
+    assert codebooks.repeats(many).tolist() == [[False] * 250 + [True] * 250] * 3
+
+
+def test_a_preparation_is_as_large_as_it_says():
+    for shape in ((1, 1, 1), (2, 300, 20), (3, 33, 17)):
+        packed = pytorch.prepare(torch.randn(shape))
+        assert packed.shape == (codebooks.packed_bytes(*shape),) and packed.dtype == torch.uint8
+        codes = codebooks.unpack(packed, torch.Size(shape))
+        REPEATS.same(codebooks.pack(codes), packed)
+
+
+def test_rows_that_are_no_numbers_cost_no_scan():
+    x = torch.randn(1, 300, 8)
+    x[0, ::2] = torch.nan
+    assert pytorch.search_statistics(x, torch.randn(1, 50, 8)).tolist()[2:] == [0, 150]
+    assert vqops.nearest(x, torch.randn(1, 50, 8), implementation="pytorch").eq(-1).sum() == 150
+
+
+def test_lists_hold_the_candidates_that_the_docs_say():
+    assert decide.CANDIDATES == 16

@@ -1,0 +1,55 @@
+"""Products in the precision of their operands, whatever the caller allows for his own."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+LOCK = threading.Lock()
+inside = 0  # threads that are in `full_precision` now
+before: tuple[str, str, str] | None = None  # the caller's settings, while any is
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32 or bfloat16 in float32 products, and no autocast. PyTorch keeps the first per process, not per thread:
+    the first thread to enter sets it and the last to leave sets it back."""
+    global inside, before
+    with LOCK:
+        if inside == 0:
+            before = raise_precision()
+        inside += 1
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with LOCK:
+            inside -= 1
+            if inside == 0:
+                restore_precision(before)
+
+
+def raise_precision() -> tuple[str, str, str] | None:
+    """Returns what `restore_precision` needs, or None where nothing had to change."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    if {cuda.fp32_precision, cpu.fp32_precision} <= {"none", "ieee"}:
+        return None
+    # A value that is inherited stays so: "none" asks the backend, or torch.backends.
+    found = [
+        "none" if matmul.fp32_precision == backend.fp32_precision else matmul.fp32_precision
+        for matmul, backend in ((cuda, torch.backends.cudnn), (cpu, torch.backends.mkldnn))
+    ]
+    cuda.fp32_precision = cpu.fp32_precision = "ieee"
+    old = torch.get_float32_matmul_precision()  # the older setting, which raises where the two disagree
+    torch.set_float32_matmul_precision("highest")
+    cuda.fp32_precision = cpu.fp32_precision = "ieee"
+    return old, *found
+
+
+def restore_precision(settings: tuple[str, str, str] | None) -> None:
+    if settings is not None:
+        old, cuda, cpu = settings
+        torch.set_float32_matmul_precision(old)
+        torch.backends.cuda.matmul.fp32_precision = cuda
+        torch.backends.mkldnn.matmul.fp32_precision = cpu

@@ -1,0 +1,154 @@
+"""The nearest codes: a product in float32 with bounds, and float64 for the rows that the bounds leave open."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqops.pytorch import bound
+from vqops.pytorch.codebook import Codes, asking_is_free, pack, prepare_codes, unpack, with_repeats
+from vqops.pytorch.decide import decide, scan
+from vqops.pytorch.host import on_host
+from vqops.pytorch.precision import full_precision
+from vqops.pytorch.screen import screen
+from vqops.reference.distance import has_float64, is_finite
+from vqops.reference.search import distances_of
+
+CERTIFIED, DECIDED, SCANNED, WITHOUT = range(4)  # the tiers of search_statistics
+SCANNED_UNASKED = 1 << 24  # elements of rows x codes that are compared in any case where the host may not ask
+
+
+class Found(NamedTuple):
+    indices: Tensor  # [H, N, k]
+    tiers: Tensor  # [H, N]
+    costs: Tensor | None = None  # [H, N, k] float64, for several codes
+
+
+def nearest(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    mask: Tensor | None = None,  # [H, N] bool
+    metric: str = "euclidean",
+    prepared: Tensor | None = None,
+) -> Tensor:  # [H, N] int64
+    return search(x, codebook, mask, metric, prepared).indices.squeeze(-1)
+
+
+def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepared: Tensor | None) -> Found:
+    """The nearest code of each row, and the tier that decided it."""
+    usable = is_finite(x) if mask is None else is_finite(x) & mask
+    with full_precision(x.device):
+        codes = prepare_codes(codebook, metric, torch.float32) if prepared is None else unpack(prepared, codebook.shape)
+        index, is_open = screen(x, codes, metric)
+        if metric == "cosine":  # x = 0 costs 0 with every code
+            present = codes.matrix[..., x.shape[-1] + 1] < bound.ABSENT[torch.float32] / 2  # [H, K]
+            trivial = (x == 0).all(-1) & present.any(1, keepdim=True)
+            index = torch.where(trivial, present.byte().argmax(1, keepdim=True), index)
+            is_open = is_open & ~trivial
+        found = Found(index.where(usable, -1).unsqueeze(-1), torch.where(usable, CERTIFIED, WITHOUT))
+        return resolve(x, codebook, codes, 1, metric, is_open & usable, found)
+
+
+@on_host
+def nearest_topk(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    k: int,
+    mask: Tensor | None = None,  # [H, N] bool
+    metric: str = "euclidean",
+    prepared: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # indices [H, N, k] int64, distances [H, N, k] float32 (float64 for float64 x)
+    """Every row takes candidates."""
+    usable = is_finite(x) if mask is None else is_finite(x) & mask
+    with full_precision(x.device):
+        codes = prepare_codes(codebook, metric, torch.float32) if prepared is None else unpack(prepared, codebook.shape)
+        shape = (*usable.shape, k)
+        costs = x.new_full(shape, math.nan, dtype=torch.float64)
+        found = Found(x.new_full(shape, -1, dtype=torch.int64), torch.where(usable, DECIDED, WITHOUT), costs)
+        indices, _, costs = resolve(x, codebook, with_repeats(codes), k, metric, usable, found)
+    return indices, distances_of(costs, indices, x, mask, metric)
+
+
+def resolve(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    codes: Codes,  # in float32
+    k: int,
+    metric: str,
+    is_open: Tensor,  # [H, N] bool
+    found: Found,
+) -> Found:
+    """`found` with the open rows decided: among the codes that float32 leaves, then that float64 leaves, then all.
+
+    The host waits for the device to learn how many rows are open: once where they are few, again for each further
+    tier. Where it may not wait (a CUDA graph is captured, or torch.cuda.set_sync_debug_mode("error")), a tier takes a
+    fixed number of rows, and an assertion on the device fails if the last one leaves any.
+    """
+    (H, N, D), K, waits = x.shape, codebook.shape[1], may_wait(x.device)
+    there = x.device if has_float64(x.device) else torch.device("cpu")
+    codebook = codebook.to(there)
+    unasked = (N if k > 1 else max(64, N // 8), max(16, N // 64), max(1, SCANNED_UNASKED // (H * K * D)))
+    for tier, slots in enumerate(unasked):
+        count = int(is_open.sum(1).max()) if waits and N > 0 else min(N, slots)
+        if count == 0:
+            return found
+        slot = is_open.cumsum(1) - 1
+        taken = is_open & (slot < count)
+        rows = slot.new_zeros(H, count + 1)  # the last one takes the rows that have no slot
+        rows.scatter_(1, slot.where(taken, count), torch.arange(N, device=x.device).expand(H, N))
+        given = x.gather(1, rows[:, :count, None].expand(H, count, D)).to(there)
+        few = waits and H * count * K * D <= at_once(x.device)
+        if few or tier == 2:
+            costs, indices, decided = scan(given, codebook, k, metric)
+        else:
+            if tier == 1:
+                codes = prepare_codes(codebook, metric, torch.float64)
+                codes = codes if k == 1 else with_repeats(codes)
+            costs, indices, decided = decide(given, codebook, Codes(*(part.to(there) for part in codes)), k, metric)
+        back = slot.clamp_(0, count - 1)
+        done = taken & decided.to(x.device).gather(1, back)
+        is_open = is_open & ~done
+        back, done = back.unsqueeze(-1).expand(H, N, k), done.unsqueeze(-1)
+        found = Found(
+            indices.to(x.device).gather(1, back).where(done, found.indices),
+            found.tiers.masked_fill(done.squeeze(-1), SCANNED if few or tier == 2 else DECIDED),
+            None if found.costs is None else costs.gather(1, back).where(done, found.costs),
+        )
+        if few:
+            return found
+    if not waits:
+        torch._assert_async(
+            ~is_open.any(),
+            "vqops: more rows are equally near to many codes than a search that may not wait for the GPU has room for",
+        )
+    return found
+
+
+def at_once(device: torch.device) -> int:
+    """Elements of rows x codes that are compared sooner than the host learns what a further tier would leave."""
+    return 0 if asking_is_free(device) else 1 << 22
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether the host may wait for the device."""
+    if device.type != "cuda":
+        return True
+    return not torch.cuda.is_current_stream_capturing() and torch.cuda.get_sync_debug_mode() < 2
+
+
+def prepare(
+    codebook: Tensor,  # [H, K, D]
+    metric: str = "euclidean",
+) -> Tensor:  # [packed_bytes] uint8
+    return pack(prepare_codes(codebook, metric, torch.float32))
+
+
+def search_statistics(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    metric: str = "euclidean",
+) -> Tensor:  # [4] int64
+    indices, tiers, _ = search(x, codebook, None, metric, None)
+    tiers = tiers.masked_fill(indices.squeeze(-1) < 0, WITHOUT)  # a scan can end so, too
+    return torch.stack([(tiers == tier).sum() for tier in range(4)])

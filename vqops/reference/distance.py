@@ -23,7 +23,8 @@ def lanes(t: Tensor) -> Tensor:  # [..., D] -> float64 [ceil(D / 8), ..., 8]
     """Element i in lane i mod 8, padded with zeros."""
     if not has_float64(t.device):
         raise RuntimeError(f"vqops: device {t.device.type} has no float64, which this needs; move x to the CPU")
-    return F.pad(t.double(), (0, -t.shape[-1] % 8)).unflatten(-1, (-1, 8)).movedim(-2, 0)
+    t, short = t.double(), -t.shape[-1] % 8
+    return (F.pad(t, (0, short)) if short else t).unflatten(-1, (-1, 8)).movedim(-2, 0)
 
 
 def lane_sum(steps: Iterable[Tensor]) -> Tensor:  # each [..., 8] -> [...]
@@ -42,7 +43,8 @@ def squared_distance(x: Tensor, c: Tensor) -> Tensor:  # [..., D], [..., D] -> f
 
 def squared_error(x: Tensor, c: Tensor) -> Tensor:  # [..., D], [..., D] -> float64 [...]
     """The same, with D float64 values at once for each pair: faster where the pairs are few."""
-    return lane_sum(lanes((x.double() - c.double()).square_()))
+    difference = x.double() - c.double()
+    return lane_sum(lanes(difference.square_()))
 
 
 def dot(x: Tensor, c: Tensor) -> Tensor:  # [..., D], [..., D] -> float64 [...]

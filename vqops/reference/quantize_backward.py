@@ -43,10 +43,13 @@ def quantize_backward(
         q = gather(codebook, chosen).to(real)
         q = q.masked_fill_(lost_rows(chosen, None if mask is None else mask[:, rows]), math.nan)
         given = x[:, rows].to(real)
-        norm = given.norm(dim=-1, keepdim=True).clamp_min_(TINY)
-        start = given if metric == "euclidean" else given / norm
-        g = torch.zeros_like(start)
-        if grad_quantized is not None and gradient != "none":
+        start = given
+        if metric == "cosine":
+            norm = given.norm(dim=-1, keepdim=True).clamp_min_(TINY)
+            start = given / norm
+        if grad_quantized is None or gradient == "none":
+            g = torch.zeros_like(start)
+        else:
             g = grad_quantized[:, rows].to(real)
             g = g if gradient == "straight_through" else rotate_back(g, start, q)
         difference = None
@@ -57,8 +60,8 @@ def quantize_backward(
             if metric == "cosine":  # through x / max(|x|, 1e-6)
                 along = (start * g).sum(-1, keepdim=True) * start
                 g = torch.where(norm > TINY, g - along, g) / norm
-            off = torch.zeros_like(chosen, dtype=torch.bool) if mask is None else ~mask[:, rows]
-            grad_x[:, rows] = g.masked_fill(off.unsqueeze(-1), 0).to(x.dtype)
+            g = g if mask is None else g.masked_fill(~mask[:, rows, None], 0)
+            grad_x[:, rows] = g.to(x.dtype)
         if codebook_needed and difference is not None:
             pull = (-codebook_error_scale * difference).masked_fill_((chosen < 0).unsqueeze(-1), 0)
             runs.index_add_(0, slots.of_row[:, rows].flatten(), pull.flatten(0, 1))

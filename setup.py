@@ -1,8 +1,10 @@
 """Builds `vqops._C`, and is the build backend of pyproject.toml: the build uses the torch that will run it.
 
 Build isolation hides the environment that vqops is installed into. Here its torch is found again, so that nothing is
-downloaded when it is there. VQOPS_CUDA=0 leaves CUDA out, VQOPS_CUDA=1 makes it an error if it has to be left out;
-CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs, CXX the compiler.
+downloaded when it is there. VQOPS_CUDA=0 leaves CUDA out, VQOPS_CUDA=1 makes it an error if it has to be left out.
+CUDA is compiled for the GPUs that the driver shows, and for all of ARCHITECTURES where it shows none; VQOPS_CUDA_ARCHS
+is `all`, or names some of them. CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST any GPUs, CXX the compiler, MAX_JOBS
+the number of files that ninja compiles at a time.
 """
 
 import os
@@ -13,10 +15,23 @@ import sys
 import tempfile
 from importlib import import_module, metadata
 from pathlib import Path
-from subprocess import check_output
+from subprocess import PIPE, Popen, TimeoutExpired, check_output
 
 NEEDED = {"setuptools": (77,), "torch": (2, 10)}
 ARCHITECTURES = ("80", "90a", "100", "120")  # nvcc's `all-major` and `native` have no 90a: no wgmma
+ASK_DRIVER = """
+from ctypes import CDLL, byref, c_int
+driver, value = CDLL("libcuda.so.1"), c_int()
+def ask(function, *arguments):
+    if error := getattr(driver, function)(byref(value), *arguments):
+        raise SystemExit(f"{function} gives error {error}")
+    return value.value
+if error := driver.cuInit(0):
+    raise SystemExit(error != 100 and f"cuInit gives error {error}")  # 100: there is no GPU
+for number in range(ask("cuDeviceGetCount")):
+    device = ask("cuDeviceGet", number)
+    print(ask("cuDeviceGetAttribute", 75, device), ask("cuDeviceGetAttribute", 76, device))  # major, minor
+"""
 
 
 def numbers(version):
@@ -28,16 +43,29 @@ def missing(*packages):
     return [f"{p}>={'.'.join(map(str, NEEDED[p]))}" for p in packages if found[p] < NEEDED[p]]
 
 
+def environments():
+    """The Pythons that vqops may be installed for: this one, and the maker of a venv that is for this build only."""
+    config = Path(sys.prefix, "pyvenv.cfg").resolve()
+    temporary = config.is_file() and config.is_relative_to(Path(tempfile.gettempdir()).resolve())
+    return [sys.executable, *re.findall("^command = (.*?) -m venv ", config.read_text() if temporary else "", re.M)]
+
+
 def expose_torch():
     """Append the path of the environment that vqops is installed into, unless torch is in sight already."""
-    pythons, config = [sys.executable], Path(sys.prefix, "pyvenv.cfg").resolve()
-    if config.is_file() and config.is_relative_to(Path(tempfile.gettempdir()).resolve()):  # a venv for this build only
-        pythons += re.findall("^command = (.*?) -m venv ", config.read_text(), re.M)  # made by that environment
     unhidden = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
-    for python in pythons:
+    for python in environments():
         if missing("torch"):
             path = check_output([python, "-c", "import sys; print(*sys.path[1:], sep='\\n')"], env=unhidden, text=True)
             sys.path += [folder for folder in path.splitlines() if folder not in sys.path]
+
+
+def expose_ninja():
+    """Whether there is ninja. Beside the Python of an environment that is not activated it is put on PATH."""
+    for python in environments():
+        folder = str(Path(python).parent)
+        if not shutil.which("ninja") and shutil.which("ninja", path=folder):
+            os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), folder])
+    return bool(shutil.which("ninja"))
 
 
 def find_toolkit():
@@ -65,13 +93,62 @@ def why_no_cuda(request, sources, torch_cuda, toolkit):
     return None
 
 
-def architecture_flags(nvcc):
-    """Machine code for those of ARCHITECTURES that nvcc knows, and PTX for GPUs to come, which 90a's is not."""
+def visible_gpus(question=ASK_DRIVER, seconds=30):
+    """Compute capabilities, or why there are none. Not asked of torch, which may be built without CUDA."""
+    asked = Popen([sys.executable, "-I", "-c", question], stdout=PIPE, stderr=PIPE, text=True)  # a driver can crash
+    try:
+        printed, complaint = asked.communicate(timeout=seconds)
+    except TimeoutExpired:
+        asked.kill()  # and not waited for: what hangs in a driver may not end
+        return [], f"the driver gave no answer in {seconds} s"
+    if asked.returncode:
+        return [], (complaint.splitlines() or [f"the driver ended the process with {asked.returncode}"])[-1]
+    return sorted({tuple(map(int, line.split())) for line in printed.splitlines()}), "the driver has none"
+
+
+def known_architectures(nvcc):
     known = check_output([nvcc, "--list-gpu-arch"], text=True).split()
-    chosen = [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
-    lasting = [a for a in chosen if not a.endswith("a")][-1:]
+    return [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
+
+
+def choose_architectures(request, gpus, known):
+    """Those of `known` to compile for, maybe none, and why. `request` is VQOPS_CUDA_ARCHS, `gpus` as visible_gpus()."""
+    capabilities, why_none = gpus
+    if request == "all":
+        return known, "VQOPS_CUDA_ARCHS=all"
+    if named := request.replace(",", " ").split():
+        if set(named) - set(known):
+            raise SystemExit(f"vqops: VQOPS_CUDA_ARCHS={request}, but it must be all, empty or of: {' '.join(known)}")
+        return [a for a in known if a in named], f"VQOPS_CUDA_ARCHS={request}"
+    if not capabilities:
+        return known, f"no GPU is visible: {why_none}"
+    served = {gpu: serving(gpu, known) for gpu in capabilities}
+    chosen = [a for a in known if a in served.values()]
+    old = ", ".join(f"{major}.{minor}" for (major, minor), by in served.items() if not by)
+    too_old = [f"compute capability {old} is too old, the kernels need 8.0"] * bool(old)
+    return chosen, "; ".join(["for the GPUs here"] * bool(chosen) + too_old)
+
+
+def serving(gpu, known):
+    """The newest of `known` whose code runs on a GPU, beyond its major version as PTX, or None; 90a's on 9.0 alone."""
+    number = 10 * gpu[0] + gpu[1]
+    return next((a for a in reversed(known) if (a.isdigit() and int(a) <= number) or a == f"{number}a"), None)
+
+
+def architecture_flags(chosen):
+    """Machine code, and PTX for GPUs to come, which 90a's is not."""
+    lasting = [a for a in chosen if a.isdigit()][-1:]
     pairs = [(a, f"sm_{a}") for a in chosen] + [(a, f"compute_{a}") for a in lasting]
     return [f"-gencode=arch=compute_{a},code={code}" for a, code in pairs]
+
+
+def gpu_flags(nvcc):
+    """nvcc's flags for the GPUs to compile for, none where the kernels run on none of those here, and why."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return import_module("torch.utils.cpp_extension")._get_cuda_arch_flags(), "TORCH_CUDA_ARCH_LIST"
+    request, known = os.environ.get("VQOPS_CUDA_ARCHS", ""), known_architectures(nvcc)
+    chosen, why = choose_architectures(request, visible_gpus(), known)
+    return architecture_flags(chosen), why
 
 
 def extension():
@@ -88,30 +165,38 @@ def extension():
     cpp, cu = ([file for file in files if file.endswith(suffix)] for suffix in (".cpp", ".cu"))
     request, (folder, toolkit) = os.environ.get("VQOPS_CUDA", ""), find_toolkit() if cu else (None, None)
     why = why_no_cuda(request, cu, numbers(torch.version.cuda or ""), toolkit)
-    if (why and request == "1") or request not in ("", "0", "1"):
-        raise SystemExit(f"vqops: VQOPS_CUDA={request}, but {why if request == '1' else 'it must be 0, 1 or empty'}")
+    gencode, reason = ([], why) if why else gpu_flags(f"{folder}/bin/nvcc")
+    if (not gencode and request == "1") or request not in ("", "0", "1"):
+        raise SystemExit(f"vqops: VQOPS_CUDA={request}, but {reason if request == '1' else 'it must be 0, 1 or empty'}")
     cxx_flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
     nvcc_flags = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
-    cuda, link = f"left out: {why}", {}
-    if not why:
+    cuda, link = f"left out: {reason}", {}
+    if gencode:
         cpp_extension.CUDA_HOME = folder  # None in a torch without CUDA
         cpp_extension._check_cuda_version = lambda *_: None  # the stable ABI has no CUDA in it: versions may differ
-        named = os.environ.get("TORCH_CUDA_ARCH_LIST")  # torch makes flags of it if none of ours has "arch" in it
-        nvcc_flags += [] if named else architecture_flags(f"{folder}/bin/nvcc")
-        architectures = named or " ".join(re.findall(r",code=(\w+)", " ".join(nvcc_flags)))
-        nvcc_flags += [f"-DVQOPS_WGMMA={int('90a' in architectures.replace('.', ''))}"]
+        architectures = " ".join(flag.rpartition("=")[2] for flag in gencode)
+        nvcc_flags += [*gencode, f"-DVQOPS_WGMMA={int('90a' in architectures)}"]
         cuda = f"{toolkit[0]}.{toolkit[1]} for {architectures}"
-        link = {"libraries": ["cudart_static", "rt", "pthread", "dl"], "library_dirs": [f"{folder}/lib64"]}
-    print(f"vqops: building for torch {torch.__version__} in {torch.__path__[0]}; CUDA {cuda}")
+        link = {
+            "libraries": ["cudart_static", "rt", "pthread", "dl"],
+            "library_dirs": [f"{folder}/lib64"],
+            # libtorch leads to the symbol of the current stream, which is weak: a linker would drop the library.
+            "extra_link_args": ["-Wl,--no-as-needed", "-ltorch"],
+        }
+    why_these = f" ({reason})" if gencode else ""
+    print(f"vqops: building for torch {torch.__version__} in {torch.__path__[0]}; CUDA {cuda}{why_these}")
+    if not expose_ninja():
+        print("vqops: ninja is not found, so files are compiled one after another")
     module = cpp_extension.CppExtension(
         "vqops._C",
-        cpp if why else cpp + cu,
+        cpp + cu if gencode else cpp,
         depends=files,
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args={"cxx": [*cxx_flags, f'-DVQOPS_CUDA_BUILD="{cuda}"'], "nvcc": nvcc_flags},
         **link,
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    forced = {"build_ext": {"force": True}}  # what is there may be of other variables; ninja knows its commands
+    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}, "options": forced}
 
 
 def hook(name):
@@ -130,6 +215,7 @@ else:  # imported by pip, build or uv, maybe before there is a setuptools
         return missing("setuptools")
 
     def get_requires_for_build_wheel(config_settings=None):
-        return missing("setuptools", "torch")
+        needed = missing("setuptools", "torch")
+        return needed if expose_ninja() or not missing("torch") else [*needed, "ninja"]  # downloads only beside torch
 
     get_requires_for_build_editable = get_requires_for_build_wheel

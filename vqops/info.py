@@ -1,6 +1,7 @@
 """The build, what this machine uses of it, and the implementation that each op takes: `vqops info`."""
 
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vqops.dispatch import choice
 
 
 def report() -> str:
+    devices = cuda_devices()
     facts = {
         "vqops": f"{vqops.__version__} in {Path(vqops.__file__).parent}",
         "torch": f"{torch.__version__} (built with {_C.torch}, runs with {_C.oldest_torch} and newer)",
@@ -21,13 +23,13 @@ def report() -> str:
         "compiler": _C.compiler,
         "CPU kernels": f"{', '.join(_C.instruction_sets.split())}; in use: {_C.instruction_set()}",
         "CPU threads": str(torch.get_num_threads()),
-        "CUDA kernels": _C.cuda,
-        "CUDA devices": ", ".join(cuda_devices()) or "none found",
+        "CUDA kernels": cuda_kernels(_C.cuda, devices),
+        "CUDA devices": ", ".join(map(device_name, devices)) or "none found",
     }
     implementations = vqops.implementations()
-    devices = list(next(iter(implementations.values())))
-    ops = [["op", *(f"on {device}" for device in devices)]]
-    ops += [[op, *(", ".join(by_device[device]) for device in devices)] for op, by_device in implementations.items()]
+    kinds = list(next(iter(implementations.values())))
+    ops = [["op", *(f"on {kind}" for kind in kinds)]]
+    ops += [[op, *(", ".join(by_kind[kind]) for kind in kinds)] for op, by_kind in implementations.items()]
     return "\n\n".join([table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), defaults()])
 
 
@@ -68,9 +70,38 @@ def installed(package: str) -> str:
         return "not found"
 
 
-def cuda_devices() -> list[str]:
+Device = tuple[str, tuple[int, int]]  # its name and compute capability
+
+
+def cuda_devices() -> list[Device]:
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [f"{device.name} (sm_{device.major}{device.minor})" for device in devices]
+    return [(device.name, (device.major, device.minor)) for device in devices]
+
+
+def device_name(device: Device) -> str:
+    name, (major, minor) = device
+    return f"{name} (sm_{major}{minor})"
+
+
+def cuda_kernels(built: str, devices: list[Device]) -> str:
+    """What is built, and the devices that it has no code for."""
+    codes = re.findall(r"(sm|compute)_(\d+)(\d)(a?)", built)
+    bare = [device for device in devices if codes and not any(runs_on(code, device[1]) for code in codes)]
+    if not bare:
+        return built
+    return (
+        f"{built}; no code for {', '.join(map(device_name, bare))}. In the source folder, with VQOPS_CUDA_ARCHS and "
+        "TORCH_CUDA_ARCH_LIST unset: pip install --force-reinstall --no-deps ."
+    )
+
+
+def runs_on(code: tuple[str, str, str, str], capability: tuple[int, int]) -> bool:
+    """sm_80 runs on 8.x, sm_90a on 9.0 alone, and compute_80, which is PTX, on 8.0 and all that came later."""
+    kind, major, minor, exact = code
+    least = int(major), int(minor)
+    if exact:
+        return capability == least
+    return capability >= least and (kind == "compute" or capability[0] == least[0])
 
 
 def table(rows: list[list[str]]) -> str:

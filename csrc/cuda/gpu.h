@@ -1,66 +1,30 @@
-// Launches on a GPU, and workspace.
+// The GPU of a tensor, its stream of torch, and workspace.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../bindings.h"
-#include "block.h"
-#include "memory.h"
 #include "code_sums.h"
+#include "launch.h"
+#include "memory.h"
 
 // Torch's shim of its CUDA half, which a torch without CUDA does not have: weak, so that the kernels load there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace vqops::cuda {
 
-inline void check(cudaError_t error, const char* what) {
-    STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+inline cudaStream_t current_stream(int32_t device) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "vqops: this torch has no CUDA");
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "vqops: torch has no current stream");
+    return static_cast<cudaStream_t>(stream);
 }
 
-template <class Kernel>
-constexpr bool kNeedsWgmma = requires { requires Kernel::Cores::kWarpgroups; };
-
-// Blocks of an SM that registers must suffice for; 0: the compiler's choice, which spills where many seem to fit.
-template <class Kernel>
-constexpr int kBlocksAtOnce = requires { requires Kernel::kAllRegisters; } ? 1 : 0;
-
-template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, kBlocksAtOnce<Kernel>) run(const __grid_constant__ Kernel kernel) {
-    if constexpr (kHasWgmma || !kNeedsWgmma<Kernel>) {  // the others are never launched here
-        extern __shared__ __align__(1024) unsigned char memory[];
-        DeviceBlock block = {int64_t(blockIdx.x)};
-        kernel(block, *reinterpret_cast<typename Kernel::Shared*>(memory));
-    }
-}
-
-// Runs on the device of `on` and its current stream, without a synchronisation.
-class Gpu {
+// Runs on the device of `on` and its current stream.
+class Gpu : public Stream {
 public:
-    explicit Gpu(const Tensor& on) : guard_(on.get_device_index()), on_(on) {
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "vqops: this torch has no CUDA");
-        void* stream = nullptr;
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream) == 0,
-                        "vqops: torch has no current stream");
-        stream_ = static_cast<cudaStream_t>(stream);
-    }
-
-    template <class Kernel>
-    void launch(const Kernel& kernel) const {
-        const int64_t blocks = kernel.blocks();
-        if (blocks == 0) return;
-        STD_TORCH_CHECK(blocks <= INT32_MAX, "vqops: the input is too large, it takes ", blocks, " blocks");
-        const size_t shared = kernel.shared_bytes();
-        if (shared > 48 * 1024)
-            check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "vqops");
-        run<Kernel><<<unsigned(blocks), Kernel::kThreads, shared, stream_>>>(kernel);
-        check(cudaGetLastError(), "vqops");
-    }
-
-    void sort(const RowsByCode& sorted) const;  // sort.cu
-    void fill(void* data, int byte, int64_t bytes) const {
-        check(cudaMemsetAsync(data, byte, size_t(bytes), stream_), "vqops");
-    }
+    explicit Gpu(const Tensor& on)
+        : Stream(current_stream(on.get_device_index())), guard_(on.get_device_index()), on_(on) {}
 
     // Workspace that torch takes back when the stream is done with it.
     Tensor allocate(int64_t bytes) const { return torch::stable::new_empty(on_, {bytes}, ScalarType::Byte); }
@@ -68,10 +32,7 @@ public:
 private:
     torch::stable::accelerator::DeviceGuard guard_;
     const Tensor& on_;
-    cudaStream_t stream_ = nullptr;
 };
-
-size_t sort_bytes(int64_t rows, int64_t codes);  // sort.cu
 
 // Rows by their codes, for kernels that index rows and codes of all heads by 32 bits. Indices that are no code count as
 // -1; Python has asserted on the device that there are none.

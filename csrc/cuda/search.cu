@@ -69,8 +69,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
         using T = decltype(typed);
         const SearchInputs<T> in = {{H, N, K, D, cosine}, rows.as<T>(), rows_of(op, codebook), mask_of(mask)};
         const Abilities able = abilities_of(x.get_device_index());
-        int64_t shares = 0;  // no fast pass fits
-        with_screen(in, out, Preparation{}, able, [&](const auto& kernel) { shares = shares_in(kernel); });
+        const int64_t shares = search_shares(in, out, able);
         const Tensor memory = gpu.allocate(SearchWork::bytes(H, N, K, shares));
         const Tensor packed = prepared ? *prepared : gpu.allocate(shares ? packed_bytes(codebook) : 0);
         Memory pieces(memory.mutable_data_ptr());
@@ -79,7 +78,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
         Preparation codes = preparation(op, codebook, cosine, packed, work.marks);
         if (!shares) codes.memory = nullptr;
         else if (!prepared) pack_codebook(gpu, codes);
-        search(gpu, in, out, codes, able);
+        search<Stream>(gpu, in, out, codes, able);
     });
 }
 

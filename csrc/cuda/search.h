@@ -24,29 +24,21 @@ int64_t shares_of(const Kernel& kernel, const Abilities& gpu) {
     return most < 2 || fitting < 2 ? 1 : fitting < most ? fitting : most;
 }
 
-template <class Kernel>
-int64_t shares_in(const Kernel& kernel) {
-    if constexpr (requires { kernel.shares; }) return kernel.shares;
-    else return 1;
+// body(kernel) if its shared memory fits.
+template <class Kernel, class Body>
+bool with_kernel(Kernel kernel, const Abilities& abilities, const Body& body) {
+    if (kernel.shared_bytes() > abilities.shared_bytes) return false;
+    if constexpr (requires { kernel.shares; }) kernel.shares = shares_of(kernel, abilities);
+    body(kernel);
+    return true;
 }
 
-// body(kernel) with the fast pass for this depth and k, false if none fits.
+// body(kernel) with the fast pass for this depth, false if none fits.
 template <class T, class Body>
-bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
-                 const Abilities& abilities, const Body& body) {
+bool with_nearest_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
+                         const Abilities& abilities, const Body& body) {
     const int64_t width = padded(in.D);
-    const auto fits = [&](auto kernel) {
-        if (kernel.shared_bytes() > abilities.shared_bytes) return false;
-        if constexpr (requires { kernel.shares; }) kernel.shares = shares_of(kernel, abilities);
-        body(kernel);
-        return true;
-    };
-    if (out.distances) {
-        if (out.k > kLargestK) return false;
-        if (width == 16) return fits(ScreenTopk<T, 16, 4>{in, out, packed});
-        if (width == 32) return fits(ScreenTopk<T, 32, 4>{in, out, packed});
-        return fits(ScreenTopk<T, 64, 4>{in, out, packed}) || fits(ScreenTopk<T, 64, 2>{in, out, packed});
-    }
+    const auto fits = [&](const auto& kernel) { return with_kernel(kernel, abilities, body); };
     if (width == 16) return fits(Screen<T, WarpCores<4, 2, 3>, 16>{in, out, packed, 1});
     if (width == 32) return fits(Screen<T, WarpCores<4, 2, 3>, 32>{in, out, packed, 1});
     if (abilities.wgmma && width <= 512) {
@@ -62,22 +54,52 @@ bool with_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Prep
            fits(Screen<T, WarpCores<2, 1, 2>, 64>{in, out, packed, 1});
 }
 
-// One search. The fast pass takes all rows and Scan those that it queues, or all where it does not fit or there
-// is no packed codebook.
+// The same with the k nearest.
+template <class T, class Body>
+bool with_topk_screen(const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
+                      const Abilities& abilities, const Body& body) {
+    const int64_t width = padded(in.D);
+    const auto fits = [&](const auto& kernel) { return with_kernel(kernel, abilities, body); };
+    if (out.k > kLargestK) return false;
+    if (width == 16) return fits(ScreenTopk<T, 16, 4>{in, out, packed});
+    if (width == 32) return fits(ScreenTopk<T, 32, 4>{in, out, packed});
+    return fits(ScreenTopk<T, 64, 4>{in, out, packed}) || fits(ScreenTopk<T, 64, 2>{in, out, packed});
+}
+
+// The shares of its codes that the fast pass works in, 0 if none fits.
+template <class T>
+int64_t search_shares(const SearchInputs<T>& in, const SearchOutputs& out, const Abilities& abilities) {
+    int64_t shares = 0;
+    const auto ask = [&](const auto& kernel) {
+        if constexpr (requires { kernel.shares; }) shares = kernel.shares;
+        else shares = 1;
+    };
+    out.distances ? with_topk_screen(in, out, {}, abilities, ask) : with_nearest_screen(in, out, {}, abilities, ask);
+    return shares;
+}
+
+// The launches, defined in passes.h: nvcc takes minutes for them all, and so compiles them by dtype, in search/.
+// The fast passes are false if none fits; scan() takes the rows that they queue, or `everything`.
+template <class Device, class T>
+bool screen(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
+            const Abilities& abilities);
+template <class Device, class T>
+bool screen_topk(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
+                 const Abilities& abilities);
+template <class Device, class T>
+void scan(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, bool everything);
+
+// One search, without a fast pass where there is no packed codebook.
 template <class Device, class T>
 void search(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
             const Abilities& abilities) {
     bool screened = false;
     if (packed.memory) {
         device.fill(out.queued, 0, in.H * int64_t(sizeof(int32_t)));
-        screened = with_screen(in, out, packed, abilities, [&](const auto& kernel) {
-            device.launch(kernel);
-            if (shares_in(kernel) > 1) device.launch(MergeLists<T>{in, out, packed, shares_in(kernel)});
-        });
+        screened = out.distances ? screen_topk(device, in, out, packed, abilities)
+                                 : screen(device, in, out, packed, abilities);
     }
-    const Scan<T> scan = {in, out, !screened};
-    device.launch(scan);
-    device.launch(MergeParts<T>{scan});
+    scan(device, in, out, !screened);
 }
 
 }  // namespace vqops::cuda

@@ -2,7 +2,7 @@
 
 #include <cub/device/device_radix_sort.cuh>
 
-#include "gpu.h"
+#include "launch.h"
 
 namespace vqops::cuda {
 namespace {
@@ -23,7 +23,7 @@ size_t sort_bytes(int64_t rows, int64_t codes) {
     return bytes_needed;
 }
 
-void Gpu::sort(const RowsByCode& s) const {
+void Stream::sort(const RowsByCode& s) const {
     size_t bytes_given = s.temporary_bytes;
     const uint32_t *key = s.key, *row = s.row;
     check(cub::DeviceRadixSort::SortPairs(s.temporary, bytes_given, key, s.keys, row, s.order, int(s.rows()), 0,

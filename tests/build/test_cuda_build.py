@@ -48,7 +48,7 @@ def built(tmp_path_factory):
     shutil.copytree(ROOT / "csrc", source / "csrc", ignore=shutil.ignore_patterns("cpu"))
     shutil.copy(Path(__file__).with_name("cpu_stub.cpp"), source / "csrc")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "VQOPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "", "PATH": path}
+    environment = {**os.environ, "VQOPS_CUDA": "1", "VQOPS_CUDA_ARCHS": "all", "TORCH_CUDA_ARCH_LIST": "", "PATH": path}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

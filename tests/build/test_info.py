@@ -42,3 +42,34 @@ def test_a_package_that_is_not_there_is_said_to_be_missing(monkeypatch, package)
 
 def test_columns_line_up():
     assert info.table([["a", "bb", "c"], ["aaa", "b", ""]]) == "a    bb  c\naaa  b"
+
+
+H100, L4, B300 = ("H100", (9, 0)), ("L4", (8, 9)), ("B300", (10, 3))
+
+
+@pytest.mark.parametrize(
+    "built, devices, bare",
+    [
+        ("13.0 for sm_90a", [H100], ""),
+        ("13.0 for sm_80 compute_80", [L4, H100], ""),
+        ("13.0 for sm_80 sm_90a sm_100 sm_120 compute_120", [L4, H100, B300, ("later", (15, 1))], ""),
+        ("13.0 for sm_80", [H100, L4], "H100 (sm_90)"),
+        ("13.0 for sm_90a", [L4, H100, B300], "L4 (sm_89), B300 (sm_103)"),
+        ("13.0 for compute_90a", [B300], "B300 (sm_103)"),
+        ("13.0 for sm_90a", [], ""),
+        ("left out: VQOPS_CUDA=0", [H100], ""),
+    ],
+)
+def test_a_gpu_without_code_is_named_with_the_command_that_rebuilds(built, devices, bare):
+    said = info.cuda_kernels(built, devices)
+    assert said.startswith(built)
+    assert said.removeprefix(built).partition(".")[0] == (f"; no code for {bare}" if bare else "")
+    assert said.endswith("pip install --force-reinstall --no-deps .") == bool(bare)
+
+
+def test_the_line_of_the_kernels_asks_the_devices_at_hand(monkeypatch):
+    monkeypatch.setattr(info, "cuda_devices", lambda: [H100])
+    monkeypatch.setattr(info._C, "cuda", "13.0 for sm_80")
+    lines = info.report().splitlines()
+    assert "no code for H100 (sm_90)" in line_of(lines, "CUDA kernels:")
+    assert line_of(lines, "CUDA devices:").endswith(" H100 (sm_90)")

@@ -45,6 +45,16 @@ assert "sm_90a" in _C.cuda, _C.cuda
 print(torch._C._dispatch_has_kernel_for_dispatch_key("vqops_stub::twice", "CUDA"))
 """
 
+DRIVER = """
+#include <stdlib.h>
+int cuInit(unsigned flags) { return getenv("ERROR") ? atoi(getenv("ERROR")) : 0; }
+int cuDeviceGetCount(int* count) { *count = 2; return 0; }
+int cuDeviceGet(int* device, int number) { *device = 10 + number; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    *value = attribute == 75 ? device - 2 : attribute == 76 ? (device == 10 ? 6 : 0) : -1;
+    return device < 10;
+}
+"""
 
 # An editable install would find the missing module in its own folder.
 NOT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]"
@@ -99,9 +109,28 @@ class TestRequirements:
     def test_hooks_return_what_is_missing_and_nothing_else(self, setup, tmp_path, monkeypatch, packages, for_wheel):
         pretend(tmp_path, **packages)
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.setattr(setup, "expose_ninja", lambda: True)
         assert setup.get_requires_for_build_wheel() == for_wheel
         assert setup.get_requires_for_build_editable() == for_wheel
         assert setup.get_requires_for_build_sdist() == [need for need in for_wheel if "torch" not in need]
+
+    @pytest.mark.parametrize("torch, needed", [("2.10.0", []), ("2.9.1", ["torch>=2.10", "ninja"])])
+    def test_ninja_comes_with_a_torch_that_is_missing(self, setup, tmp_path, monkeypatch, torch, needed):
+        pretend(tmp_path, setuptools="77.0.3", torch=torch)
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.setattr(setup, "expose_ninja", lambda: False)
+        assert setup.get_requires_for_build_wheel() == needed
+
+    def test_ninja_of_an_environment_that_is_not_activated(self, setup, tmp_path, monkeypatch):
+        for folder in ("bin", "env"):
+            (tmp_path / folder).mkdir()
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "env/python"))
+        assert not setup.expose_ninja() and os.environ["PATH"] == str(tmp_path / "bin")
+        (tmp_path / "env/ninja").touch(mode=0o755)
+        assert setup.expose_ninja() and shutil.which("ninja") == str(tmp_path / "env/ninja")
+        (tmp_path / "bin/ninja").touch(mode=0o755)
+        assert setup.expose_ninja() and shutil.which("ninja") == str(tmp_path / "bin/ninja")
 
 
 class TestEnvironment:
@@ -135,6 +164,11 @@ class TestEnvironment:
         target = self.make(sys.executable, tmp_path / "target", torch="2.10.0")
         python = self.make(target, tmp_path / "temporary" / "build-env")
         assert self.ask(python, TMPDIR=str(tmp_path / "temporary")) == [[], True]
+        (target.parent / "ninja").touch(mode=0o755)
+        show = "import os, setup; setup.expose_ninja(); print(os.environ['PATH'])"
+        environment = {"TMPDIR": str(tmp_path / "temporary"), "PATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        path = run_well(python, "-c", show, cwd=ROOT, **environment)
+        assert path.strip() == os.pathsep.join([str(tmp_path), str(target.parent)])
 
     def test_the_maker_of_a_lasting_environment_is_not_its_target(self, tmp_path):
         maker = self.make(sys.executable, tmp_path / "maker", torch="2.10.0")
@@ -182,11 +216,75 @@ class TestCuda:
             ("75 80 90", "sm_80 sm_90a compute_80"),
         ],
     )
-    def test_architectures(self, setup, tmp_path, known, built):
+    def test_architectures_that_nvcc_knows(self, setup, tmp_path, monkeypatch, known, built):
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        monkeypatch.setenv("VQOPS_CUDA_ARCHS", "all")
         nvcc = self.fake_nvcc(tmp_path, "\n".join(f"compute_{a}" for a in known.split()))
-        flags = setup.architecture_flags(str(nvcc))
+        flags, why = setup.gpu_flags(str(nvcc))
         assert [flag.rpartition("=")[2] for flag in flags] == built.split()
         assert all(flag.startswith("-gencode=arch=compute_") for flag in flags)
+        assert why == "VQOPS_CUDA_ARCHS=all"
+
+    ALL, TOO_OLD = ("80", "90a", "100", "120"), "is too old, the kernels need 8.0"
+
+    @pytest.mark.parametrize(
+        "gpus, known, chosen, why",
+        [
+            ([], ALL, ALL, "no GPU is visible: no driver"),
+            ([(9, 0)], ALL, ["90a"], "for the GPUs here"),
+            ([(8, 0)], ALL, ["80"], "for the GPUs here"),
+            ([(8, 9)], ALL, ["80"], "for the GPUs here"),
+            ([(10, 3)], ALL, ["100"], "for the GPUs here"),
+            ([(12, 1)], ALL, ["120"], "for the GPUs here"),
+            ([(8, 6), (9, 0)], ALL, ["80", "90a"], "for the GPUs here"),
+            ([(11, 0)], ALL, ["100"], "for the GPUs here"),  # as PTX, and so
+            ([(13, 0)], ALL, ["120"], "for the GPUs here"),
+            ([(10, 0)], ("80", "90a"), ["80"], "for the GPUs here"),
+            ([(7, 5)], ALL, [], f"compute capability 7.5 {TOO_OLD}"),
+            ([(7, 0), (7, 5)], ALL, [], f"compute capability 7.0, 7.5 {TOO_OLD}"),
+            ([(7, 5), (9, 0)], ALL, ["90a"], f"for the GPUs here; compute capability 7.5 {TOO_OLD}"),
+        ],
+    )
+    def test_architectures_of_the_gpus_at_hand(self, setup, gpus, known, chosen, why):
+        assert setup.choose_architectures("", (gpus, "no driver"), known) == (chosen, why)
+
+    @pytest.mark.parametrize(
+        "flags, of", [(["90a"], "sm_90a"), (["80", "90a"], "sm_80 sm_90a compute_80"), (["100"], "sm_100 compute_100")]
+    )
+    def test_ptx_of_the_newest_that_lasts(self, setup, flags, of):
+        assert [flag.rpartition("=")[2] for flag in setup.architecture_flags(flags)] == of.split()
+
+    def test_architectures_by_name(self, setup):
+        gpus = [(8, 0)], ""
+        assert setup.choose_architectures("all", gpus, self.ALL) == (self.ALL, "VQOPS_CUDA_ARCHS=all")
+        assert setup.choose_architectures("120, 90a", gpus, self.ALL) == (["90a", "120"], "VQOPS_CUDA_ARCHS=120, 90a")
+
+    @pytest.mark.parametrize("request_", ["90", "sm_80", "9.0a", "80 All"])
+    def test_wrong_architectures_name_the_allowed(self, setup, request_):
+        with pytest.raises(SystemExit, match=f"VQOPS_CUDA_ARCHS={request_}, .* all, empty or of: 80 90a 100 120"):
+            setup.choose_architectures(request_, ([], ""), self.ALL)
+
+    def test_torchs_variable_overrides(self, setup, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9;9.0a+PTX")
+        monkeypatch.setenv("VQOPS_CUDA_ARCHS", "wrong")
+        flags, why = setup.gpu_flags("no nvcc")
+        assert {flag.rpartition("=")[2] for flag in flags} == {"sm_89", "sm_90a", "compute_90a"}
+        assert why == "TORCH_CUDA_ARCH_LIST"
+
+    def test_gpus_too_old_leave_cuda_out(self, setup, monkeypatch, capsys):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(setup, "find_toolkit", lambda: ("toolkit", (13, 0)))
+        monkeypatch.setattr(setup, "why_no_cuda", lambda *_: None)
+        monkeypatch.setattr(setup, "known_architectures", lambda _: self.ALL)
+        monkeypatch.setattr(setup, "visible_gpus", lambda: ([(7, 5)], ""))
+        for name in ("TORCH_CUDA_ARCH_LIST", "VQOPS_CUDA_ARCHS", "VQOPS_CUDA"):
+            monkeypatch.delenv(name, raising=False)
+        (module,) = setup.extension()["ext_modules"]
+        assert "CUDA left out: compute capability 7.5 is too old" in capsys.readouterr().out
+        assert not [file for file in module.sources if file.endswith(".cu")]
+        monkeypatch.setenv("VQOPS_CUDA", "1")
+        with pytest.raises(SystemExit, match=r"VQOPS_CUDA=1, but compute capability 7\.5 is too old"):
+            setup.extension()
 
     def fake_nvcc(self, folder, prints):
         nvcc = folder / "bin/nvcc"
@@ -200,6 +298,31 @@ class TestCuda:
         (folder / "include").mkdir()
         (folder / "include/cuda_runtime.h").touch()
         return folder
+
+    @pytest.mark.parametrize(
+        "driver, gpus, why",
+        [
+            ("print(9, 0); print(8, 0); print(9, 0)", [(8, 0), (9, 0)], ""),
+            ("", [], "the driver has none"),
+            ("import ctypes; ctypes.CDLL('libno.so')", [], "libno.so"),
+            ("raise SystemExit('cuInit gives error 999')", [], "cuInit gives error 999"),
+            ("import os; os.abort()", [], "the driver ended the process with -6"),
+            ("import time; time.sleep(60)", [], "the driver gave no answer in 2 s"),
+        ],
+    )
+    def test_a_driver_that_fails_or_hangs_shows_no_gpu(self, setup, driver, gpus, why):
+        found, said = setup.visible_gpus(driver, seconds=2)
+        assert found == gpus and why in said
+
+    def test_the_driver_is_asked_for_every_gpu(self, setup, tmp_path, monkeypatch):
+        source = tmp_path / "driver.c"
+        source.write_text(DRIVER)
+        run_well("cc", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1", cwd=tmp_path)
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+        assert setup.visible_gpus()[0] == [(8, 6), (9, 0)]
+        for error, why in (("100", "the driver has none"), ("999", "cuInit gives error 999")):
+            monkeypatch.setenv("ERROR", error)
+            assert setup.visible_gpus() == ([], why)
 
     @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
     def test_named_toolkit(self, setup, tmp_path, monkeypatch, variable):
@@ -338,7 +461,10 @@ class TestInstall:
             pytest.skip("no CUDA toolkit")
         (small_source / "csrc/kernel.cu").write_text(CUDA_KERNEL)
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path]
-        said = run_well(*command, cwd=small_source, VQOPS_CUDA="1", TORCH_CUDA_ARCH_LIST="")
+        said = run_well(*command, cwd=small_source, VQOPS_CUDA="1", VQOPS_CUDA_ARCHS="all", TORCH_CUDA_ARCH_LIST="")
         assert "sm_80 sm_90a" in next(line for line in said.splitlines() if line.startswith("vqops: "))
         shutil.copytree(small_source / "vqops", tmp_path / "vqops", dirs_exist_ok=True)
         assert run_well(sys.executable, "-c", IS_REGISTERED, cwd=tmp_path).strip() == "True"
+        if shutil.which("readelf"):  # by libtorch a torch with CUDA gives its stream
+            (library,) = (tmp_path / "vqops").glob("_C*.so")
+            assert "[libtorch.so]" in run_well("readelf", "--dynamic", library, cwd=tmp_path)

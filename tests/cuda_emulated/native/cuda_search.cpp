@@ -1,6 +1,6 @@
 // The bodies of the CUDA search on the CPU, for ctypes: cuda_blocks.py.
 
-#include "../../../csrc/cuda/search.h"
+#include "../../../csrc/cuda/passes.h"
 
 #include "emulator.h"
 

@@ -1,0 +1,9 @@
+#include "../launch.h"
+#include "../passes.h"
+
+namespace vqops::cuda {
+
+template bool screen_topk(const Stream&, const SearchInputs<double>&, const SearchOutputs&, const Preparation&,
+                          const Abilities&);
+
+}  // namespace vqops::cuda

@@ -7,6 +7,7 @@ is `all`, or names some of them. CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LI
 the number of files that ninja compiles at a time.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -151,6 +152,12 @@ def gpu_flags(nvcc):
     return architecture_flags(chosen), why
 
 
+def hash_of_cuda():
+    """Of what the kernels for GPUs are compiled from: records of their runs are for this alone."""
+    files = sorted([*Path("csrc").glob("*.h"), *Path("csrc/cuda").rglob("*.*")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def extension():
     """The arguments of setup() that build `vqops._C`. Prints what is built, and why."""
     if not shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]):
@@ -170,13 +177,13 @@ def extension():
         raise SystemExit(f"vqops: VQOPS_CUDA={request}, but {reason if request == '1' else 'it must be 0, 1 or empty'}")
     cxx_flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
     nvcc_flags = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
-    cuda, link = f"left out: {reason}", {}
+    cuda, sources, link = f"left out: {reason}", "", {}
     if gencode:
         cpp_extension.CUDA_HOME = folder  # None in a torch without CUDA
         cpp_extension._check_cuda_version = lambda *_: None  # the stable ABI has no CUDA in it: versions may differ
         architectures = " ".join(flag.rpartition("=")[2] for flag in gencode)
         nvcc_flags += [*gencode, f"-DVQOPS_WGMMA={int('90a' in architectures)}"]
-        cuda = f"{toolkit[0]}.{toolkit[1]} for {architectures}"
+        cuda, sources = f"{toolkit[0]}.{toolkit[1]} for {architectures}", hash_of_cuda()
         link = {
             "libraries": ["cudart_static", "rt", "pthread", "dl"],
             "library_dirs": [f"{folder}/lib64"],
@@ -192,7 +199,10 @@ def extension():
         cpp + cu if gencode else cpp,
         depends=files,
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args={"cxx": [*cxx_flags, f'-DVQOPS_CUDA_BUILD="{cuda}"'], "nvcc": nvcc_flags},
+        extra_compile_args={
+            "cxx": [*cxx_flags, f'-DVQOPS_CUDA_BUILD="{cuda}"', f'-DVQOPS_CUDA_SOURCES="{sources}"'],
+            "nvcc": nvcc_flags,
+        },
         **link,
     )
     forced = {"build_ext": {"force": True}}  # what is there may be of other variables; ninja knows its commands

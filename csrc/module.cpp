@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
         return H * bytes(K, D);
     });
     m.attr("cuda") = VQOPS_CUDA_BUILD;  // toolkit and architectures, or why it is left out
+    m.attr("cuda_sources") = VQOPS_CUDA_SOURCES;  // a hash of them, empty without CUDA
 #if defined(__clang__)
     m.attr("compiler") = __VERSION__;
 #else

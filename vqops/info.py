@@ -9,6 +9,7 @@ import torch
 
 import vqops
 import vqops._C as _C
+from vqops import triton_kernels
 from vqops.dispatch import choice
 
 
@@ -30,24 +31,34 @@ def report() -> str:
     kinds = list(next(iter(implementations.values())))
     ops = [["op", *(f"on {kind}" for kind in kinds)]]
     ops += [[op, *(", ".join(by_kind[kind]) for kind in kinds)] for op, by_kind in implementations.items()]
-    return "\n\n".join([table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), defaults()])
+    parts = [table([[f"{name}:", fact] for name, fact in facts.items()]), table(ops), order()]
+    for number, device in enumerate(devices):
+        gpu = torch.device("cuda", number)
+        parts.append(of_gpu(device_name(device), choice.table(gpu), triton_kernels.why_not(gpu)))
+    return "\n\n".join(parts)
 
 
-def defaults() -> str:
-    if not choice.ON_CUDA:
-        return (
-            "Each op takes the first. "
-            "No kernel has been confirmed on a GPU yet: on CUDA the others are chosen with implementation=."
-        )
-    rows = [["op", "takes", "GPU", "D", "K", "N", "x and codes", "shown by benchmarks/results/"]]
-    for row in choice.ON_CUDA:
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
-        gpu = row.device or "any"
-        rows.append([row.op, row.implementation, gpu, *map(bounds, (row.D, row.K, row.N)), dtypes, row.results])
+def order() -> str:
+    named = f"use_implementation or {choice.VARIABLE} names {choice.named!r}. " if choice.named else ""
     return (
-        "On the CPU each op takes the first. On CUDA the first of these rows that holds a call and is built decides, "
-        "and the reference\ntakes the rest. N counts the rows of all heads.\n\n" + table(rows)
+        f"{named}Each op takes the first that runs on its device; on a GPU what its record names goes before that.\n"
+        "Others by implementation= or vqops.use_implementation."
     )
+
+
+def of_gpu(name: str, known: choice.Table, why_no_triton: str | None = None) -> str:
+    """What a record says of a GPU, which records say nothing, and what keeps Triton's kernels from it."""
+    lines = [f"{name}: " + (f"record {known.source}" if known.source else 'no record, so every op takes "pytorch"')]
+    lines += [f"  triton: {why_no_triton}"] if why_no_triton else []
+    lines += [f"  not counted: {reason}" for reason in known.ignored]
+    if known.rows:
+        rows = [["op", "takes", "D", "K", "N", "x and codes"]]
+        for row in known.rows:
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+            rows.append([row.op, row.implementation, *map(bounds, (row.D, row.K, row.N)), dtypes])
+        lines.append('The first row that holds a call decides, "pytorch" takes the rest; N counts rows of all heads.')
+        lines.append(table(rows))
+    return "\n".join(lines)
 
 
 def bounds(given: tuple[int, int]) -> str:

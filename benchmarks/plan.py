@@ -13,7 +13,7 @@ from benchmarks import cases, growth, modules
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.rows import label
-from benchmarks.shapes import SEARCHES, SHAPES, STEPS, Shape
+from benchmarks.shapes import PLAIN, SEARCHES, SHAPES, STEPS, Shape
 
 OFFSETS = (0.0, 10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
@@ -57,10 +57,13 @@ class Run:
         given = [min(sizes[self.device], key=math.prod)] if self.quick else sizes[self.device]
         return [shape for shape in (Shape.of(*size) for size in given) if self.shapes.search(shape.name)]
 
-    def timed(self, case: cases.Case, compiled: bool = False, but: tuple[str, ...] = ()) -> Task:
+    def timed(
+        self, case: cases.Case, compiled: bool = False, but: tuple[str, ...] = (), only: tuple[str, ...] = ()
+    ) -> Task:
         def wanted(method: str) -> bool:
             slow = (self.quick or not compiled) and method.startswith(SLOW_TO_START)
-            return bool(self.methods.search(method)) and not slow and method not in but
+            kept = method not in but and (not only or method in only)
+            return bool(self.methods.search(method)) and not slow and kept
 
         rows = partial(measure, case, self.seconds, self.gemm_size, wanted)
         return Task(label(case.describe()), rows, case.describe())
@@ -126,6 +129,14 @@ def by_implementation(run: Run, searches: list[Shape], steps: list[Shape]) -> It
         yield timed(modules.training_step(shape, run.device, every=True), shape == steps[0])
 
 
+def plain(run: Run) -> Iterator[Task]:
+    """Without a kernel: "pytorch" beside what is written by hand."""
+    for shape in run.sized({run.device: PLAIN}):
+        yield run.timed(cases.nearest(shape, run.device, every=True), only=("vqops pytorch", "addmm + argmin"))
+        step = modules.training_step(shape, run.device, every=True)
+        yield run.timed(step, only=("vqops pytorch", "PyTorch, index_add_"))
+
+
 def exactness(run: Run) -> Iterator[Task]:
     """Wrong indices where data is not centred, and with the codes of an untrained model; nothing is timed."""
     data = [{"offset": offset} for offset in OFFSETS] + [{"spread": 1e-3}]
@@ -160,5 +171,5 @@ def memory(run: Run) -> Iterator[Task]:
 
 
 STAGES = {
-    stage.__name__: stage for stage in (search, statistics, quantize, steps, kernels, exactness, growing, memory)
+    stage.__name__: stage for stage in (search, statistics, quantize, steps, kernels, plain, exactness, growing, memory)
 }

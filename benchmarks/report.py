@@ -147,6 +147,21 @@ def evaluation(machine: Machine, figures: str) -> str:
     return peer_columns(by_case(machine.rows("steps", "evaluation")), SIZE, size)
 
 
+def plain(machine: Machine, figures: str) -> str:
+    """"pytorch" as a multiple of what is written by hand."""
+    lines = []
+    for found in by_case(machine.rows("plain")).values():
+        ours = found["vqops pytorch"]
+        for name in found.keys() - {"vqops pytorch"}:
+            if name.startswith("ceiling"):
+                continue
+            theirs = found[name]
+            took = f"{number(ours['p50_ms'] / theirs['p50_ms'])} x"
+            lines.append([ours["op"], *size(ours)[1:], times(ours), f"{times(theirs)}{wrong(theirs)}", took])
+    commit = f"\n\nCommit `{machine.rows('plain')[0]['commit']}`." if lines else ""
+    return table(["op", "N", "D", "K", '"pytorch" ms: p50 (p20-p80)', "by hand ms", "of that"], lines) + commit
+
+
 def exactness(machine: Machine, figures: str) -> str:
     """Share of wrong indices, in percent."""
     rows = machine.rows("exactness")
@@ -309,7 +324,7 @@ BLOCKS: dict[str, Callable[[Machine, str], str]] = {
     block.__name__: block
     for block in (
         *(bounds, shapes, search, dtypes, statistics, quantize, step, system, evaluation),
-        *(exactness, growth, threads, memory, losses),
+        *(plain, exactness, growth, threads, memory, losses),
     )
 } | {
     "machine": measured,

@@ -71,3 +71,5 @@ SEARCHES = {
     ],
 }
 STEPS = {"cpu": [(32768, 128, 1024)], "cuda": [(2**20, 64, 512), (2**20, 128, 1024)]}
+# Those of plain PyTorch: products that take all the time, and comparisons that do.
+PLAIN = [(4096, 256, 1024), (32768, 64, 512), (65536, 64, 1024), (2048, 8, 16384)]

@@ -69,7 +69,14 @@ def test_a_gpu_without_code_is_named_with_the_command_that_rebuilds(built, devic
 
 def test_the_line_of_the_kernels_asks_the_devices_at_hand(monkeypatch):
     monkeypatch.setattr(info, "cuda_devices", lambda: [H100])
+    monkeypatch.setattr(info.choice, "table", lambda _device: info.choice.Table((), None, ("a.json: it is broken",)))
+    monkeypatch.setattr(info.triton_kernels, "why_not", lambda _device: "Triton needs a C compiler")
     monkeypatch.setattr(info._C, "cuda", "13.0 for sm_80")
     lines = info.report().splitlines()
     assert "no code for H100 (sm_90)" in line_of(lines, "CUDA kernels:")
     assert line_of(lines, "CUDA devices:").endswith(" H100 (sm_90)")
+    assert lines[-3:] == [
+        'H100 (sm_90): no record, so every op takes "pytorch"',
+        "  triton: Triton needs a C compiler",
+        "  not counted: a.json: it is broken",
+    ]

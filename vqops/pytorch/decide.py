@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vqops.pytorch.codebook import Codes
 from vqops.pytorch.screen import Products, Rows, prepare_rows, upper_bounds
-from vqops.reference.blocks import BLOCK, blocks
+from vqops.reference.blocks import BLOCK, blocks, row_blocks
 from vqops.reference.distance import cost, squared_error
 from vqops.reference.search import search
 
@@ -26,18 +26,22 @@ def decide(
     indices = x.new_empty((H, N, k), dtype=torch.int64)
     decided = x.new_ones((H, N), dtype=torch.bool)
     head = torch.arange(H, device=x.device)[:, None, None]
-    rows = prepare_rows(x, codes, k, metric)
-    for some, bounds in Products(codes.matrix[:, :K]).of(rows.matrix):
-        lower, candidates = bounds.topk(number, largest=False)
-        if number < K:
-            upper = upper_bounds(lower[..., :k], candidates[..., :k], Rows(*(t[:, some] for t in rows)), codes, D)
-            decided[:, some] = (lower[..., -1] > upper.amax(-1)) & rows.fits[:, some]
-        candidates = candidates.sort(-1).values  # and a stable sort of the costs: equal ones keep that order
-        for few in blocks(candidates.shape[1], max(1, BLOCK // (H * number * D))):
-            given, chosen = x[:, some][:, few].unsqueeze(2), candidates[:, few]
-            exact, order = cost(given, codebook[head, chosen], metric, squared_error).sort(dim=-1, stable=True)
-            costs[:, some][:, few] = exact[..., :k]
-            indices[:, some][:, few] = chosen.gather(-1, order[..., :k])
+    products = Products(codes.matrix[:, :K])
+    for outer in row_blocks(x):
+        rows = prepare_rows(x[:, outer], codes, k, metric)
+        for inner, bounds in products.of(rows.matrix):
+            some = slice(outer.start + inner.start, outer.start + inner.stop)
+            lower, candidates = bounds.topk(number, largest=False)
+            if number < K:
+                part = Rows(*(values[:, inner] for values in rows))
+                upper = upper_bounds(lower[..., :k], candidates[..., :k], part, codes, D)
+                decided[:, some] = (lower[..., -1] > upper.amax(-1)) & part.fits
+            candidates = candidates.sort(-1).values  # and a stable sort of the costs: equal ones keep that order
+            for few in blocks(candidates.shape[1], max(1, BLOCK // (H * number * D))):
+                given, chosen = x[:, some][:, few].unsqueeze(2), candidates[:, few]
+                exact, order = cost(given, codebook[head, chosen], metric, squared_error).sort(dim=-1, stable=True)
+                costs[:, some][:, few] = exact[..., :k]
+                indices[:, some][:, few] = chosen.gather(-1, order[..., :k])
     return costs, indices.where(~costs.isnan(), -1), decided
 
 

@@ -93,11 +93,14 @@ def resolve(
         count = int(is_open.sum(1).max()) if waits and N > 0 else min(N, slots)
         if count == 0:
             return found
-        slot = is_open.cumsum(1) - 1
-        taken = is_open & (slot < count)
-        rows = slot.new_zeros(H, count + 1)  # the last one takes the rows that have no slot
-        rows.scatter_(1, slot.where(taken, count), torch.arange(N, device=x.device).expand(H, N))
-        given = x.gather(1, rows[:, :count, None].expand(H, count, D)).to(there)
+        if count == N:
+            slot, taken, given = torch.arange(N, device=x.device).expand(H, N), is_open, x.to(there)
+        else:
+            slot = is_open.cumsum(1) - 1
+            taken = is_open & (slot < count)
+            rows = slot.new_zeros(H, count + 1)  # the last one takes the rows that have no slot
+            rows.scatter_(1, slot.where(taken, count), torch.arange(N, device=x.device).expand(H, N))
+            given = x.gather(1, rows[:, :count, None].expand(H, count, D)).to(there)
         few = waits and H * count * K * D <= at_once(x.device)
         if few or tier == 2:
             costs, indices, decided = scan(given, codebook, k, metric)
@@ -106,7 +109,7 @@ def resolve(
                 codes = prepare_codes(codebook, metric, torch.float64)
                 codes = codes if k == 1 else with_repeats(codes)
             costs, indices, decided = decide(given, codebook, Codes(*(part.to(there) for part in codes)), k, metric)
-        back = slot.clamp_(0, count - 1)
+        back = slot.clamp(0, count - 1)
         done = taken & decided.to(x.device).gather(1, back)
         is_open = is_open & ~done
         back, done = back.unsqueeze(-1).expand(H, N, k), done.unsqueeze(-1)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 BLOCK = 1 << 20  # float64 values of one temporary: 8 MB
-ON_CPU, ELSEWHERE = 1 << 18, 1 << 24  # values of rows at once: in a core's cache, or enough to fill a GPU
+ON_CPU, ELSEWHERE = 1 << 18, 1 << 24  # values of rows at once: 2 MB in float64, or enough to fill a GPU
 
 
 def blocks(size: int, step: int) -> Iterator[slice]:

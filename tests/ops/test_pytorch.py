@@ -182,6 +182,10 @@ def test_autocast_changes_nothing():
 # What it waits for
 
 
+# To read a value or a size; and a number that `where` takes to the device as a tensor of the CPU.
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::scalar_tensor")
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes a host wait for its GPU."""
 
@@ -191,7 +195,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket._qualified_op_name
-        self.count += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim")
+        self.count += name in WAITS
         return func(*args, **(kwargs or {}))
 
 
@@ -217,6 +221,23 @@ def test_without_waiting_it_finds_the_same(must_not_wait, case, metric):
     assert waits.count == 0
     INDICES.same(found, reference.nearest(x, c, metric=metric))
     ORDER.same(several, reference.nearest_topk(x, c, min(3, c.shape[1]), metric=metric), equal_nan=True)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_step_does_not_wait(must_not_wait, metric, deterministic):
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    x, c, decay = torch.randn(2, 300, 6), torch.randn(2, 20, 6), torch.full((), 0.9)
+    mask, weight, grad = torch.rand(2, 300) > 0.1, torch.rand(2, 300), torch.randn(2, 300, 6)
+    state = torch.ones(2, 20), c.clone(), c.clone()
+    with Waits() as waits:
+        found = pytorch.quantize(x, c, mask, weight, metric, "rotation", True)
+        pytorch.quantize_backward(grad, grad[..., 0], x, c, found[1], mask, metric, "rotation", 0.5, True, True)
+        pytorch.ema_update_(*state, found[3], found[4], decay, 1e-5, None, metric)
+        entropy = pytorch.code_cross_entropy(x, c, found[1], metric)
+        pytorch.code_cross_entropy_backward(grad[..., 0], x, c, found[1], entropy[1], metric, True, True)
+        pytorch.search_statistics(x, c, metric)
+    assert waits.count == 0
 
 
 def test_ordinary_data_waits_once(on_a_gpu):

@@ -44,7 +44,7 @@ def prepare_codes(codebook: Tensor, metric: str, dtype: torch.dtype) -> Codes:  
         centre = middle(codebook)
         codes = codebook.to(wide) - centre.to(wide)
         radius = torch.linalg.vector_norm(codes, dim=-1, dtype=torch.float64)  # [H, K]
-        scale = 1 / power_of_two(typical(radius.where(finite, 0)).clamp_(2.0**-120, 2.0**120)).view(H, 1, 1)
+        scale = 1 / power_of_two(typical(radius.masked_fill(~finite, 0)).clamp_(2.0**-120, 2.0**120)).view(H, 1, 1)
         codes, radius = codes.mul_(scale.to(wide)), radius.mul_(scale.squeeze(-1))
         start = radius.square() * (0.5 - 0.5 * bound.start_error(D, dtype))
         fits, out = radius.new_ones(H), ~(finite & (radius <= bound.FAR[dtype]))
@@ -52,7 +52,7 @@ def prepare_codes(codebook: Tensor, metric: str, dtype: torch.dtype) -> Codes:  
         values, fit = codebook.double(), bound.FIT[torch.float64]
         largest = values.abs().amax(-1)
         norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        codes = torch.where(norm > 0, values / norm, 0)
+        codes = (values / norm).masked_fill_(~(norm > 0), 0)
         centre, scale = values.new_zeros(H, 1, D), values.new_ones(H, 1, 1)
         radius, start, out = torch.ones_like(largest), torch.zeros_like(largest), ~finite
         fits = (out | (largest == 0) | ((largest < fit) & (largest > 1 / fit))).all(-1)
@@ -78,7 +78,7 @@ def typical(radius: Tensor) -> Tensor:  # [H, K] -> [H, 1]
     """The median of those that are not 0, or 1."""
     K, more = radius.shape[1], (radius > 0).sum(1, keepdim=True)
     found = radius.sort(1).values.gather(1, (K - more + more // 2).clamp_max_(K - 1))
-    return found.where(found > 0, 1)
+    return found.masked_fill_(found <= 0, 1)
 
 
 def power_of_two(value: Tensor) -> Tensor:

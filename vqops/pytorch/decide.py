@@ -42,7 +42,7 @@ def decide(
                 exact, order = cost(given, codebook[head, chosen], metric, squared_error).sort(dim=-1, stable=True)
                 costs[:, some][:, few] = exact[..., :k]
                 indices[:, some][:, few] = chosen.gather(-1, order[..., :k])
-    return costs, indices.where(~costs.isnan(), -1), decided
+    return costs, indices.masked_fill_(costs.isnan(), -1), decided
 
 
 def scan(

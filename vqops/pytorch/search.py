@@ -46,7 +46,8 @@ def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepar
             trivial = (x == 0).all(-1) & present.any(1, keepdim=True)
             index = torch.where(trivial, present.byte().argmax(1, keepdim=True), index)
             is_open = is_open & ~trivial
-        found = Found(index.where(usable, -1).unsqueeze(-1), torch.where(usable, CERTIFIED, WITHOUT))
+        tiers = torch.full_like(index, CERTIFIED).masked_fill_(~usable, WITHOUT)
+        found = Found(index.masked_fill(~usable, -1).unsqueeze(-1), tiers)
         return resolve(x, codebook, codes, 1, metric, is_open & usable, found)
 
 
@@ -65,7 +66,9 @@ def nearest_topk(
         codes = prepare_codes(codebook, metric, torch.float32) if prepared is None else unpack(prepared, codebook.shape)
         shape = (*usable.shape, k)
         costs = x.new_full(shape, math.nan, dtype=torch.float64)
-        found = Found(x.new_full(shape, -1, dtype=torch.int64), torch.where(usable, DECIDED, WITHOUT), costs)
+        indices = x.new_full(shape, -1, dtype=torch.int64)
+        tiers = torch.full_like(indices[..., 0], DECIDED).masked_fill_(~usable, WITHOUT)
+        found = Found(indices, tiers, costs)
         indices, _, costs = resolve(x, codebook, with_repeats(codes), k, metric, usable, found)
     return indices, distances_of(costs, indices, x, mask, metric)
 
@@ -99,7 +102,7 @@ def resolve(
             slot = is_open.cumsum(1) - 1
             taken = is_open & (slot < count)
             rows = slot.new_zeros(H, count + 1)  # the last one takes the rows that have no slot
-            rows.scatter_(1, slot.where(taken, count), torch.arange(N, device=x.device).expand(H, N))
+            rows.scatter_(1, slot.masked_fill(~taken, count), torch.arange(N, device=x.device).expand(H, N))
             given = x.gather(1, rows[:, :count, None].expand(H, count, D)).to(there)
         few = waits and H * count * K * D <= at_once(x.device)
         if few or tier == 2:

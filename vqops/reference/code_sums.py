@@ -14,7 +14,7 @@ RUN = 256  # rows of a code that are summed in order, before the runs are
 def code_of_row(indices: Tensor, K: int) -> Tensor:  # [H, N] -> [H, N]
     """The number of each row's code among those of all heads, H K for a row without one."""
     H = len(indices)
-    return torch.where(indices >= 0, indices + K * torch.arange(H, device=indices.device)[:, None], H * K)
+    return (indices + K * torch.arange(H, device=indices.device)[:, None]).masked_fill_(indices < 0, H * K)
 
 
 def count_rows(code: Tensor, codes: int) -> Tensor:  # -> [codes]
@@ -39,7 +39,7 @@ class CodeSlots:
         rank[order] = torch.arange(H * N, device=indices.device) - start[code[order]]
         runs_of_code = (self.count + RUN - 1) // RUN
         first = F.pad(runs_of_code.cumsum(0) - runs_of_code, (0, 1))
-        self.of_row = torch.where(code < self.codes, first[code] + rank // RUN, self.runs).view(H, N)
+        self.of_row = (first[code] + rank // RUN).masked_fill_(code == self.codes, self.runs).view(H, N)
         ends = runs_of_code.cumsum(0)
         self.code_of_run = torch.searchsorted(ends, torch.arange(self.runs, device=indices.device), right=True)
 

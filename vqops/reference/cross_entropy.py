@@ -62,7 +62,7 @@ def code_cross_entropy_backward(
                     values, block = head.logits(given, codes, real), head.values[codes]
                     here, place = position(target, codes)
                     pull = (values - total[h, rows].unsqueeze(1)).exp_().mul_(scale)
-                    pull.scatter_add_(1, place, -scale.where(here.unsqueeze(1), 0))
+                    pull.scatter_add_(1, place, -scale.masked_fill(~here.unsqueeze(1), 0))
                     if head.euclidean:  # d(-|x - c|) / dx = (c - x) / |x - c|, taken as 0 where x = c
                         pull = (pull / -values).masked_fill_(values == 0, 0)
                     pull = pull.double()
@@ -106,4 +106,4 @@ class Codes:
 def position(target: Tensor, codes: slice) -> tuple[Tensor, Tensor]:  # [n] bool, [n, 1] int64
     """Which targets are in the block of codes, and where; 0 for the others."""
     here = (target >= codes.start) & (target < codes.stop)
-    return here, (target - codes.start).where(here, 0).unsqueeze(1)
+    return here, (target - codes.start).masked_fill_(~here, 0).unsqueeze(1)

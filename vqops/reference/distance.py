@@ -88,6 +88,6 @@ def cost(
         result = square(x, c)
     else:
         norm = root(dot(c, c))
-        result = torch.where(norm > 0, -dot(x, c) / norm, 0.0)
-        result = torch.where(result.isnan(), math.inf, result)  # float64 overflow: a value, the worst one
+        result = (-dot(x, c) / norm).masked_fill_(~(norm > 0), 0)
+        result = result.masked_fill_(result.isnan(), math.inf)  # float64 overflow: a value, the worst one
     return result.masked_fill_(~is_finite(c), math.nan)

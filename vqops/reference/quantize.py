@@ -51,7 +51,7 @@ def quantize(
         chosen, q = indices[:, rows], gather(codebook, indices[:, rows])
         lost = lost_rows(chosen, None if mask is None else mask[:, rows])
         start = x[:, rows] if metric == "euclidean" else unit(x[:, rows])
-        absent = torch.where(lost, math.nan, 0.0)
+        absent = torch.zeros_like(lost, dtype=torch.float64).masked_fill_(lost, math.nan)
         quantized[:, rows] = q.to(x.dtype).where(chosen.unsqueeze(-1) >= 0, absent.to(x.dtype))
         error[:, rows] = squared_error(start, q).where(chosen >= 0, absent.squeeze(-1)).to(error.dtype)
     counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)

@@ -36,8 +36,8 @@ def search(
                 costs[h, rows] = both[:, :k]
                 indices[h, rows] = torch.cat([indices[h, rows], number], 1).gather(1, order[:, :k])
     usable = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
-    indices = indices.where(usable[..., None] & ~costs.isnan(), -1)
-    return costs.where(indices >= 0, math.nan), indices
+    indices = indices.masked_fill(~usable[..., None] | costs.isnan(), -1)
+    return costs.masked_fill(indices < 0, math.nan), indices
 
 
 def nearest(
@@ -75,11 +75,11 @@ def distances_of(
     not finite."""
     if metric == "cosine":
         norm = root(dot(x, x)).unsqueeze(-1)
-        costs = 1 + torch.where(norm > 0, costs / norm, 0.0).where(indices >= 0, math.nan)
+        costs = 1 + (costs / norm).masked_fill_(~(norm > 0), 0).masked_fill_(indices < 0, math.nan)
     missing = (
         x.isfinite().all(-1, keepdim=True) if mask is None else x.isfinite().all(-1, keepdim=True) | ~mask[..., None]
     )
-    distances = torch.where(missing & (indices < 0), math.inf, costs)
+    distances = costs.masked_fill(missing & (indices < 0), math.inf)
     return distances.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -37,7 +37,7 @@ def quantize_topk(
     if metric == "cosine":
         start = F.normalize(start, dim=-1, eps=TINY)
     q = F.embedding(indices.clamp_min(0), codebook).to(real)
-    absent = torch.where(indices < 0, math.nan, 0.0).to(real)
+    absent = torch.zeros_like(indices, dtype=real).masked_fill_(indices < 0, math.nan)
     if mask is not None:
         off = ~mask[:, None]
         absent = absent.masked_fill(off, 0)

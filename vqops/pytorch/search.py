@@ -96,14 +96,8 @@ def resolve(
         count = int(is_open.sum(1).max()) if waits and N > 0 else min(N, slots)
         if count == 0:
             return found
-        if count == N:
-            slot, taken, given = torch.arange(N, device=x.device).expand(H, N), is_open, x.to(there)
-        else:
-            slot = is_open.cumsum(1) - 1
-            taken = is_open & (slot < count)
-            rows = slot.new_zeros(H, count + 1)  # the last one takes the rows that have no slot
-            rows.scatter_(1, slot.masked_fill(~taken, count), torch.arange(N, device=x.device).expand(H, N))
-            given = x.gather(1, rows[:, :count, None].expand(H, count, D)).to(there)
+        slot, taken, given = slotted(x, is_open, count)
+        given = given.to(there)
         few = waits and H * count * K * D <= at_once(x.device)
         if few or tier == 2:
             costs, indices, decided = scan(given, codebook, k, metric)
@@ -118,7 +112,7 @@ def resolve(
         back, done = back.unsqueeze(-1).expand(H, N, k), done.unsqueeze(-1)
         found = Found(
             indices.to(x.device).gather(1, back).where(done, found.indices),
-            found.tiers.masked_fill(done.squeeze(-1), SCANNED if few or tier == 2 else DECIDED),
+            found.tiers.masked_fill(done.squeeze(-1), SCANNED if tier == 2 else DECIDED),
             None if found.costs is None else costs.gather(1, back).where(done, found.costs),
         )
         if few:
@@ -129,6 +123,19 @@ def resolve(
             "vqops: more rows are equally near to many codes than a search that may not wait for the GPU has room for",
         )
     return found
+
+
+def slotted(x: Tensor, is_open: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:  # [H, N, D], [H, N]
+    """The slot [H, N] of each open row among `count`, whether [H, N] it has one, and the rows by slot [H, count, D]."""
+    H, N, D = x.shape
+    number = torch.arange(N, device=x.device).expand(H, N)
+    if count == N:
+        return number, is_open, x
+    slot = is_open.cumsum(1) - 1
+    taken = is_open & (slot < count)
+    rows = slot.new_zeros(H, count + 1)  # the last place takes all that have no slot
+    rows.scatter_(1, slot.masked_fill(~taken, count), number)
+    return slot, taken, x.gather(1, rows[:, :count, None].expand(H, count, D))
 
 
 def at_once(device: torch.device) -> int:

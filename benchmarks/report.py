@@ -156,7 +156,7 @@ def plain(machine: Machine, figures: str) -> str:
             if name.startswith("ceiling"):
                 continue
             theirs = found[name]
-            took = f"{number(ours['p50_ms'] / theirs['p50_ms'])} x"
+            took = f"{number(1 / theirs['times_vqops'])} x"
             lines.append([ours["op"], *size(ours)[1:], times(ours), f"{times(theirs)}{wrong(theirs)}", took])
     commit = f"\n\nCommit `{machine.rows('plain')[0]['commit']}`." if lines else ""
     return table(["op", "N", "D", "K", '"pytorch" ms: p50 (p20-p80)', "by hand ms", "of that"], lines) + commit

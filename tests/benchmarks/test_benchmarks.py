@@ -224,12 +224,11 @@ def test_every_block_can_be_made(tmp_path):
     from benchmarks import report
 
     found = report.machines(ROOT)
-    main = next(machine for machine in found if machine.folder.name == "amd-epyc_avx512_bf16")
     on_gpu = json.dumps(GPU_ROW) + "\n" + json.dumps(GPU_ROW | {"method": "cdist + argmin", "times_vqops": 9.0})
     (tmp_path / "kernels.jsonl").write_text(on_gpu)
     found.append(report.Machine(tmp_path))
     for name, block in report.BLOCKS.items():
-        assert name == "gpu-kernels" or block(main, "figures"), name
+        assert name == "gpu-kernels" or any(block(machine, "figures") for machine in found), name
     assert "| nearest, triton | 4096, 64, 512 | 1.5 |" in report.BLOCKS["gpu-kernels"](found[-1], "figures")
     with pytest.raises(KeyError):
         report.rendered("<!-- benchmarks:nothing -->\n<!-- /benchmarks -->", found, "figures")

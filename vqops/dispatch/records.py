@@ -9,14 +9,13 @@ import json
 import os
 import re
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from platformdirs import user_cache_path
 
-import vqops._C as _C
 from vqops import triton_kernels
 
 FORMAT = 1
@@ -84,11 +83,11 @@ def read(path: Path, gpu: Gpu) -> Record:
 @cache
 def kernels_here() -> dict[str, dict[str, str]]:
     """The kernels for GPUs of this installation: a hash of their sources, and what compiles or has compiled them."""
-    found = {}
+    found, binary = {}, import_module("vqops._C")
     if triton_kernels.has("nearest"):
         sources = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
         digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         found["triton"] = {"sources": digest[:16], "version": metadata.version("triton")}
-    if _C.cuda_sources:
-        found["compiled"] = {"sources": _C.cuda_sources, "version": _C.cuda.partition(" ")[0]}
+    if binary.cuda_sources:
+        found["compiled"] = {"sources": binary.cuda_sources, "version": binary.cuda.partition(" ")[0]}
     return found

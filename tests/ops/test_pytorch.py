@@ -254,7 +254,7 @@ def test_ordinary_data_waits_once(on_a_gpu):
 def test_without_waiting_too_many_rows_fail(must_not_wait, monkeypatch):
     monkeypatch.setattr(search, "SCANNED_UNASKED", 1)
     x, c = torch.zeros(1, 50, 16), 2.0 * torch.randint(2, (1, 100, 16)) - 1  # all codes are as far from 0
-    with pytest.raises(RuntimeError, match="more rows are equally near to many codes"):
+    with pytest.raises(RuntimeError, match="no room for so many rows that float32 cannot decide"):
         pytorch.nearest(x, c)
 
 

@@ -15,7 +15,7 @@ MOST_K = 32  # of nearest_topk
 
 
 class Codes(NamedTuple):
-    """In the dtype of the product. A code's column of it is (-C', -radius, start, zeros), a row's (X', A, 1, zeros)."""
+    """In the dtype of the product, where a code is (-C', -radius, start, zeros) and a row (X', A, 1, zeros)."""
 
     matrix: Tensor  # [H, padded(K), columns(D)]; the start of repeats and of padding is ABSENT
     start: Tensor  # [H, K], of repeats too

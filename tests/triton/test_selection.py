@@ -48,6 +48,8 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(triton_kernels, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install triton"):
         vqops.nearest(torch.zeros(2, 3), torch.zeros(2, 3), implementation="triton")
+    with vqops.use_implementation("triton"), pytest.raises(ValueError, match="is named, but there is no Triton"):
+        vqops.nearest(torch.zeros(2, 3), torch.zeros(2, 3))
     assert vqops.implementations()["nearest"]["cuda"] == ["pytorch", "reference"]
 
 

@@ -183,13 +183,14 @@ def resolve(implementation: Implementation | None) -> Implementation | None:
 def select(name: str, implementation: Implementation | None) -> Callable:
     """The op that `implementation=` names, or else `use_implementation`, or that lets the device decide."""
     if implementation is None:
+        if choice.named == "triton" and not triton_kernels.installed():
+            raise ValueError(f"{name}: implementation 'triton' is named, but there is no Triton (`pip install triton`)")
         chosen = choice.named if choice.named is None or has(name, choice.named) else None
         return getattr(torch.ops.vqops, op_name(name, chosen))
     choice.check_name(implementation, f"{name}: implementation")
     if not has(name, implementation):
-        missing = "compiled" if implementation == "compiled" else "triton"
-        or_no = ", or no Triton (`pip install triton`)" if missing == "triton" else "; it runs as 'pytorch'"
-        raise ValueError(f"{name}: there is no {missing} implementation{or_no}")
+        why = "; it runs as 'pytorch'" if implementation == "compiled" else ", or no Triton (`pip install triton`)"
+        raise ValueError(f"{name}: there is no {implementation} implementation{why}")
     return getattr(torch.ops.vqops, op_name(name, implementation))
 
 

@@ -29,8 +29,12 @@ MODULES = {
 }
 
 
+def installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def has(op: str) -> bool:
-    return op in MODULES and find_spec("triton") is not None
+    return op in MODULES and installed()
 
 
 def interpreted() -> bool:

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -10,11 +11,16 @@ import torch
 import vqops
 import vqops._C as _C
 from vqops import triton_kernels
-from vqops.dispatch import choice
+from vqops.dispatch import choice, regimes
 
 
 def report() -> str:
-    devices = cuda_devices()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a GPU has no record is said below
+        return described(cuda_devices())
+
+
+def described(devices: list["Device"]) -> str:
     facts = {
         "vqops": f"{vqops.__version__} in {Path(vqops.__file__).parent}",
         "torch": f"{torch.__version__} (built with {_C.torch}, runs with {_C.oldest_torch} and newer)",
@@ -63,9 +69,9 @@ def of_gpu(name: str, known: choice.Table, why_no_triton: str | None = None) -> 
 
 def bounds(given: tuple[int, int]) -> str:
     least, most = given
-    if given == choice.ANY:
+    if given == regimes.ANY:
         return "any"
-    if most == choice.ANY[1]:
+    if most == regimes.ANY[1]:
         return f"{least} and more"
     return str(least) if least == most else f"{least} to {most}"
 

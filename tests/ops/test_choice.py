@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, has_free_unbacked_sy
 import vqops
 from vqops import pytorch, reference, triton_kernels
 from vqops.dispatch import choice, library
-from vqops.dispatch.choice import ANY, Call, Regime, Table, choose
+from vqops.dispatch.choice import Table, choose
+from vqops.dispatch.regimes import ANY, Call, Regime
 from vqops.pytorch.codebook import packed_bytes as pytorch_bytes
 from vqops.triton_kernels.layout import packed_bytes
 

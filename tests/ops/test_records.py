@@ -11,8 +11,8 @@ import torch
 
 from vqops import info
 from vqops.dispatch import choice, library, records
-from vqops.dispatch.choice import ANY, Call, Regime, regime_of
 from vqops.dispatch.records import Gpu
+from vqops.dispatch.regimes import ANY, Call, Regime, regime_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 WITHOUT_ROWS = ("prepare", "ema_update_")
@@ -82,7 +82,14 @@ def test_one_that_ships_counts_where_the_user_has_none(machine, tmp_path):
         ({"kernels": {"triton": {"sources": "01d", "version": "3.6.0"}}}, "triton was .*01d.*, here it is .*5eed"),
         ({"kernels": {}}, "it does not say with which kernels .'triton'. ran"),
         ({"rows": 7}, "it is not a record"),
-        ({"rows": [{"op": "nearest"}]}, "it is not a record: KeyError"),
+        ({"rows": [{"op": "nearest"}]}, "it is not a record: .*an op and an implementation, got {'op': 'nearest'}"),
+        ({"rows": ["nearest"]}, "an op and an implementation, got 'nearest'"),
+        ({"rows": [ROW, {**ROW, "dtypes": ["float31"]}]}, "dtypes must be .*'float31'"),
+        ({"rows": [{**ROW, "dtypes": "float32"}]}, "dtypes must be .*'float32'"),
+        ({"rows": [{**ROW, "dtypes": []}]}, "dtypes must be a list"),
+        ({"rows": [{**ROW, "D": 5}]}, "D must be null or two whole numbers, .*got 5"),
+        ({"rows": [{**ROW, "K": [1]}]}, r"K must be null .*got \[1\]"),
+        ({"rows": [{**ROW, "N": ["1", "64"]}]}, "N must be null"),
         ("not json", "it cannot be read"),
         ("[]", "it is not a record"),
         (None, "there is no such file"),
@@ -120,6 +127,15 @@ def test_the_kernels_of_this_installation_are_known():
     here = records.kernels_here()
     assert all(set(kernel) == {"sources", "version"} and all(kernel.values()) for kernel in here.values())
     assert ("compiled" in here) == library.is_compiled("nearest", "cuda")
+
+
+def test_a_triton_of_another_name(monkeypatch):
+    def missing(name):
+        raise records.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(records.metadata, "version", missing)
+    monkeypatch.setattr(records, "import_module", lambda _name: type("Module", (), {"__version__": "3.9.0"}))
+    assert records.triton_version() == "3.9.0"
 
 
 def test_what_is_said_of_a_gpu(machine):

@@ -5,7 +5,6 @@ a CUDA graph, a forward that is computed again and a search with a prepared code
 """
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vqops.dispatch import records
+from vqops.dispatch.regimes import Call, Regime
 
 Implementation = Literal["compiled", "pytorch", "reference", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
 VARIABLE = "VQOPS_IMPLEMENTATION"
-ANY = (0, sys.maxsize)
 
 
 # The one that is named
@@ -64,33 +63,6 @@ class use_implementation:
 # The one of a GPU's record
 
 
-class Call(NamedTuple):
-    """The facts by which a regime tells calls apart."""
-
-    D: int
-    K: int | None  # codes of a head; None for an op without codes
-    N: int | None  # rows of all heads; None for an op without rows
-    dtypes: tuple[torch.dtype, ...]  # of x and the codebook, where the op has them
-
-
-class Regime(NamedTuple):
-    """Calls of an op that take an implementation. Bounds are inclusive; those of N and K are for ops that have them."""
-
-    op: str
-    implementation: str
-    D: tuple[int, int] = ANY
-    K: tuple[int, int] = ANY
-    N: tuple[int, int] = ANY
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-
-    def holds(self, call: Call) -> bool:
-        inside = (
-            bounds == ANY or size is None or bounds[0] <= size <= bounds[1]
-            for size, bounds in ((call.D, self.D), (call.K, self.K), (call.N, self.N))
-        )
-        return all(inside) and all(dtype in self.dtypes for dtype in call.dtypes)
-
-
 class Table(NamedTuple):
     """What a GPU takes. The first row that holds a call decides, where the implementation is there; else "pytorch"."""
 
@@ -112,19 +84,13 @@ def table(device: torch.device) -> Table:
         except records.Ignored as reason:
             ignored.append(f"{path}: {reason}")
             continue
-        rows = tuple(regime_of(row) for row in found.rows)
-        return Table(rows, str(path), (*ignored, *(f"{path}: {reason}" for reason in found.ignored)))
+        return Table(found.rows, str(path), (*ignored, *(f"{path}: {reason}" for reason in found.ignored)))
     warnings.warn(
         f"vqops: no record shows a kernel to be right and fast on {gpu.name} (sm_{gpu.capability.replace('.', '')}), "
         'so its ops take "pytorch": exact, without a kernel. `vqops info` says more.',
         stacklevel=2,
     )
     return Table((), None, tuple(ignored))
-
-
-def regime_of(row: dict) -> Regime:
-    bounds = {axis: (row[axis][0] or 0, row[axis][1] or ANY[1]) for axis in "DKN" if row.get(axis)}
-    return Regime(row["op"], row["implementation"], dtypes=tuple(getattr(torch, d) for d in row["dtypes"]), **bounds)
 
 
 def choose(rows: Iterable[Regime], op: str, call: Call, built: Callable[[str], bool]) -> str:

@@ -17,6 +17,7 @@ import torch
 from platformdirs import user_cache_path
 
 from vqops import triton_kernels
+from vqops.dispatch.regimes import Regime, regime_of
 
 FORMAT = 1
 VARIABLE = "VQOPS_GPU_RECORD"
@@ -29,7 +30,7 @@ class Gpu(NamedTuple):
 
 
 class Record(NamedTuple):
-    rows: list[dict]
+    rows: tuple[Regime, ...]
     ignored: list[str]
 
 
@@ -67,14 +68,14 @@ def read(path: Path, gpu: Gpu) -> Record:
         of = Gpu(**content["gpu"])
         if of != gpu:
             raise Ignored(f"it is of {of.name} ({of.capability}), this is {gpu.name} ({gpu.capability})")
-        kernels, rows = content["kernels"], content["rows"]
+        kernels, rows = content["kernels"], tuple(map(regime_of, content["rows"]))
         changed = [name for name in kernels if kernels[name] != kernels_here().get(name)]
-        kept = [{**row, "dtypes": list(row["dtypes"])} for row in rows if row["implementation"] not in changed]
-        if unknown := {row["implementation"] for row in rows} - set(kernels):
+        if unknown := {row.implementation for row in rows} - set(kernels):
             raise Ignored(f"it does not say with which kernels {sorted(unknown)} ran")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Ignored(f"it is not a record: {type(error).__name__} {error}") from None
     reasons = [f"{name} was {kernels[name]}, here it is {kernels_here().get(name)}" for name in changed]
+    kept = tuple(row for row in rows if row.implementation not in changed)
     if rows and not kept:
         raise Ignored("; ".join(reasons))
     return Record(kept, reasons)
@@ -87,7 +88,14 @@ def kernels_here() -> dict[str, dict[str, str]]:
     if triton_kernels.has("nearest"):
         sources = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
         digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-        found["triton"] = {"sources": digest[:16], "version": metadata.version("triton")}
+        found["triton"] = {"sources": digest[:16], "version": triton_version()}
     if binary.cuda_sources:
         found["compiled"] = {"sources": binary.cuda_sources, "version": binary.cuda.partition(" ")[0]}
     return found
+
+
+def triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a distribution of another name
+        return import_module("triton").__version__

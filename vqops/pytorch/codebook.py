@@ -82,8 +82,9 @@ def typical(radius: Tensor) -> Tensor:  # [H, K] -> [H, 1]
 
 
 def power_of_two(value: Tensor) -> Tensor:
-    """The least above a value > 0. A quotient that is a power of two is exact."""
-    return value / value.frexp().mantissa
+    """The largest up to a value, which is normal and positive: its exponent alone. Infinity for NaN."""
+    bits, exponent = (torch.int64, 0x7FF << 52) if value.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    return (value.contiguous().view(bits) & exponent).view(value.dtype)
 
 
 def repeats(codebook: Tensor) -> Tensor:  # [H, K, D] -> [H, K] bool
@@ -103,7 +104,8 @@ def repeats(codebook: Tensor) -> Tensor:  # [H, K, D] -> [H, K] bool
     if asking_is_free(codebook.device) and not (key[:, 1:] == key[:, :-1]).any():
         return found
     ordered = codebook[torch.arange(len(codebook), device=codebook.device).unsqueeze(1), order]
-    return found.scatter_(1, order[:, 1:], (ordered[:, 1:] == ordered[:, :-1]).all(-1))
+    found[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]).all(-1)
+    return found.gather(1, order.argsort(1))
 
 
 def asking_is_free(device: torch.device) -> bool:

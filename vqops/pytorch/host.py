@@ -8,8 +8,11 @@ from torch import Tensor
 from vqops.reference.distance import has_float64
 
 
-def on_host(function: Callable) -> Callable:
-    """The function of tensors and values, computed on the CPU where its first tensor's device has no float64."""
+def on_host(function: Callable, changes: int = 0) -> Callable:
+    """The function of tensors and values, computed on the CPU where its first tensor's device has no float64.
+
+    It changes its first `changes` arguments in place.
+    """
 
     @wraps(function)
     def run(*arguments, **named):
@@ -19,9 +22,9 @@ def on_host(function: Callable) -> Callable:
         given = {**dict(enumerate(arguments)), **named}
         moved = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in given.items()}
         result = function(*(moved[place] for place in range(len(arguments))), **{name: moved[name] for name in named})
-        for key, value in given.items():
-            if isinstance(value, Tensor) and moved[key]._version:  # changed in place
-                value.copy_(moved[key])
+        for place in range(changes):
+            if isinstance(given[place], Tensor):
+                given[place].copy_(moved[place])
         return tuple(tensor.to(device) for tensor in result) if isinstance(result, tuple) else result
 
     return run

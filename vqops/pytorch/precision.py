@@ -8,17 +8,19 @@ import torch
 
 LOCK = threading.Lock()
 inside = 0  # threads that are in `full_precision` now
-before: tuple[str, str, str] | None = None  # the caller's settings, while any is
+before: tuple[str, str, str] | None = None  # the settings to give back, if any had to change
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32 or bfloat16 in float32 products, and no autocast. PyTorch keeps the first per process, not per thread:
-    the first thread to enter sets it and the last to leave sets it back."""
+    """No TF32 or bfloat16 in float32 products, and no autocast.
+
+    PyTorch keeps the first per process, not per thread: whoever enters sees to it, the last to leave sets it back. A
+    thread that changes PyTorch's settings while another is inside can still spoil that one's product.
+    """
     global inside, before
     with LOCK:
-        if inside == 0:
-            before = raise_precision()
+        before = raise_precision() or before
         inside += 1
     try:
         with torch.autocast(device.type, enabled=False):
@@ -28,6 +30,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
             inside -= 1
             if inside == 0:
                 restore_precision(before)
+                before = None
 
 
 def raise_precision() -> tuple[str, str, str] | None:
@@ -35,7 +38,7 @@ def raise_precision() -> tuple[str, str, str] | None:
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     if {cuda.fp32_precision, cpu.fp32_precision} <= {"none", "ieee"}:
         return None
-    # A value that is inherited stays so: "none" asks the backend, or torch.backends.
+    # What equals the value above it is set back to inherit it: "none" asks the backend, or torch.backends.
     found = [
         "none" if matmul.fp32_precision == backend.fp32_precision else matmul.fp32_precision
         for matmul, backend in ((cuda, torch.backends.cudnn), (cpu, torch.backends.mkldnn))

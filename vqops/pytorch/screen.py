@@ -75,7 +75,8 @@ class Products:
 
 def two_least(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [H, N, n], changed -> index, least, second [H, N]
     least, index = values.min(-1)
-    return index, least, values.scatter_(-1, index.unsqueeze(-1), torch.inf).amin(-1)
+    taken = torch.arange(values.shape[-1], device=values.device) == index.unsqueeze(-1)
+    return index, least, values.masked_fill_(taken, torch.inf).amin(-1)
 
 
 def two_least_of_groups(bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [H, N, padded(K)]

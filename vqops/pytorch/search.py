@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqops.pytorch import bound
 from vqops.pytorch.codebook import Codes, asking_is_free, pack, prepare_codes, unpack, with_repeats
 from vqops.pytorch.decide import decide, scan
 from vqops.pytorch.host import on_host
@@ -37,15 +36,11 @@ def nearest(
 
 def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepared: Tensor | None) -> Found:
     """The nearest code of each row, and the tier that decided it."""
-    usable = is_finite(x) if mask is None else is_finite(x) & mask
+    usable, trivial, first = certain_rows(x, codebook, 1, mask, metric)
     with full_precision(x.device):
         codes = prepare_codes(codebook, metric, torch.float32) if prepared is None else unpack(prepared, codebook.shape)
         index, is_open = screen(x, codes, metric)
-        if metric == "cosine":  # x = 0 costs 0 with every code
-            present = codes.matrix[..., x.shape[-1] + 1] < bound.ABSENT[torch.float32] / 2  # [H, K]
-            trivial = (x == 0).all(-1) & present.any(1, keepdim=True)
-            index = torch.where(trivial, present.byte().argmax(1, keepdim=True), index)
-            is_open = is_open & ~trivial
+        index, is_open = first.where(trivial, index), is_open & ~trivial
         tiers = torch.full_like(index, CERTIFIED).masked_fill_(~usable, WITHOUT)
         found = Found(index.masked_fill(~usable, -1).unsqueeze(-1), tiers)
         return resolve(x, codebook, codes, 1, metric, is_open & usable, found)
@@ -61,16 +56,31 @@ def nearest_topk(
     prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # indices [H, N, k] int64, distances [H, N, k] float32 (float64 for float64 x)
     """Every row takes candidates."""
-    usable = is_finite(x) if mask is None else is_finite(x) & mask
+    usable, trivial, first = certain_rows(x, codebook, k, mask, metric)
     with full_precision(x.device):
         codes = prepare_codes(codebook, metric, torch.float32) if prepared is None else unpack(prepared, codebook.shape)
-        shape = (*usable.shape, k)
-        costs = x.new_full(shape, math.nan, dtype=torch.float64)
-        indices = x.new_full(shape, -1, dtype=torch.int64)
+        indices = first.unsqueeze(1).where(trivial.unsqueeze(-1), -torch.ones_like(first).unsqueeze(1))
+        costs = torch.zeros_like(indices, dtype=torch.float64).masked_fill_(indices < 0, math.nan)
         tiers = torch.full_like(indices[..., 0], DECIDED).masked_fill_(~usable, WITHOUT)
         found = Found(indices, tiers, costs)
-        indices, _, costs = resolve(x, codebook, with_repeats(codes), k, metric, usable, found)
+        indices, _, costs = resolve(x, codebook, with_repeats(codes), k, metric, usable & ~trivial, found)
     return indices, distances_of(costs, indices, x, mask, metric)
+
+
+def certain_rows(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    k: int,
+    mask: Tensor | None,  # [H, N] bool
+    metric: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # usable, trivial [H, N] bool, first [H, k]
+    """Rows that have a code, those of them that cost the same with every code, and the k codes that these then take."""
+    present = is_finite(codebook)
+    usable = is_finite(x) & present.any(1, keepdim=True)
+    usable = usable if mask is None else usable & mask
+    trivial = usable & (x == 0).all(-1) if metric == "cosine" else torch.zeros_like(usable)
+    first = present.byte().argsort(dim=1, descending=True, stable=True)[:, :k]
+    return usable, trivial, first.masked_fill(~present.gather(1, first), -1)
 
 
 def resolve(
@@ -84,9 +94,10 @@ def resolve(
 ) -> Found:
     """`found` with the open rows decided: among the codes that float32 leaves, then that float64 leaves, then all.
 
-    The host waits for the device to learn how many rows are open: once where they are few, again for each further
-    tier. Where it may not wait (a CUDA graph is captured, or torch.cuda.set_sync_debug_mode("error")), a tier takes a
-    fixed number of rows, and an assertion on the device fails if the last one leaves any.
+    The host waits for the device to learn how many rows are open: once where they are few, since then they are compared
+    with all codes at once, else again after each tier. Where it may not wait (a CUDA graph is captured, or
+    torch.cuda.set_sync_debug_mode("error")), a tier takes a fixed number of rows, and an assertion on the device fails
+    if the last one leaves any.
     """
     (H, N, D), K, waits = x.shape, codebook.shape[1], may_wait(x.device)
     there = x.device if has_float64(x.device) else torch.device("cpu")
@@ -138,19 +149,17 @@ def unasked_slots(H: int, N: int, K: int, D: int, k: int) -> tuple[int, int, int
 def slotted(x: Tensor, is_open: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:  # [H, N, D], [H, N]
     """The slot [H, N] of each open row among `count`, whether [H, N] it has one, and the rows by slot [H, count, D]."""
     H, N, D = x.shape
-    number = torch.arange(N, device=x.device).expand(H, N)
     if count == N:
-        return number, is_open, x
-    slot = is_open.cumsum(1) - 1
-    taken = is_open & (slot < count)
-    rows = slot.new_zeros(H, count + 1)  # the last place takes all that have no slot
-    rows.scatter_(1, slot.masked_fill(~taken, count), number)
-    return slot, taken, x.gather(1, rows[:, :count, None].expand(H, count, D))
+        return torch.arange(N, device=x.device).expand(H, N), is_open, x
+    number = is_open.cumsum(1)
+    wanted = torch.arange(1, count + 1, device=x.device).expand(H, count).contiguous()
+    rows = torch.searchsorted(number, wanted).clamp_max_(N - 1)  # slots beyond the open rows take any row
+    return number - 1, is_open & (number <= count), x.gather(1, rows.unsqueeze(-1).expand(H, count, D))
 
 
 def at_once(device: torch.device) -> int:
     """Elements of rows x codes that are compared sooner than the host learns what a further tier would leave."""
-    return 0 if asking_is_free(device) else 1 << 22
+    return 0 if asking_is_free(device) else 1 << 25
 
 
 def may_wait(device: torch.device) -> bool:

@@ -62,7 +62,8 @@ def code_cross_entropy_backward(
                     values, block = head.logits(given, codes, real), head.values[codes]
                     here, place = position(target, codes)
                     pull = (values - total[h, rows].unsqueeze(1)).exp_().mul_(scale)
-                    pull.scatter_add_(1, place, -scale.masked_fill(~here.unsqueeze(1), 0))
+                    at = torch.arange(pull.shape[1], device=x.device) == place
+                    pull -= scale.expand_as(pull).masked_fill(~(at & here.unsqueeze(1)), 0)
                     if head.euclidean:  # d(-|x - c|) / dx = (c - x) / |x - c|, taken as 0 where x = c
                         pull = (pull / -values).masked_fill_(values == 0, 0)
                     pull = pull.double()

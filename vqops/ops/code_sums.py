@@ -21,8 +21,8 @@ def code_sums(
     counts[k] = sum_n w[n] [indices[n] = k],  sums[k] = sum_n w[n] [indices[n] = k] x[n]
 
     The order of addition is fixed: the rows of a code, ascending, in runs of 256 summed in order, then the runs in
-    order, all in float32. On the CPU the result does not depend on threads. "pytorch" and the kernels for CUDA keep this
-    order under `torch.use_deterministic_algorithms(True)`; else theirs is open. Rows with index -1 are left out.
+    order, all in float32. On the CPU the result does not depend on threads. "pytorch" and the kernels for CUDA keep
+    this order under `torch.use_deterministic_algorithms(True)`; else theirs is open. Rows with index -1 are left out.
     Detached: no gradient flows through the results. Source: van den Oord et al. 2017, appendix A.1.
 
     With `heads=True`, x is [H, N, D] and each head has codes of its own; otherwise all leading axes are rows.

@@ -11,7 +11,7 @@ from vqops.pytorch.decide import decide, scan
 from vqops.pytorch.host import on_host
 from vqops.pytorch.precision import full_precision
 from vqops.pytorch.screen import screen
-from vqops.reference.distance import has_float64, is_finite
+from vqops.reference.distance import cost, has_float64, is_finite, squared_error
 from vqops.reference.search import distances_of
 
 CERTIFIED, DECIDED, SCANNED, WITHOUT = range(4)  # the tiers of search_statistics
@@ -36,7 +36,7 @@ def nearest(
 
 def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepared: Tensor | None) -> Found:
     """The nearest code of each row, and the tier that decided it."""
-    usable, trivial, first = certain_rows(x, codebook, 1, mask, metric)
+    usable, trivial, first, _ = certain_rows(x, codebook, 1, mask, metric)
     with full_precision(x.device):
         codes = prepare_codes(codebook, metric, torch.float32) if prepared is None else unpack(prepared, codebook.shape)
         index, is_open = screen(x, codes, metric)
@@ -56,11 +56,12 @@ def nearest_topk(
     prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # indices [H, N, k] int64, distances [H, N, k] float32 (float64 for float64 x)
     """Every row takes candidates."""
-    usable, trivial, first = certain_rows(x, codebook, k, mask, metric)
+    usable, trivial, first, exact = certain_rows(x, codebook, k, mask, metric)
     with full_precision(x.device):
         codes = prepare_codes(codebook, metric, torch.float32) if prepared is None else unpack(prepared, codebook.shape)
-        indices = first.unsqueeze(1).where(trivial.unsqueeze(-1), -torch.ones_like(first).unsqueeze(1))
-        costs = torch.zeros_like(indices, dtype=torch.float64).masked_fill_(indices < 0, math.nan)
+        shape, others = (*usable.shape, k), ~trivial.unsqueeze(-1)
+        indices = first.unsqueeze(1).expand(shape).masked_fill(others, -1)
+        costs = exact.unsqueeze(1).expand(shape).masked_fill(others, math.nan)
         tiers = torch.full_like(indices[..., 0], DECIDED).masked_fill_(~usable, WITHOUT)
         found = Found(indices, tiers, costs)
         indices, _, costs = resolve(x, codebook, with_repeats(codes), k, metric, usable & ~trivial, found)
@@ -73,14 +74,24 @@ def certain_rows(
     k: int,
     mask: Tensor | None,  # [H, N] bool
     metric: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # usable, trivial [H, N] bool, first [H, k]
-    """Rows that have a code, those of them that cost the same with every code, and the k codes that these then take."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # usable, trivial [H, N] bool; indices, costs [H, k]
+    """Rows that have a code, and those of them that are 0 and so all take the same codes: padding, for example.
+
+    To many such rows many codes are equally near. For "euclidean" they are found only where that may not cost a wait.
+    """
     present = is_finite(codebook)
     usable = is_finite(x) & present.any(1, keepdim=True)
     usable = usable if mask is None else usable & mask
-    trivial = usable & (x == 0).all(-1) if metric == "cosine" else torch.zeros_like(usable)
-    first = present.byte().argsort(dim=1, descending=True, stable=True)[:, :k]
-    return usable, trivial, first.masked_fill(~present.gather(1, first), -1)
+    if metric == "cosine":  # 0 costs 0 with every code
+        exact = torch.zeros_like(present, dtype=torch.float64 if has_float64(x.device) else torch.float32)
+    elif may_wait(x.device):
+        nothing = torch.zeros_like(present[:, :k])
+        return usable, torch.zeros_like(usable), nothing.long(), nothing.float()
+    else:
+        exact = cost(torch.zeros_like(codebook[:, :1]), codebook, metric, squared_error)
+    costs, indices = exact.masked_fill(~present, math.nan).sort(dim=1, stable=True)
+    costs, indices = costs[:, :k], indices[:, :k]
+    return usable, usable & (x == 0).all(-1), indices.masked_fill(costs.isnan(), -1), costs
 
 
 def resolve(

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.limited import run_limited
 from benchmarks.plan import STAGES, Run, Task
 from benchmarks.rows import Writer, environment, folder_of, instructions, label, read
+from vqops.check.process import run_limited
 
 ROOT = Path(__file__).parents[1]
 ALL = "all"  # the method of a row about a process that did not end well

@@ -16,9 +16,9 @@ sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one tha
 
 from benchmarks import __main__ as program  # noqa: E402
 from benchmarks import baselines, cases, measure, plan  # noqa: E402
-from benchmarks.limited import run_limited  # noqa: E402
 from benchmarks.rows import PACKAGES, Writer, read  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
+from vqops.check.process import run_limited  # noqa: E402
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import ctypes
 
 import pytest
 import torch
-from cases import SEARCHES
 from cuda_blocks import DTYPES, Kernels
 from promises import INDICES, ORDER
 
 from vqops import reference
+from vqops.check.inputs import SEARCHES
 
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])

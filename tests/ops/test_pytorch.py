@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 import torch
-from cases import SEARCHES
 from memory import LargestTemporaries
 from promises import INDICES, ORDER, REPEATS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqops
 from vqops import pytorch, reference
+from vqops.check.inputs import SEARCHES
 from vqops.pytorch import codebook as codebooks
 from vqops.pytorch import host, search
 from vqops.reference import distance

@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cases import SEARCHES
 from promises import INDICES
 
 from vqops import pytorch, reference
+from vqops.check.inputs import SEARCHES
 from vqops.pytorch import bound, precision, screen, search
 from vqops.pytorch import codebook as codebooks
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import INF, NAN, SEARCHES
 from promises import COPIES, ORDER
 from torch.testing import assert_close
 
 import vqops
 from vqops import reference
+from vqops.check.inputs import INF, NAN, SEARCHES
 
 METRICS = ("euclidean", "cosine")
 TINY = 1e-6

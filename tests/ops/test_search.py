@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import INF, NAN, SEARCHES
 from memory import LargestTemporaries
 from promises import INDICES, ORDER
 from torch.testing import assert_close
 
 import vqops
 from vqops import reference
+from vqops.check.inputs import INF, NAN, SEARCHES
 from vqops.reference.distance import root
 
 METRICS = ("euclidean", "cosine")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import INF, NAN
 from promises import ORDER, REPEATS, UNCHANGED
 from torch.testing import assert_close
 
 import vqops
 from vqops import reference
+from vqops.check.inputs import INF, NAN
 
 TABLE = [
     {

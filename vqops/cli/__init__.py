@@ -12,6 +12,7 @@ COMMANDS = {
     "complete": "draw the lower half of images",
     "evaluate": "measure a model: error, use of the codes, likelihood, classification accuracy score",
     "compare": "train autoencoder, VAE, discrete VAE and VQ-VAE on the same images, side by side",
+    "check": "test and time the kernels on the GPUs of this machine, once, so that the ops take them",
     "info": "what was built, and which implementation each op takes on this machine",
 }
 EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage", "tomli")  # what vqops[train] brings
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return refuse(f"vqops: there is no command {command!r}, only {', '.join(COMMANDS)}")
     try:
-        return run_info() if command == "info" else run(command, flags)
+        return WITHOUT_EXTRA[command](flags) if command in WITHOUT_EXTRA else run(command, flags)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:
@@ -38,11 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def run_info() -> int:
+def run_info(flags: list[str]) -> int:
     from vqops.info import main as info
 
     info()
     return 0
+
+
+def run_check(flags: list[str]) -> int:
+    from vqops.cli.checking import run
+
+    return run(flags)
+
+
+WITHOUT_EXTRA = {"info": run_info, "check": run_check}
 
 
 def run(command: str, flags: list[str]) -> int:

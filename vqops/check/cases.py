@@ -1,0 +1,296 @@
+"""The cases by which an implementation is judged on a device, smallest first: each op against the kernels of the CPU.
+
+Between them they reach every kernel of the search: its depths by the tensor cores that multiply them, few rows and many
+codes, the tiers behind the fast pass.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import vqops
+from vqops.check.inputs import SEARCHES, normal
+from vqops.check.products import PROBES, Probe
+
+METRICS = ("euclidean", "cosine")
+SMALL = 50  # rows and codes at most, in a rehearsal
+SEVERAL = 9  # codes a row, of nearest_topk
+
+
+class Ops:
+    """The ops as one implementation runs them on a device: the public ones, and past their checks the ops themselves
+    where these wait for the device or do not show a backward."""
+
+    def __init__(self, implementation: str, device: torch.device):
+        self.implementation, self.device = implementation, device
+
+    def __getattr__(self, op: str) -> Callable:
+        return partial(getattr(vqops, op), implementation=self.implementation)
+
+    def op(self, name: str) -> Callable:
+        return getattr(torch.ops.vqops, f"{name}_{self.implementation}")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    op: str  # the family that a wrong result speaks against
+    build: Callable[[bool], dict]  # the arguments, on the CPU; True: small ones
+    call: Callable[..., dict[str, Tensor]]  # call(ops, **arguments): results by name
+    loose: dict[str, float] = field(default_factory=dict)  # of results that may differ, by how much of the largest
+    plain: bool = True  # few rows are left open: "pytorch" has room for them where it may not wait
+    in_order: bool = True  # under torch.use_deterministic_algorithms, which also poisons fresh memory
+
+    def concerns(self, implementation: str, kind: str) -> bool:
+        return True
+
+    def judge(self, implementation: str, device: torch.device, small: bool) -> dict:
+        """Runs it twice, and once more from a CUDA graph; `wrong` has what differs, by result."""
+        given = self.build(small)
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self.in_order, warn_only=True)
+        try:
+            expected = self.call(oracle(implementation, device), **given)
+            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+            run = partial(self.call, Ops(implementation, device), **moved)
+            runs = {"first": run(), "again": run()}
+            if device.type == "cuda" and (self.plain or implementation != "pytorch"):
+                runs["from a graph"] = captured(run)
+            found = {time: {name: value.cpu() for name, value in values.items()} for time, values in runs.items()}
+        finally:
+            torch.use_deterministic_algorithms(before)
+        wrong = {}
+        for time, values in found.items():
+            for name, value in values.items():
+                if differing := difference(value, expected[name], self.loose.get(name, 0.0)):
+                    wrong[f"{name}, {time}"] = differing
+        return {"wrong": wrong}
+
+
+def oracle(implementation: str, device: torch.device) -> Ops:
+    """The compiled kernels of the CPU, or for themselves what runs without a kernel."""
+    itself = (implementation, device.type) == ("compiled", "cpu")
+    return Ops("pytorch" if itself else "compiled", torch.device("cpu"))
+
+
+def judge(name: str, implementation: str, device: torch.device, small: bool) -> dict:
+    """What came out of a case; `wrong` is empty where it is right."""
+    torch.manual_seed(zlib.crc32(name.encode()))
+    return CASES[name].judge(implementation, device, small)
+
+
+def captured(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for value in found.values():
+        value.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return found
+
+
+def difference(found: Tensor, expected: Tensor, loose: float) -> dict:
+    """How many elements differ, of how many, and the first; empty where none does. NaN is equal to NaN."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return {"is": f"{found.dtype} {list(found.shape)}", "should be": f"{expected.dtype} {list(expected.shape)}"}
+    differs = (found != expected) & ~(found.isnan() & expected.isnan())
+    if loose and expected.numel():
+        largest = expected[expected.isfinite()].abs().amax() if expected.isfinite().any() else 0.0
+        differs &= ~((found.double() - expected.double()).abs() <= loose * float(largest))
+    if not differs.any():
+        return {}
+    place = differs.nonzero()[0].tolist()
+    return {
+        "differ": int(differs.sum()),
+        "of": differs.numel(),
+        "first at": place,
+        "is": found[tuple(place)].item(),
+        "should be": expected[tuple(place)].item(),
+    }
+
+
+# Searches
+
+
+def searches(ops: Ops, x: Tensor, codebook: Tensor, metrics=METRICS[:1], mask: Tensor | None = None) -> dict:
+    return {f"indices, {metric}": ops.nearest(x, codebook, mask, metric) for metric in metrics}
+
+
+def topk(ops: Ops, x: Tensor, codebook: Tensor, k: int) -> dict:
+    """Distances too, in the order of the reference on the CPU."""
+    indices, distances = ops.nearest_topk(x, codebook, min(k, codebook.shape[-2]))
+    return {"indices": indices, "distances": distances}
+
+
+def prepared(ops: Ops, x: Tensor, codebook: Tensor) -> dict:
+    return {"indices": ops.nearest(x, ops.prepare(codebook))}
+
+
+def statistics(ops: Ops, x: Tensor, codebook: Tensor) -> dict:
+    return {"rows": ops.search_statistics(x, codebook).sum()}
+
+
+def near_codes(N: int, D: int, K: int, small: bool, dtype: torch.dtype = torch.float32) -> dict:
+    """A third of the rows lies on a code or nearly so."""
+    if small:
+        N, K = min(N, SMALL), min(K, SMALL)
+    x, codebook = torch.randn(N, D), torch.randn(K, D)
+    x[: N // 3] = codebook[torch.randint(K, (N // 3,))] + 1e-3 * torch.randn(N // 3, D)
+    return {"x": x.to(dtype), "codebook": codebook}
+
+
+def adversarial(name: str, small: bool) -> dict:
+    return dict(zip(("x", "codebook"), SEARCHES[name](), strict=True), metrics=METRICS)
+
+
+def of_one_sign(small: bool) -> dict:
+    """Every truncation in a tensor core goes the same way; codes in pairs, a few bits apart."""
+    N, K = (50, 50) if small else (512, 256)
+    x, c = 1 + torch.rand(1, N, 64), 1 + torch.rand(1, K, 64)
+    return {"x": x - 3, "codebook": torch.cat([c, c * (1 + 2.0**-22 * torch.randint(-4, 5, (1, K, 1)))], 1)}
+
+
+def one_large_term(small: bool) -> dict:
+    """Small products are cut below the last bit of the large one."""
+    N, K = (50, 50) if small else (512, 256)
+    x, c = torch.rand(1, N, 64) * 2.0**-9, torch.rand(1, K, 64) * 2.0**-9
+    x[..., 0] = c[..., 0] = 1
+    return {"x": x, "codebook": c, "metrics": METRICS}
+
+
+def odd_strides(small: bool) -> dict:
+    N = SMALL if small else 300
+    x, codebook = torch.randn(40, 2 * N, 3)[:, ::2].permute(2, 1, 0), torch.randn(80, 3, 100).permute(1, 2, 0)[..., ::2]
+    return {"x": x, "codebook": codebook, "mask": torch.rand(3, 2 * N)[:, ::2] > 0.4}
+
+
+# The depths of every kernel of the search, the rows with which a block works at each; then few rows, many codes.
+DEPTHS = [(4096, D, 3000) for D in (8, 24, 64, 128, 700, 1100, 2000)]
+DEPTHS += [(20000, D, 3000) for D in (200, 256, 400, 512)]
+FEW = [(1, 64, 3000), (300, 256, 3000), (1, 8, 100_000)]
+MANY = [(20000, 64, 100_000)]
+TOPK = [(300, 8, 3000), (300, 24, 3000), (3000, 64, 3000), (300, 700, 3000)]
+RANKED = ("duplicates", "near_ties", "one_code_x_1e15", "not_finite_rows", "not_finite_codes", "integers")
+
+
+def of_searches() -> list[Case]:
+    def search(name, build, call=searches, op="nearest", **facts):
+        return Case(f"{op} {name}", op, build, call, **facts)
+
+    def shape(N, D, K):
+        return f"{N} x {D} x {K}"
+
+    found = [search(name, partial(adversarial, name), plain=False) for name in SEARCHES]
+    found += [search("of one sign", of_one_sign, plain=False), search("one large term", one_large_term, plain=False)]
+    found += [search("odd strides", odd_strides)]
+    found += [search(shape(*size), partial(near_codes, *size)) for size in sorted([*FEW, *DEPTHS], key=shape_cost)]
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        found.append(search(name, partial(near_codes, 2000, 64, 3000, dtype=dtype), plain=False))
+    found.append(search("prepared", partial(near_codes, 4096, 64, 3000), prepared))
+    found.append(search("tiers", partial(near_codes, 4096, 64, 3000), statistics))
+    for name in RANKED:
+        call = partial(topk, k=SEVERAL)
+        found.append(search(name, partial(ranked, name), call, "nearest_topk", plain=False, loose=DISTANCES))
+    for size in TOPK:
+        call = partial(topk, k=SEVERAL)
+        found.append(search(shape(*size), partial(near_codes, *size), call, "nearest_topk", loose=DISTANCES))
+    return found + [search(shape(*size), partial(near_codes, *size)) for size in MANY]
+
+
+DISTANCES = {"distances": 1e-6}
+
+
+def ranked(name: str, small: bool) -> dict:
+    return dict(zip(("x", "codebook"), SEARCHES[name](), strict=True))
+
+
+def shape_cost(size: tuple[int, int, int]) -> int:
+    return size[0] * size[1] * size[2]
+
+
+# The other ops
+
+
+def quantizes(ops: Ops, metric: str, **given) -> dict:
+    found = ops.quantize(**given, metric=metric, code_sums=True)
+    return dict(found._asdict())
+
+
+def sums(ops: Ops, x: Tensor, indices: Tensor, K: int, weight: Tensor | None = None) -> dict:
+    return dict(zip(("counts", "sums"), ops.op("code_sums")(x, indices, K, weight), strict=True))
+
+
+def updates(ops: Ops, state: Tensor, counts: Tensor, sums: Tensor, decay: Tensor, metric: str) -> dict:
+    """`state` has the cluster sizes in its last column, so that it is one tensor to be moved."""
+    size, average, codes = state[..., -1].clone(), state[..., :-1].clone(), state[..., :-1].clone()
+    ops.ema_update_(size, average, codes, counts, sums, decay, metric=metric)
+    return {"cluster sizes": size, "averages": average, "codes": codes}
+
+
+def gradients(ops: Ops, passing: str, metric: str, g, g_error, x, codebook, indices, mask) -> dict:
+    found = ops.op("quantize_backward")(g, g_error, x, codebook, indices, mask, metric, passing, 1.0, True, True)
+    return dict(zip(("gradient of x", "gradient of codes"), found, strict=True))
+
+
+def to_quantize(small: bool) -> dict:
+    """Two heads, rows left out, weights."""
+    H, N, D, K = 2, SMALL if small else 5000, 48, 100
+    x, codebook = normal(H, N, K, D)
+    return {"x": x, "codebook": codebook, "mask": torch.rand(H, N) > 0.1, "weight": torch.rand(H, N)}
+
+
+def to_sum(whole: bool, weighted: bool, small: bool) -> dict:
+    N, D, K = SMALL if small else 5000, 67, 300
+    x = torch.randint(-9, 10, (1, N, D)).float() if whole else torch.randn(1, N, D)
+    indices = torch.randint(-1, K, (1, N))
+    indices[:, ::3] = 7  # as a codebook at its start has them
+    return {"x": x, "indices": indices, "K": K, "weight": torch.randint(0, 4, (1, N)).float() if weighted else None}
+
+
+def to_update(small: bool) -> dict:
+    K, D = 300, 48
+    state = torch.cat([torch.randn(1, K, D), 1 + torch.rand(1, K, 1)], -1)
+    counts, total = torch.randint(9, (1, K)), torch.randn(1, K, D)
+    return {"state": state, "counts": counts, "sums": total, "decay": torch.tensor(0.9)}
+
+
+def to_turn_back(small: bool) -> dict:
+    H, N, D, K = 2, SMALL if small else 5000, 64, 300
+    x, codebook = normal(H, N, K, D)
+    indices = torch.randint(-1, K, (H, N))
+    return {
+        **{"g": torch.randn(H, N, D), "g_error": torch.randn(H, N), "x": x, "codebook": codebook},
+        **{"indices": indices, "mask": indices >= 0},
+    }
+
+
+def of_the_other_ops() -> list[Case]:
+    found = []
+    for metric in METRICS:
+        found.append(Case(f"ema_update_ {metric}", "ema_update_", to_update, partial(updates, metric=metric), CODES))
+    for weighted in (False, True):
+        kind = " weighted" * weighted
+        for order, whole in (("in order", False), ("atomic", True)):  # whole numbers have one sum in any order
+            build = partial(to_sum, whole, weighted)
+            found.append(Case(f"code_sums {order}{kind}", "code_sums", build, sums, in_order=not whole))
+    for metric in METRICS:
+        for passing in ("straight_through", "rotation"):
+            call = partial(gradients, passing=passing, metric=metric)
+            name = f"quantize_backward {passing} {metric}"
+            found.append(Case(name, "quantize_backward", to_turn_back, call, GRADIENTS))
+    for metric in METRICS:
+        found.append(Case(f"quantize {metric}", "quantize", to_quantize, partial(quantizes, metric=metric), ERRORS))
+    return found
+
+
+CODES = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
+GRADIENTS = {"gradient of x": 1e-4, "gradient of codes": 1e-4}
+ERRORS = {"quantized": 1e-6, "error": 1e-5, "sums": 1e-5}  # cosine divides by a length
+
+CASES: dict[str, Case | Probe] = {case.name: case for case in [*of_the_other_ops(), *PROBES, *of_searches()]}

@@ -14,6 +14,7 @@ from benchmarks.timing import clock_of, interleaved, ratio
 from vqops import _C
 
 FEWEST, MOST = 5, 40  # rounds
+ONCE = 1.0  # seconds of a call that is timed once, where a case has no more
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # read, and as many written: more than any cache
 RATES = {"gemm": "gflops", "copy": "gbytes_s"}
 
@@ -63,10 +64,11 @@ def measure(
     except Exception as error:  # a GPU that a method has left in error: that method's row says which
         rows["ceilings"], timed = {"failed": f"{type(error).__name__}: {error}"[:300]}, {}
     if timed:
-        rounds = max(FEWEST, min(MOST, math.floor(seconds / sum(method.took for method in timed.values()))))
-        times = interleaved(timed, rounds)
+        quick = {name: method for name, method in timed.items() if method.took <= max(seconds, ONCE)}
+        rounds = max(FEWEST, min(MOST, math.floor(seconds / max(1e-9, sum(method.took for method in quick.values())))))
+        times = interleaved(quick, rounds) | {name: [timed[name].took] * rounds for name in timed.keys() - quick.keys()}
         for name, method in timed.items():
-            rows[name] |= {"clock": method.clock, "rounds": rounds, **summary(times[name])}
+            rows[name] |= {"clock": method.clock, "rounds": rounds if name in quick else 1, **summary(times[name])}
         compared(case, rows, times, {kind: work for kind, (_, work) in limits.items()})
     return [{**case.describe(), "method": name, **row} for name, row in rows.items()]
 

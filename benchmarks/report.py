@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.figures import draw_growth, draw_memory, draw_search
+from benchmarks.gpu.page import first_run
 from benchmarks.rows import label
 from benchmarks.shapes import SHAPES
 from benchmarks.tables import (
@@ -33,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("benchmarks.md", "cpu.md", "gpu.md")
 STAGES = ("search", "statistics", "quantize", "steps", "exactness", "growing", "memory")  # of docs/benchmarks.md
 MARKED = re.compile(r"(<!-- benchmarks:([\w-]+)(?: of ([\w-]+))? -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
-NAMED = ("machine", "cpu-kernels", "gpu-kernels")  # blocks whose text names the machine
+NAMED = ("machine", "cpu-kernels", "gpu-kernels", "gpu-run")  # blocks whose text names the machine
 FIXED_COST_MS = 1.0  # a search below this is mostly the call itself
 FIGURES = {"search": ("search", draw_search), "growth": ("growing", draw_growth), "memory": ("memory", draw_memory)}
 
@@ -331,6 +332,7 @@ BLOCKS: dict[str, Callable[[Machine, str], str]] = {
     "search-figure": partial(picture, "search", "search time of the peers over that of vqops"),
     "cpu-kernels": partial(kernels, False),
     "gpu-kernels": partial(kernels, True),
+    "gpu-run": first_run,
 }
 
 

@@ -1,7 +1,4 @@
-"""A row of results: what was measured, on what, with which versions, as one JSON object a line.
-
-Nothing of vqops is imported before the environment is asked for: .ci/gpu writes rows of a build.
-"""
+"""A row of results: what was measured, on what, with which versions, as one JSON object a line."""
 
 import json
 import os
@@ -59,8 +56,12 @@ def name_of(device: str) -> str:
 
 def folder_of(device: str) -> Path:
     """Of the committed rows of this machine. Processors of several generations share a name, not their instructions."""
-    name = re.sub(r"\W+", "-", name_of(device).lower()).strip("-")
+    name = folder_named(name_of(device))
     return RESULTS / (name if device == "cuda" else f"{name}_{instructions(device)}")
+
+
+def folder_named(device: str) -> str:
+    return re.sub(r"\W+", "-", device.lower()).strip("-")
 
 
 def revision() -> dict:

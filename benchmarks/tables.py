@@ -16,6 +16,9 @@ SHORT = {
 }
 
 
+ANY_OF = ("search", "kernels", "first_run")  # stages, one of which every machine has
+
+
 @dataclass
 class Machine:
     """The rows of one folder of results."""
@@ -27,13 +30,13 @@ class Machine:
 
     @property
     def name(self) -> str:
-        first = (self.rows("search") or self.rows("kernels"))[0]
+        first = next(filter(None, map(self.rows, ANY_OF)))[0]
         return f"{first['device']} ({first['instructions']})"
 
 
 def machines(root: Path) -> list[Machine]:
     found = map(Machine, sorted((root / "benchmarks" / "results").iterdir()))
-    return [machine for machine in found if machine.rows("search") or machine.rows("kernels")]
+    return [machine for machine in found if any(map(machine.rows, ANY_OF))]
 
 
 def by_case(rows: list[dict]) -> dict[tuple, dict[str, dict]]:

@@ -6,11 +6,12 @@ The common suites run them as `compiled-cuda` and `triton-cuda`.
 import pytest
 import torch
 from implementations import available
-from promises import INDICES, REPEATS, WHOLE
+from promises import INDICES, ORDER, REPEATS, WHOLE
 from torch.testing import assert_close
 
 import vqops
 from vqops import reference
+from vqops.check.inputs import SEARCHES
 
 ops = torch.ops.vqops
 
@@ -30,6 +31,15 @@ def same_indices(implementation, x, codebook, metric="euclidean"):
 def implementation(request):
     available(request.param, "cuda")
     return request.param
+
+
+@pytest.mark.parametrize("case", ["heads", "duplicates", "not_finite_rows", "one_code_x_1e15"])
+def test_the_reference_is_the_same_there(case):
+    x, c = SEARCHES[case]()
+    found = vqops.quantize(x.cuda(), c.cuda(), code_sums=True, implementation="reference")
+    expected = vqops.quantize(x, c, code_sums=True, implementation="reference")
+    for a, b in zip(found, expected, strict=True):
+        ORDER.same(a.cpu(), b, equal_nan=True)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -9,10 +9,14 @@ import vqops
 
 REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
 INTERPRETED = ("triton", "cpu")
+NAMES = {
+    "cpu": ("reference", "pytorch", "compiled", "triton"),
+    "cuda": ("pytorch", "compiled", "triton"),  # the reference on a GPU is slow, and one test of tests/cuda
+}
 IMPLEMENTATIONS = [
     pytest.param((name, device), id=f"{name}-{device}", marks=[pytest.mark.slow] * ((name, device) == INTERPRETED))
-    for device in ("cpu", "cuda")
-    for name in ("reference", "pytorch", "compiled", "triton")
+    for device, names in NAMES.items()
+    for name in names
 ]
 
 

@@ -4,6 +4,7 @@ Between them they reach every kernel of the search: its depths by the tensor cor
 codes, the tiers behind the fast pass.
 """
 
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class Case:
             moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
             run = partial(self.call, Ops(implementation, device), **moved)
             runs = {"first": run(), "again": run()}
-            if device.type == "cuda" and (self.plain or implementation != "pytorch"):
+            if device.type == "cuda" and (self.plain or implementation != "pytorch") and can_be_captured():
                 runs["from a graph"] = captured(run)
             found = {time: {name: value.cpu() for name, value in values.items()} for time, values in runs.items()}
         finally:
@@ -81,6 +82,11 @@ def judge(name: str, implementation: str, device: torch.device, small: bool) -> 
     """What came out of a case; `wrong` is empty where it is right."""
     torch.manual_seed(zlib.crc32(name.encode()))
     return CASES[name].judge(implementation, device, small)
+
+
+def can_be_captured() -> bool:
+    """Not without torch's allocator, as a memory check wants it."""
+    return os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1"
 
 
 def captured(run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

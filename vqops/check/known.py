@@ -32,12 +32,7 @@ def show() -> str:
     parts = []
     for gpu, path in known():
         of = Gpu(gpu["name"], gpu["capability"])
-        try:
-            found = records.read(path, of)
-            table = choice.Table(found.rows, str(path), tuple(found.ignored))
-        except records.Ignored as reason:
-            table = choice.Table((), None, (f"{path}: {reason}",))
-        parts.append(info.of_gpu(of.name, table))
+        parts.append(info.of_gpu(of.name, choice.recorded(of)))
         if content := stored(path):
             parts.append(f"checked {content.get('date')}\n{record.described(content)}")
     return "\n\n".join(parts) or "There is no CUDA device here."

@@ -85,7 +85,11 @@ def described(record: dict) -> str:
         for why, of in groupby(found["others"], key=said):
             names = [row["name"] for row in of]
             lines.append(f"  {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {why}")
-    return "\n".join([*lines, "", times_table(record["times"])])
+    timed = [row for row in record["times"] if "milliseconds" in row]
+    lines += ["", times_table(timed)] if timed else []
+    others = (row for row in record["times"] if "milliseconds" not in row)
+    lines += (f"{row['name']} is not timed: {row.get('left_out') or said(row)}" for row in others)
+    return "\n".join(lines)
 
 
 def said(row: dict) -> str:
@@ -100,7 +104,7 @@ def of_difference(how: dict) -> str:
 
 def times_table(times: list[dict]) -> str:
     """Median milliseconds of a call; * where a kernel wins."""
-    names = list(dict.fromkeys(each for row in times for of in row.get("milliseconds", {}).values() for each in of))
+    names = list(dict.fromkeys(each for row in times for of in row["milliseconds"].values() for each in of))
     head = ["ms a call", "N x D x K", *names]
     body = [cells for row in times for cells in of_shape(row, names)]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
@@ -110,9 +114,6 @@ def times_table(times: list[dict]) -> str:
 
 
 def of_shape(row: dict, names: list[str]) -> Iterable[list[str]]:
-    if "milliseconds" not in row:
-        yield ["-", row["name"], row.get("left_out") or said(row), *[""] * (len(names) - 1)][: 2 + len(names)]
-        return
     for op, of in row["milliseconds"].items():
         taken = fastest(of)
         marks = {each: " *" if each == taken and each != "pytorch" else "" for each in of}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from vqops.check.child import heard
 from vqops.check.process import Command, OutOfTime
 
+CHILD = (sys.executable, "-m", "vqops.check.child")
 FIRST, EACH = 120.0, 60.0  # seconds, with and without the start of a process and its first compilations
 GIVEN_UP = 3  # children in a row that bring nothing
 LINES = 12  # of what a child said at its end
@@ -42,7 +43,7 @@ class Runner:
                 yield from ({"name": name, "failed": why} for name in waiting)
                 return
             brought = 0
-            for row in self.of_one_child({**task, "names": waiting}, **environment):
+            for row in self.of_one_child({**task, "names": list(waiting)}, **environment):
                 waiting.remove(row["name"])
                 brought += "failed" not in row
                 yield row
@@ -50,7 +51,7 @@ class Runner:
 
     def of_one_child(self, task: dict, **environment: str) -> Iterator[dict]:
         """Its rows, and where it ends before it has them all, one for the name that it was at."""
-        command = [*self.before, sys.executable, "-m", "vqops.check.child", json.dumps(task)]
+        command = [*self.before, *CHILD, json.dumps(task)]
         begun, done, failed, said, limit = None, 0, False, [], FIRST
         with Command(command, VQOPS_CHECK="", **environment) as child:
             self.running.add(child)

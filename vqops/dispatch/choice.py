@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from vqops.dispatch import records
+from vqops.dispatch import first_use, records
 from vqops.dispatch.regimes import Call, Regime
 
 Implementation = Literal["compiled", "pytorch", "reference", "triton"]
@@ -77,6 +77,23 @@ def table(device: torch.device) -> Table:
     if device.type != "cuda":
         return Table((), None)
     gpu = records.gpu_of(device)
+    found, checked = recorded(gpu), ""
+    if found.source is None and first_use.wanted():
+        reason = first_use.check(device)
+        found = recorded(gpu)
+        checked = f" {first_use.VARIABLE}=auto brought no record: {reason or 'its folder cannot be written'}."
+    if found.source is None:
+        warnings.warn(
+            f"vqops: no record shows a kernel to be right and fast on {gpu.name} "
+            f"(sm_{gpu.capability.replace('.', '')}), so its ops take \"pytorch\": exact, without a kernel. "
+            f"`vqops check` tests and times the kernels there, once; `vqops info` says more.{checked}",
+            stacklevel=2,
+        )
+    return found
+
+
+def recorded(gpu: records.Gpu) -> Table:
+    """By the first record of the GPU that counts."""
     ignored = []
     for path in records.candidates(gpu):
         try:
@@ -85,11 +102,6 @@ def table(device: torch.device) -> Table:
             ignored.append(f"{path}: {reason}")
             continue
         return Table(found.rows, str(path), (*ignored, *(f"{path}: {reason}" for reason in found.ignored)))
-    warnings.warn(
-        f"vqops: no record shows a kernel to be right and fast on {gpu.name} (sm_{gpu.capability.replace('.', '')}), "
-        'so its ops take "pytorch": exact, without a kernel. `vqops info` says more.',
-        stacklevel=2,
-    )
     return Table((), None, tuple(ignored))
 
 

@@ -1,0 +1,72 @@
+"""The block of docs/gpu.md that tells what a first run has shown, from its rows."""
+
+from collections.abc import Iterator
+
+from benchmarks.gpu.plan import PARTS
+from benchmarks.tables import Machine, number, table
+from vqops.check.record import is_right, said
+
+LARGEST = 4  # kernels of a search that are named
+
+
+def first_run(machine: Machine, figures: str) -> str:
+    rows = machine.rows("first_run")
+    if not rows:
+        return ""
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
+    versions = ", ".join(f"{name} {version}" for name, version in rows[-1]["versions"].items())
+    parts = [f"**{machine.name}**, {versions}, commit {commits}.", parts_of(rows), *cases_of(rows), times_of(rows)]
+    return "\n\n".join(filter(None, parts))
+
+
+def parts_of(rows: list[dict]) -> str:
+    """The last outcome of each part, and what it said."""
+    last = {row["part"]: row for row in rows if "outcome" in row and "left" not in row}
+    ended = {row["part"]: row for row in rows if "left" in row or row.get("outcome") == "no time left"}
+    lines = []
+    for name, row in ended.items():
+        found = last.get(name, {})
+        note = found.get("why") or " ".join(found.get("last_lines", [])[-1:])
+        lines.append([name, row["outcome"], note.replace("|", "/")[:160]])
+    order = list(PARTS)
+    return table(["part", "outcome", "it said"], sorted(lines, key=lambda line: order.index(line[0])))
+
+
+def cases_of(rows: list[dict]) -> Iterator[str]:
+    """By part and implementation, of each case the last row; then what was not right, in full."""
+    cases: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        if "case" in row and "implementation" in row:
+            cases.setdefault((row["part"], row["implementation"]), {})[row["case"]] = row
+    lines, others = [], []
+    for (part, implementation), found in cases.items():
+        shares = [row["share_of_bound"] for row in found.values() if "share_of_bound" in row]
+        right = sum(map(is_right, found.values()))
+        lines.append([part, implementation, f"{right} of {len(found)}", number(max(shares)) if shares else ""])
+        others += [f"- {part}, {implementation}, {n}: {said(row)}" for n, row in found.items() if not is_right(row)]
+    if lines:
+        yield table(["part", "implementation", "cases right", "largest share of the proof's error"], lines)
+    if others:
+        yield "\n".join(others)
+
+
+def times_of(rows: list[dict]) -> str:
+    found = {tuple(row["kernels"]): row for row in rows if row["part"] == "times"}
+    lines = []
+    for shape, row in found.items():
+        name = " x ".join(map(str, shape))
+        if "failed" in row:
+            lines.append([name, "failed", "", "", row["failed"].replace("\n", " ").replace("|", "/")[-160:]])
+            continue
+        kernels = list(row.get("microseconds", {}).items())[:LARGEST]
+        each = "; ".join(f"{short(kernel)} {number(time)}" for kernel, time in kernels)
+        certified = f"{100 * row['tiers'][0] / max(1, sum(row['tiers'])):.2f} %"
+        wrong = f"; {row['wrong']} wrong" * bool(row["wrong"])
+        lines.append([name, f"{number(row['p50_ms'])}{wrong}", number(row["tflops"]), certified, each])
+    return table(["N x D x K", "ms", "TFLOP/s", "certified", "its largest kernels, microseconds"], lines)
+
+
+def short(kernel: str) -> str:
+    """The body that a kernel of ours runs, or the name as it is."""
+    name = kernel.partition("run<")[2] or kernel
+    return name.partition("(")[0].removeprefix("vqops::cuda::")[:60].replace("|", "/")

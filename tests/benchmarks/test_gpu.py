@@ -1,8 +1,9 @@
-"""What the benchmarks do on a GPU, on a CPU: every op by implementation, processes with limits, and `.ci/gpu`."""
+"""What the benchmarks do on a GPU, on a CPU: every op by implementation, processes with limits, and the first run."""
 
-import importlib.machinery
-import importlib.util
+import json
+import shutil
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,25 +16,15 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import baselines, cases, measure, plan  # noqa: E402
+from benchmarks import baselines, cases, measure, plan, report  # noqa: E402
+from benchmarks.gpu import page, prepare, publish  # noqa: E402
+from benchmarks.gpu import plan as plan_of_gpu  # noqa: E402
 from benchmarks.rows import PACKAGES, Writer, read  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
+from benchmarks.tables import Machine  # noqa: E402
+from vqops.check.cases import CASES  # noqa: E402
 from vqops.check.process import run_limited  # noqa: E402
-
-
-@pytest.fixture
-def gpu():
-    """.ci/gpu as a module."""
-    loader = importlib.machinery.SourceFileLoader("first_run", str(ROOT / ".ci/gpu"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("first_run", loader))
-    loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def stages(gpu, tmp_path):
-    return gpu.Stages(Writer(tmp_path / "first_run.jsonl", {"device": "stub", "commit": "1"}), 60.0)
-
+from vqops.check.record import is_right  # noqa: E402
 
 # Measuring
 
@@ -145,67 +136,185 @@ def test_a_case_that_crashes_or_hangs_is_a_row(measured, monkeypatch, ending, sa
     assert passed and [row["failed"] for row in rows] == [said, said]
 
 
-def test_what_takes_too_long_is_ended_with_its_children(tmp_path):
-    child = "import time; time.sleep(3); open('survived', 'w')"
-    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    status, said = run_limited([sys.executable, "-c", parent], 1.5, tmp_path)
-    assert status is None and "begun" in said
-    status, _ = run_limited([sys.executable, "-c", "import time; time.sleep(3)"], 60, tmp_path)
-    assert status == 0 and not (tmp_path / "survived").exists()
+def test_a_call_that_takes_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(measure, "ONCE", 0.01)
+    called = []
+
+    def slow():
+        called.append(1)
+        time.sleep(0.02)
+
+    case = cases.nearest(Shape.of(33, 8, 20), "cpu")
+    methods = {"vqops": case.methods["vqops"], "slow": lambda: lambda: slow() or case.methods["vqops"]()()}
+    monkeypatch.setattr(cases.Case, "methods", methods)
+    with baselines.threads(2):  # wall time
+        rows = {row["method"]: row for row in measure.measure(case, seconds=0.0)}
+    assert rows["slow"]["rounds"] == 1 and rows["vqops"]["rounds"] == measure.FEWEST
+    assert rows["slow"]["p50_ms"] > 20 and rows["slow"]["times_vqops"] > 1 and len(called) < 6
 
 
-# .ci/gpu
+# The plan of a first run
 
 
-def test_without_a_gpu_it_says_so_and_runs_nothing(gpu, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for stage in (*gpu.STAGES, "all"):
-        assert gpu.main([stage, "--out", str(tmp_path)]) == 0
-    assert "no CUDA device" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        program.main(["--quick", "--device", "cuda"])
-    assert "no CUDA device" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def planned(monkeypatch, tmp_path):
+    """planned(parts): what the rehearsal of them returned, and its rows."""
+
+    def run(parts: str | None, seconds: float = 600.0):
+        status = plan_of_gpu.run(tmp_path, parts, time.monotonic() + seconds, rehearsal=True, built={})
+        return status, read(tmp_path / "first_run.jsonl")
+
+    return run
 
 
-def test_check_without_a_sanitizer_says_so(gpu, stages, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
-    assert stages.check()
-    assert read(stages.writer.path)[0]["outcome"] == "not possible"
+@pytest.mark.slow
+def test_a_whole_rehearsal(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "rehearse", "--out", tmp_path, "--seconds", "1500"]
+    status, said = run_limited(command, 1600, ROOT)
+    rows = read(tmp_path / "first_run.jsonl")
+    assert [row["part"] for row in rows if "left" in row] == list(plan_of_gpu.PARTS)
+    assert {row["outcome"] for row in rows if "left" in row} <= {"passed"} | {"failed"} * (shutil.which("nvcc") is None)
+    judged = [row for row in rows if "case" in row]
+    assert {row["part"] for row in judged} == {"cases", "mma", "triton"} and all(map(is_right, judged))
+    assert {row["implementation"] for row in judged} == {"compiled", "pytorch", "triton"}
+    assert all({"device", "versions", "commit"} <= row.keys() for row in rows)
+    made = page.first_run(Machine(tmp_path), "figures")
+    assert "| cases | passed |" in made and "| triton | triton |" in made and "| 100 x 512 x 100 |" in made
+
+
+def test_parts_and_their_rows(planned):
+    status, rows = planned("times,profile,sanitizer")
+    assert status == 0
+    assert [row["part"] for row in rows if "left" in row] == ["times", "profile", "sanitizer"]
+    times = [row for row in rows if "kernels" in row]
+    assert len(times) == 2 and all(row["p50_ms"] > 0 and row["wrong"] == 0 and sum(row["tiers"]) == 100 for row in times)
+
+
+def test_parts_that_there_are_not(planned):
+    with pytest.raises(SystemExit, match="--parts: there is no cuda, only facts, cases"):
+        planned("facts,cuda")
+
+
+def test_a_part_without_time_is_a_row(planned):
+    status, rows = planned("times,bench", seconds=5.0)
+    assert status == 1 and [row["outcome"] for row in rows] == ["no time left"] * 2
+
+
+def test_a_part_that_breaks_costs_itself(planned, monkeypatch):
+    def broken(plan):
+        raise ZeroDivisionError("x")
+
+    monkeypatch.setitem(plan_of_gpu.PARTS, "times", broken)
+    status, rows = planned("times,profile")
+    assert status == 1 and [row["outcome"] for row in rows if "left" in row] == ["failed", "passed"]
+    assert "ZeroDivisionError: x" in rows[0]["why"]
+
+
+@pytest.mark.parametrize("ending", [(None, "begun"), (-11, "begun")])
+def test_a_shape_that_hangs_or_crashes_is_a_row(planned, monkeypatch, ending):
+    monkeypatch.setattr(plan_of_gpu, "run_limited", lambda *given, **environment: ending)
+    status, rows = planned("times")
+    assert status == 1
+    assert [row["failed"] for row in rows[:2]] == ["out of time" if ending[0] is None else "ended with -11: begun"] * 2
+
+
+def test_it_names_what_there_is():
+    assert all((ROOT / path).exists() for path in plan_of_gpu.TESTS)
+    assert set(plan_of_gpu.SANITIZED) <= set(CASES)
+    depths = {name.split()[3] for name in plan_of_gpu.WGMMA}
+    assert depths == {"64", "128", "200", "256", "400", "512"}
 
 
 @pytest.mark.parametrize(
-    "status, output, outcome, passed",
+    "row, said",
     [
-        (0, "3 passed", "passed", True),
-        (1, "1 failed", "failed", False),
-        (None, "", "out of time", False),
-        (9, "========= Error: Device not supported", "not possible", True),
-        (9, "E   RuntimeError: this dtype is not supported", "failed", False),
+        ({"wrong": {}}, ["passed"]),
+        ({"failed": "its process ended with status 9: ========= Error: Device not supported"}, ["not possible"]),
+        ({"failed": "ended with status 9: ========= Invalid __global__ read of size 4"}, ["failed"]),
+        ({"failed": "RuntimeError: this dtype is not supported"}, ["failed"]),
     ],
 )
-def test_outcomes_of_a_check(gpu, stages, monkeypatch, status, output, outcome, passed):
-    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
-    monkeypatch.setattr(gpu, "run_limited", lambda *_, **__: (status, output))
-    assert stages.check() == passed
-    assert {row["outcome"] for row in read(stages.writer.path)} == {outcome}
-    assert {path.read_text() for path in stages.writer.path.parent.glob("check_*.log")} == {output}
+def test_outcomes_of_a_sanitizer(planned, monkeypatch, tmp_path, row, said):
+    given = []
+
+    def rows(runner, task, names, **environment):
+        given.append((runner.before[2], environment))
+        yield {"name": names[0], **{k: v.replace(": ===", ":\n===") if isinstance(v, str) else v for k, v in row.items()}}
+
+    monkeypatch.setattr(plan_of_gpu.Runner, "rows", rows)
+    monkeypatch.setattr(plan_of_gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
+    made = plan_of_gpu.Plan(Writer(tmp_path / "first_run.jsonl", {}), time.monotonic() + 60, rehearsal=False)
+    assert made.sanitizer() == (said != ["failed"])
+    assert list(dict.fromkeys(each["outcome"] for each in read(tmp_path / "first_run.jsonl"))) == said
+    assert {kind for kind, _ in given} == set(plan_of_gpu.TOOLS)
+    assert all(environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for _, environment in given)
 
 
-@pytest.mark.parametrize("stage", ["facts", "test", "bench"])
-def test_other_stages_pass_as_their_command_does(gpu, stages, monkeypatch, stage):
+def test_the_gpu_run_asks_for_what_a_gpu_has(monkeypatch, tmp_path):
+    """Without a GPU: the commands, and that each has a limit within the time that is left."""
     ran = []
-    monkeypatch.setattr(gpu, "run_limited", lambda command, *_, **__: ran.append(command) or (len(ran) - 1, "said"))
-    assert getattr(stages, stage)() and not getattr(stages, stage)()
-    assert [row["outcome"] for row in read(stages.writer.path)] == ["passed", "failed"]
-    assert len(ran) == 2
+    monkeypatch.setattr(plan_of_gpu, "run_limited", lambda *given, **env: ran.append((given, env)) or (0, "1 passed"))
+    monkeypatch.setattr(plan_of_gpu.shutil, "which", lambda name, **_: name)
+    made = plan_of_gpu.Plan(Writer(tmp_path / "first_run.jsonl", {}), time.monotonic() + 50, rehearsal=False)
+    for part in ("facts", "profile", "suite", "bench", "check"):
+        assert getattr(made, part)(), part
+    commands = [" ".join(map(str, given[0])) for given, _ in ran]
+    assert sum("ncu --clock-control none" in command for command in commands) == 3
+    suite = next(i for i, command in enumerate(commands) if "pytest" in command)
+    assert "tests/cuda tests/ops" in commands[suite] and ran[suite][1] == {"VQOPS_REQUIRE": "cuda"}
+    assert any("vqops check --device cuda:0" in command for command in commands)
+    assert all(given[1] <= 50 for given, _ in ran)
 
 
-def test_it_names_tests_that_exist(gpu):
-    assert all((ROOT / path).exists() for path in (*gpu.TESTS, *gpu.CHECKS))
+# What comes back
+
+
+def test_rows_and_record_become_those_of_the_project(tmp_path):
+    root, out, shipped = tmp_path / "root", tmp_path / "out", tmp_path / "shipped"
+    for page_of in ("docs", "benchmarks/results"):
+        (root / page_of).mkdir(parents=True)
+    for name in report.PAGES:
+        shutil.copy(ROOT / "docs" / name, root / "docs" / name)
+    shutil.copy(ROOT / "README.md", root)
+    out.mkdir()
+    about = {"device": "NVIDIA H200", "instructions": "sm_90", "commit": "1", "versions": {"torch": "2.11"}}
+    suite = {"part": "suite", "outcome": "passed", "last_lines": ["900 passed"]}
+    lines = [suite, {"part": "suite", "outcome": "passed", "left": 100}]
+    lines += [{"part": "cases", "implementation": "compiled", "case": "nearest heads", "wrong": {}}]
+    lines += [{"part": "times", "kernels": [9, 8, 7], "p50_ms": 1.5, "tflops": 9.0, "tiers": [8, 1, 0, 0], "wrong": 0}]
+    (out / "first_run.jsonl").write_text("".join(json.dumps(about | line) + "\n" for line in lines))
+    facts = {"D": [4, 1024], "K": None, "N": None, "dtypes": ["float32"]}
+    named = [{"op": "nearest", "implementation": name, **facts} for name in ("compiled", "triton")]
+    record = {"format": 1, "gpu": {"name": "NVIDIA H200", "capability": "9.0"}, "kernels": {}, "rows": named}
+    (out / "record.json").write_text(json.dumps(record))
+    publish.publish(out, root, shipped)
+    assert len(read(root / "benchmarks/results/nvidia-h200/first_run.jsonl")) == len(lines)
+    ships = json.loads((shipped / "nvidia-h200-sm-9-0.json").read_text())
+    assert [row["implementation"] for row in ships["rows"]] == ["compiled"]  # Triton's tests have not been run there
+    assert ships["results"] == "nvidia-h200"
+    text = (root / "docs/gpu.md").read_text()
+    assert "| suite | passed | 900 passed |" in text and "| cases | compiled | 1 of 1 |" in text
+    assert "| 9 x 8 x 7 | 1.50 | 9.00 | 88.89 % |" in text
+    publish.publish(root / "benchmarks/results/nvidia-h200", root, shipped)  # from where they belong
+    with pytest.raises(SystemExit, match=r"has no first_run\.jsonl"):
+        publish.publish(tmp_path, root, shipped)
+
+
+def test_what_is_prepared_for_another_python(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=r"there is no python9\.9 here"):
+        prepare.find("python9.9")
+    assert Path(prepare.find(sys.executable)).exists()
 
 
 def test_requirements_name_every_peer():
-    named = (ROOT / "benchmarks/gpu_requirements.txt").read_text()
-    brought = set(PACKAGES) - {"vqops", "triton", "faiss-cpu", "scikit-learn"}  # the last two run on a CPU
-    assert all(package in named for package in brought)
+    named = prepare.REQUIREMENTS.read_text()
+    brought = set(PACKAGES) - {"vqops", "triton", "numpy", "faiss-cpu", "scikit-learn"}  # there already, or for a CPU
+    assert all(package in named for package in brought) and "platformdirs" in named
+
+
+def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "all", "--out", tmp_path / "rows"]
+    status, said = run_limited(command, 120, ROOT, CUDA_VISIBLE_DEVICES="")
+    assert status == 1 and "there is no CUDA device here" in said and not (tmp_path / "rows").exists()
+    with pytest.raises(SystemExit):
+        program.main(["--quick", "--device", "cuda"])

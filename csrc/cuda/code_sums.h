@@ -31,16 +31,16 @@ struct Sums {
     template <Order order, int kThreads, class Block>
     VQOPS_HOST_DEVICE void count(const Block& block, const Batch& batch, int rows, const Run& run) const {
         block.for_threads([&](int t) {
-            if (order == Order::sorted) {
+            if constexpr (order == Order::sorted) {
                 if (t != 0 || !run.first || run.code == by_code.codes()) return;
                 if (counts) counts[run.code] = Count(by_code.count(run.code));
                 if (run.several) by_code.several[1 + block.atomic_add(by_code.several, 1u)] = uint32_t(run.code);
-                return;
-            }
-            for (int p = t; p < rows && counts; p += kThreads) {
-                const uint32_t code = batch.code[p];
-                const int on = batch.ends(p) ? p + 1 : 0, off = p && batch.ends(p - 1) ? p : 0;
-                if (on != off && code != by_code.codes()) block.atomic_add(counts + code, Count(on) - Count(off));
+            } else {
+                for (int p = t; p < rows && counts; p += kThreads) {
+                    const uint32_t code = batch.code[p];
+                    const int on = batch.ends(p) ? p + 1 : 0, off = p && batch.ends(p - 1) ? p : 0;
+                    if (on != off && code != by_code.codes()) block.atomic_add(counts + code, Count(on) - Count(off));
+                }
             }
         });
     }

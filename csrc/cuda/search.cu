@@ -1,5 +1,7 @@
 #include "search_ops.h"
 
+#include <cstdlib>
+
 #include "search.h"
 
 namespace vqops::cuda {
@@ -40,15 +42,6 @@ int64_t packed_bytes(const Tensor& codebook) {
     return codebook.size(0) * Packed::bytes(codebook.size(1), codebook.size(2));
 }
 
-Abilities abilities_of(int device) {
-    int most = 0, major = 0, minor = 0, multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "vqops");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "vqops");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "vqops");
-    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0, multiprocessors};
-}
-
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
                 const std::string& metric, const OptionalTensor& prepared, int64_t* indices, int64_t k,
                 const Tensor* distances, int64_t* tiers) {
@@ -83,6 +76,18 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
 }
 
 }  // namespace
+
+Abilities abilities_of(int device) {
+    // mma.sync in place of wgmma, so that a GPU can tell which of them is wrong.
+    static const char* const asked = std::getenv("VQOPS_WGMMA");
+    static const bool without_wgmma = asked && std::string(asked) == "0";
+    int most = 0, major = 0, minor = 0, multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "vqops");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "vqops");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "vqops");
+    return {size_t(most), VQOPS_WGMMA && !without_wgmma && major == 9 && minor == 0, multiprocessors};
+}
 
 Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,
                OptionalTensor prepared) {

@@ -1,7 +1,7 @@
 // The bodies of the CUDA search on the CPU, for ctypes: cuda_blocks.py.
 
 #include "../../../csrc/cuda/passes.h"
-
+#include "../../../csrc/cuda/products.h"
 #include "emulator.h"
 
 using namespace vqops;
@@ -32,6 +32,24 @@ EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t mult
 }
 
 EXPORT int64_t packed_bytes(int64_t H, int64_t K, int64_t D) { return H * Packed::bytes(K, D); }
+
+// The tensor cores of the search by depth: 0 without a fast pass, 1 mma.sync, 2 wgmma.
+EXPORT int cores_of(int64_t shared_bytes, int wgmma, int64_t D) {
+    int found = 0;
+    with_nearest_screen(SearchInputs<float>{{1, 1, 1, D, false}, {}, {}, {}}, {}, {},
+                        Abilities{size_t(shared_bytes), wgmma != 0, 1}, [&]<class Kernel>(const Kernel&) {
+                            found = Kernel::Cores::kWarpgroups ? 2 : 1;
+                        });
+    return found;
+}
+
+EXPORT int tensor_core_products(int descending, int64_t shared_bytes, int wgmma, int adder, int64_t N, int64_t K,
+                                int64_t D, const Float16* x, const Float16* codes, float* products) {
+    const Emulator device = {descending != 0, adder};
+    std::vector<double> memory(Packed::bytes(K, D) / 8, NAN);
+    return multiply(device, ProductsInputs{N, K, D, x, codes, products, {}}, memory.data(),
+                                Abilities{size_t(shared_bytes), wgmma != 0, 1});
+}
 
 // The rows of a block and their bounds, as Screen has them: float16 of X in units of `unit`.
 struct TakeRows {

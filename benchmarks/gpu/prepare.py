@@ -14,6 +14,7 @@ PACKAGES = CARRIED / "packages"
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 BUILD_SECONDS = 300.0
 CLOCK = time.monotonic
+VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
 
 
 def bring(python: str, torch: str, architecture: str) -> None:
@@ -22,7 +23,7 @@ def bring(python: str, torch: str, architecture: str) -> None:
     Raises subprocess.CalledProcessError with the command that failed, after its output.
     """
     interpreter = find(python)
-    version = said(interpreter, "import sys; print('{}.{}'.format(*sys.version_info))")
+    version = said(interpreter, VERSION)
     shutil.rmtree(CARRIED, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         run(interpreter, "-m", "venv", folder)
@@ -37,13 +38,14 @@ def bring(python: str, torch: str, architecture: str) -> None:
 
 
 def find(python: str) -> str:
-    """On the PATH, or where pyenv keeps its versions."""
+    """On the PATH, or where pyenv keeps its versions, whose command on the PATH may name one that is not chosen."""
     version = python.removeprefix("python")
-    kept = sorted((Path.home() / ".pyenv/versions").glob(f"{version}.*/bin/python"))
-    found = shutil.which(python) or next(map(str, reversed(kept)), None)
-    if found is None:
-        raise SystemExit(f"prepare: --python: there is no {python} here; the GPU machine then builds on the clock")
-    return found
+    kept = sorted((Path.home() / ".pyenv/versions").glob("*/bin/python"), reverse=True)
+    kept = [str(path) for path in kept if path.parts[-3].startswith(f"{version}.")]
+    for found in filter(None, [shutil.which(python), *kept]):
+        if subprocess.run([found, "-c", VERSION], capture_output=True).returncode == 0:
+            return found
+    raise SystemExit(f"prepare: --python: there is no {python} here; the GPU machine then builds on the clock")
 
 
 def run(*command: str, **environment: str) -> None:

@@ -170,7 +170,7 @@ def planned(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_a_whole_rehearsal(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "rehearse", "--out", tmp_path, "--seconds", "1500"]
-    status, said = run_limited(command, 1600, ROOT)
+    run_limited(command, 1600, ROOT)
     rows = read(tmp_path / "first_run.jsonl")
     assert [row["part"] for row in rows if "left" in row] == list(plan_of_gpu.PARTS)
     assert {row["outcome"] for row in rows if "left" in row} <= {"passed"} | {"failed"} * (shutil.which("nvcc") is None)
@@ -187,7 +187,8 @@ def test_parts_and_their_rows(planned):
     assert status == 0
     assert [row["part"] for row in rows if "left" in row] == ["times", "profile", "sanitizer"]
     times = [row for row in rows if "kernels" in row]
-    assert len(times) == 2 and all(row["p50_ms"] > 0 and row["wrong"] == 0 and sum(row["tiers"]) == 100 for row in times)
+    assert len(times) == 2 and all(row["p50_ms"] > 0 and not row["wrong"] for row in times)
+    assert all(sum(row["tiers"]) == 100 for row in times)
 
 
 def test_parts_that_there_are_not(planned):
@@ -229,8 +230,8 @@ def test_it_names_what_there_is():
     "row, said",
     [
         ({"wrong": {}}, ["passed"]),
-        ({"failed": "its process ended with status 9: ========= Error: Device not supported"}, ["not possible"]),
-        ({"failed": "ended with status 9: ========= Invalid __global__ read of size 4"}, ["failed"]),
+        ({"failed": "its process ended with status 9:\n========= Error: Device not supported"}, ["not possible"]),
+        ({"failed": "ended with status 9:\n========= Invalid __global__ read of size 4"}, ["failed"]),
         ({"failed": "RuntimeError: this dtype is not supported"}, ["failed"]),
     ],
 )
@@ -239,7 +240,7 @@ def test_outcomes_of_a_sanitizer(planned, monkeypatch, tmp_path, row, said):
 
     def rows(runner, task, names, **environment):
         given.append((runner.before[2], environment))
-        yield {"name": names[0], **{k: v.replace(": ===", ":\n===") if isinstance(v, str) else v for k, v in row.items()}}
+        yield {"name": names[0], **row}
 
     monkeypatch.setattr(plan_of_gpu.Runner, "rows", rows)
     monkeypatch.setattr(plan_of_gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
@@ -255,15 +256,15 @@ def test_the_gpu_run_asks_for_what_a_gpu_has(monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(plan_of_gpu, "run_limited", lambda *given, **env: ran.append((given, env)) or (0, "1 passed"))
     monkeypatch.setattr(plan_of_gpu.shutil, "which", lambda name, **_: name)
-    made = plan_of_gpu.Plan(Writer(tmp_path / "first_run.jsonl", {}), time.monotonic() + 50, rehearsal=False)
+    made = plan_of_gpu.Plan(Writer(tmp_path / "first_run.jsonl", {}), time.monotonic() + 500, rehearsal=False)
     for part in ("facts", "profile", "suite", "bench", "check"):
         assert getattr(made, part)(), part
     commands = [" ".join(map(str, given[0])) for given, _ in ran]
     assert sum("ncu --clock-control none" in command for command in commands) == 3
-    suite = next(i for i, command in enumerate(commands) if "pytest" in command)
+    suite = next(i for i, command in enumerate(commands) if "-m pytest" in command)
     assert "tests/cuda tests/ops" in commands[suite] and ran[suite][1] == {"VQOPS_REQUIRE": "cuda"}
     assert any("vqops check --device cuda:0" in command for command in commands)
-    assert all(given[1] <= 50 for given, _ in ran)
+    assert all(given[1] <= 300 for given, _ in ran)
 
 
 # What comes back
@@ -300,10 +301,10 @@ def test_rows_and_record_become_those_of_the_project(tmp_path):
         publish.publish(tmp_path, root, shipped)
 
 
-def test_what_is_prepared_for_another_python(monkeypatch, capsys):
+def test_what_is_prepared_for_another_python():
     with pytest.raises(SystemExit, match=r"there is no python9\.9 here"):
         prepare.find("python9.9")
-    assert Path(prepare.find(sys.executable)).exists()
+    assert prepare.find(sys.executable) == sys.executable
 
 
 def test_requirements_name_every_peer():

@@ -90,6 +90,7 @@ def test_a_child_that_does_not_begin(rows):
     found = rows(*names)
     assert list(found) == names
     assert all(f"{GIVEN_UP} processes before it" in found[name]["failed"] for name in "ab")
+    assert found["a"]["failed"].endswith("is the GPU still there? The last: an illegal access")
 
 
 def test_a_child_that_is_done_without_a_word(rows):

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from vqops import info
+from vqops.check import timing
+from vqops.check.cases import CASES
+from vqops.check.record import families
 from vqops.dispatch import choice, library, records
 from vqops.dispatch.records import Gpu
 from vqops.dispatch.regimes import ANY, Call, Regime, regime_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-WITHOUT_ROWS = ("prepare", "ema_update_")
-# The benchmark that shows an op, where it has none of its own name.
-SHOWN_BY = {"prepare": "nearest", "search_statistics": "nearest", "quantize": "training step"}
 H200 = Gpu("NVIDIA H200", "9.0")
 KERNELS = {"triton": {"sources": "5eed", "version": "3.6.0"}, "compiled": {"sources": "c0de", "version": "13.0"}}
 ROW = {"op": "nearest", "implementation": "triton", "D": [1, 64], "K": None, "N": [1000, None], "dtypes": ["float32"]}
@@ -150,81 +150,102 @@ def test_what_is_said_of_a_gpu(machine):
 
 # What one that ships must rest on
 
+SUITES = {"compiled": "suite", "triton": "triton suite"}  # parts of the run that must have passed
+TIMED_AS = {each: op for op, ops in timing.DECIDES.items() for each in ops}
+HALVES_AND_FLOAT = {"float32", "float16", "bfloat16"}  # timed in the first, right in all
 
-def unproven(row: Regime, device: str, folder: Path) -> str | None:
+
+def unproven(row: Regime, record: dict, folder: Path) -> str | None:
     """Why a row may not stand in a record that ships, or None. `folder` has the run's results."""
-    if row.op not in library.OPS or row.implementation not in choice.IMPLEMENTATIONS:
-        return "no such op or implementation"
-    if row.op in WITHOUT_ROWS and row.N != ANY:
+    if row.op not in TIMED_AS or row.implementation not in SUITES:
+        return "no such op or kernel"
+    if row.op in timing.WITHOUT_ROWS and row.N != ANY:
         return f"{row.op} has no rows to count"
-    if not folder.is_dir():
-        return f"there is no {folder}"
-    lines = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
-    if not any(line.get("stage") == "test" and line.get("outcome") == "passed" for line in lines):
+    if not {str(dtype).removeprefix("torch.") for dtype in row.dtypes} <= HALVES_AND_FLOAT:
+        return "a dtype that is not timed"
+    if not (folder / "first_run.jsonl").exists():
+        return f"there is no run in {folder}"
+    lines = map(json.loads, (folder / "first_run.jsonl").read_text().splitlines())
+    lines = [line for line in lines if line["device"] == record["gpu"]["name"] and "left" not in line]
+    suite = [line["outcome"] for line in lines if line["part"] == SUITES[row.implementation]]
+    if suite[-1:] != ["passed"]:
         return "the tests have not passed there"
-    shown = [line for line in lines if line.get("op") == SHOWN_BY.get(row.op, row.op) and line["device"] == device]
-    shown = [line for line in shown if row.holds(measured(line)) and line["method"].startswith("vqops ")]
-    ours = [line for line in shown if line["method"] == f"vqops {row.implementation}"]
-    if not ours:
+    if row.implementation not in families(results_of(record))[TIMED_AS[row.op]]:
+        return "it was wrong in a case"
+    inside = [line for line in record["times"] if "milliseconds" in line and row.holds(measured(line))]
+    if not inside:
         return "nothing in the regime has been measured"
-    for line in ours:
-        if "failed" in line or line.get("wrong"):
-            return f"it was wrong: {line}"
-        rivals = (other["p50_ms"] for other in shown if key(other) == key(line) and "p50_ms" in other)
-        if line["p50_ms"] > min(rivals):
-            return f"it was not the fastest: {line}"
+    largest = max(inside, key=lambda line: line["N"])
+    for line in [largest] if row.op in timing.WITHOUT_ROWS else inside:
+        if timing.fastest(line["milliseconds"][TIMED_AS[row.op]]) != row.implementation:
+            return f"it did not win: {line}"
     return None
 
 
+def results_of(record: dict) -> dict[str, list[dict]]:
+    """Rows of the cases, of which a record keeps those that were not right."""
+    found = {}
+    for implementation, cases in record["cases"].items():
+        others = {row["name"]: row for row in cases["others"]}
+        found[implementation] = [others.get(name, {"name": name, "wrong": {}}) for name in CASES]
+    return found
+
+
 def measured(line: dict) -> Call:
-    return Call(line["D"], line["K"], line["N"], (getattr(torch, line["dtype"]),))
-
-
-def key(line: dict) -> list:
-    return [line.get(name) for name in ("N", "D", "K", "dtype", "indices", "gradient")]
+    return Call(line["D"], line["K"], line["N"], (torch.float32,))
 
 
 def test_every_row_that_ships_rests_on_a_committed_run():
     for file in records.SHIPPED.glob("*.json"):
         record = json.loads(file.read_text())
-        folder, device = RESULTS / record["results"], record["gpu"]["name"]
-        assert [(row, why) for row in record["rows"] if (why := unproven(regime_of(row), device, folder))] == []
+        folder = RESULTS / record["results"]
+        assert [(row, why) for row in record["rows"] if (why := unproven(regime_of(row), record, folder))] == []
 
 
-def lines_of(**changes) -> list[dict]:
-    bench = {"op": "nearest", "N": 1 << 20, "D": 64, "K": 512, "dtype": "float32", "wrong": 0, "device": H200.name}
-    return [
-        {"stage": "test", "outcome": "passed"},
-        bench | {"method": "ceiling: gemm", "p50_ms": 0.1},
-        bench | {"method": "vqops triton", "p50_ms": 1.0} | changes,
-        bench | {"method": "vqops compiled", "p50_ms": 2.0},
-        bench | {"method": "cdist + argmin", "p50_ms": 0.5},
-    ]
+def shipping(**changes) -> dict:
+    times = {"pytorch": [2.0], "compiled": [1.9], "triton": [1.0]}
+    line = {"name": "x", "N": 1 << 20, "D": 64, "K": 512, "milliseconds": dict.fromkeys(timing.DECIDES, times)}
+    cases = {name: {"right": 9, "of": 9, "others": []} for name in times}
+    return {**RECORD, "cases": cases, "times": [line], **changes}
+
+
+def slower(**times) -> dict:
+    line = shipping()["times"][0]
+    return {"times": [{**line, "milliseconds": dict.fromkeys(timing.DECIDES, times)}]}
+
+
+WRONG = {"triton": {"right": 8, "of": 9, "others": [{"name": "nearest heads", "wrong": {"indices": {}}}]}}
+PASSED = {"part": "triton suite", "outcome": "passed", "device": H200.name}
 
 
 @pytest.mark.parametrize(
-    "row, lines, why",
+    "row, record, run, why",
     [
-        ({}, lines_of(), None),
-        ({"D": (64, 64), "N": (1 << 20, 1 << 20)}, lines_of(), None),
-        ({}, None, "there is no"),
-        ({}, lines_of()[1:], "the tests have not passed"),
-        ({"K": (1024, 4096)}, lines_of(), "nothing in the regime"),
-        ({"dtypes": (torch.bfloat16,)}, lines_of(), "nothing in the regime"),
-        ({}, lines_of(device="NVIDIA A100-SXM4-80GB"), "nothing in the regime"),
-        ({}, lines_of(wrong=1), "it was wrong"),
-        ({}, lines_of(failed="out of memory"), "it was wrong"),
-        ({}, lines_of(p50_ms=2.5), "it was not the fastest"),
-        ({"op": "nearset"}, lines_of(), "no such op"),
-        ({"op": "prepare"}, lines_of(), None),
-        ({"op": "prepare", "N": (1, 5)}, lines_of(), "has no rows"),
+        ({}, {}, [PASSED], None),
+        ({"D": (64, 64), "N": (1 << 20, 1 << 20)}, {}, [PASSED], None),
+        ({"op": "quantize"}, {}, [PASSED], None),
+        ({"op": "prepare"}, {}, [PASSED], None),
+        ({"op": "prepare", "N": (1, 5)}, {}, [PASSED], "has no rows"),
+        ({"op": "nearset"}, {}, [PASSED], "no such op"),
+        ({"implementation": "reference"}, {}, [PASSED], "no such op or kernel"),
+        ({}, {}, None, "there is no run"),
+        ({}, {}, [], "the tests have not passed"),
+        ({}, {}, [{**PASSED, "part": "suite"}], "the tests have not passed"),
+        ({}, {}, [PASSED, {**PASSED, "outcome": "failed"}], "the tests have not passed"),
+        ({}, {}, [{**PASSED, "left": 9}], "the tests have not passed"),  # of the part as a whole
+        ({}, {}, [{**PASSED, "device": "NVIDIA A100-SXM4-80GB"}], "the tests have not passed"),
+        ({"K": (1024, 4096)}, {}, [PASSED], "nothing in the regime"),
+        ({"dtypes": (torch.bfloat16,)}, {}, [PASSED], "nothing in the regime"),
+        ({"dtypes": (torch.float64,)}, {}, [PASSED], "not timed"),
+        ({}, {"cases": {**shipping()["cases"], **WRONG}}, [PASSED], "it was wrong"),
+        ({"op": "code_sums"}, {"cases": {**shipping()["cases"], **WRONG}}, [PASSED], None),
+        ({}, slower(pytorch=[1.04], triton=[1.0]), [PASSED], "it did not win"),
+        ({}, slower(pytorch=[3.0], compiled=[1.0], triton=[2.0]), [PASSED], "it did not win"),
     ],
 )
-def test_what_a_row_must_rest_on(tmp_path, row, lines, why):
-    if lines is not None:
-        (tmp_path / "gpu").mkdir()
-        (tmp_path / "gpu/kernels.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = unproven(Regime(**{"op": "nearest", "implementation": "triton"} | row), H200.name, tmp_path / "gpu")
+def test_what_a_row_must_rest_on(tmp_path, row, record, run, why):
+    if run is not None:
+        (tmp_path / "first_run.jsonl").write_text("\n".join(map(json.dumps, run)))
+    given = Regime(**{"op": "nearest", "implementation": "triton"} | row)
+    found = unproven(given, shipping(**record), tmp_path)
     assert found is None if why is None else why in found
-
-

@@ -14,6 +14,10 @@ from torch import Tensor
 from vqops import triton_kernels
 from vqops.dispatch.library import is_compiled
 
+# Of C++, on a GPU: the products alone, [N, K] float32 of x [N, D] and codes [K, D], both float16.
+library = torch.library.Library("vqops", "FRAGMENT")
+library.define("tensor_core_products_compiled(Tensor x, Tensor codes) -> Tensor")
+
 ROWS, CODES = 512, 256
 DEPTHS = (16, 64, 256, 512, 1024)
 

@@ -33,19 +33,20 @@ class Runner:
 
     def rows(self, task: dict, names: list[str], **environment: str) -> Iterator[dict]:
         """A row for each name, `failed` with the reason where it has no result."""
-        waiting, in_vain = list(names), 0
+        waiting, in_vain, last = list(names), 0, ""
         while waiting:
             if time.monotonic() >= self.end:
                 yield from ({"name": name, "failed": "no time was left"} for name in waiting)
                 return
             if in_vain == GIVEN_UP:
-                why = f"{GIVEN_UP} processes before it ended without a result"
+                why = f"{GIVEN_UP} processes before it brought no result: is the GPU still there? The last: {last}"
                 yield from ({"name": name, "failed": why} for name in waiting)
                 return
             brought = 0
             for row in self.of_one_child({**task, "names": list(waiting)}, **environment):
                 waiting.remove(row["name"])
                 brought += "failed" not in row
+                last = row.get("failed", "")
                 yield row
             in_vain = 0 if brought else in_vain + 1
 

@@ -8,7 +8,7 @@ from vqops.check.command import SECONDS, CannotCheck, check
 from vqops.check.known import report, show
 
 ABOUT = """Test every implementation of the ops on the GPUs of this machine, each in processes of its own, time them
-side by side, and write down which one each op should take there. Two minutes; vqops reads the record by itself."""
+side by side, and write down which one each op should take there. Vqops reads that record by itself."""
 
 
 def run(flags: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     making.add_argument("--python", default="python3.12", help="of the GPU machine's version")
     making.add_argument("--torch", default="2.13.0", help="to build with: the binary runs in 2.10 and newer")
     making.add_argument("--architecture", default="9.0a")
+    making.add_argument("--index-url", help="where torch is; https://download.pytorch.org/whl/cpu has what is enough")
     for name in ("all", "rehearse"):
         running = commands.add_parser(name)
         running.add_argument("--out", type=Path, required=True, help="folder of the rows and logs")
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     publishing.add_argument("rows", type=Path)
     options = parser.parse_args(arguments)
     if options.command == "prepare":
-        prepare.bring(options.python, options.torch, options.architecture)
+        prepare.bring(options.python, options.torch, options.architecture, options.index_url)
         return 0
     if options.command == "publish":
         from benchmarks.gpu.publish import publish

@@ -17,7 +17,7 @@ CLOCK = time.monotonic
 VERSION = "import sys; print('{}.{}'.format(*sys.version_info))"
 
 
-def bring(python: str, torch: str, architecture: str) -> None:
+def bring(python: str, torch: str, architecture: str, index_url: str | None = None) -> None:
     """Builds vqops/_C for that Python in an environment of its own, and fetches the packages of requirements.txt.
 
     Raises subprocess.CalledProcessError with the command that failed, after its output.
@@ -28,7 +28,8 @@ def bring(python: str, torch: str, architecture: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run(interpreter, "-m", "venv", folder)
         inside = str(Path(folder) / "bin/python")
-        run(inside, "-m", "pip", "install", "-q", f"torch=={torch}", "setuptools>=77,<82", "ninja", "wheel")
+        run(inside, "-m", "pip", "install", "-q", f"torch=={torch}", *(["--index-url", index_url] if index_url else []))
+        run(inside, "-m", "pip", "install", "-q", "setuptools>=77,<82", "ninja", "wheel")
         building = {"VQOPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
         run(inside, "setup.py", "-q", "build_ext", "--inplace", **building)
         pure = ("--no-deps", "--only-binary=:all:", "--python-version", version, "--target", str(PACKAGES))

@@ -31,7 +31,7 @@ def calls(N: int, K: int, H: int, D: int, masked: bool, metric: str):
     size, error, indices = torch.zeros(H, K), torch.zeros(H, N), torch.zeros(H, N, dtype=torch.int64)
     mask, weight = (torch.ones(H, N, dtype=torch.bool), error) if masked else (None, None)
     quantize.quantize(x, codebook, mask, weight, metric, code_sums=True)
-    search.nearest_topk(x, codebook, 8 if N > 1 else 1, mask, metric)
+    search.nearest_topk(x, codebook, 8 if N > 1 else 5, mask, metric)
     search.nearest(x.double(), codebook, mask, metric)
     code_sums.atomic(x, indices, K, weight)
     quantize_backward.quantize_backward(x, error, x, codebook, indices, mask, metric, "rotation", 1.0, True, True)

@@ -68,7 +68,7 @@ def put(
         tl.atomic_add(counters + 2, tl.where(t == 0, lacking, 0))
 
 
-@triton.jit(do_not_specialize=["heads", "N", "K", "top", "mask_h_stride"])
+@triton.jit(do_not_specialize=["heads", "N", "K", "mask_h_stride"])  # top: the loop of one turn is shorter
 def scan_kernel(
     x,  # [H, N, D]
     codebook,  # [H, K, D]
@@ -126,7 +126,7 @@ def scan_kernel(
                 tl.store(part_codes + place, tl.where(usable, best_code, NO_CODE))
 
 
-@triton.jit(do_not_specialize=["heads", "N", "K", "top", "mask_h_stride"])
+@triton.jit(do_not_specialize=["heads", "N", "K", "mask_h_stride"])
 def merge_parts_kernel(
     x,  # [H, N, D]
     mask,  # [H, N] bool, or None

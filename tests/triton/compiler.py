@@ -19,55 +19,38 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int8: "i8", torch.bool: "i1", torch.uint8: "u8",
-}  # fmt: skip
 TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)\b")
 PROCESSORS = 192  # more than any GPU has
 LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB per block
 
 
-def specialized(kernel, args, kwargs):
-    """Signature, constants and divisibility, as Triton's own launch derives them."""
-    signature, constants, attributes = {}, {}, {}
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {
-        k: v for k, v in kwargs.items() if k in kernel.arg_names
-    }
-    for place, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[(place,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-class Compiler:
-    """Takes the place of every launch."""
+class Launches:
+    """Takes the place of every launch, and launches nothing. `new` is told of each kernel when it is first needed."""
 
     def __init__(self, architecture: int):
         self.target = GPUTarget("cuda", architecture, 32)
-        self.case, self.done = "", set()
+        self.backend = make_backend(self.target)
+        self.case, self.needed = "", set()
 
     def run(self, kernel, *args, grid=None, warmup=False, **kwargs):
-        signature, constants, attributes = specialized(kernel, args, kwargs)
-        options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
-        key = (kernel.__name__, *map(str, (signature, constants, attributes, options)))
-        if key in self.done:
-            return
-        self.done.add(key)
-        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), self.target, options)
+        # What Triton's own launch does until it looks the kernel up, which there needs a device.
+        bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        needed = kernel.__name__, str(specialization), str(options)
+        if needed not in self.needed:
+            self.needed.add(needed)
+            self.new(kernel, *kernel._pack_args(self.backend, kwargs, bound, specialization, options))
+
+
+class Compiler(Launches):
+    """Compiles them, and prints what came out."""
+
+    def new(self, kernel, options, signature, constants, attributes):
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, self.target, options.__dict__)
         print(json.dumps({"case": self.case, "kernel": kernel.__name__, **self.facts(compiled)}), flush=True)
 
     def facts(self, compiled) -> dict:
@@ -95,16 +78,20 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def main(architecture: int, wanted: str) -> None:
-    compiler = Compiler(architecture)
-    triton.runtime.jit.JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
+def replace_launches(launches: Launches) -> None:
+    triton.runtime.jit.JITFunction.run = lambda kernel, *args, **kwargs: launches.run(kernel, *args, **kwargs)
     from vqops.triton_kernels import blocks
 
     blocks.INTERPRETED = blocks.ON_GPU  # the tensors are on the CPU, the kernels are not
     blocks.PROCESSORS_INTERPRETED = PROCESSORS
     blocks.queue_programs = lambda device: blocks.PROGRAMS_PER_PROCESSOR * PROCESSORS
-    blocks.shared_memory = lambda device: LARGEST_SHARED[architecture] * 1024
-    blocks.major = lambda device: architecture // 10
+    blocks.shared_memory = lambda device: LARGEST_SHARED[launches.target.arch] * 1024
+    blocks.major = lambda device: launches.target.arch // 10
+
+
+def main(architecture: int, wanted: str) -> None:
+    compiler = Compiler(architecture)
+    replace_launches(compiler)
     for name, call in calls().items():
         if name.startswith(tuple(wanted.split(";"))):
             compiler.case = name
@@ -112,7 +99,7 @@ def main(architecture: int, wanted: str) -> None:
 
 
 def calls() -> dict:
-    from vqops.triton_kernels import code_sums, ema, quantize, quantize_backward, search
+    from vqops.triton_kernels import code_sums, ema, products, quantize, quantize_backward, search
 
     def tensors(D, dtype=torch.float32, H=1, N=64, K=512):
         return torch.zeros(H, N, D, dtype=dtype), torch.zeros(H, K, D)
@@ -120,6 +107,9 @@ def calls() -> dict:
     widths = (1, 8, 32, 64, 128, 256, 320, 2048)
     cases = {f"nearest, D={D}": partial(search.nearest, *tensors(D, K=128)) for D in widths}
     cases |= {f"nearest in parts, D={D}": partial(search.nearest, *tensors(D)) for D in widths}
+    for D in widths:
+        x, codebook = (t[0].half() for t in tensors(D))
+        cases[f"products, D={D}"] = partial(products.products, x, codebook)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         cases[f"nearest, {dtype}"] = partial(search.nearest, *tensors(64, dtype))
     mask = torch.ones(2, 64, dtype=torch.bool)
@@ -146,7 +136,7 @@ def calls() -> dict:
     for D in (8, 64, 300):
         weight = None if D == 8 else error
         cases[f"code_sums, atomic, D={D}"] = partial(code_sums.atomic, tensors(D)[0], indices, 512, weight)
-    one, row = torch.zeros(1, 1, 1), torch.zeros(1, 1)  # arguments that are 1 become constants
+    one, row = torch.zeros(1, 1, 1), torch.zeros(1, 1)  # strides and D that are 1 become constants
 
     def ones():
         index = torch.zeros(1, 1, dtype=torch.int64)

@@ -14,13 +14,13 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-SEARCH = {"screen_kernel", "screen_topk_kernel"}
+PRODUCTS = {"screen_kernel", "screen_topk_kernel", "products_kernel"}
 DECISIONS = {"decide_kernel", "scan_kernel", "merge_parts_kernel"}
 KERNELS = {
     "centre_kernel", "scale_kernel", "repeats_kernel", "pack_kernel", "round_rows_kernel", "screen_kernel",
     "merge_lists_kernel", "screen_topk_kernel", "decide_kernel", "scan_kernel", "merge_parts_kernel", "norms_kernel",
     "gather_kernel", "runs_kernel", "fold_kernel", "atomic_kernel", "average_kernel", "codes_kernel",
-    "quantize_backward_kernel",
+    "quantize_backward_kernel", "products_kernel",
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def check(kernels: list[dict], architecture: int) -> None:
         where = f"{facts['case']}: {facts['kernel']} on sm_{architecture}"
         assert facts["shared"] <= facts["shared_limit"], where
         assert not facts["flushes_denormals"], where
-        if facts["kernel"] in SEARCH:
+        if facts["kernel"] in PRODUCTS:
             assert TENSOR_CORES[architecture] in facts["tensor_cores"], where
             assert facts["spills"] == 0, where
         else:
@@ -48,7 +48,8 @@ def check(kernels: list[dict], architecture: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "architecture, cases", [(89, "nearest, D=64"), (90, "nearest, D=64;nearest in parts, D=64;one of everything")]
+    "architecture, cases",
+    [(89, "nearest, D=64"), (90, "nearest, D=64;nearest in parts, D=64;products, D=64;one of everything")],
 )
 def test_a_search(architecture, cases):
     kernels = compiled(architecture, cases)

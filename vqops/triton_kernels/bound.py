@@ -76,9 +76,28 @@ def load_row_bound(row_bounds, here, total):
 
 
 @triton.jit
-def tile_bounds(
+def tile_product(
     rows,  # [BN, BD] pointers to the first dimensions of the stored rows
     whole,  # [BN, D'] the rows themselves, where they stay on chip; else None
+    codes,  # [H, K', D'] float16
+    at,
+    WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Products [BN, BK] float32 with the codes from `at`: all that is asked of the tensor cores."""
+    stored = codes + at * WIDTH + tl.arange(0, BK)[:, None] * WIDTH + tl.arange(0, BD)[None, :]
+    if whole is not None:
+        product = tl.dot(whole, tl.trans(tl.load(stored)))
+    else:
+        product = tl.zeros((BN, BK), tl.float32)
+        for d in range(0, WIDTH, BD):
+            product = tl.dot(tl.load(rows + d), tl.trans(tl.load(stored + d)), product)
+    return product
+
+
+@triton.jit
+def tile_bounds(
+    rows,  # as in tile_product
+    whole,
     row_radius,  # [BN]
     lift,  # [BN]
     start,  # [H, K']
@@ -90,13 +109,7 @@ def tile_bounds(
 ):  # fmt: skip
     """Lower bounds [BN, BK] of the codes from `at`, with their starts in the rows' units and their radii."""
     slot = tl.arange(0, BK)
-    stored = codes + at * WIDTH + slot[:, None] * WIDTH + tl.arange(0, BD)[None, :]
-    if whole is not None:
-        product = tl.dot(whole, tl.trans(tl.load(stored)))
-    else:
-        product = tl.zeros((BN, BK), tl.float32)
-        for d in range(0, WIDTH, BD):
-            product = tl.dot(tl.load(rows + d), tl.trans(tl.load(stored + d)), product)
+    product = tile_product(rows, whole, codes, at, WIDTH, BN, BK, BD)
     code_radius = tl.load(radius + at + slot)[None, :]
     lifted = tl.load(start + at + slot)[None, :] * lift[:, None]
     lower = lifted - code_radius * row_radius[:, None]

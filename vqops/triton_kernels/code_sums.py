@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqops.reference import RUN
 from vqops.triton_kernels.blocks import hot_rows, tile
+from vqops.triton_kernels.strides import strides
 
 
 class Runs(NamedTuple):
@@ -39,7 +40,7 @@ def runs_of(indices: Tensor, K: int) -> Runs:  # [H, N]
     return Runs(order, start, torch.nn.functional.pad(last, (1, 0)), torch.searchsorted(last, number, right=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "N", "codes", "w_h_stride"])
 def runs_kernel(
     x,  # [H, N, D]
     weight,  # [H, N], or None
@@ -78,7 +79,7 @@ def runs_kernel(
     tl.store(partial + run[:, None] * D + i, total, mask=used[:, None] & (i < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["codes"])
 def fold_kernel(
     partial,  # [runs, D]
     first,  # [H K + 1]
@@ -99,7 +100,7 @@ def fold_kernel(
     tl.store(sums + k[:, None] * D + i, total, mask=known[:, None] & (i < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N", "K", "w_h_stride"])
 def atomic_kernel(
     x,  # [H, N, D]
     weight,  # [H, N], or None
@@ -152,10 +153,9 @@ def sum_in_order(x, runs: Runs, K: int, weight=None, divisor=None, dtype=torch.f
     sums = x.new_empty((H, K, D), dtype=dtype)
     rows, step = tile(D, x.device)
     rows = max(1, rows // 4)  # a program adds its runs one row after the other, so that many programs are better
-    weight_strides = (0, 0) if weight is None else weight.stride()
     runs_kernel[(triton.cdiv(number, rows), triton.cdiv(D, step))](
         x, weight, divisor, runs.order, runs.start, runs.first, runs.code, partial, number, N, D, H * K,
-        *x.stride(), *weight_strides, RUN, rows, step, enable_fp_fusion=False, num_warps=4,
+        *strides(x, 3), *strides(weight, 2), RUN, rows, step, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
     fold_kernel[(triton.cdiv(H * K, rows), triton.cdiv(D, step))](
         partial, runs.first, sums, H * K, D, rows, step, enable_fp_fusion=False, num_warps=4
@@ -168,7 +168,8 @@ def ordered(x, indices, num_codes, weight=None, divisor=None):
     sums = sum_in_order(x, runs, num_codes, weight, divisor)
     if weight is None:
         return runs.start.diff().view(sums.shape[:2]), sums
-    return sum_in_order(weight.unsqueeze(-1), runs, num_codes).squeeze(-1), sums
+    counts = sum_in_order(weight.reshape(1, -1, 1), runs, sums.shape[0] * num_codes)  # the rows of all heads as of one
+    return counts.view(sums.shape[:2]), sums
 
 
 def atomic(x, indices, num_codes, weight=None, divisor=None):
@@ -176,9 +177,8 @@ def atomic(x, indices, num_codes, weight=None, divisor=None):
     counts = x.new_zeros((H, num_codes), dtype=torch.int64 if weight is None else torch.float32)
     sums = x.new_zeros((H, num_codes, D), dtype=torch.float32)
     rows, step = tile(D, x.device)
-    weight_strides = (0, 0) if weight is None else weight.stride()
     atomic_kernel[(triton.cdiv(H * N, rows), triton.cdiv(D, step))](
-        x, weight, divisor, indices, counts, sums, H * N, N, num_codes, D, *x.stride(), *weight_strides,
+        x, weight, divisor, indices, counts, sums, H * N, N, num_codes, D, *strides(x, 3), *strides(weight, 2),
         hot_rows(rows), rows, step, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return counts, sums

@@ -25,6 +25,7 @@ from vqops.triton_kernels.bound import (
 )
 from vqops.triton_kernels.distance import NO_CODE
 from vqops.triton_kernels.layout import HEADER, STEP, packed_bytes, padded_codes, padded_dimensions, unpack
+from vqops.triton_kernels.strides import strides
 
 SAMPLE = 32  # codes that the centre and the scale are taken from
 INF_BITS = tl.constexpr(0x7F800000)
@@ -83,7 +84,7 @@ def median_of(v, count):
     return tl.sum(tl.where((rank == count // 2) & (count > 0), v, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "every"])
 def centre_kernel(
     codebook,  # [H, K, D]
     centre,  # [H, D] float32
@@ -102,7 +103,7 @@ def centre_kernel(
     tl.store(centre + h * D + i, tl.where(tl.abs(median) < float("inf"), median, 0.0), mask=i < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "every"])
 def scale_kernel(
     codebook,  # [H, K, D]
     centre,  # [H, D]
@@ -150,7 +151,7 @@ def keys_of(c, i_stride, known, D, BD: tl.constexpr):
     return one ^ (one >> 13), two ^ (two >> 13)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def repeats_kernel(
     codebook,  # [H, K, D]
     table,  # [H, 2, slots] int32: per key, modulo slots, the lowest index of a code that has it
@@ -177,7 +178,7 @@ def equal_codes(c, other, i_stride, known, D, BD: tl.constexpr):
     return different == 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def pack_kernel(
     codebook,  # [H, K, D]
     table,  # [H, 2, slots] int32
@@ -188,9 +189,8 @@ def pack_kernel(
     radius,  # [H, K']
     unit,  # [H, K']
     codes,  # [H, K', D'] float16
-    K, D, slots, h_stride, k_stride, i_stride, decision,
-    COSINE: tl.constexpr, HEADER: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
-    M: tl.constexpr, BD: tl.constexpr,
+    K, codes_padded, D, slots, h_stride, k_stride, i_stride, decision,
+    COSINE: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * M + tl.arange(0, M)
@@ -227,7 +227,7 @@ def pack_kernel(
     grow = power_of_two(lift).to(tl.float64)[:, None]
     shrink = power_of_two(-lift).to(tl.float64)
     lost = tl.zeros((M,), tl.float64)
-    place = codes + (h * CODES + k.to(tl.int64)[:, None]) * WIDTH
+    place = codes + (h * codes_padded + k.to(tl.int64)[:, None]) * WIDTH
     for d in range(0, WIDTH, BD):
         i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
         v = tl.load(c + i * i_stride, mask=used & (i < D), other=0.0).to(tl.float64) / divisor
@@ -236,7 +236,7 @@ def pack_kernel(
         half = v.to(tl.float16)
         e = v - half.to(tl.float64)
         lost += tl.sum(e * e, 1)
-        tl.store(place + i, half, mask=(k < CODES)[:, None] & (i < WIDTH))
+        tl.store(place + i, half, mask=(k < codes_padded)[:, None] & (i < WIDTH))
 
     length = tl.sqrt(square)
     error = tl.sqrt(lost) * shrink + length * CODE + CODE_UNDERFLOW
@@ -245,11 +245,11 @@ def pack_kernel(
     around = tl.maximum((length + error) * UPWARD, SMALLEST_RADIUS).to(tl.float32)
     half_square = 0.0 if COSINE else square / 2 * (1 - START - TWICE * decision)
     value = tl.where(near, half_square, ABSENT).to(tl.float32)
-    at = h * CODES + k.to(tl.int64)
-    tl.store(start + at, tl.where(repeat, ABSENT, value), mask=k < CODES)
-    tl.store(start_topk + at, value, mask=k < CODES)
-    tl.store(radius + at, tl.where(near, around, 0.0), mask=k < CODES)
-    tl.store(unit + at, tl.where(near, shrink, 0.0).to(tl.float32), mask=k < CODES)
+    at = h * codes_padded + k.to(tl.int64)
+    tl.store(start + at, tl.where(repeat, ABSENT, value), mask=k < codes_padded)
+    tl.store(start_topk + at, value, mask=k < codes_padded)
+    tl.store(radius + at, tl.where(near, around, 0.0), mask=k < codes_padded)
+    tl.store(unit + at, tl.where(near, shrink, 0.0).to(tl.float32), mask=k < codes_padded)
 
     worst = tl.max(tl.where(near, error / around.to(tl.float64) * UPWARD, 0.0), 0).to(tl.float32)
     closest = tl.min(tl.where(near & (repeat == 0), around, float("inf")), 0)
@@ -266,7 +266,7 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     cosine = metric == "cosine"
     memory = codebook.new_empty(packed_bytes(H, K, D), dtype=torch.uint8)
     packed = unpack(memory, H, K, D)
-    strides = codebook.stride()
+    given = strides(codebook, 3)
     every = max(1, -(-K // SAMPLE))
     width = padded_dimensions(D)
     step = min(width, STEP)
@@ -276,16 +276,16 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     launch = {"num_warps": 4, "enable_fp_fusion": True}
     with torch.cuda.device_of(codebook):
         centre_kernel[(triton.cdiv(D, dimensions), H)](
-            codebook, packed.centre, K, D, every, *strides, cosine, SAMPLE, step, dimensions, num_warps=8,
+            codebook, packed.centre, K, D, every, *given, cosine, SAMPLE, step, dimensions, num_warps=8,
             enable_fp_fusion=True,
         )  # fmt: skip
         scale_kernel[(H,)](
-            codebook, packed.centre, packed.header, K, D, every, *strides, cosine, SAMPLE, HEADER, step, **launch
+            codebook, packed.centre, packed.header, K, D, every, *given, cosine, SAMPLE, HEADER, step, **launch
         )
-        repeats_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *strides, codes, step, **launch)
+        repeats_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *given, codes, step, **launch)
         pack_kernel[(triton.cdiv(padded_codes(K), codes), H)](
             codebook, table, packed.header, packed.centre, packed.start, packed.start_topk, packed.radius, packed.unit,
-            packed.codes, K, D, slots, *strides, decision_error(D, False), cosine, HEADER, padded_codes(K), width,
-            codes, step, **launch,
+            packed.codes, K, padded_codes(K), D, slots, *given, decision_error(D, False), cosine, HEADER, width, codes,
+            step, **launch,
         )  # fmt: skip
     return memory

@@ -10,6 +10,7 @@ import triton.language as tl
 from vqops.triton_kernels.blocks import queue_programs, sizes
 from vqops.triton_kernels.distance import NO_CODE, costs, squared_norm
 from vqops.triton_kernels.queue import ENTRY
+from vqops.triton_kernels.strides import strides
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def distance_of(cost, norm_square, COSINE: tl.constexpr):
     return distance
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "top"])
 def decide_kernel(
     x,  # [H, N, D]
     codebook,  # [H, K, D]
@@ -77,7 +78,7 @@ def decide_kernel(
 
 def decide(x, codebook, metric, indices, distances, lists, queue, counters, top=1) -> None:
     decide_kernel[(queue_programs(x.device),)](
-        x, codebook, indices, distances, lists, queue, counters, x.shape[1], x.shape[2], top, *x.stride(),
-        *codebook.stride(), metric == "cosine", distances is not None, ENTRY, lists.shape[-1], sizes(x.device).decide,
-        enable_fp_fusion=False, num_warps=4,
+        x, codebook, indices, distances, lists, queue, counters, x.shape[1], x.shape[2], top,
+        *strides(x, 3), *strides(codebook, 3), metric == "cosine", distances is not None, ENTRY, lists.shape[-1],
+        sizes(x.device).decide, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip

@@ -18,7 +18,7 @@ def lerp(start, end, step):
     return tl.where(step < 0.5, start + step * (end - start), end - (end - start) * (1 - step))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["codes"], do_not_specialize_on_alignment=["decay"])  # decay: perhaps one of many
 def average_kernel(
     size,  # [H, K]
     average,  # [H, K, D]
@@ -63,7 +63,7 @@ def ratio(average, at, inside, smoothed):
     return tl.div_rn(tl.load(average + at, mask=inside, other=0.0), tl.broadcast_to(smoothed[:, None], at.shape))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["codes", "K"])
 def codes_kernel(
     size,  # [H, K]
     average,  # [H, K, D]

@@ -10,6 +10,7 @@ import triton.language as tl
 from vqops.reference import TINY
 from vqops.triton_kernels.blocks import tile
 from vqops.triton_kernels.distance import squared_norm
+from vqops.triton_kernels.strides import strides
 
 SMALLEST_NORM = tl.constexpr(TINY)
 
@@ -27,7 +28,7 @@ def stored_as(value, dtype: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N"])
 def norms_kernel(
     x,  # [H, N, D]
     norms,  # [H, N] float64
@@ -42,7 +43,7 @@ def norms_kernel(
     tl.store(norms + row, tl.maximum(tl.sqrt(square), tl.full((A,), SMALLEST_NORM, tl.float64)), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N", "mask_h_stride"])
 def gather_kernel(
     x,  # [H, N, D]
     codebook,  # [H, K, D]
@@ -89,15 +90,14 @@ def gather(x, codebook, indices, mask, metric):
     norms = x.new_empty((H, N), dtype=torch.float64) if metric == "cosine" and indices.numel() else None
     if indices.numel() == 0:
         return quantized, error, norms
-    mask_strides = (0, 0) if mask is None else mask.stride()
     rows, step = tile(D, x.device)
     with torch.cuda.device_of(x):
         if norms is not None:
             norms_kernel[(triton.cdiv(H * N, 64),)](
-                x, norms, H * N, N, D, *x.stride(), 64, num_warps=4, enable_fp_fusion=False
+                x, norms, H * N, N, D, *strides(x, 3), 64, num_warps=4, enable_fp_fusion=False
             )
         gather_kernel[(triton.cdiv(H * N, rows),)](
-            x, codebook, indices, mask, norms, quantized, error, H * N, N, D, *x.stride(), *codebook.stride(),
-            *mask_strides, rows, step, num_warps=4, enable_fp_fusion=True,
+            x, codebook, indices, mask, norms, quantized, error, H * N, N, D, *strides(x, 3),
+            *strides(codebook, 3), *strides(mask, 2), rows, step, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return quantized, error, norms

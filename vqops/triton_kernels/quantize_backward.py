@@ -11,6 +11,7 @@ import triton.language as tl
 from vqops.triton_kernels.blocks import whole_rows
 from vqops.triton_kernels.code_sums import runs_of, sum_in_order
 from vqops.triton_kernels.gather import SMALLEST_NORM, stored_as
+from vqops.triton_kernels.strides import strides
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def over(v, divisor):
     return v / divisor if v.dtype == tl.float64 else tl.div_rn(v, divisor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N", "e_h_stride", "mask_h_stride"])
 def quantize_backward_kernel(
     grad_quantized,  # [H, N, D], or None
     grad_error,  # [H, N], or None
@@ -117,7 +118,7 @@ def quantize_backward(
         if indices.numel() and (x_needed or pulled):
             quantize_backward_kernel[(triton.cdiv(H * N, rows),)](
                 g, grad_error, x, codebook, indices, mask, grad_x, pull, H * N, N, D,
-                *strides(g, 3), *strides(grad_error, 2), *x.stride(), *codebook.stride(), *strides(mask, 2),
+                *strides(g, 3), *strides(grad_error, 2), *strides(x, 3), *strides(codebook, 3), *strides(mask, 2),
                 real == torch.float64, metric == "cosine", gradient == "rotation", rows, width,
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
@@ -126,7 +127,3 @@ def quantize_backward(
             sums = sum_in_order(pull, runs_of(indices, codebook.shape[1]), codebook.shape[1], dtype=real)
             grad_codebook = sums.mul_(codebook_error_scale).to(codebook.dtype)
     return x.new_empty(0) if grad_x is None else grad_x, grad_codebook
-
-
-def strides(tensor, dimensions: int) -> tuple[int, ...]:
-    return (0,) * dimensions if tensor is None else tensor.stride()

@@ -25,6 +25,7 @@ from vqops.triton_kernels.codebook import CLOSEST, FIRST, SCALE, WORST, exponent
 from vqops.triton_kernels.distance import NO_CODE
 from vqops.triton_kernels.layout import HEADER, Packed, padded_dimensions
 from vqops.triton_kernels.queue import LOST, SCANNED, SCREENED, SETTLED
+from vqops.triton_kernels.strides import strides
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LARGEST_HALF = tl.constexpr(65504.0)
@@ -41,7 +42,7 @@ def centred(x, i_stride, live, centre, i, D, scale, COSINE: tl.constexpr):
     return v, finite
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "mask_h_stride"])
 def round_rows_kernel(
     x,  # [H, N, D]
     mask,  # [H, N] bool
@@ -139,11 +140,10 @@ def round_rows(x, packed: Packed, mask, metric, ranked, indices, counters) -> Ro
     stored = x.new_empty((H, padded, width), dtype=torch.float16)
     bounds = x.new_empty((4, H, padded), dtype=torch.float32)
     states = x.new_empty((H, padded), dtype=torch.int8)
-    mask_strides = (0, 0) if mask is None else mask.stride()
     rows, step = row_blocks(D, x.device)
     round_rows_kernel[(triton.cdiv(padded, rows), H)](
         x, mask, packed.centre, packed.header, stored, bounds, states, indices, counters, N, padded, D,
-        *x.stride(), *mask_strides, accumulation(D), decision_error(D, cosine), cosine, ranked, mask is not None,
+        *strides(x, 3), *strides(mask, 2), accumulation(D), decision_error(D, cosine), cosine, ranked, mask is not None,
         HEADER, width, rows, step, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return Rows(stored, bounds, states, padded)

@@ -15,27 +15,27 @@ from vqops.triton_kernels.blocks import queue_programs, sizes
 from vqops.triton_kernels.decide import distance_of, next_best
 from vqops.triton_kernels.distance import NO_CODE, costs, squared_norm
 from vqops.triton_kernels.queue import ENTRY
+from vqops.triton_kernels.strides import strides
 
 
 @triton.jit
 def shares(counters, N, K, heads, QUEUED: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
     """How many blocks of rows there are, and in how many parts the codes of each. 32 bits: no GPU holds more blocks."""
-    blocks = (
-        tl.cdiv(tl.load(counters + 1), A).to(tl.int32) if QUEUED else tl.zeros((), tl.int32) + heads * tl.cdiv(N, A)
-    )
+    blocks = tl.cdiv(tl.load(counters + 1), A).to(tl.int32) if QUEUED else heads * tl.cdiv(N, A)
     parts = tl.minimum(tl.num_programs(0) // tl.maximum(blocks, 1), tl.cdiv(K, B))
     return blocks, tl.maximum(parts, 1)
 
 
 @triton.jit
 def row_at(
-    r, mask, queue, counters, N, mask_h_stride, mask_n_stride,
+    r, mask, queue, counters, heads, N, mask_h_stride, mask_n_stride,
     QUEUED: tl.constexpr, ENTRY: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """Rows number r of all blocks, their heads, which there are, and which of these the mask keeps."""
     if QUEUED:
         inside = r < tl.load(counters + 1)
-        row = tl.load(queue - r, mask=inside, other=0) // ENTRY
+        last = heads.to(tl.int64) * N - 1
+        row = tl.load(queue + last - r, mask=inside, other=0) // ENTRY
         h = row // N
     else:
         padded = tl.cdiv(N, A) * A
@@ -68,7 +68,7 @@ def put(
         tl.atomic_add(counters + 2, tl.where(t == 0, lacking, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "N", "K", "mask_h_stride"])  # top: the loop of one turn is shorter
 def scan_kernel(
     x,  # [H, N, D]
     codebook,  # [H, K, D]
@@ -77,7 +77,7 @@ def scan_kernel(
     distances,  # [H, N, top], or None
     part_costs,  # [programs, A, top] float64
     part_codes,  # [programs, A, top] int32
-    queue,  # the last entry of [H N] int64, where QUEUED
+    queue,  # [H N] int64, where QUEUED
     counters,  # [COUNTERS] int64
     heads, N, K, D, top,
     h_stride, n_stride, i_stride, c_h_stride, c_k_stride, c_i_stride, mask_h_stride, mask_n_stride,
@@ -91,7 +91,9 @@ def scan_kernel(
         block = task // parts
         part = task - block * parts
         r = tl.arange(0, A) + block.to(tl.int64) * A
-        row, h, inside, live = row_at(r, mask, queue, counters, N, mask_h_stride, mask_n_stride, QUEUED, ENTRY, A)
+        row, h, inside, live = row_at(
+            r, mask, queue, counters, heads, N, mask_h_stride, mask_n_stride, QUEUED, ENTRY, A
+        )
         given = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
         square, finite = squared_norm(given, i_stride, live[:, None], D)
         usable = live & finite
@@ -124,7 +126,7 @@ def scan_kernel(
                 tl.store(part_codes + place, tl.where(usable, best_code, NO_CODE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "N", "K", "mask_h_stride"])
 def merge_parts_kernel(
     x,  # [H, N, D]
     mask,  # [H, N] bool, or None
@@ -132,7 +134,7 @@ def merge_parts_kernel(
     distances,  # [H, N, top], or None
     part_costs,  # [programs, A, top] float64
     part_codes,  # [programs, A, top] int32
-    queue,  # the last entry of [H N] int64, where QUEUED
+    queue,  # [H N] int64, where QUEUED
     counters,  # [COUNTERS] int64
     heads, N, K, D, top,
     h_stride, n_stride, i_stride, mask_h_stride, mask_n_stride,
@@ -145,7 +147,9 @@ def merge_parts_kernel(
     known = part < parts
     for number in range(tl.program_id(0), tl.where(parts > 1, blocks * A, 0), tl.num_programs(0)):
         r = number + tl.arange(0, 1).to(tl.int64)
-        row, h, inside, live = row_at(r, mask, queue, counters, N, mask_h_stride, mask_n_stride, QUEUED, ENTRY, A)
+        row, h, inside, live = row_at(
+            r, mask, queue, counters, heads, N, mask_h_stride, mask_n_stride, QUEUED, ENTRY, A
+        )
         given = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
         square, finite = squared_norm(given, i_stride, live[:, None], D)
         block = number // A
@@ -172,8 +176,6 @@ def scan(x, codebook, mask, metric, indices, distances, queue, counters, top=1) 
     H, N, D = x.shape
     K = codebook.shape[1]
     queued, cosine = queue is not None, metric == "cosine"
-    end = queue[-1:] if queued else None
-    mask_strides = (0, 0) if mask is None else mask.stride()
     programs = queue_programs(x.device)
     rows, codes = sizes(x.device).scan
     parts = (
@@ -181,12 +183,12 @@ def scan(x, codebook, mask, metric, indices, distances, queue, counters, top=1) 
         x.new_empty((programs, rows, top), dtype=torch.int32),
     )
     scan_kernel[(programs,)](
-        x, codebook, mask, indices, distances, *parts, end, counters, H, N, K, D, top,
-        *x.stride(), *codebook.stride(), *mask_strides, cosine, queued, not queued or H == 1, ENTRY, rows, codes,
-        enable_fp_fusion=False, num_warps=8,
+        x, codebook, mask, indices, distances, *parts, queue, counters, H, N, K, D, top,
+        *strides(x, 3), *strides(codebook, 3), *strides(mask, 2), cosine, queued, not queued or H == 1, ENTRY, rows,
+        codes, enable_fp_fusion=False, num_warps=8,
     )  # fmt: skip
     merge_parts_kernel[(programs,)](
-        x, mask, indices, distances, *parts, end, counters, H, N, K, D, top,
-        *x.stride(), *mask_strides, cosine, queued, ENTRY, rows, codes, triton.next_power_of_2(programs),
+        x, mask, indices, distances, *parts, queue, counters, H, N, K, D, top,
+        *strides(x, 3), *strides(mask, 2), cosine, queued, ENTRY, rows, codes, triton.next_power_of_2(programs),
         enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip

@@ -42,7 +42,7 @@ def least_slot(least, group, slot, GROUP: tl.constexpr, BK: tl.constexpr):
     return best, tl.min(code, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles", "tiles_per_part"])
 def screen_kernel(
     stored,  # [H, N', D'] float16
     row_bounds,  # [4, H, N'], see bound.py
@@ -57,9 +57,9 @@ def screen_kernel(
     counts,  # [parts, H, N'] int32; None likewise
     queue,  # [H N] int64
     counters,  # [COUNTERS] int64
-    N, padded, tiles, tiles_per_part,
-    CODES: tl.constexpr, WIDTH: tl.constexpr, ENTRY: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    N, padded, codes_padded, tiles, tiles_per_part,
+    WIDTH: tl.constexpr, ENTRY: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -80,7 +80,7 @@ def screen_kernel(
     slot = tl.arange(0, BK)
     part = tl.program_id(2).to(tl.int64)
     place = lists + ((part * tl.num_programs(1) + h) * N + n) * CANDIDATES
-    codes_before = h * CODES
+    codes_before = h * codes_padded
     first, last = 0, tiles
     if part_bounds is not None:
         first = tl.program_id(2) * tiles_per_part
@@ -127,7 +127,7 @@ def screen_kernel(
         tl.store(counts + part * total + here, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "parts"])
 def merge_lists_kernel(
     states,  # [H, N'] int8
     part_bounds,  # [parts, 2, H, N']
@@ -186,7 +186,7 @@ def screen(packed: Packed, rows: Rows, indices: Tensor, queue: Tensor, counters:
         counts = lists.new_empty((parts, H, rows.padded))
     screen_kernel[(programs, H, parts)](
         rows.stored, rows.bounds, rows.states, packed.start, packed.radius, packed.unit, packed.codes, indices,
-        lists, part_bounds, counts, queue, counters, N, rows.padded, tiles, triton.cdiv(tiles, parts), codes, width,
+        lists, part_bounds, counts, queue, counters, N, rows.padded, codes, tiles, triton.cdiv(tiles, parts), width,
         ENTRY, GROUP, CANDIDATES, block.rows, block.codes, block.step, num_warps=block.warps, num_stages=block.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

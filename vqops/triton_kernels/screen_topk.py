@@ -17,7 +17,7 @@ from vqops.triton_kernels.queue import ENTRY, SCANNED, SCREENED, enqueue
 from vqops.triton_kernels.rows import Rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles", "top"])
 def screen_topk_kernel(
     stored,  # [H, N', D'] float16
     row_bounds,  # [4, H, N'], see bound.py
@@ -29,9 +29,9 @@ def screen_topk_kernel(
     lists,  # [H, N, CANDIDATES] int32
     queue,  # [H N] int64
     counters,  # [COUNTERS] int64
-    N, padded, tiles, top,
-    CODES: tl.constexpr, WIDTH: tl.constexpr, ENTRY: tl.constexpr, CANDIDATES: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    N, padded, codes_padded, tiles, top,
+    WIDTH: tl.constexpr, ENTRY: tl.constexpr, CANDIDATES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -41,7 +41,7 @@ def screen_topk_kernel(
     state = tl.load(states + here)
     screened = state == SCREENED
     rows = stored + here[:, None] * WIDTH + tl.arange(0, BD)[None, :]
-    codes_before = h * CODES
+    codes_before = h * codes_padded
 
     least = tl.full((BN, BK), HUGE, tl.float32)
     for tile in range(0, tiles):
@@ -83,7 +83,7 @@ def screen_topk(packed: Packed, rows: Rows, N: int, k: int, queue: Tensor, count
     block = TOPK._replace(step=min(TOPK.step, width))
     screen_topk_kernel[(rows.padded // block.rows, H)](
         rows.stored, rows.bounds, rows.states, packed.start_topk, packed.radius, packed.unit, packed.codes, lists,
-        queue, counters, N, rows.padded, codes // block.codes, k, codes, width, ENTRY, candidates, block.rows,
+        queue, counters, N, rows.padded, codes, codes // block.codes, k, width, ENTRY, candidates, block.rows,
         block.codes, block.step, num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return lists

@@ -54,7 +54,8 @@ def order() -> str:
 
 def of_gpu(name: str, known: choice.Table, why_no_triton: str | None = None) -> str:
     """What a record says of a GPU, which records say nothing, and what keeps Triton's kernels from it."""
-    lines = [f"{name}: " + (f"record {known.source}" if known.source else 'no record, so every op takes "pytorch"')]
+    nothing = 'no record, which `vqops check` would make, so every op takes "pytorch"'
+    lines = [f"{name}: " + (f"record {known.source}" if known.source else nothing)]
     lines += [f"  triton: {why_no_triton}"] if why_no_triton else []
     lines += [f"  not counted: {reason}" for reason in known.ignored]
     if known.rows:

@@ -20,38 +20,37 @@ def first_run(machine: Machine, figures: str) -> str:
 
 
 def parts_of(rows: list[dict]) -> str:
-    """The last outcome of each part, and what it said."""
-    last = {row["part"]: row for row in rows if "outcome" in row and "left" not in row}
+    """The last outcome of each part, and what its commands said."""
     ended = {row["part"]: row for row in rows if "left" in row or row.get("outcome") == "no time left"}
-    lines = []
-    for name, row in ended.items():
-        found = last.get(name, {})
-        note = found.get("why") or " ".join(found.get("last_lines", [])[-1:])
-        lines.append([name, row["outcome"], note.replace("|", "/")[:160]])
-    order = list(PARTS)
-    return table(["part", "outcome", "it said"], sorted(lines, key=lambda line: order.index(line[0])))
+    notes = {}
+    for row in rows:
+        if "outcome" in row and "left" not in row and "case" not in row:
+            said = row.get("why") or " ".join(row.get("last_lines", [])[-1:])
+            notes.setdefault(row["part"].partition(" ")[0], {})[row["part"]] = said.replace("|", "/")[:160]
+    lines = [[name, ended[name]["outcome"], "; ".join(notes.get(name, {}).values())] for name in PARTS if name in ended]
+    return table(["part", "outcome", "it said"], lines)
 
 
 def cases_of(rows: list[dict]) -> Iterator[str]:
-    """By part and implementation, of each case the last row; then what was not right, in full."""
+    """By part and who ran them, of each case the last row; then what was not right, in full."""
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for row in rows:
-        if "case" in row and "implementation" in row:
-            cases.setdefault((row["part"], row["implementation"]), {})[row["case"]] = row
+        if "case" in row:
+            cases.setdefault((row["part"], row.get("tool") or row["implementation"]), {})[row["case"]] = row
     lines, others = [], []
-    for (part, implementation), found in cases.items():
+    for (part, by), found in cases.items():
         shares = [row["share_of_bound"] for row in found.values() if "share_of_bound" in row]
         right = sum(map(is_right, found.values()))
-        lines.append([part, implementation, f"{right} of {len(found)}", number(max(shares)) if shares else ""])
-        others += [f"- {part}, {implementation}, {n}: {said(row)}" for n, row in found.items() if not is_right(row)]
+        lines.append([part, by, f"{right} of {len(found)}", number(max(shares)) if shares else ""])
+        others += [f"- {part}, {by}, {name}: {said(row)}" for name, row in found.items() if not is_right(row)]
     if lines:
-        yield table(["part", "implementation", "cases right", "largest share of the proof's error"], lines)
+        yield table(["part", "by", "cases right", "largest share of the proof's error"], lines)
     if others:
         yield "\n".join(others)
 
 
 def times_of(rows: list[dict]) -> str:
-    found = {tuple(row["kernels"]): row for row in rows if row["part"] == "times"}
+    found = {tuple(row["kernels"]): row for row in rows if row["part"] == "times" and "kernels" in row}
     lines = []
     for shape, row in found.items():
         name = " x ".join(map(str, shape))

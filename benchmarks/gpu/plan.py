@@ -1,17 +1,18 @@
 """The parts of a first run, in order of what a second of them tells, each with a limit; a rehearsal has small inputs.
 
-    facts       driver, clocks, compiler and versions of the machine
-    cases       the cases of `vqops check` for what needs no compiler, each implementation by several processes at once
-    mma         the depths of wgmma once more with mma.sync in its place: which of the two is wrong, if one is
-    times       the search at seven shapes: time of a CUDA graph, of each kernel, rows by tier
-    profile     the hardware counters of three of them
-    suite       the tests of the ops with the CUDA kernels, on all cores
-    sanitizer   memory and race checks of a case for each kernel
-    triton      cases and tests of the Triton kernels, which are compiled first
-    bench       `python -m benchmarks --stage kernels`, smallest cases first
-    check       `vqops check` itself; its record is kept in --out/record.json
+    facts          driver, clocks, compiler and versions of the machine
+    cases          the cases of `vqops check` with CUDA C++ and PyTorch, each by several processes at once
+    mma            the depths of wgmma once more with mma.sync in its place: which of the two is wrong, if one is
+    times          the search at seven shapes: time of a CUDA graph, of each kernel, rows by tier
+    triton         the cases with the Triton kernels, which are compiled first
+    profile        the hardware counters of three shapes
+    suite          the tests of the ops with the CUDA kernels and with PyTorch, on all cores
+    sanitizer      memory and race checks of a case for each kernel
+    triton_suite   the tests of the ops with the Triton kernels
+    check          `vqops check` itself; its record is kept in --out/record.json
+    bench          `python -m benchmarks --stage kernels`, smallest cases first
 
-The first eight are one call; `bench` and `check`, if named, a second one.
+All but the last two are one call, which may end before the last of them; what is left, and these, a second one.
 """
 
 import importlib.util
@@ -32,17 +33,17 @@ from vqops.check.cases import CASES
 from vqops.check.child import heard
 from vqops.check.process import run_limited
 from vqops.check.record import is_right
-from vqops.check.runner import Runner
+from vqops.check.runner import CHILD, Runner
 from vqops.dispatch.records import VARIABLE
 
 LEAST = 15.0  # seconds, without which no part begins
 AT_ONCE = 6  # processes on the GPU
-SECOND_CALL = ("bench", "check")
+SECOND_CALL = ("check", "bench")
 SMALL = 6  # of the cases, a rehearsal takes each so-manieth
 WGMMA = [name for name in CASES if re.fullmatch(r"nearest \d+ x (64|128|200|256|400|512) x \d+", name)]
 SANITIZED = [  # each kernel once, and where it shares its work with others
-    *("ema_update_ euclidean", "code_sums in order", "code_sums atomic", "quantize cosine"),
-    *("quantize_backward rotation euclidean", "nearest heads", "nearest duplicates", "nearest 300 x 256 x 3000"),
+    *("ema_update_ euclidean", "code_sums in order", "code_sums atomic", "quantize cosine in order"),
+    *("quantize_backward rotation euclidean atomic", "nearest heads", "nearest duplicates", "nearest 300 x 256 x 3000"),
     *("nearest 4096 x 8 x 3000", "nearest 4096 x 64 x 3000", "nearest 4096 x 700 x 3000"),
     *("nearest_topk 300 x 8 x 3000", "nearest_topk duplicates"),
 ]
@@ -89,7 +90,8 @@ class Plan:
         """The cases by several processes, each of which has its share and restarts behind a case that ends it."""
         if self.rehearsal:
             names = names[::SMALL]
-        runner = Runner(time.monotonic() + self.left(seconds))
+        threads = max(1, (os.cpu_count() or 1) // AT_ONCE)
+        runner = Runner(time.monotonic() + self.left(seconds), threads=threads)
         task = {"device": self.device, "implementation": implementation, "small": self.rehearsal}
         right = []
 
@@ -158,13 +160,14 @@ class Plan:
         return self.pytest("suite", select, 120, "cuda")
 
     def pytest(self, part: str, select: str, seconds: float, required: str) -> bool:
-        command = [sys.executable, "-m", "pytest", "-q", "--tb", "short", "-rf", "-p", "no:cacheprovider"]
+        # By name, as they pass and fail: of a run that is ended early there is nothing else.
+        command = [sys.executable, "-m", "pytest", "-v", "--tb", "short", "-p", "no:cacheprovider"]
         if self.rehearsal:  # a few tests, on the CPU
             command += ["-k", "by_hand and compiled-cpu", *TESTS]
             return self.command(part, command, seconds)["outcome"] == "passed"
         command += ["-n", str(min(12, os.cpu_count() or 1)), "-k", select, *TESTS]
         if importlib.util.find_spec("pytest_timeout"):
-            command += ["--timeout", "90"]
+            command += ["--timeout", "90", "--timeout-method", "thread"]  # also within a call that hangs
         return self.command(part, command, seconds, VQOPS_REQUIRE=required)["outcome"] == "passed"
 
     def sanitizer(self) -> bool:
@@ -172,27 +175,42 @@ class Plan:
         if tool is None or self.rehearsal:
             self.write("sanitizer", outcome="not possible", why="there is no compute-sanitizer, or nothing to check")
             return True
-        jobs = [(name, case) for name in TOOLS for case in SANITIZED]
+        jobs = [(kind, case) for kind in TOOLS for case in SANITIZED]
         end = time.monotonic() + self.left(90)
         task = {"device": self.device, "implementation": "compiled", "small": False}
+        hidden = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # torch's allocator would hide what is read beyond a tensor
 
         def run(job: tuple[str, str]) -> bool:
             kind, case = job
-            before = (tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all")
-            runner = Runner(end, before=before)
-            # Torch's allocator would hide what is read beyond a tensor.
-            (row,) = runner.rows(task, [case], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            said = row.get("failed", "")
-            outcome = "passed" if is_right(row) else "not possible" if re.search(REFUSALS, said, re.M) else "failed"
-            self.write("sanitizer", tool=kind, case=row.pop("name"), outcome=outcome, **row)
+            command = [tool, "--tool", kind, "--error-exitcode", "9", *CHILD, json.dumps({**task, "names": [case]})]
+            status, output = run_limited(command, max(1.0, end - time.monotonic()), ROOT, **hidden)
+            said = [line for line in output.splitlines() if line.startswith("=====")]
+            row = next((row for row in reversed(list(map(heard, output.splitlines()))) if row and "name" in row), {})
+            if status is None:
+                outcome = "out of time"
+            elif status == 0 and row and is_right(row):
+                outcome = "passed"
+            else:
+                outcome = "not possible" if any(re.search(REFUSALS, line) for line in said) else "failed"
+            failed = {} if outcome == "passed" else {"failed": "\n".join([outcome, *said[:20]])}
+            self.write("sanitizer", **{**row, **failed, "tool": kind, "case": case, "outcome": outcome})
             return outcome != "failed"
 
         with ThreadPoolExecutor(8) as pool:
             return all(list(pool.map(run, jobs)))
 
     def triton(self) -> bool:
-        right = self.judge("triton", "triton", self.names("triton"), 150)
-        return self.pytest("triton suite", "triton-cuda or (test_device and triton)", 240, "cuda,triton") and right
+        return self.judge("triton", "triton", self.names("triton"), 150)
+
+    def triton_suite(self) -> bool:
+        return self.pytest("triton_suite", "triton-cuda or (test_device and triton)", 240, "cuda,triton")
+
+    def check(self) -> bool:
+        record, seconds = self.folder / "record.json", self.left(270)
+        command = [sys.executable, "-m", "vqops", "check", "--device", self.device, "--seconds", seconds - 30]
+        if self.rehearsal:
+            command = [sys.executable, "-m", "vqops", "check"]  # the GPUs of a machine that may have none
+        return self.command("check", command, seconds, **{VARIABLE: str(record)})["outcome"] == "passed"
 
     def bench(self) -> bool:
         seconds = self.left(300)
@@ -202,20 +220,12 @@ class Plan:
         command = [sys.executable, "-m", "benchmarks", *how, "--out", self.folder]
         return self.command("bench", command, seconds)["outcome"] == "passed"
 
-    def check(self) -> bool:
-        record = self.folder / "record.json"
-        seconds = self.left(240)
-        command = [sys.executable, "-m", "vqops", "check", "--device", self.device, "--seconds", seconds - 10]
-        if self.rehearsal:
-            command = [sys.executable, "-m", "vqops", "check"]  # the GPUs of a machine that may have none
-        return self.command("check", command, seconds, **{VARIABLE: str(record)})["outcome"] == "passed"
-
 
 PARTS: dict[str, Callable[[Plan], bool]] = {
     part.__name__: part
     for part in (
-        *(Plan.facts, Plan.cases, Plan.mma, Plan.times, Plan.profile),
-        *(Plan.suite, Plan.sanitizer, Plan.triton, Plan.bench, Plan.check),
+        *(Plan.facts, Plan.cases, Plan.mma, Plan.times, Plan.triton, Plan.profile),
+        *(Plan.suite, Plan.sanitizer, Plan.triton_suite, Plan.check, Plan.bench),
     )
 }
 

@@ -29,7 +29,7 @@ def bring(python: str, torch: str, architecture: str, index_url: str | None = No
         run(interpreter, "-m", "venv", folder)
         inside = str(Path(folder) / "bin/python")
         run(inside, "-m", "pip", "install", "-q", f"torch=={torch}", *(["--index-url", index_url] if index_url else []))
-        run(inside, "-m", "pip", "install", "-q", "setuptools>=77,<82", "ninja", "wheel")
+        run(inside, "-m", "pip", "install", "-q", "setuptools>=77,<82", "ninja", "wheel", "numpy")
         building = {"VQOPS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
         run(inside, "setup.py", "-q", "build_ext", "--inplace", **building)
         pure = ("--no-deps", "--only-binary=:all:", "--python-version", version, "--target", str(PACKAGES))
@@ -55,7 +55,9 @@ def run(*command: str, **environment: str) -> None:
 
 
 def said(python: str, code: str) -> str:
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    path = os.pathsep.join([str(PACKAGES), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, env=environment)
     return done.stdout.strip()
 
 

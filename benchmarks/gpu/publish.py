@@ -11,7 +11,7 @@ from vqops.check import record
 from vqops.dispatch import records
 from vqops.dispatch.records import Gpu
 
-SUITES = {"compiled": "suite", "triton": "triton suite"}  # that must have passed, by implementation
+SUITES = {"compiled": "suite", "triton": "triton_suite"}  # that must have passed, by implementation
 
 
 def publish(rows: Path, root: Path = ROOT, shipped: Path = records.SHIPPED) -> None:
@@ -21,14 +21,23 @@ def publish(rows: Path, root: Path = ROOT, shipped: Path = records.SHIPPED) -> N
         raise SystemExit(f"publish: {rows} has no first_run.jsonl with rows")
     target = root / RESULTS.relative_to(ROOT) / folder_named(found[0]["device"])
     target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(rows.glob("*.json*")):
-        if file.resolve() != (target / file.name).resolve():
-            shutil.copy(file, target / file.name)
-        print(f"{target.name}/{file.name}")
+    for file in sorted(rows.glob("*.jsonl")):
+        added(file, target / file.name)
+    if (rows / "record.json").exists() and rows.resolve() != target.resolve():
+        shutil.copy(rows / "record.json", target)
+    print(f"{target.name}: {', '.join(sorted(file.name for file in target.iterdir()))}")
     kept = target / "record.json"
     if kept.exists():
-        print(ship(json.loads(kept.read_text()), found, target.name, shipped))
+        print(ship(json.loads(kept.read_text()), read(target / "first_run.jsonl"), target.name, shipped))
     report.main(root)
+
+
+def added(file: Path, target: Path) -> None:
+    """The rows of a call go behind those of the calls before it."""
+    there = target.read_text().splitlines() if target.exists() else []
+    fresh = [line for line in file.read_text().splitlines() if line not in there]
+    with target.open("a") as kept:
+        kept.writelines(f"{line}\n" for line in fresh)
 
 
 def ship(content: dict, rows: list[dict], results: str, folder: Path) -> str:

@@ -23,6 +23,7 @@ from benchmarks.rows import PACKAGES, Writer, read  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
 from benchmarks.tables import Machine  # noqa: E402
 from vqops.check.cases import CASES  # noqa: E402
+from vqops.check.child import MARK  # noqa: E402
 from vqops.check.process import run_limited  # noqa: E402
 from vqops.check.record import is_right  # noqa: E402
 
@@ -226,29 +227,33 @@ def test_it_names_what_there_is():
     assert depths == {"64", "128", "200", "256", "400", "512"}
 
 
+RIGHT = MARK + json.dumps({"name": "x", "wrong": {}})
+
+
 @pytest.mark.parametrize(
-    "row, said",
+    "status, output, outcome",
     [
-        ({"wrong": {}}, ["passed"]),
-        ({"failed": "its process ended with status 9:\n========= Error: Device not supported"}, ["not possible"]),
-        ({"failed": "ended with status 9:\n========= Invalid __global__ read of size 4"}, ["failed"]),
-        ({"failed": "RuntimeError: this dtype is not supported"}, ["failed"]),
+        (0, RIGHT, "passed"),
+        (9, RIGHT + "\n========= RACECHECK SUMMARY: 1 hazard displayed", "failed"),  # found after the result
+        (9, "========= Invalid __global__ read of size 4", "failed"),
+        (9, "========= Error: Device not supported", "not possible"),
+        (0, "RuntimeError: this dtype is not supported", "failed"),  # no result
+        (0, MARK + json.dumps({"name": "x", "wrong": {"indices": {"differ": 1}}}), "failed"),
+        (None, RIGHT, "out of time"),
     ],
 )
-def test_outcomes_of_a_sanitizer(planned, monkeypatch, tmp_path, row, said):
+def test_outcomes_of_a_sanitizer(monkeypatch, tmp_path, status, output, outcome):
     given = []
-
-    def rows(runner, task, names, **environment):
-        given.append((runner.before[2], environment))
-        yield {"name": names[0], **row}
-
-    monkeypatch.setattr(plan_of_gpu.Runner, "rows", rows)
+    monkeypatch.setattr(plan_of_gpu, "run_limited", lambda *a, **env: given.append((a[0], env)) or (status, output))
     monkeypatch.setattr(plan_of_gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
     made = plan_of_gpu.Plan(Writer(tmp_path / "first_run.jsonl", {}), time.monotonic() + 60, rehearsal=False)
-    assert made.sanitizer() == (said != ["failed"])
-    assert list(dict.fromkeys(each["outcome"] for each in read(tmp_path / "first_run.jsonl"))) == said
-    assert {kind for kind, _ in given} == set(plan_of_gpu.TOOLS)
-    assert all(environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for _, environment in given)
+    assert made.sanitizer() == (outcome != "failed")
+    rows = read(tmp_path / "first_run.jsonl")
+    assert {row["outcome"] for row in rows} == {outcome} and {row["tool"] for row in rows} == set(plan_of_gpu.TOOLS)
+    assert all(is_right(row) == (outcome == "passed") for row in rows)
+    assert {row["case"] for row in rows} == set(plan_of_gpu.SANITIZED)
+    assert all(env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for _, env in given)
+    assert all("no time left" not in json.dumps(row) for row in rows)
 
 
 def test_the_gpu_run_asks_for_what_a_gpu_has(monkeypatch, tmp_path):
@@ -281,6 +286,9 @@ def test_rows_and_record_become_those_of_the_project(tmp_path):
     about = {"device": "NVIDIA H200", "instructions": "sm_90", "commit": "1", "versions": {"torch": "2.11"}}
     suite = {"part": "suite", "outcome": "passed", "last_lines": ["900 passed"]}
     lines = [suite, {"part": "suite", "outcome": "passed", "left": 100}]
+    lines += [{"part": "times", "outcome": "failed", "left": 90}, {"part": "check", "outcome": "no time left"}]
+    lines += [{"part": "profile 9x8x7", "outcome": "passed", "last_lines": ["counted"]}]
+    lines += [{"part": "profile", "outcome": "passed", "left": 80}]
     lines += [{"part": "cases", "implementation": "compiled", "case": "nearest heads", "wrong": {}}]
     lines += [{"part": "times", "kernels": [9, 8, 7], "p50_ms": 1.5, "tflops": 9.0, "tiers": [8, 1, 0, 0], "wrong": 0}]
     (out / "first_run.jsonl").write_text("".join(json.dumps(about | line) + "\n" for line in lines))
@@ -295,8 +303,17 @@ def test_rows_and_record_become_those_of_the_project(tmp_path):
     assert ships["results"] == "nvidia-h200"
     text = (root / "docs/gpu.md").read_text()
     assert "| suite | passed | 900 passed |" in text and "| cases | compiled | 1 of 1 |" in text
-    assert "| 9 x 8 x 7 | 1.50 | 9.00 | 88.89 % |" in text
-    publish.publish(root / "benchmarks/results/nvidia-h200", root, shipped)  # from where they belong
+    assert "| 9 x 8 x 7 | 1.50 | 9.00 | 88.89 % |" in text and "| profile | passed | counted |" in text
+    assert "| times | failed |" in text and "| check | no time left |" in text
+    kept = root / "benchmarks/results/nvidia-h200"
+    publish.publish(kept, root, shipped)  # from where they belong
+    (out / "record.json").unlink()
+    line = about | {"part": "triton_suite", "outcome": "passed", "last_lines": ["800 passed"]}
+    (out / "first_run.jsonl").write_text(json.dumps(line) + "\n")  # of the second call
+    publish.publish(out, root, shipped)
+    assert len(read(kept / "first_run.jsonl")) == len(lines) + 1
+    ships = json.loads((shipped / "nvidia-h200-sm-9-0.json").read_text())
+    assert [row["implementation"] for row in ships["rows"]] == ["compiled", "triton"]
     with pytest.raises(SystemExit, match=r"has no first_run\.jsonl"):
         publish.publish(tmp_path, root, shipped)
 

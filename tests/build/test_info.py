@@ -76,7 +76,7 @@ def test_the_line_of_the_kernels_asks_the_devices_at_hand(monkeypatch):
     assert "no code for H100 (sm_90)" in line_of(lines, "CUDA kernels:")
     assert line_of(lines, "CUDA devices:").endswith(" H100 (sm_90)")
     assert lines[-3:] == [
-        'H100 (sm_90): no record, so every op takes "pytorch"',
+        'H100 (sm_90): no record, which `vqops check` would make, so every op takes "pytorch"',
         "  triton: Triton needs a C compiler",
         "  not counted: a.json: it is broken",
     ]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from promises import COPIES
 
 import vqops
 from vqops.check import cases, inputs, products
@@ -31,6 +32,18 @@ def test_the_modes_of_a_process_are_given_back():
     torch.use_deterministic_algorithms(False)
     judge("code_sums in order", "compiled", CPU, small=True)
     assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    judge("code_sums in order", "compiled", CPU, small=True)
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_strides_go_along_to_the_device():
+    given = CASES["nearest odd strides"].build(True)
+    assert not any(given[name].is_contiguous() for name in ("x", "codebook", "mask"))
+    for value in given.values():
+        moved = cases.moved_to(CPU, value)
+        assert moved.stride() == value.stride() and moved.data_ptr() != value.data_ptr()
+        COPIES.same(moved, value)
 
 
 @pytest.mark.parametrize("fault", ["last index", "second call"])

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from vqops.check import command, known
 from vqops.check.cases import CASES
-from vqops.check.runner import Runner
+from vqops.check.runner import GAVE_UP, NO_TIME, Runner
 from vqops.check.timing import DECIDES, SHAPES
 from vqops.cli import main
 from vqops.dispatch import records
@@ -104,12 +104,28 @@ def test_if_nothing_is_left_to_fall_back_on_it_says_what_to_do(machine, capsys):
     assert "VQOPS_IMPLEMENTATION=reference" in capsys.readouterr().out
 
 
-def test_a_gpu_that_vanishes(machine, capsys):
-    """Every case fails from then on; there is a record, which names nothing, and the command ends."""
-    machine.row = lambda task, name: {"failed": "3 processes before it ended without a result"}
-    assert main(["check"]) == 1
-    assert checked(machine)["rows"] == []
-    assert f"{next(iter(CASES))} and" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "failed, why",
+    [
+        (f"{GAVE_UP}: is the GPU still there?", "plain PyTorch brought no results either"),
+        (NO_TIME, "there was too little time: --seconds"),
+    ],
+)
+def test_a_gpu_that_vanishes_or_time_that_is_up(machine, capsys, failed, why):
+    """What was found is said; a record of an earlier check stays."""
+    assert main(["check"]) == 0
+    before = machine.record.read_text()
+    machine.row = lambda task, name: {"failed": failed}
+    assert main(["check"]) == 2
+    said = capsys.readouterr()
+    assert f"vqops check: {why}. No record was written, and an earlier one stays" in said.err
+    assert f"{next(iter(CASES))} and" in said.out and machine.record.read_text() == before
+
+
+def test_a_kernel_that_ends_every_process_is_no_vanished_gpu(machine):
+    failed = {"triton": {"failed": f"{GAVE_UP}: is the GPU still there?"}}
+    machine.row = lambda task, name: failed.get(task["implementation"], {"wrong": {}})
+    assert main(["check"]) == 1 and {row["implementation"] for row in checked(machine)["rows"]} == {"compiled"}
 
 
 def test_facts_that_cannot_be_had(machine, capsys):
@@ -129,6 +145,10 @@ def test_several_gpus(machine, capsys):
     gpus = [GPU, second, other]
     assert [gpu["device"] for gpu in command.chosen("cuda", gpus)] == ["cuda:0", "cuda:2"]
     assert command.chosen("cuda:1", gpus) == [second]
+    machine.facts = {**FACTS, "gpus": gpus}
+    assert main(["check"]) == 2  # one file cannot be of both
+    assert "--device must name one of cuda:0 (NVIDIA H200), cuda:2 (NVIDIA L4)" in capsys.readouterr().err
+    assert main(["check", "--device", "cuda:2"]) == 0 and checked(machine)["gpu"]["name"] == "NVIDIA L4"
 
 
 def test_two_checks_at_once(machine, capsys):

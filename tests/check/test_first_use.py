@@ -24,7 +24,8 @@ def started(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "SHIPPED", tmp_path)
     monkeypatch.setenv("VQOPS_GPU_RECORD", str(tmp_path / "own.json"))
     monkeypatch.setenv("VQOPS_CHECK", "auto")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in first_use.RANKS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: None)  # a test may be in a child itself
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or Done(0, ""))
     choice.table.cache_clear()
@@ -56,7 +57,8 @@ def test_without_being_asked_nothing_is_started(started, monkeypatch):
 @pytest.mark.parametrize(
     "change, why",
     [
-        (lambda patch: patch.setenv("LOCAL_RANK", "0"), "this is a rank of several"),
+        (lambda patch: patch.setenv("WORLD_SIZE", "8"), "this is a rank of several"),
+        (lambda patch: patch.setenv("SLURM_NTASKS", "2"), "this is a rank of several"),
         (lambda patch: patch.setattr(torch.distributed, "is_initialized", lambda: True), "this is a rank of several"),
         (lambda patch: patch.setattr(first_use, "IMPORTED_IN", 1), "this is a child process"),
         (lambda patch: patch.setattr(multiprocessing, "parent_process", lambda: 1), "this is a child process"),

@@ -46,7 +46,7 @@ def test_it_is_read_as_it_was_meant(tmp_path):
 
 
 def test_what_was_wrong_speaks_against_its_family_alone():
-    failed = {"quantize_backward rotation cosine": {"failed": "x"}}
+    failed = {"quantize_backward rotation cosine atomic": {"failed": "x"}}
     sums, search = {"code_sums atomic": WRONG}, {"nearest duplicates": WRONG}
     found = record.families(results(pytorch=sums, compiled=search, triton=failed))
     assert found == {
@@ -99,13 +99,18 @@ def test_what_is_said_of_a_check():
     probe = next(name for name in CASES if name.startswith("products"))
     dead = {name: {"failed": "3 processes before it ended"} for name in list(CASES)[-5:]}
     others = {"triton": {"nearest heads": WRONG, probe: {"share_of_bound": 0.25}}, "compiled": dead}
-    told = [*times(), {"name": "9 x 9 x 9", "left_out": "no room"}, {"name": "8 x 8 x 8", "failed": "a\nb\nc\nlast"}]
+    first, second, third, fourth, *_ = told = times()
+    first.pop("milliseconds"), second.pop("milliseconds")
+    first["left_out"], second["failed"] = "no room", "a\nb\nc\nlast"
+    third["raised"], fourth["wrong"] = {"code_sums, pytorch": "OutOfMemoryError: x"}, {"indices": {"differ": 3}}
     lines = record.described(record.made(H200, {}, results(**others), told)).splitlines()
     assert f"pytorch: {len(CASES)} of {len(CASES)} cases right" in lines
     assert f"triton: {len(CASES) - 1} of {len(CASES)} cases right; tensor cores: at most 0.25 of the error that the " \
         "proof allows for" in lines
     assert "  nearest heads: indices, first: differ 3, of 50" in lines
     assert f"  {list(CASES)[-5]} and 4 more: 3 processes before it ended" in lines  # one reason, one line
-    assert "quantize 1024 x 64 x 512 2.000 1.000 * 2.000" in [" ".join(line.split()) for line in lines]
-    assert "9 x 9 x 9 is not timed: no room" in lines
-    assert lines[-3:] == ["8 x 8 x 8 is not timed: b", "    c", "    last"]
+    assert f"quantize {third['name']} 2.000 1.000 * 2.000" in [" ".join(line.split()) for line in lines]
+    assert f"{third['name']}, code_sums, pytorch: OutOfMemoryError: x" in lines
+    assert f"{fourth['name']}, so that nothing is named there: indices: differ 3" in lines
+    assert f"{first['name']} is not timed: no room" in lines
+    assert lines[-3:] == [f"{second['name']} is not timed: b", "    c", "    last"]

@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +137,33 @@ def test_the_real_child():
     assert found[names[1]]["failed"] == "KeyError: 'no such case'"
     assert found[names[2]]["processors"] >= 1
     assert set(found[names[4]]["milliseconds"]["code_sums"]) == {"pytorch", "compiled"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc")
+def test_a_child_ends_with_its_parent(tmp_path):
+    """Also one that hangs, when its parent is killed."""
+    file = tmp_path / "parent.py"
+    file.write_text(
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {HANGS!r}], stdin=subprocess.PIPE, start_new_session=True)\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    with Command([sys.executable, str(file)]) as parent:
+        pid = int(next(parent.lines(time.monotonic() + 30)))
+        time.sleep(2)
+        parent.process.kill()
+    until = time.monotonic() + 30
+    while time.monotonic() < until and Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists() or "Z" in state_of(pid)
+
+
+HANGS = "from vqops.check import child; import threading, time\n"
+HANGS += "threading.Thread(target=child.end_with_parent, daemon=True).start(); time.sleep(60)"
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 # Processes

@@ -32,10 +32,10 @@ def test_a_win_needs_a_margin(milliseconds, taken):
 @pytest.mark.parametrize(
     "taken, spans",
     [
-        ([(1024, "triton")], [(None, "triton")]),
-        ([(1 << 20, "triton"), (1024, "pytorch")], [([None, 32768], "pytorch"), ([32769, None], "triton")]),
-        ([(1, "a"), (100, "a"), (10000, "a")], [(None, "a")]),
-        ([(1, "a"), (100, "b"), (10000, "a")], [([None, 10], "a"), ([11, 1000], "b"), ([1001, None], "a")]),
+        ([(1024, "triton")], [([32, None], "triton")]),
+        ([(1 << 20, "triton"), (1024, "pytorch")], [([32, 32768], "pytorch"), ([32769, None], "triton")]),
+        ([(1, "a"), (100, "a"), (10000, "a")], [([0, None], "a")]),
+        ([(1, "a"), (100, "b"), (10000, None)], [([0, 10], "a"), ([11, 1000], "b"), ([1001, None], None)]),
     ],
 )
 def test_rows_are_cut_between_what_was_measured(taken, spans):
@@ -60,10 +60,14 @@ def taken_by(rows: list[dict], op: str, N: int, D: int, K: int, dtype=torch.floa
     return choose(map(regime_of, rows), op, call_of(arguments), lambda name: True)
 
 
-def test_one_that_wins_everywhere_has_a_row_an_op():
+def test_one_that_wins_everywhere_has_a_row_an_op_and_depth():
     rows = rows_of(measured(others="compiled"))
-    assert {row["op"] for row in rows} == {op for ops in DECIDES.values() for op in ops}
-    assert all(row["D"] == [4, 1024] and row["N"] is row["K"] is None for row in rows) and len(rows) == 8
+    depths = [[4, 22], [23, 90], [91, 181], [182, 362], [363, 1024]]
+    least = [[4096, None], [32, None], [32768, None], [128, None], [1024, None]]
+    for op in (op for ops in DECIDES.values() for op in ops):
+        of = [row for row in rows if row["op"] == op]
+        assert [row["D"] for row in of] == depths
+        assert [row["N"] for row in of] == ([None] * 5 if op in timing.WITHOUT_ROWS else least)
     assert rows_of(measured()) == []
 
 
@@ -74,19 +78,23 @@ def test_what_was_measured_is_what_is_taken():
         for op in ("nearest", "quantize", "search_statistics", "nearest_topk", "code_sums", "quantize_backward"):
             assert taken_by(rows, op, *shape) == wins, (name, op)
     assert taken_by(rows, "prepare", 1, 64, 512) == taken_by(rows, "ema_update_", 1, 64, 512) == "compiled"
-    assert taken_by(rows, "nearest", 100, 12, 77, torch.bfloat16) == "triton"  # nearer to 8 than to 64
+    assert taken_by(rows, "nearest", 5000, 12, 77, torch.bfloat16) == "triton"  # nearer to 8 than to 64
+    assert taken_by(rows, "nearest", 4000, 8, 77) == taken_by(rows, "nearest", 31, 64, 77) == "pytorch"  # far fewer
     assert taken_by(rows, "nearest", 100, 64, 77) == "pytorch" and taken_by(rows, "nearest", 9999, 64, 77) == "compiled"
     assert taken_by(rows, "nearest", 5000, 3, 16) == taken_by(rows, "nearest", 5000, 1025, 16) == "pytorch"
     assert taken_by(rows, "nearest", 5000, 64, 512, torch.float64) == "pytorch"
 
 
-def test_a_shape_that_was_not_timed_is_left_out():
-    found = measured(others="triton")
+@pytest.mark.parametrize("how", [{"left_out": "no room"}, {"failed": "by signal 11"}, {"wrong": {"indices": {}}}])
+def test_of_a_shape_that_was_not_timed_or_is_doubtful_nothing_is_named(how):
+    found = [row | how if row["N"] >= 1 << 17 else row for row in measured(others="triton")]
     for row in found:
-        if row["D"] == 512:
+        if "wrong" not in how and row["N"] >= 1 << 17:
             del row["milliseconds"]
-            row["left_out"] = "no room"
-    assert {tuple(row["D"]) for row in rows_of(found)} == {(4, 512)}
+    rows = rows_of(found)
+    for name, shape in SHAPES.items():
+        assert taken_by(rows, "nearest", *shape) == ("triton" if shape.N < 1 << 17 else "pytorch"), name
+    assert taken_by(rows, "prepare", 1, 8, 512) == taken_by(rows, "ema_update_", 1, 64, 512) == "pytorch"
     assert rows_of([{"name": "1024 x 64 x 512", "failed": "x"}]) == []
 
 
@@ -101,6 +109,32 @@ def test_what_is_measured():
         assert set(times) == {"pytorch", "compiled"} and all(time > 0 for rounds in times.values() for time in rounds)
     only = measure("1024 x 64 x 512", {"code_sums": ["compiled"], "quantize": []}, CPU, small=True)["milliseconds"]
     assert only["quantize"] == {} and set(only["code_sums"]) == {"compiled"}
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raised"])
+def test_one_that_is_wrong_or_raises_at_a_timed_shape(monkeypatch, fault):
+    right = calls
+
+    def broken(shape, device):
+        found = right(shape, device)
+        compiled = found["nearest_topk"]
+
+        def wrong():
+            if fault == "raised":
+                raise MemoryError("no room")
+            indices, distances = compiled("compiled")()
+            return indices + 1, distances
+
+        return {**found, "nearest_topk": lambda name: wrong if name == "compiled" else compiled(name)}
+
+    monkeypatch.setattr(timing, "calls", broken)
+    found = measure("1024 x 64 x 512", {op: ["pytorch", "compiled"] for op in DECIDES}, CPU, small=True)
+    if fault == "raised":
+        assert found["raised"] == {"nearest_topk, compiled": "MemoryError: no room"} and found["wrong"] == {}
+        assert set(found["milliseconds"]["nearest_topk"]) == {"pytorch"}
+    else:
+        differing = {"differ": 800, "from those of": "pytorch"}
+        assert found["wrong"] == {"indices of nearest_topk, compiled": differing} and "raised" not in found
 
 
 def test_what_has_no_room_is_left_out(monkeypatch):

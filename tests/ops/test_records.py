@@ -150,7 +150,7 @@ def test_what_is_said_of_a_gpu(machine):
 
 # What one that ships must rest on
 
-SUITES = {"compiled": "suite", "triton": "triton suite"}  # parts of the run that must have passed
+SUITES = {"compiled": "suite", "triton": "triton_suite"}  # parts of the run that must have passed
 TIMED_AS = {each: op for op, ops in timing.DECIDES.items() for each in ops}
 HALVES_AND_FLOAT = {"float32", "float16", "bfloat16"}  # timed in the first, right in all
 
@@ -215,7 +215,7 @@ def slower(**times) -> dict:
 
 
 WRONG = {"triton": {"right": 8, "of": 9, "others": [{"name": "nearest heads", "wrong": {"indices": {}}}]}}
-PASSED = {"part": "triton suite", "outcome": "passed", "device": H200.name}
+PASSED = {"part": "triton_suite", "outcome": "passed", "device": H200.name}
 
 
 @pytest.mark.parametrize(

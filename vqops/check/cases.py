@@ -52,18 +52,18 @@ class Case:
     def judge(self, implementation: str, device: torch.device, small: bool) -> dict:
         """Runs it twice, and once more from a CUDA graph; `wrong` has what differs, by result."""
         given = self.build(small)
-        before = torch.are_deterministic_algorithms_enabled()
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(self.in_order, warn_only=True)
         try:
             expected = self.call(oracle(implementation, device), **given)
-            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+            moved = {name: moved_to(device, value) for name, value in given.items()}
             run = partial(self.call, Ops(implementation, device), **moved)
             runs = {"first": run(), "again": run()}
             if device.type == "cuda" and (self.plain or implementation != "pytorch") and can_be_captured():
                 runs["from a graph"] = captured(run)
             found = {time: {name: value.cpu() for name, value in values.items()} for time, values in runs.items()}
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         wrong = {}
         for time, values in found.items():
             for name, value in values.items():
@@ -82,6 +82,13 @@ def judge(name: str, implementation: str, device: torch.device, small: bool) -> 
     """What came out of a case; `wrong` is empty where it is right."""
     torch.manual_seed(zlib.crc32(name.encode()))
     return CASES[name].judge(implementation, device, small)
+
+
+def moved_to(device: torch.device, value):
+    """With its strides, which `to` may change."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
 
 
 def can_be_captured() -> bool:
@@ -141,13 +148,13 @@ def statistics(ops: Ops, x: Tensor, codebook: Tensor) -> dict:
     return {"rows": ops.search_statistics(x, codebook).sum()}
 
 
-def near_codes(N: int, D: int, K: int, small: bool, dtype: torch.dtype = torch.float32) -> dict:
+def near_codes(N: int, D: int, K: int, small: bool, dtype=torch.float32, codes=torch.float32) -> dict:
     """A third of the rows lies on a code or nearly so."""
     if small:
         N, K = min(N, SMALL), min(K, SMALL)
     x, codebook = torch.randn(N, D), torch.randn(K, D)
     x[: N // 3] = codebook[torch.randint(K, (N // 3,))] + 1e-3 * torch.randn(N // 3, D)
-    return {"x": x.to(dtype), "codebook": codebook}
+    return {"x": x.to(dtype), "codebook": codebook.to(codes)}
 
 
 def adversarial(name: str, small: bool) -> dict:
@@ -172,7 +179,7 @@ def one_large_term(small: bool) -> dict:
 def odd_strides(small: bool) -> dict:
     N = SMALL if small else 300
     x, codebook = torch.randn(40, 2 * N, 3)[:, ::2].permute(2, 1, 0), torch.randn(80, 3, 100).permute(1, 2, 0)[..., ::2]
-    return {"x": x, "codebook": codebook, "mask": torch.rand(3, 2 * N)[:, ::2] > 0.4}
+    return {"x": x, "codebook": codebook, "mask": (torch.rand(3, 2 * N) > 0.4)[:, ::2]}
 
 
 # The depths of every kernel of the search, the rows with which a block works at each; then few rows, many codes.
@@ -196,8 +203,10 @@ def of_searches() -> list[Case]:
     found += [search("odd strides", odd_strides)]
     found += [search(shape(*size), partial(near_codes, *size)) for size in sorted([*FEW, *DEPTHS], key=shape_cost)]
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        name = str(dtype).removeprefix("torch.")
-        found.append(search(name, partial(near_codes, 2000, 64, 3000, dtype=dtype), plain=False))
+        name, build = str(dtype).removeprefix("torch."), partial(near_codes, 2000, 64, 3000, dtype=dtype)
+        found.append(search(name, build, plain=False))
+        found.append(search(name, build, partial(topk, k=SEVERAL), "nearest_topk", plain=False, loose=DISTANCES))
+    found.append(search("bfloat16 codes", partial(near_codes, 2000, 64, 3000, codes=torch.bfloat16), plain=False))
     found.append(search("prepared", partial(near_codes, 4096, 64, 3000), prepared))
     found.append(search("tiers", partial(near_codes, 4096, 64, 3000), statistics))
     for name in RANKED:
@@ -244,19 +253,19 @@ def gradients(ops: Ops, passing: str, metric: str, g, g_error, x, codebook, indi
     return dict(zip(("gradient of x", "gradient of codes"), found, strict=True))
 
 
-def to_quantize(small: bool) -> dict:
-    """Two heads, rows left out, weights."""
+def to_quantize(dtype: torch.dtype, small: bool) -> dict:
+    """Two heads, rows left out, weights. In half precision the codes as well."""
     H, N, D, K = 2, SMALL if small else 5000, 48, 100
-    x, codebook = normal(H, N, K, D)
+    x, codebook = (values.to(dtype) for values in normal(H, N, K, D))
     return {"x": x, "codebook": codebook, "mask": torch.rand(H, N) > 0.1, "weight": torch.rand(H, N)}
 
 
-def to_sum(whole: bool, weighted: bool, small: bool) -> dict:
+def to_sum(dtype: torch.dtype, weighted: bool, small: bool) -> dict:
     N, D, K = SMALL if small else 5000, 67, 300
-    x = torch.randint(-9, 10, (1, N, D)).float() if whole else torch.randn(1, N, D)
     indices = torch.randint(-1, K, (1, N))
     indices[:, ::3] = 7  # as a codebook at its start has them
-    return {"x": x, "indices": indices, "K": K, "weight": torch.randint(0, 4, (1, N)).float() if weighted else None}
+    x = torch.randn(1, N, D).to(dtype)
+    return {"x": x, "indices": indices, "K": K, "weight": torch.rand(1, N) if weighted else None}
 
 
 def to_update(small: bool) -> dict:
@@ -266,37 +275,54 @@ def to_update(small: bool) -> dict:
     return {"state": state, "counts": counts, "sums": total, "decay": torch.tensor(0.9)}
 
 
-def to_turn_back(small: bool) -> dict:
+def to_turn_back(dtype: torch.dtype, small: bool) -> dict:
     H, N, D, K = 2, SMALL if small else 5000, 64, 300
-    x, codebook = normal(H, N, K, D)
+    x, codebook = (values.to(dtype) for values in normal(H, N, K, D))
     indices = torch.randint(-1, K, (H, N))
     return {
-        **{"g": torch.randn(H, N, D), "g_error": torch.randn(H, N), "x": x, "codebook": codebook},
+        **{"g": torch.randn(H, N, D).to(dtype), "g_error": torch.randn(H, N), "x": x, "codebook": codebook},
         **{"indices": indices, "mask": indices >= 0},
     }
+
+
+CODES = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
+HALVES = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}  # an element in the last bits, relative to the largest
 
 
 def of_the_other_ops() -> list[Case]:
     found = []
     for metric in METRICS:
         found.append(Case(f"ema_update_ {metric}", "ema_update_", to_update, partial(updates, metric=metric), CODES))
-    for weighted in (False, True):
-        kind = " weighted" * weighted
-        for order, whole in (("in order", False), ("atomic", True)):  # whole numbers have one sum in any order
-            build = partial(to_sum, whole, weighted)
-            found.append(Case(f"code_sums {order}{kind}", "code_sums", build, sums, in_order=not whole))
+    for dtype, weighted, in_order in MODES:
+        build = partial(to_sum, dtype, weighted)
+        loose = {} if in_order else {"sums": 1e-5, "counts": 1e-5 if weighted else 0.0}
+        name = named("code_sums", dtype, weighted, in_order)
+        found.append(Case(name, "code_sums", build, sums, loose, in_order=in_order))
     for metric in METRICS:
-        for passing in ("straight_through", "rotation"):
-            call = partial(gradients, passing=passing, metric=metric)
-            name = f"quantize_backward {passing} {metric}"
-            found.append(Case(name, "quantize_backward", to_turn_back, call, GRADIENTS))
-    for metric in METRICS:
-        found.append(Case(f"quantize {metric}", "quantize", to_quantize, partial(quantizes, metric=metric), ERRORS))
-    return found
+        for dtype, _, in_order in MODES:
+            for passing in ("straight_through", "rotation"):
+                call, build = partial(gradients, passing=passing, metric=metric), partial(to_turn_back, dtype)
+                name = named(f"quantize_backward {passing} {metric}", dtype, False, in_order)
+                loose = dict.fromkeys(("gradient of x", "gradient of codes"), HALVES.get(dtype, 1e-4))
+                found.append(Case(name, "quantize_backward", build, call, loose, in_order=in_order))
+            call, build = partial(quantizes, metric=metric), partial(to_quantize, dtype)
+            loose = {"quantized": HALVES.get(dtype, 1e-6), "error": 1e-5, "sums": 1e-5}  # cosine divides by a length
+            loose |= {} if in_order else {"counts": 1e-5}
+            name = named(f"quantize {metric}", dtype, False, in_order)
+            found.append(Case(name, "quantize", build, call, loose, in_order=in_order))
+    return list({case.name: case for case in found}.values())
 
 
-CODES = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
-GRADIENTS = {"gradient of x": 1e-4, "gradient of codes": 1e-4}
-ERRORS = {"quantized": 1e-6, "error": 1e-5, "sums": 1e-5}  # cosine divides by a length
+# Dtype, whether there are weights for the sums, and whether these are added in one order or as it comes.
+MODES = [
+    *((torch.float32, weighted, in_order) for weighted in (False, True) for in_order in (True, False)),
+    *((dtype, False, False) for dtype in HALVES),
+]
+
+
+def named(op: str, dtype: torch.dtype, weighted: bool, in_order: bool) -> str:
+    kind = str(dtype).removeprefix("torch.") if dtype in HALVES else ""
+    return " ".join(filter(None, [op, kind, "in order" if in_order else "atomic", "weighted" * weighted]))
+
 
 CASES: dict[str, Case | Probe] = {case.name: case for case in [*of_the_other_ops(), *PROBES, *of_searches()]}

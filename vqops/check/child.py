@@ -7,6 +7,7 @@ check. A fault on a GPU can leave the whole process useless: it ends there, and 
 import json
 import os
 import sys
+import threading
 
 FACTS = "the machine"  # a name beside those of cases and shapes
 MARK = "vqops check: "  # begins the lines that are of the check
@@ -20,13 +21,23 @@ def heard(line: str) -> dict | None:
     return json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else None
 
 
+def end_with_parent() -> None:
+    """Whoever started this process keeps its input open: without them nobody would end one that hangs."""
+    while os.read(0, 1024):  # not by sys.stdin, whose lock Python wants at its own end
+        pass
+    os._exit(1)
+
+
 def main(task: dict) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if task.get("small"):
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import torch
 
     from vqops.check import cases, machine, timing
 
+    if task.get("device", "").startswith("cuda"):
+        torch.cuda.set_device(task["device"])  # a graph is captured on the current one
     for name in task["names"]:
         say({"begins": name})
         try:

@@ -1,6 +1,7 @@
 """`vqops check`: cases, then times, then a record, with a line for what stands in the way."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -37,14 +38,17 @@ def check(device: str = "cuda", seconds: float = SECONDS) -> bool:
 
     "cpu" rehearses all of it with small inputs, Triton's interpreter and no file. Raises CannotCheck.
     """
-    runner = Runner(time.monotonic() + seconds)
+    began = time.monotonic()
     if device == "cpu":
-        return check_one(machine.of_cpu(), {}, runner)
-    facts = facts_here(runner)
+        return check_one(machine.of_cpu(), {}, began + seconds)
+    facts = facts_here(Runner(began + seconds))
     gpus = chosen(device, facts["gpus"])
     if not gpus:
         print(f"There is no CUDA device that torch {facts['versions']['torch']} can use here: nothing was checked.")
-    right = [check_one(gpu, facts, Runner(time.monotonic() + seconds)) for gpu in gpus]
+    if len(gpus) > 1 and os.environ.get(VARIABLE):
+        there = ", ".join(f"{gpu['device']} ({gpu['name']})" for gpu in gpus)
+        raise CannotCheck(f"{VARIABLE} names a file for one kind of GPU, so --device must name one of {there}")
+    right = [check_one(gpu, facts, began + seconds * (number + 1)) for number, gpu in enumerate(gpus)]
     return all(right)
 
 
@@ -66,7 +70,7 @@ def chosen(device: str, gpus: list[dict]) -> list[dict]:
     return named
 
 
-def check_one(gpu: dict, facts: dict, runner: Runner) -> bool:
+def check_one(gpu: dict, facts: dict, end: float) -> bool:
     of, rehearsal = Gpu(gpu["name"], gpu["capability"]), gpu["device"] == "cpu"
     path = records.candidates(of)[0]
     with ExitStack() as stack:
@@ -75,10 +79,11 @@ def check_one(gpu: dict, facts: dict, runner: Runner) -> bool:
         print(f"{of.name}: {', '.join(names)}")
         for name, why in gpu["left_out"].items():
             print(f"{name} is left out: {why}")
-        runner.began = progress()
-        began = time.monotonic()
+        at_once = min(AT_ONCE, gpu["free"] // A_PROCESS) if gpu["free"] else 2
+        threads = max(1, facts.get("processors", 2) // max(1, at_once))
+        began, runner = time.monotonic(), Runner(end, progress(), threads=threads)
         try:
-            results = judged(names, gpu, facts, runner)
+            results = judged(names, gpu, facts, runner, at_once)
             times = timed(record.families(results), gpu, runner)
         finally:
             runner.began("")
@@ -87,14 +92,16 @@ def check_one(gpu: dict, facts: dict, runner: Runner) -> bool:
         about["seconds"] = round(time.monotonic() - began)
         found = record.made(of, about, results, times)
         print(record.described(found))
+        if reason := record.why_incomplete(found):
+            raise CannotCheck(f"{reason}. No record was written, and an earlier one stays")
         rows = tuple(map(regime_of, found["rows"]))
         if rehearsal:
             print(f"A rehearsal, which writes no record. It would have {len(rows)} rows.")
         else:
             print(info.of_gpu(of.name, choice.Table(rows, keep(found, path, trouble))))
-    right = all(map(record.passed, results.values()))
+    right = all(map(record.passed, [*results.values(), times]))
     if not record.passed(results["pytorch"]):
-        print('"pytorch", on which every op falls back, was wrong: set VQOPS_IMPLEMENTATION=reference, and report this')
+        print('"pytorch", which takes all other calls, was wrong: set VQOPS_IMPLEMENTATION=reference, and report this')
     if not right:
         print("Something was wrong: `vqops check --report` prints what to paste into an issue.")
     return right
@@ -128,7 +135,7 @@ def keep(found: dict, path: Path, trouble: str | None) -> str:
     return "above, in no file"
 
 
-def judged(names: list[str], gpu: dict, facts: dict, runner: Runner) -> dict[str, list[dict]]:
+def judged(names: list[str], gpu: dict, facts: dict, runner: Runner, at_once: int) -> dict[str, list[dict]]:
     """Rows of all cases, by implementation, side by side as the memory of the GPU allows."""
     kind = gpu["device"].partition(":")[0]
     of_cases = {name: [case for case in CASES if CASES[case].concerns(name, kind)] for name in names}
@@ -141,7 +148,6 @@ def judged(names: list[str], gpu: dict, facts: dict, runner: Runner) -> dict[str
         task = {"device": gpu["device"], "implementation": implementation, "small": gpu["device"] == "cpu"}
         results[implementation].extend(runner.rows(task, cases))
 
-    at_once = min(AT_ONCE, gpu["free"] // A_PROCESS) if gpu["free"] else facts.get("processors", 2)
     side_by_side(run, jobs, max(1, at_once), runner)
     order = list(CASES)
     return {name: sorted(rows, key=lambda row: order.index(row["name"])) for name, rows in results.items()}

@@ -15,7 +15,7 @@ GPU_IMPLEMENTATIONS = ("pytorch", "compiled", "triton")
 def facts() -> dict:
     versions = {"vqops": vqops.__version__, "torch": torch.__version__, "triton": info.installed("triton")}
     if torch.version.cuda:
-        versions |= {"cuda": torch.version.cuda, "driver": torch._C._cuda_getDriverVersion()}
+        versions |= {"cuda": torch.version.cuda, "CUDA of the driver": torch._C._cuda_getDriverVersion()}
     gpus = [of_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return {"versions": versions, "built": _C.cuda, "processors": os.cpu_count() or 1, "gpus": gpus}
 

@@ -27,7 +27,7 @@ class Command:
             env={**os.environ, **environment},
             text=True,
             errors="replace",
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # ends when this process does
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vqops.check import timing
 from vqops.check.cases import CASES
+from vqops.check.runner import GAVE_UP, NO_TIME
 from vqops.check.timing import fastest
 from vqops.dispatch import records
 from vqops.dispatch.records import Gpu
@@ -22,6 +23,16 @@ def passed(rows: list[dict]) -> bool:
 
 def is_right(row: dict) -> bool:
     return "failed" not in row and not row.get("wrong")
+
+
+def why_incomplete(record: dict) -> str | None:
+    """Why a record would say less than the GPU can, or None."""
+    rows = [row for of in record["cases"].values() for row in of["others"]] + record["times"]
+    if any(row.get("failed") == NO_TIME for row in rows):
+        return "there was too little time: --seconds"
+    if any(row.get("failed", "").startswith(GAVE_UP) for row in record["cases"]["pytorch"]["others"]):
+        return "plain PyTorch brought no results either"
+    return None
 
 
 def families(results: dict[str, list[dict]]) -> dict[str, list[str]]:
@@ -87,6 +98,9 @@ def described(record: dict) -> str:
             lines.append(f"  {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {why}")
     timed = [row for row in record["times"] if "milliseconds" in row]
     lines += ["", times_table(timed)] if timed else []
+    for row in timed:
+        lines += (f"{row['name']}, {call}: {why}" for call, why in row.get("raised", {}).items())
+        lines += [f"{row['name']}, so that nothing is named there: {said(row)}"] if row.get("wrong") else []
     others = (row for row in record["times"] if "milliseconds" not in row)
     lines += (f"{row['name']} is not timed: {row.get('left_out') or said(row)}" for row in others)
     return "\n".join(lines)

@@ -12,17 +12,19 @@ from vqops.check.process import Command, OutOfTime
 CHILD = (sys.executable, "-m", "vqops.check.child")
 FIRST, EACH = 120.0, 60.0  # seconds, with and without the start of a process and its first compilations
 GIVEN_UP = 3  # children in a row that bring nothing
+NO_TIME = "no time was left"
+GAVE_UP = f"{GIVEN_UP} processes before it brought no result"
 LINES = 12  # of what a child said at its end
 
 
 @dataclass
 class Runner:
-    """`end`: by time.monotonic(); `began` is told of every name before it runs; `before`: a command to run under."""
+    """`end`: by time.monotonic(); `began` is told of every name before it runs."""
 
     end: float
     began: Callable[[str], None] = lambda name: None
-    before: tuple[str, ...] = ()
     each: float = EACH
+    threads: int = 0  # of a child, on the CPU; 0: as it likes
     running: set[Command] = field(default_factory=set)
 
     def stop(self) -> None:
@@ -33,13 +35,14 @@ class Runner:
 
     def rows(self, task: dict, names: list[str], **environment: str) -> Iterator[dict]:
         """A row for each name, `failed` with the reason where it has no result."""
+        environment = {"OMP_NUM_THREADS": str(self.threads), **environment} if self.threads else environment
         waiting, in_vain, last = list(names), 0, ""
         while waiting:
             if time.monotonic() >= self.end:
-                yield from ({"name": name, "failed": "no time was left"} for name in waiting)
+                yield from ({"name": name, "failed": NO_TIME} for name in waiting)
                 return
             if in_vain == GIVEN_UP:
-                why = f"{GIVEN_UP} processes before it brought no result: is the GPU still there? The last: {last}"
+                why = f"{GAVE_UP}: is the GPU still there? The last: {last}"
                 yield from ({"name": name, "failed": why} for name in waiting)
                 return
             brought = 0
@@ -52,7 +55,7 @@ class Runner:
 
     def of_one_child(self, task: dict, **environment: str) -> Iterator[dict]:
         """Its rows, and where it ends before it has them all, one for the name that it was at."""
-        command = [*self.before, *CHILD, json.dumps(task)]
+        command = [*CHILD, json.dumps(task)]
         begun, done, failed, said, limit = None, 0, False, [], FIRST
         with Command(command, VQOPS_CHECK="", **environment) as child:
             self.running.add(child)
@@ -71,7 +74,7 @@ class Runner:
                 if begun or (done < len(task["names"]) and not failed):
                     yield {"name": begun or task["names"][done], "failed": ended(child.ended(), said)}
             except OutOfTime:
-                late = "no time was left" if time.monotonic() >= self.end else f"it took more than {limit:.0f} s"
+                late = NO_TIME if time.monotonic() >= self.end else f"it took more than {limit:.0f} s"
                 yield {"name": begun or task["names"][done], "failed": late}
             finally:
                 self.running.discard(child)

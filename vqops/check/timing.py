@@ -17,6 +17,7 @@ ROUNDS = 5
 CALLS, ROUND = 20, 0.1  # calls in a row, but no more than about so many seconds of them
 MARGIN = 1.05  # by which a kernel must be faster
 REACH = 2  # how far beyond the smallest and largest D a row holds, as a factor
+FEWER = 32  # how far below the smallest N
 DTYPES = ["float32", "float16", "bfloat16"]
 
 
@@ -57,6 +58,7 @@ DECIDES = {
     "ema_update_": ("ema_update_",),
 }
 OPS = tuple(DECIDES)
+SEARCHES = {"quantize": 1, "nearest_topk": 0}  # where among an op's results the indices are
 WITHOUT_ROWS = ("prepare", "ema_update_")
 
 
@@ -89,14 +91,27 @@ def measure(name: str, implementations: dict[str, list[str]], device: torch.devi
         shape = Shape(min(shape.N, 100), shape.D, min(shape.K, 100))
     if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < shape.bytes:
         return {"left_out": f"it needs {shape.bytes >> 20} MB, {free >> 20} are free"}
-    found = {}
+    found, wrong, raised = {}, {}, {}
     for op, make in calls(shape, device).items():
-        timed = {each: prepared(make(each), device) for each in implementations.get(op, ())}
+        timed, expected = {}, None
+        for each in implementations.get(op, ()):
+            try:
+                result = make(each)()
+                timed[each] = prepared(make(each), device)
+            except Exception as error:  # too little memory for one of them, say
+                raised[f"{op}, {each}"] = f"{type(error).__name__}: {error}"[:300]
+                continue
+            if op in SEARCHES:  # on more rows than any case has
+                indices = result[SEARCHES[op]]
+                expected = indices if expected is None else expected
+                if differ := int((indices != expected).sum()):
+                    wrong[f"indices of {op}, {each}"] = {"differ": differ, "from those of": next(iter(timed))}
         found[op] = {each: [] for each in timed}
         for _ in range(1 if small else ROUNDS):
             for each, milliseconds in timed.items():
                 found[op][each].append(round(milliseconds(), 5))
-    return {"N": shape.N, "D": shape.D, "K": shape.K, "milliseconds": found}
+    sizes = {"N": shape.N, "D": shape.D, "K": shape.K}
+    return {**sizes, "milliseconds": found, "wrong": wrong, **({"raised": raised} if raised else {})}
 
 
 def prepared(call: Callable, device: torch.device) -> Callable[[], float]:
@@ -131,45 +146,44 @@ def fastest(milliseconds: dict[str, list[float]]) -> str | None:
 
 
 def rows_of(measured: list[dict]) -> list[dict]:
-    """Of a record. Between measured shapes, D and N are cut at the geometric mean; whatever K."""
-    return [row for op in OPS for row in rows_of_op(op, [row for row in measured if op in row.get("milliseconds", {})])]
+    """Of a record. Between measured shapes, D and N are cut at the geometric mean; whatever K. Of a shape that was not
+    measured, or where implementations disagree, nothing is named."""
+    return [row for op in OPS for row in rows_of_op(op, [(SHAPES[row["name"]], winner(op, row)) for row in measured])]
 
 
-def rows_of_op(op: str, measured: list[dict]) -> list[dict]:
+def winner(op: str, row: dict) -> str | None:
+    return None if row.get("wrong") else fastest(row.get("milliseconds", {}).get(op, {}))
+
+
+def rows_of_op(op: str, taken: list[tuple[Shape, str | None]]) -> list[dict]:
     spans: list[tuple[list, list]] = []  # of D, and what N takes there
-    depths = sorted({row["D"] for row in measured})
+    depths = sorted({shape.D for shape, _ in taken})
     for i, D in enumerate(depths):
         least = -(-D // REACH) if i == 0 else middle(depths[i - 1], D) + 1
         most = D * REACH if i == len(depths) - 1 else middle(D, depths[i + 1])
-        taken = by_rows([(row["N"], fastest(row["milliseconds"][op])) for row in measured if row["D"] == D])
-        if spans and spans[-1][1] == taken:
-            spans[-1][0][1] = most
-        else:
-            spans.append(([least, most], taken))
+        here = by_rows([(shape.N, implementation) for shape, implementation in taken if shape.D == D])
+        spans.append(([least, most], here))
     found = []
     for each in DECIDES[op]:
-        for depth, taken in spans:
-            for N, implementation in [(None, taken[-1][1])] if each in WITHOUT_ROWS else taken:
+        for depth, here in spans:
+            for N, implementation in [(None, here[-1][1])] if each in WITHOUT_ROWS else here:
                 if implementation not in (None, "pytorch"):
                     facts = {"op": each, "implementation": implementation, "D": depth, "K": None, "N": N}
                     found.append({**facts, "dtypes": DTYPES})
     return found
 
 
-def by_rows(taken: list[tuple[int, str | None]]) -> list[tuple[list | None, str | None]]:
+def by_rows(taken: list[tuple[int, str | None]]) -> list[tuple[list, str | None]]:
     """Spans of N, each with the implementation that it takes."""
     found: list[tuple[list, str | None]] = []
-    for N, implementation in sorted(taken):
+    for N, implementation in sorted(taken, key=lambda each: each[0]):
         if found and found[-1][1] == implementation:
             found[-1][0][1] = N
         else:
             found.append(([N, N], implementation))
     cuts = [middle(one[0][1], other[0][0]) for one, other in pairwise(found)]
-    edges = zip([None, *(cut + 1 for cut in cuts)], [*cuts, None], strict=True)
-    return [
-        (None if edge == (None, None) else list(edge), implementation)
-        for edge, (_, implementation) in zip(edges, found, strict=True)
-    ]
+    edges = zip([found[0][0][0] // FEWER, *(cut + 1 for cut in cuts)], [*cuts, None], strict=True)
+    return [(list(edge), implementation) for edge, (_, implementation) in zip(edges, found, strict=True)]
 
 
 def middle(one: int, other: int) -> int:

@@ -4,10 +4,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 
 import torch
 
 VARIABLE = "VQOPS_CHECK"
+RANKS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE")  # of torchrun, mpirun, srun
+LOCK = threading.Lock()  # of the threads that use a GPU first
 SECONDS = 600.0  # after which a check that does not end is given up
 IMPORTED_IN = os.getpid()  # another one is that of a forked child
 
@@ -29,7 +32,7 @@ def why_not() -> str | None:
     if os.getpid() != IMPORTED_IN or multiprocessing.parent_process() is not None:
         return "this is a child process"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed or "LOCAL_RANK" in os.environ:
+    if distributed or any(os.environ.get(name, "1") not in ("", "1") for name in RANKS):
         return "this is a rank of several"
     if torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"

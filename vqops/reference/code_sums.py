@@ -22,6 +22,15 @@ def count_rows(code: Tensor, codes: int) -> Tensor:  # -> [codes]
     return code.new_zeros(codes + 1).scatter_add_(0, code, torch.ones_like(code))[:-1]
 
 
+def add_rows(sums: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """sums.index_add_(0, index, values), in the order of the rows where PyTorch is to be deterministic. A GPU adds rows
+    of one element in another order, so they are made two."""
+    if sums[:1].numel() != 1:
+        return sums.index_add_(0, index, values)
+    twice = sums.view(-1, 1).repeat(1, 2).index_add_(0, index, values.reshape(-1, 1).expand(-1, 2))
+    return sums.copy_(twice[:, 0].view_as(sums))
+
+
 class CodeSlots:
     """The partial sum that each row is added to, so that the order of addition is fixed.
 
@@ -45,7 +54,7 @@ class CodeSlots:
 
     def fold(self, runs: Tensor) -> Tensor:  # [runs + 1, ...] -> [codes, ...]
         sums = runs.new_zeros(self.codes + 1, *runs.shape[1:])
-        return sums.index_add_(0, self.code_of_run, runs[:-1])[:-1]
+        return add_rows(sums, self.code_of_run, runs[:-1])[:-1]
 
 
 def code_sums(
@@ -64,9 +73,9 @@ def code_sums(
         values = x[:, rows].float()
         if weight is not None:
             values = values * weight[:, rows].float().unsqueeze(-1)
-        runs.index_add_(0, slots.of_row[:, rows].flatten(), values.flatten(0, 1))
+        add_rows(runs, slots.of_row[:, rows].flatten(), values.flatten(0, 1))
     sums = slots.fold(runs).view(H, num_codes, D)
     if weight is None:
         return slots.count.view(H, num_codes), sums
-    weights = runs.new_zeros(slots.runs + 1).index_add_(0, slots.of_row.flatten(), weight.float().flatten())
+    weights = add_rows(runs.new_zeros(slots.runs + 1), slots.of_row.flatten(), weight.float().flatten())
     return slots.fold(weights).view(H, num_codes), sums

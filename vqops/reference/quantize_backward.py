@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.reference.blocks import row_blocks
-from vqops.reference.code_sums import CodeSlots
+from vqops.reference.code_sums import CodeSlots, add_rows
 from vqops.reference.distance import TINY
 from vqops.reference.quantize import gather, lost_rows
 
@@ -64,7 +64,7 @@ def quantize_backward(
             grad_x[:, rows] = g.to(x.dtype)
         if codebook_needed and difference is not None:
             pull = (-codebook_error_scale * difference).masked_fill_((chosen < 0).unsqueeze(-1), 0)
-            runs.index_add_(0, slots.of_row[:, rows].flatten(), pull.flatten(0, 1))
+            add_rows(runs, slots.of_row[:, rows].flatten(), pull.flatten(0, 1))
     if not codebook_needed:
         return grad_x, codebook.new_empty(0)
     return grad_x, slots.fold(runs).view(codebook.shape).to(codebook.dtype)

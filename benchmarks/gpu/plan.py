@@ -33,7 +33,7 @@ from vqops.check.cases import CASES
 from vqops.check.child import heard
 from vqops.check.process import run_limited
 from vqops.check.record import is_right
-from vqops.check.runner import CHILD, Runner
+from vqops.check.runner import CHILD, Runner, shared
 from vqops.dispatch.records import VARIABLE
 
 LEAST = 15.0  # seconds, without which no part begins
@@ -100,9 +100,8 @@ class Plan:
                 right.append(is_right(row))
                 self.write(part, implementation=implementation, case=row.pop("name"), **row)
 
-        shares = [names[i::AT_ONCE] for i in range(AT_ONCE)]
         with ThreadPoolExecutor(AT_ONCE if not self.rehearsal else 2) as pool:
-            list(pool.map(run, filter(None, shares)))
+            list(pool.map(run, shared(names, AT_ONCE)))
         return all(right)
 
     def names(self, implementation: str) -> list[str]:

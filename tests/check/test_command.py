@@ -101,7 +101,7 @@ def test_if_nothing_is_left_to_fall_back_on_it_says_what_to_do(machine, capsys):
     wrong = {"pytorch": {"wrong": {"indices": {"differ": 1}}}}
     machine.row = lambda task, name: wrong.get(task["implementation"], {"wrong": {}})
     assert main(["check"]) == 1
-    assert "VQOPS_IMPLEMENTATION=reference" in capsys.readouterr().out
+    assert "\"pytorch\", which takes all other calls, did not pass: set VQOPS_IMPLEMENTATION=reference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,13 @@ def test_a_kernel_that_ends_every_process_is_no_vanished_gpu(machine):
     failed = {"triton": {"failed": f"{GAVE_UP}: is the GPU still there?"}}
     machine.row = lambda task, name: failed.get(task["implementation"], {"wrong": {}})
     assert main(["check"]) == 1 and {row["implementation"] for row in checked(machine)["rows"]} == {"compiled"}
+
+
+def test_a_gpu_that_is_in_use(machine, capsys):
+    machine.facts = {**FACTS, "gpus": [{**GPU, "free": 1 << 30}]}
+    assert main(["check"]) == 2
+    said = capsys.readouterr().err
+    assert "NVIDIA H200 is in use: 1024 MB of its memory are free, 3072 are needed" in said
 
 
 def test_facts_that_cannot_be_had(machine, capsys):

@@ -11,7 +11,7 @@ import pytest
 from vqops.check import runner as module
 from vqops.check.child import MARK
 from vqops.check.process import Command, OutOfTime, run_limited
-from vqops.check.runner import GIVEN_UP, Runner
+from vqops.check.runner import GIVEN_UP, Runner, shared
 
 # A child that does what its names say.
 CHILD = f"""
@@ -98,6 +98,11 @@ def test_a_child_that_is_done_without_a_word(rows):
     """Its last names are not right because nothing was said of them."""
     found = rows("a", "before a name")
     assert "failed" not in found["a"] and "with status 3" in found["before a name"]["failed"]
+
+
+def test_shares_are_of_neighbours_and_none_is_lost():
+    assert shared(list("abcde"), 2) == [["a", "b"], ["c", "d", "e"]]
+    assert shared(list("ab"), 6) == [["a"], ["b"]] and shared([], 3) == []
 
 
 def test_time_that_is_up(rows):

@@ -17,7 +17,7 @@ from vqops import info
 from vqops.check import machine, record
 from vqops.check.cases import CASES
 from vqops.check.child import FACTS
-from vqops.check.runner import Runner
+from vqops.check.runner import Runner, shared
 from vqops.check.timing import SHAPES
 from vqops.dispatch import choice, records
 from vqops.dispatch.records import VARIABLE, Gpu
@@ -72,15 +72,19 @@ def chosen(device: str, gpus: list[dict]) -> list[dict]:
 
 def check_one(gpu: dict, facts: dict, end: float) -> bool:
     of, rehearsal = Gpu(gpu["name"], gpu["capability"]), gpu["device"] == "cpu"
-    path = records.candidates(of)[0]
+    path, at_once = records.candidates(of)[0], 2
+    if not rehearsal:
+        at_once = min(AT_ONCE, gpu["free"] // A_PROCESS)
+        if at_once == 0:
+            needed = f"{gpu['free'] >> 20} MB of its memory are free, {A_PROCESS >> 20} are needed"
+            raise CannotCheck(f"{of.name} is in use: {needed}")
     with ExitStack() as stack:
         trouble = None if rehearsal else reserved(path, stack)
         names = [name for name in machine.GPU_IMPLEMENTATIONS if name not in gpu["left_out"]]
         print(f"{of.name}: {', '.join(names)}")
         for name, why in gpu["left_out"].items():
             print(f"{name} is left out: {why}")
-        at_once = min(AT_ONCE, gpu["free"] // A_PROCESS) if gpu["free"] else 2
-        threads = max(1, facts.get("processors", 2) // max(1, at_once))
+        threads = max(1, facts.get("processors", 2) // at_once)
         began, runner = time.monotonic(), Runner(end, progress(), threads=threads)
         try:
             results = judged(names, gpu, facts, runner, at_once)
@@ -101,7 +105,7 @@ def check_one(gpu: dict, facts: dict, end: float) -> bool:
             print(info.of_gpu(of.name, choice.Table(rows, keep(found, path, trouble))))
     right = all(map(record.passed, [*results.values(), times]))
     if not record.passed(results["pytorch"]):
-        print('"pytorch", which takes all other calls, was wrong: set VQOPS_IMPLEMENTATION=reference, and report this')
+        print('"pytorch", which takes all other calls, did not pass: set VQOPS_IMPLEMENTATION=reference, and report it')
     if not right:
         print("Something was wrong: `vqops check --report` prints what to paste into an issue.")
     return right
@@ -140,7 +144,7 @@ def judged(names: list[str], gpu: dict, facts: dict, runner: Runner, at_once: in
     kind = gpu["device"].partition(":")[0]
     of_cases = {name: [case for case in CASES if CASES[case].concerns(name, kind)] for name in names}
     shares = {"triton": max(1, min(SHARES, facts.get("processors", 1) // 4))}
-    jobs = [(name, of_cases[name][i :: shares.get(name, 1)]) for name in names for i in range(shares.get(name, 1))]
+    jobs = [(name, share) for name in names for share in shared(of_cases[name], shares.get(name, 1))]
     results = {name: [] for name in names}
 
     def run(job: tuple[str, list[str]]) -> None:
@@ -148,7 +152,7 @@ def judged(names: list[str], gpu: dict, facts: dict, runner: Runner, at_once: in
         task = {"device": gpu["device"], "implementation": implementation, "small": gpu["device"] == "cpu"}
         results[implementation].extend(runner.rows(task, cases))
 
-    side_by_side(run, jobs, max(1, at_once), runner)
+    side_by_side(run, jobs, at_once, runner)
     order = list(CASES)
     return {name: sorted(rows, key=lambda row: order.index(row["name"])) for name, rows in results.items()}
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from vqops.check.child import heard
 from vqops.check.process import Command, OutOfTime
@@ -87,6 +88,12 @@ class Runner:
             said.append(line)
             del said[:-LINES]
         return None
+
+
+def shared(names: list[str], shares: int) -> list[list[str]]:
+    """Each share has neighbours, which often need the same kernels compiled."""
+    cuts = [len(names) * i // shares for i in range(shares + 1)]
+    return [names[begin:end] for begin, end in pairwise(cuts) if begin < end]
 
 
 def ended(status: int | None, said: list[str]) -> str:

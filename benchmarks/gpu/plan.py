@@ -36,6 +36,7 @@ from vqops.check.record import is_right
 from vqops.check.runner import CHILD, Runner, shared
 from vqops.dispatch.records import VARIABLE
 
+LOG = 12_000_000  # characters of an output that are kept
 LEAST = 15.0  # seconds, without which no part begins
 AT_ONCE = 6  # processes on the GPU
 SECOND_CALL = ("check", "bench")
@@ -76,13 +77,12 @@ class Plan:
         print(json.dumps(row)[:400], flush=True)
         return row
 
-    def command(self, part: str, command: list, seconds: float, log: bool = True, **environment: str) -> dict:
+    def command(self, part: str, command: list, seconds: float, **environment: str) -> dict:
         """Runs a command; its row, already written. The whole output is beside the rows."""
         began = time.monotonic()
         status, output = run_limited(command, self.left(seconds), ROOT, **environment)
         outcome = {0: "passed", None: "out of time"}.get(status, "failed")
-        if log:
-            (self.folder / f"{part.replace(' ', '_')}.log").write_text(output[-12_000_000:])
+        (self.folder / f"{part.replace(' ', '_')}.log").write_text(output[-LOG:])
         lines = [line[:300] for line in output.splitlines() if line.strip()][-3:]
         return self.write(part, outcome=outcome, seconds=round(time.monotonic() - began, 1), last_lines=lines)
 

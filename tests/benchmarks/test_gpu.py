@@ -174,7 +174,7 @@ def test_a_whole_rehearsal(tmp_path):
     run_limited(command, 1600, ROOT)
     rows = read(tmp_path / "first_run.jsonl")
     assert [row["part"] for row in rows if "left" in row] == list(plan_of_gpu.PARTS)
-    assert {row["outcome"] for row in rows if "left" in row} <= {"passed"} | {"failed"} * (shutil.which("nvcc") is None)
+    assert {row["outcome"] for row in rows if "left" in row} == {"passed"}
     judged = [row for row in rows if "case" in row]
     assert {row["part"] for row in judged} == {"cases", "mma", "triton"} and all(map(is_right, judged))
     assert {row["implementation"] for row in judged} == {"compiled", "pytorch", "triton"}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 from functools import partial
@@ -16,7 +17,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
 
 from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import baselines, cases, measure, plan, report  # noqa: E402
+from benchmarks import baselines, cases, measure, plan, report, timing  # noqa: E402
 from benchmarks.gpu import page, prepare, publish  # noqa: E402
 from benchmarks.gpu import plan as plan_of_gpu  # noqa: E402
 from benchmarks.rows import PACKAGES, Writer, read  # noqa: E402
@@ -138,20 +139,24 @@ def test_a_case_that_crashes_or_hangs_is_a_row(measured, monkeypatch, ending, sa
 
 
 def test_a_call_that_takes_long_is_timed_once(monkeypatch):
-    monkeypatch.setattr(measure, "ONCE", 0.01)
-    called = []
+    """By a clock that says so."""
+    rounds = []
 
-    def slow():
-        called.append(1)
-        time.sleep(0.02)
+    class Clock:
+        def prepare(self, call):
+            took = call()
+            return timing.Timed("stub", lambda: rounds.append(took) or took, took)
 
     case = cases.nearest(Shape.of(33, 8, 20), "cpu")
-    methods = {"vqops": case.methods["vqops"], "slow": lambda: lambda: slow() or case.methods["vqops"]()()}
+    methods = {"vqops": lambda: lambda: 0.5, "slow": lambda: lambda: 2.0}
     monkeypatch.setattr(cases.Case, "methods", methods)
-    with baselines.threads(2):  # wall time
-        rows = {row["method"]: row for row in measure.measure(case, seconds=0.0)}
-    assert rows["slow"]["rounds"] == 1 and rows["vqops"]["rounds"] == measure.FEWEST
-    assert rows["slow"]["p50_ms"] > 20 and rows["slow"]["times_vqops"] > 1 and len(called) < 6
+    monkeypatch.setattr(cases.Case, "check", lambda case, found: {})
+    monkeypatch.setattr(measure, "clock_of", lambda device: Clock())
+    monkeypatch.setattr(measure, "ceilings", lambda case, size: {})
+    monkeypatch.setattr(measure, "peak_extra_mb", lambda call, device: 0.0)
+    rows = {row["method"]: row for row in measure.measure(case, seconds=0.0)}
+    assert rows["slow"]["rounds"] == 1 and rows["slow"]["p50_ms"] == 2000 and rows["slow"]["times_vqops"] == 4
+    assert rows["vqops"]["rounds"] == measure.FEWEST and rounds == [0.5] * measure.FEWEST
 
 
 # The plan of a first run
@@ -322,6 +327,31 @@ def test_what_is_prepared_for_another_python():
     with pytest.raises(SystemExit, match=r"there is no python9\.9 here"):
         prepare.find("python9.9")
     assert prepare.find(sys.executable) == sys.executable
+
+
+@pytest.mark.parametrize(
+    "there, ending, row",
+    [
+        ([True], None, {"outcome": "passed", "why": "the kernels came along"}),
+        ([False, True], (0, "linked"), {"outcome": "passed", "why": "built here", "last_lines": ["linked"]}),
+        ([False, False], (0, "linked"), {"outcome": "failed", "why": "built here"}),  # for another GPU
+        ([False], (1, "nvcc: no such file"), {"outcome": "failed", "last_lines": ["nvcc: no such file"]}),
+        ([False], None, {"outcome": "failed", "last_lines": ["not built in 300 s"]}),
+    ],
+)
+def test_the_binary_came_along_or_is_built_there(monkeypatch, there, ending, row):
+    asked = iter(there)
+
+    def build(command, env, timeout, **_):
+        assert command[1:] == ["setup.py", "build_ext", "--inplace"] and env["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+        if ending is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, ending[0], ending[1], "")
+
+    monkeypatch.setattr(prepare, "architecture_here", lambda: "9.0a")
+    monkeypatch.setattr(prepare, "has_kernels", lambda architecture: next(asked))
+    monkeypatch.setattr(prepare.subprocess, "run", build)
+    assert row.items() <= prepare.ensure_built().items()
 
 
 def test_requirements_name_every_peer():

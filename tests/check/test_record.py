@@ -46,8 +46,8 @@ def test_it_is_read_as_it_was_meant(tmp_path):
 
 
 def test_what_was_wrong_speaks_against_its_family_alone():
-    failed = {"quantize_backward rotation cosine atomic": {"failed": "x"}}
-    sums, search = {"code_sums atomic": WRONG}, {"nearest duplicates": WRONG}
+    failed = {"quantize_backward rotation cosine float32 atomic": {"failed": "x"}}
+    sums, search = {"code_sums float32 atomic": WRONG}, {"nearest duplicates": WRONG}
     found = record.families(results(pytorch=sums, compiled=search, triton=failed))
     assert found == {
         "quantize": ["pytorch", "triton"],

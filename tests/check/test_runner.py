@@ -135,7 +135,7 @@ def test_children_check_nothing_by_themselves(monkeypatch, tmp_path):
 def test_the_real_child():
     """Right, a case that there is not, and the facts of the machine."""
     task = {"device": "cpu", "implementation": "compiled", "small": True}
-    names = ["code_sums in order", "no such case", "the machine", "ema_update_ euclidean", "1024 x 64 x 512"]
+    names = ["code_sums float32 in order", "no such case", "the machine", "ema_update_ euclidean", "1024 x 64 x 512"]
     task["implementations"] = {"code_sums": ["pytorch", "compiled"]}
     found = {row["name"]: row for row in Runner(time.monotonic() + 120).rows(task, names)}
     assert found[names[0]]["wrong"] == found[names[3]]["wrong"] == {}

@@ -4,6 +4,7 @@ Between them they reach every kernel of the search: its depths by the tensor cor
 codes, the tiers behind the fast pass.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -158,22 +159,23 @@ def near_codes(N: int, D: int, K: int, small: bool, dtype=torch.float32, codes=t
 
 
 def adversarial(name: str, small: bool) -> dict:
-    return dict(zip(("x", "codebook"), SEARCHES[name](), strict=True), metrics=METRICS)
+    """Small as they are."""
+    return dict(zip(("x", "codebook"), SEARCHES[name](), strict=True))
 
 
 def of_one_sign(small: bool) -> dict:
     """Every truncation in a tensor core goes the same way; codes in pairs, a few bits apart."""
-    N, K = (50, 50) if small else (512, 256)
+    N, K = (SMALL, SMALL) if small else (512, 256)
     x, c = 1 + torch.rand(1, N, 64), 1 + torch.rand(1, K, 64)
     return {"x": x - 3, "codebook": torch.cat([c, c * (1 + 2.0**-22 * torch.randint(-4, 5, (1, K, 1)))], 1)}
 
 
 def one_large_term(small: bool) -> dict:
     """Small products are cut below the last bit of the large one."""
-    N, K = (50, 50) if small else (512, 256)
+    N, K = (SMALL, SMALL) if small else (512, 256)
     x, c = torch.rand(1, N, 64) * 2.0**-9, torch.rand(1, K, 64) * 2.0**-9
     x[..., 0] = c[..., 0] = 1
-    return {"x": x, "codebook": c, "metrics": METRICS}
+    return {"x": x, "codebook": c}
 
 
 def odd_strides(small: bool) -> dict:
@@ -189,44 +191,32 @@ FEW = [(1, 64, 3000), (300, 256, 3000), (1, 8, 100_000)]
 MANY = [(20000, 64, 100_000)]
 TOPK = [(300, 8, 3000), (300, 24, 3000), (3000, 64, 3000), (300, 700, 3000)]
 RANKED = ("duplicates", "near_ties", "one_code_x_1e15", "not_finite_rows", "not_finite_codes", "integers")
+DTYPES = (torch.float16, torch.bfloat16, torch.float64)
 
 
 def of_searches() -> list[Case]:
-    def search(name, build, call=searches, op="nearest", **facts):
+    both = partial(searches, metrics=METRICS)
+    ranks = {"op": "nearest_topk", "call": partial(topk, k=SEVERAL), "loose": {"distances": 1e-6}}
+
+    def case(name, build, op="nearest", call=searches, **facts):
         return Case(f"{op} {name}", op, build, call, **facts)
 
-    def shape(N, D, K):
-        return f"{N} x {D} x {K}"
+    def sized(N, D, K, **facts):
+        return case(f"{N} x {D} x {K}", partial(near_codes, N, D, K), **facts)
 
-    found = [search(name, partial(adversarial, name), plain=False) for name in SEARCHES]
-    found += [search("of one sign", of_one_sign, plain=False), search("one large term", one_large_term, plain=False)]
-    found += [search("odd strides", odd_strides)]
-    found += [search(shape(*size), partial(near_codes, *size)) for size in sorted([*FEW, *DEPTHS], key=shape_cost)]
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+    found = [case(name, partial(adversarial, name), call=both, plain=False) for name in SEARCHES]
+    found.append(case("of one sign", of_one_sign, plain=False))
+    found.append(case("one large term", one_large_term, call=both, plain=False))
+    found.append(case("odd strides", odd_strides))
+    found += [sized(*size) for size in sorted([*FEW, *DEPTHS], key=math.prod)]
+    found.append(case("bfloat16 codes", partial(near_codes, 2000, 64, 3000, codes=torch.bfloat16), plain=False))
+    found.append(case("prepared", partial(near_codes, 4096, 64, 3000), call=prepared))
+    found.append(case("tiers", partial(near_codes, 4096, 64, 3000), call=statistics))
+    for dtype in DTYPES:
         name, build = str(dtype).removeprefix("torch."), partial(near_codes, 2000, 64, 3000, dtype=dtype)
-        found.append(search(name, build, plain=False))
-        found.append(search(name, build, partial(topk, k=SEVERAL), "nearest_topk", plain=False, loose=DISTANCES))
-    found.append(search("bfloat16 codes", partial(near_codes, 2000, 64, 3000, codes=torch.bfloat16), plain=False))
-    found.append(search("prepared", partial(near_codes, 4096, 64, 3000), prepared))
-    found.append(search("tiers", partial(near_codes, 4096, 64, 3000), statistics))
-    for name in RANKED:
-        call = partial(topk, k=SEVERAL)
-        found.append(search(name, partial(ranked, name), call, "nearest_topk", plain=False, loose=DISTANCES))
-    for size in TOPK:
-        call = partial(topk, k=SEVERAL)
-        found.append(search(shape(*size), partial(near_codes, *size), call, "nearest_topk", loose=DISTANCES))
-    return found + [search(shape(*size), partial(near_codes, *size)) for size in MANY]
-
-
-DISTANCES = {"distances": 1e-6}
-
-
-def ranked(name: str, small: bool) -> dict:
-    return dict(zip(("x", "codebook"), SEARCHES[name](), strict=True))
-
-
-def shape_cost(size: tuple[int, int, int]) -> int:
-    return size[0] * size[1] * size[2]
+        found += [case(name, build, plain=False), case(name, build, plain=False, **ranks)]
+    found += [case(name, partial(adversarial, name), plain=False, **ranks) for name in RANKED]
+    return found + [sized(*size, **ranks) for size in TOPK] + [sized(*size) for size in MANY]
 
 
 # The other ops
@@ -241,10 +231,10 @@ def sums(ops: Ops, x: Tensor, indices: Tensor, K: int, weight: Tensor | None = N
     return dict(zip(("counts", "sums"), ops.op("code_sums")(x, indices, K, weight), strict=True))
 
 
-def updates(ops: Ops, state: Tensor, counts: Tensor, sums: Tensor, decay: Tensor, metric: str) -> dict:
-    """`state` has the cluster sizes in its last column, so that it is one tensor to be moved."""
-    size, average, codes = state[..., -1].clone(), state[..., :-1].clone(), state[..., :-1].clone()
-    ops.ema_update_(size, average, codes, counts, sums, decay, metric=metric)
+def updates(ops: Ops, size: Tensor, average: Tensor, metric: str, **statistics: Tensor) -> dict:
+    """In place, so on copies: of a codebook that is the average."""
+    size, average, codes = size.clone(), average.clone(), average.clone()
+    ops.ema_update_(size, average, codes, **statistics, metric=metric)
     return {"cluster sizes": size, "averages": average, "codes": codes}
 
 
@@ -270,59 +260,45 @@ def to_sum(dtype: torch.dtype, weighted: bool, small: bool) -> dict:
 
 def to_update(small: bool) -> dict:
     K, D = 300, 48
-    state = torch.cat([torch.randn(1, K, D), 1 + torch.rand(1, K, 1)], -1)
-    counts, total = torch.randint(9, (1, K)), torch.randn(1, K, D)
-    return {"state": state, "counts": counts, "sums": total, "decay": torch.tensor(0.9)}
+    before = {"size": 1 + torch.rand(1, K), "average": torch.randn(1, K, D)}
+    return before | {"counts": torch.randint(9, (1, K)), "sums": torch.randn(1, K, D), "decay": torch.tensor(0.9)}
 
 
 def to_turn_back(dtype: torch.dtype, small: bool) -> dict:
     H, N, D, K = 2, SMALL if small else 5000, 64, 300
     x, codebook = (values.to(dtype) for values in normal(H, N, K, D))
-    indices = torch.randint(-1, K, (H, N))
-    return {
-        **{"g": torch.randn(H, N, D).to(dtype), "g_error": torch.randn(H, N), "x": x, "codebook": codebook},
-        **{"indices": indices, "mask": indices >= 0},
-    }
+    indices, given = torch.randint(-1, K, (H, N)), {"g": torch.randn(H, N, D).to(dtype), "g_error": torch.randn(H, N)}
+    return given | {"x": x, "codebook": codebook, "indices": indices, "mask": indices >= 0}
 
 
-CODES = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
 HALVES = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}  # an element in the last bits, relative to the largest
+# Dtype of rows and codes, and whether sums by code are in one order, or as they come: then they are timed, too.
+MODES = [(torch.float32, True), *((dtype, False) for dtype in (torch.float32, *HALVES))]
 
 
 def of_the_other_ops() -> list[Case]:
     found = []
     for metric in METRICS:
-        found.append(Case(f"ema_update_ {metric}", "ema_update_", to_update, partial(updates, metric=metric), CODES))
-    for dtype, weighted, in_order in MODES:
-        build = partial(to_sum, dtype, weighted)
-        loose = {} if in_order else {"sums": 1e-5, "counts": 1e-5 if weighted else 0.0}
-        name = named("code_sums", dtype, weighted, in_order)
-        found.append(Case(name, "code_sums", build, sums, loose, in_order=in_order))
-    for metric in METRICS:
-        for dtype, _, in_order in MODES:
-            for passing in ("straight_through", "rotation"):
-                call, build = partial(gradients, passing=passing, metric=metric), partial(to_turn_back, dtype)
-                name = named(f"quantize_backward {passing} {metric}", dtype, False, in_order)
-                loose = dict.fromkeys(("gradient of x", "gradient of codes"), HALVES.get(dtype, 1e-4))
-                found.append(Case(name, "quantize_backward", build, call, loose, in_order=in_order))
-            call, build = partial(quantizes, metric=metric), partial(to_quantize, dtype)
+        loose = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
+        found.append(Case(f"ema_update_ {metric}", "ema_update_", to_update, partial(updates, metric=metric), loose))
+    for dtype, in_order in MODES:
+        mode = str(dtype).removeprefix("torch.") + (" in order" if in_order else " atomic")
+        for weighted in (False, True):
+            build = partial(to_sum, dtype, weighted)
+            loose = {} if in_order else {"sums": 1e-5, "counts": 1e-5 if weighted else 0.0}
+            name = f"code_sums {mode}{' weighted' * weighted}"
+            found.append(Case(name, "code_sums", build, sums, loose, in_order=in_order))
+        for metric in METRICS:
             loose = {"quantized": HALVES.get(dtype, 1e-6), "error": 1e-5, "sums": 1e-5}  # cosine divides by a length
             loose |= {} if in_order else {"counts": 1e-5}
-            name = named(f"quantize {metric}", dtype, False, in_order)
-            found.append(Case(name, "quantize", build, call, loose, in_order=in_order))
-    return list({case.name: case for case in found}.values())
-
-
-# Dtype, whether there are weights for the sums, and whether these are added in one order or as it comes.
-MODES = [
-    *((torch.float32, weighted, in_order) for weighted in (False, True) for in_order in (True, False)),
-    *((dtype, False, False) for dtype in HALVES),
-]
-
-
-def named(op: str, dtype: torch.dtype, weighted: bool, in_order: bool) -> str:
-    kind = str(dtype).removeprefix("torch.") if dtype in HALVES else ""
-    return " ".join(filter(None, [op, kind, "in order" if in_order else "atomic", "weighted" * weighted]))
+            build, call = partial(to_quantize, dtype), partial(quantizes, metric=metric)
+            found.append(Case(f"quantize {metric} {mode}", "quantize", build, call, loose, in_order=in_order))
+            loose = dict.fromkeys(("gradient of x", "gradient of codes"), HALVES.get(dtype, 1e-4))
+            for passing in ("straight_through", "rotation"):
+                build, call = partial(to_turn_back, dtype), partial(gradients, passing=passing, metric=metric)
+                name = f"quantize_backward {passing} {metric} {mode}"
+                found.append(Case(name, "quantize_backward", build, call, loose, in_order=in_order))
+    return found
 
 
 CASES: dict[str, Case | Probe] = {case.name: case for case in [*of_the_other_ops(), *PROBES, *of_searches()]}

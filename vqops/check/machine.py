@@ -25,7 +25,7 @@ def of_gpu(index: int) -> dict:
     left_out = {"compiled": why_not_compiled((gpu.name, (gpu.major, gpu.minor))), "triton": why_not_triton(device)}
     return {
         **{"device": f"cuda:{index}", "name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}"},
-        **{"free": torch.cuda.mem_get_info(index)[0], "multiprocessors": gpu.multi_processor_count},
+        "free": torch.cuda.mem_get_info(index)[0],
         "left_out": {name: why for name, why in left_out.items() if why},
     }
 

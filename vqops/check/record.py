@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 
 from vqops.check import timing
 from vqops.check.cases import CASES
@@ -131,5 +132,5 @@ def of_shape(row: dict, names: list[str]) -> Iterable[list[str]]:
     for op, of in row["milliseconds"].items():
         taken = fastest(of)
         marks = {each: " *" if each == taken and each != "pytorch" else "" for each in of}
-        shown = {each: f"{timing.median(rounds):.3f}{marks[each]}" for each, rounds in of.items() if rounds}
+        shown = {each: f"{median(rounds):.3f}{marks[each]}" for each, rounds in of.items() if rounds}
         yield [op, f"{row['N']} x {row['D']} x {row['K']}", *(shown.get(each, "-") for each in names)]

@@ -95,9 +95,10 @@ def measure(name: str, implementations: dict[str, list[str]], device: torch.devi
     for op, make in calls(shape, device).items():
         timed, expected = {}, None
         for each in implementations.get(op, ()):
+            call = make(each)
             try:
-                result = make(each)()
-                timed[each] = prepared(make(each), device)
+                result = call()
+                timed[each] = prepared(call, device)
             except Exception as error:  # too little memory for one of them, say
                 raised[f"{op}, {each}"] = f"{type(error).__name__}: {error}"[:300]
                 continue
@@ -110,8 +111,7 @@ def measure(name: str, implementations: dict[str, list[str]], device: torch.devi
         for _ in range(1 if small else ROUNDS):
             for each, milliseconds in timed.items():
                 found[op][each].append(round(milliseconds(), 5))
-    sizes = {"N": shape.N, "D": shape.D, "K": shape.K}
-    return {**sizes, "milliseconds": found, "wrong": wrong, **({"raised": raised} if raised else {})}
+    return {**shape._asdict(), "milliseconds": found, "wrong": wrong, "raised": raised}
 
 
 def prepared(call: Callable, device: torch.device) -> Callable[[], float]:

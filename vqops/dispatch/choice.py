@@ -79,9 +79,8 @@ def table(device: torch.device) -> Table:
     gpu = records.gpu_of(device)
     found, checked = recorded(gpu), ""
     if found.source is None and first_use.wanted():
-        with first_use.LOCK:
-            found = recorded(gpu)
-            reason = first_use.check(device) if found.source is None else None
+        with first_use.LOCK:  # another thread may have checked meanwhile
+            reason = first_use.check(device) if recorded(gpu).source is None else None
         found = recorded(gpu)
         checked = f" {first_use.VARIABLE}=auto brought no record: {reason or 'its folder cannot be written'}."
     if found.source is None:

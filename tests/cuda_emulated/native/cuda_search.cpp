@@ -48,7 +48,7 @@ EXPORT int tensor_core_products(int descending, int64_t shared_bytes, int wgmma,
     const Emulator device = {descending != 0, adder};
     std::vector<double> memory(Packed::bytes(K, D) / 8, NAN);
     return multiply(device, ProductsInputs{N, K, D, x, codes, products, {}}, memory.data(),
-                                Abilities{size_t(shared_bytes), wgmma != 0, 1});
+                    Abilities{size_t(shared_bytes), wgmma != 0, 1});
 }
 
 // The rows of a block and their bounds, as Screen has them: float16 of X in units of `unit`.

@@ -14,23 +14,22 @@ from vqops.triton_kernels.bound import tile_product
 from vqops.triton_kernels.layout import padded_codes, padded_dimensions
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
 def products_kernel(
     stored,  # [N', D'] float16
     codes,  # [K', D'] float16
-    products,  # [N', K']
-    codes_padded, tiles, WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    products,  # [N' / BN, K' / BK, BN, BK]: tile by tile, since the places in a matrix would not fit in registers
+    WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    rows = stored + n[:, None] * WIDTH + tl.arange(0, BD)[None, :]
+    block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, BN)[:, None]
+    rows = stored + block * BN * WIDTH + n * WIDTH + tl.arange(0, BD)[None, :]
     whole = None
     if BD == WIDTH:
         whole = tl.load(rows)
-    place = products + n[:, None] * codes_padded + tl.arange(0, BK)[None, :]
-    before = tl.program_id(1).to(tl.int64)  # 0, in 64 bits
-    for tile in range(0, tiles):
-        product = tile_product(rows, whole, codes, before + tile * BK, WIDTH, BN, BK, BD)
-        tl.store(place + tile * BK, product)
+    product = tile_product(rows, whole, codes, tile * BK, WIDTH, BN, BK, BD)
+    place = products + (block * tl.num_programs(1) + tile) * BN * BK
+    tl.store(place + (n * BK + tl.arange(0, BK)[None, :]), product)
 
 
 def products(x: Tensor, codes: Tensor) -> Tensor:
@@ -39,11 +38,11 @@ def products(x: Tensor, codes: Tensor) -> Tensor:
     (N, D), K = x.shape, len(codes)
     width, rows, columns = padded_dimensions(D), triton.cdiv(N, ROWS) * ROWS, padded_codes(K)
     stored, codes = pad(x, (0, width - D, 0, rows - N)), pad(codes, (0, width - D, 0, columns - K))
-    result = x.new_empty((rows, columns), dtype=torch.float32)
     block = screen_blocks(D, x.device)
+    result = x.new_empty((rows // block.rows, columns // block.codes, block.rows, block.codes), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        products_kernel[(rows // block.rows, 1)](
-            stored, codes, result, columns, columns // block.codes, width, block.rows, block.codes, block.step,
+        products_kernel[result.shape[:2]](
+            stored, codes, result, width, block.rows, block.codes, block.step,
             num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return result[:N, :K]
+    return result.transpose(1, 2).reshape(rows, columns)[:N, :K]

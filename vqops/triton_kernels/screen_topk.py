@@ -40,7 +40,9 @@ def screen_topk_kernel(
     row_radius, spread, lift, rest = load_row_bound(row_bounds, here, total)
     state = tl.load(states + here)
     screened = state == SCREENED
-    rows = stored + here[:, None] * WIDTH + tl.arange(0, BD)[None, :]
+    # In 64 bits the program's place alone: those of its rows would not all stay in registers.
+    rows = stored + (h * padded + tl.program_id(0).to(tl.int64) * BN) * WIDTH
+    rows += tl.arange(0, BN)[:, None] * WIDTH + tl.arange(0, BD)[None, :]
     codes_before = h * codes_padded
 
     least = tl.full((BN, BK), HUGE, tl.float32)

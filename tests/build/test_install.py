@@ -126,6 +126,7 @@ class TestRequirements:
             (tmp_path / folder).mkdir()
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
         monkeypatch.setattr(sys, "executable", str(tmp_path / "env/python"))
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))  # not a venv whose maker may have ninja
         assert not setup.expose_ninja() and os.environ["PATH"] == str(tmp_path / "bin")
         (tmp_path / "env/ninja").touch(mode=0o755)
         assert setup.expose_ninja() and shutil.which("ninja") == str(tmp_path / "env/ninja")

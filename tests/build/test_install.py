@@ -1,10 +1,9 @@
-"""The build: what it asks for, what it finds, what it says, and (slow) every way to install.
+"""The build: what it asks for, what it says, and (slow) every way to install.
 
 The slow tests leave the kernels out, so as to build in seconds, and install into new environments that see the packages
 of this one.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -45,17 +44,6 @@ assert "sm_90a" in _C.cuda, _C.cuda
 print(torch._C._dispatch_has_kernel_for_dispatch_key("vqops_stub::twice", "CUDA"))
 """
 
-DRIVER = """
-#include <stdlib.h>
-int cuInit(unsigned flags) { return getenv("ERROR") ? atoi(getenv("ERROR")) : 0; }
-int cuDeviceGetCount(int* count) { *count = 2; return 0; }
-int cuDeviceGet(int* device, int number) { *device = 10 + number; return 0; }
-int cuDeviceGetAttribute(int* value, int attribute, int device) {
-    *value = attribute == 75 ? device - 2 : attribute == 76 ? (device == 10 ? 6 : 0) : -1;
-    return device < 10;
-}
-"""
-
 # An editable install would find the missing module in its own folder.
 NOT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]"
 
@@ -69,14 +57,6 @@ def run_well(*command, cwd, **environment):
     done = run(*command, cwd=cwd, **environment)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def setup():
-    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -176,175 +156,6 @@ class TestEnvironment:
         python = self.make(maker, tmp_path / "target")
         (tmp_path / "temporary").mkdir()
         assert self.ask(python, TMPDIR=str(tmp_path / "temporary")) == [["torch>=2.10"], True]
-
-
-class TestCuda:
-    @pytest.mark.parametrize(
-        "request_, sources, torch_cuda, toolkit, reason",
-        [
-            ("0", ["a.cu"], (13, 0), (13, 0), "VQOPS_CUDA=0"),
-            ("", [], (13, 0), (13, 0), "no CUDA kernels"),
-            ("1", [], (13, 0), (13, 0), "no CUDA kernels"),
-            ("", ["a.cu"], (), (13, 0), "torch is built without CUDA"),
-            ("1", ["a.cu"], (), (13, 0), None),
-            ("", ["a.cu"], (13, 0), None, "no CUDA toolkit"),
-            ("1", ["a.cu"], (), None, "no CUDA toolkit"),
-            ("", ["a.cu"], (13, 0), (13, 2), None),
-            ("", ["a.cu"], (13, 2), (13, 0), None),
-            ("", ["a.cu"], (13, 0), (12, 8), None),
-            ("", ["a.cu"], (12, 8), (13, 0), "toolkit 13.0"),
-            ("1", ["a.cu"], (12, 8), (13, 0), "toolkit 13.0"),
-            ("", ["a.cu"], (12, 8), (11, 8), "toolkit 11.8"),
-            ("1", ["a.cu"], (), (11, 8), "toolkit 11.8"),
-        ],
-    )
-    def test_decision(self, setup, request_, sources, torch_cuda, toolkit, reason):
-        why = setup.why_no_cuda(request_, sources, torch_cuda, toolkit)
-        assert why is None if reason is None else reason in why
-
-    @pytest.mark.parametrize("value, message", [("1", "VQOPS_CUDA=1, but there are no CUDA"), ("yes", "0, 1 or empty")])
-    def test_what_cannot_be_done_is_an_error(self, setup, tmp_path, monkeypatch, value, message):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("VQOPS_CUDA", value)
-        monkeypatch.setenv("CXX", sys.executable)
-        with pytest.raises(SystemExit, match=message):
-            setup.extension()
-
-    @pytest.mark.parametrize(
-        "known, built",
-        [
-            ("75 80 90 100 110 120", "sm_80 sm_90a sm_100 sm_120 compute_120"),
-            ("75 80 90", "sm_80 sm_90a compute_80"),
-        ],
-    )
-    def test_architectures_that_nvcc_knows(self, setup, tmp_path, monkeypatch, known, built):
-        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-        monkeypatch.setenv("VQOPS_CUDA_ARCHS", "all")
-        nvcc = self.fake_nvcc(tmp_path, "\n".join(f"compute_{a}" for a in known.split()))
-        flags, why = setup.gpu_flags(str(nvcc))
-        assert [flag.rpartition("=")[2] for flag in flags] == built.split()
-        assert all(flag.startswith("-gencode=arch=compute_") for flag in flags)
-        assert why == "VQOPS_CUDA_ARCHS=all"
-
-    ALL, TOO_OLD = ("80", "90a", "100", "120"), "is too old, the kernels need 8.0"
-
-    @pytest.mark.parametrize(
-        "gpus, known, chosen, why",
-        [
-            ([], ALL, ALL, "no GPU is visible: no driver"),
-            ([(9, 0)], ALL, ["90a"], "for the GPUs here"),
-            ([(8, 0)], ALL, ["80"], "for the GPUs here"),
-            ([(8, 9)], ALL, ["80"], "for the GPUs here"),
-            ([(10, 3)], ALL, ["100"], "for the GPUs here"),
-            ([(12, 1)], ALL, ["120"], "for the GPUs here"),
-            ([(8, 6), (9, 0)], ALL, ["80", "90a"], "for the GPUs here"),
-            ([(11, 0)], ALL, ["100"], "for the GPUs here"),  # as PTX, and so
-            ([(13, 0)], ALL, ["120"], "for the GPUs here"),
-            ([(10, 0)], ("80", "90a"), ["80"], "for the GPUs here"),
-            ([(7, 5)], ALL, [], f"compute capability 7.5 {TOO_OLD}"),
-            ([(7, 0), (7, 5)], ALL, [], f"compute capability 7.0, 7.5 {TOO_OLD}"),
-            ([(7, 5), (9, 0)], ALL, ["90a"], f"for the GPUs here; compute capability 7.5 {TOO_OLD}"),
-        ],
-    )
-    def test_architectures_of_the_gpus_at_hand(self, setup, gpus, known, chosen, why):
-        assert setup.choose_architectures("", (gpus, "no driver"), known) == (chosen, why)
-
-    @pytest.mark.parametrize(
-        "flags, of", [(["90a"], "sm_90a"), (["80", "90a"], "sm_80 sm_90a compute_80"), (["100"], "sm_100 compute_100")]
-    )
-    def test_ptx_of_the_newest_that_lasts(self, setup, flags, of):
-        assert [flag.rpartition("=")[2] for flag in setup.architecture_flags(flags)] == of.split()
-
-    def test_architectures_by_name(self, setup):
-        gpus = [(8, 0)], ""
-        assert setup.choose_architectures("all", gpus, self.ALL) == (self.ALL, "VQOPS_CUDA_ARCHS=all")
-        assert setup.choose_architectures("120, 90a", gpus, self.ALL) == (["90a", "120"], "VQOPS_CUDA_ARCHS=120, 90a")
-
-    @pytest.mark.parametrize("request_", ["90", "sm_80", "9.0a", "80 All"])
-    def test_wrong_architectures_name_the_allowed(self, setup, request_):
-        with pytest.raises(SystemExit, match=f"VQOPS_CUDA_ARCHS={request_}, .* all, empty or of: 80 90a 100 120"):
-            setup.choose_architectures(request_, ([], ""), self.ALL)
-
-    def test_torchs_variable_overrides(self, setup, monkeypatch):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9;9.0a+PTX")
-        monkeypatch.setenv("VQOPS_CUDA_ARCHS", "wrong")
-        flags, why = setup.gpu_flags("no nvcc")
-        assert {flag.rpartition("=")[2] for flag in flags} == {"sm_89", "sm_90a", "compute_90a"}
-        assert why == "TORCH_CUDA_ARCH_LIST"
-
-    def test_gpus_too_old_leave_cuda_out(self, setup, monkeypatch, capsys):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(setup, "find_toolkit", lambda: ("toolkit", (13, 0)))
-        monkeypatch.setattr(setup, "why_no_cuda", lambda *_: None)
-        monkeypatch.setattr(setup, "known_architectures", lambda _: self.ALL)
-        monkeypatch.setattr(setup, "visible_gpus", lambda: ([(7, 5)], ""))
-        for name in ("TORCH_CUDA_ARCH_LIST", "VQOPS_CUDA_ARCHS", "VQOPS_CUDA"):
-            monkeypatch.delenv(name, raising=False)
-        (module,) = setup.extension()["ext_modules"]
-        assert "CUDA left out: compute capability 7.5 is too old" in capsys.readouterr().out
-        assert not [file for file in module.sources if file.endswith(".cu")]
-        monkeypatch.setenv("VQOPS_CUDA", "1")
-        with pytest.raises(SystemExit, match=r"VQOPS_CUDA=1, but compute capability 7\.5 is too old"):
-            setup.extension()
-
-    def fake_nvcc(self, folder, prints):
-        nvcc = folder / "bin/nvcc"
-        nvcc.parent.mkdir(parents=True)
-        nvcc.write_text(f"#!/bin/sh\necho '{prints}'\n")
-        nvcc.chmod(0o755)
-        return nvcc
-
-    def fake_toolkit(self, folder):
-        self.fake_nvcc(folder, "Cuda compilation tools, release 12.9, V12.9.86")
-        (folder / "include").mkdir()
-        (folder / "include/cuda_runtime.h").touch()
-        return folder
-
-    @pytest.mark.parametrize(
-        "driver, gpus, why",
-        [
-            ("print(9, 0); print(8, 0); print(9, 0)", [(8, 0), (9, 0)], ""),
-            ("", [], "the driver has none"),
-            ("import ctypes; ctypes.CDLL('libno.so')", [], "libno.so"),
-            ("raise SystemExit('cuInit gives error 999')", [], "cuInit gives error 999"),
-            ("import os; os.abort()", [], "the driver ended the process with -6"),
-            ("import time; time.sleep(60)", [], "the driver gave no answer in 2 s"),
-        ],
-    )
-    def test_a_driver_that_fails_or_hangs_shows_no_gpu(self, setup, driver, gpus, why):
-        found, said = setup.visible_gpus(driver, seconds=2)
-        assert found == gpus and why in said
-
-    def test_the_driver_is_asked_for_every_gpu(self, setup, tmp_path, monkeypatch):
-        source = tmp_path / "driver.c"
-        source.write_text(DRIVER)
-        run_well("cc", "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1", cwd=tmp_path)
-        monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-        assert setup.visible_gpus()[0] == [(8, 6), (9, 0)]
-        for error, why in (("100", "the driver has none"), ("999", "cuInit gives error 999")):
-            monkeypatch.setenv("ERROR", error)
-            assert setup.visible_gpus() == ([], why)
-
-    @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
-    def test_named_toolkit(self, setup, tmp_path, monkeypatch, variable):
-        monkeypatch.delenv("CUDA_HOME", raising=False)
-        monkeypatch.setenv(variable, str(self.fake_toolkit(tmp_path)))
-        assert setup.find_toolkit() == (str(tmp_path), (12, 9))
-
-    def test_toolkit_on_path(self, setup, tmp_path, monkeypatch):
-        toolkit = self.fake_toolkit(tmp_path / "toolkit")
-        link = tmp_path / "bin/nvcc"
-        link.parent.mkdir()
-        link.symlink_to(toolkit / "bin/nvcc")
-        monkeypatch.delenv("CUDA_HOME", raising=False)
-        monkeypatch.delenv("CUDA_PATH", raising=False)
-        monkeypatch.setenv("PATH", str(link.parent))
-        assert setup.find_toolkit() == (str(toolkit), (12, 9))
-
-    def test_nvcc_without_a_toolkit_around_it_is_none(self, setup, tmp_path, monkeypatch):
-        self.fake_nvcc(tmp_path, "release 12.9")
-        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        assert setup.find_toolkit() == (None, None)
 
 
 def test_no_compiler_says_what_to_install(source):

@@ -10,17 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import baselines, cases, compare, correctness, growth, memory, modules
+from benchmarks.__main__ import main
+from benchmarks.measure import measure
+from benchmarks.rows import folder_of
+from benchmarks.shapes import SHAPES, Shape
+
 ROOT = Path(__file__).parents[2]
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
-sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
-
-from benchmarks import baselines, cases, compare, correctness, growth, memory, modules  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.measure import measure  # noqa: E402
-from benchmarks.rows import folder_of  # noqa: E402
-from benchmarks.shapes import SHAPES, Shape  # noqa: E402
-
 TINY = Shape("tiny", "", 96, 6, 20, 1, 1)
 
 

@@ -1,25 +1,18 @@
 """The row of a build, of a build that is played."""
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
-sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
-
-from benchmarks import building  # noqa: E402
+from benchmarks import building
 
 LOG = "# ninja log v7\n10\t2510\t1\t/tmp/b/csrc/cuda/sort.o\tabc\n20\t51020\t1\t/tmp/b/csrc/cuda/search/scan.o\tdef\n"
 PLAYED = """
-import os, sys
+import os, sys, time
 target = sys.argv[sys.argv.index("--build-temp") + 1]
 open(target + "/.ninja_log", "w").write({log!r})
 print("vqops: building for torch 2.13.0 in /a/folder; CUDA 13.0 for", os.environ["VQOPS_CUDA_ARCHS"], "(why)")
-sum(range(10**6))
+while time.process_time() < 0.2: pass
 """
 
 
@@ -34,7 +27,7 @@ def test_a_row(played):
     assert row["built"] == "CUDA 13.0 for 80 90a (why)"  # and no folder of this machine
     assert row["files"] == {"cuda/search/scan.o": 51.0, "cuda/sort.o": 2.5}
     assert list(row["files"]) == ["cuda/search/scan.o", "cuda/sort.o"]  # the longest first
-    assert row["processor_seconds"] > 0 and row["seconds"] > 0 and row["cores"] >= 1
+    assert min(row["processor_seconds"], row["seconds"]) >= 0.2 and row["cores"] >= 1  # what was played
 
 
 def test_a_build_that_fails_gives_no_row(played):

@@ -11,22 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("a source distribution has no benchmarks", allow_module_level=True)
-sys.path.append(str(ROOT))  # last, so that an installed vqops stays the one that is tested
+from benchmarks import __main__ as program
+from benchmarks import baselines, cases, measure, plan, report, timing
+from benchmarks.gpu import page, prepare, publish
+from benchmarks.gpu import plan as plan_of_gpu
+from benchmarks.rows import PACKAGES, Writer, read
+from benchmarks.shapes import Shape
+from benchmarks.tables import Machine
+from vqops.check.cases import CASES
+from vqops.check.child import MARK
+from vqops.check.process import run_limited
+from vqops.check.record import is_right
 
-from benchmarks import __main__ as program  # noqa: E402
-from benchmarks import baselines, cases, measure, plan, report, timing  # noqa: E402
-from benchmarks.gpu import page, prepare, publish  # noqa: E402
-from benchmarks.gpu import plan as plan_of_gpu  # noqa: E402
-from benchmarks.rows import PACKAGES, Writer, read  # noqa: E402
-from benchmarks.shapes import Shape  # noqa: E402
-from benchmarks.tables import Machine  # noqa: E402
-from vqops.check.cases import CASES  # noqa: E402
-from vqops.check.child import MARK  # noqa: E402
-from vqops.check.process import run_limited  # noqa: E402
-from vqops.check.record import is_right  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 # Measuring
 

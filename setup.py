@@ -175,8 +175,9 @@ def extension():
     gencode, reason = ([], why) if why else gpu_flags(f"{folder}/bin/nvcc")
     if (not gencode and request == "1") or request not in ("", "0", "1"):
         raise SystemExit(f"vqops: VQOPS_CUDA={request}, but {reason if request == '1' else 'it must be 0, 1 or empty'}")
-    cxx_flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wno-psabi"]
-    nvcc_flags = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler=-fvisibility=hidden"]
+    relative = f"-fmacro-prefix-map={Path(__file__).parent.resolve()}/="  # the files that messages of checks name
+    cxx_flags = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wno-psabi", relative]
+    nvcc_flags = ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler=-fvisibility=hidden", f"-Xcompiler={relative}"]
     cuda, sources, link = f"left out: {reason}", "", {}
     if gencode:
         cpp_extension.CUDA_HOME = folder  # None in a torch without CUDA

@@ -5,8 +5,11 @@
 #include "codebook.h"
 #include "ema.h"
 #include "gather.h"
+#include "hash.h"
 #include "quantize_backward.h"
 #include "unprepared.h"
+
+#include <mutex>
 
 namespace vqops {
 namespace {
@@ -32,6 +35,36 @@ Tensor prepare(const Tensor& codebook, std::string metric) {
     for (int64_t h = 0; h < H; h++)
         pack_codebook(rows_of("prepare", codebook), h, K, D, cosine, memory + h * Packed::bytes(K, D), threads());
     return packed;
+}
+
+// Makes `packed` the preparation of the codebook, unless `stamp` says that it is: {1, hash of the codes it was made of}.
+// A search of x that takes no preparation leaves both as they are.
+void keep_prepared_(const Tensor& x, const Tensor& codebook, Tensor packed, Tensor stamp, std::string metric) {
+    const char* op = "keep_prepared_";
+    const bool cosine = is_cosine(op, metric);
+    check_search_arguments(op, x, codebook, std::nullopt);
+    const int64_t H = codebook.size(0), K = codebook.size(1), D = codebook.size(2);
+    const Rows codes = rows_of(op, codebook);
+    if (is_unprepared(x.size(1), rows_of(op, x), codes)) return;
+    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                        packed.numel() == H * Packed::bytes(K, D),
+                    op, ": packed must be uint8 [", H * Packed::bytes(K, D), "]");
+    STD_TORCH_CHECK(stamp.scalar_type() == ScalarType::Long && stamp.is_contiguous() && stamp.numel() == 2, op,
+                    ": stamp must be int64 [2]");
+    const Tensor values = torch::stable::contiguous(codebook);
+    const int64_t bytes = values.numel() * size_of(codes.dtype);
+    const uint64_t hash = hash_of(values.const_data_ptr(), bytes, uint64_t(cosine) << 8 | uint64_t(codes.dtype), threads());
+    // Threads that search with the same module: one prepares, the others wait.
+    static std::mutex preparing;
+    const std::lock_guard<std::mutex> alone(preparing);
+    uint64_t* made = static_cast<uint64_t*>(stamp.mutable_data_ptr());
+    if (made[0] == 1 && made[1] == hash) return;
+    made[0] = 0;
+    char* memory = static_cast<char*>(packed.mutable_data_ptr());
+    for (int64_t h = 0; h < H; h++)
+        pack_codebook(codes, h, K, D, cosine, memory + h * Packed::bytes(K, D), threads());
+    made[1] = hash;
+    made[0] = 1;
 }
 
 Tensor prepared_or_new(const char* op, const Tensor& codebook, const OptionalTensor& prepared,
@@ -187,6 +220,7 @@ STABLE_TORCH_LIBRARY_IMPL(vqops, CPU, m) {
     VQOPS_KERNEL(nearest);
     VQOPS_KERNEL(nearest_topk);
     VQOPS_KERNEL(prepare);
+    VQOPS_KERNEL(keep_prepared_);
     VQOPS_KERNEL(search_statistics);
     VQOPS_KERNEL(code_sums);
     VQOPS_KERNEL(quantize);

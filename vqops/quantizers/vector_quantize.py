@@ -1,19 +1,42 @@
 """VectorQuantize: a discrete bottleneck with an EMA codebook or a learnable one."""
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vqops.ops.checkpointing import check_first_run
 from vqops.ops.checks import check_device
+from vqops.ops.quantize import Quantized
+from vqops.quantizers.codebook.affine import AffineCodebook
+from vqops.quantizers.codebook.chosen import Chosen
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
+from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
+from vqops.quantizers.interface.gradients import Passing, with_gradient
+from vqops.quantizers.interface.in_place import InPlaceOptimizer
 from vqops.quantizers.interface.layout import Layout
-from vqops.quantizers.interface.losses import mean_cross_entropy, mean_error, weighted
-from vqops.quantizers.interface.options import check_counts, check_decay, check_not_both, check_not_negative, refuse
+from vqops.quantizers.interface.losses import (
+    LossBreakdown,
+    mean_cross_entropy,
+    mean_error,
+    nan_if_lost,
+    orthogonality,
+    weighted,
+)
+from vqops.quantizers.options.checks import (
+    check_counts,
+    check_fraction,
+    check_needs,
+    check_not_both,
+    check_not_negative,
+)
+from vqops.quantizers.options.numbers import Number, Numbers
 
 
-class VectorQuantize(nn.Module):
+class VectorQuantize(InPlaceOptimizer):
     """Replace each vector by its nearest code, let gradients through, and learn the codes.
 
         e = argmin_k |z - c_k|^2,  output = c_e,  loss = commitment_weight mean((z - c_e)^2)
@@ -46,17 +69,49 @@ class VectorQuantize(nn.Module):
         accept_image_fmap: the input is [b, dim, h, w], whatever channel_last says.
         accept_3d_fmap: the input is [b, dim, d, h, w], whatever channel_last says.
         commitment_weight: weight of the loss.
+        commitment_use_cross_entropy_loss: the loss is the cross entropy of the chosen codes under the softmax of
+            -|z - c_k| (for cosine z.c_k) instead of the squared error.
+        orthogonal_reg_weight: of a loss that makes the codes orthogonal (arXiv 2112.00384, equation 2); above 0 the
+            codes are a Parameter. Averages that move the codes undo most of its effect: see learnable_codebook.
+        orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: only for the codes of the batch; for so many of
+            them at random.
+        codebook_diversity_loss_weight: of minus the entropy of the mean assignment, the softmax of
+            -codebook_diversity_temperature |z - c_k| averaged over the samples and heads, at each position.
+        codebook_diversity_temperature: what the logits are multiplied by there.
+        stochastic_sample_codes: in training codes are drawn, with probability softmax(-|z - c_k| / T).
+        sample_codebook_temp: T, in forward too; 0 takes the nearest code.
+        straight_through: the output's gradient is straight-through; with route_gradients_to_input=False it is that of
+            the mean of all codes under these probabilities. Turns rotation_trick off.
         rotation_trick: how the output's gradient reaches the input: turned and scaled as the input is onto its code
-            (True), or as it is (False, straight-through). None: True if dim > 1.
+            (True), or as it is (False, straight-through). None: True if dim > 1, unless one of the two around it.
+        directional_reparam: DiVeQ (https://openreview.net/forum?id=KRVnpTbx7R): the output is z moved by |z - c_e|
+            towards its code and noise of directional_reparam_variance; its gradient moves learnable codes, without a
+            loss. Needs threshold_ema_dead_code.
         sync_codebook: the ranks of a `torch.distributed` job update with their joint batch and keep equal codes. None:
             whenever there is such a job. False: nothing is exchanged, each rank learns codes of its own.
+        sync_affine_param: the statistics of affine_param are those of all ranks' batch.
         ema_update: the codes follow the averages; None: unless learnable_codebook. Forward's argument of this name
             overrides it. Without it the codes stay, except that dead ones are replaced.
+        vq_bridge: a module that maps the codes [H, K, D] to those that are searched; the codes are learnable.
         manual_ema_update: steps move the averages, but the codes only when `_codebook.update_ema()` is called.
-        learnable_codebook: the codes are a Parameter, moved by the gradient of the loss and not by averages.
+        learnable_codebook: the codes are a Parameter, moved by the gradient of the loss and not by averages. None: with
+            directional_reparam or vq_bridge.
+        in_place_codebook_optimizer: makes an optimizer of the codebook's parameters, which takes a step within forward,
+            on the mean of (z - c_e)^2, before the batch is quantized.
+        manual_in_place_optimizer_update: the step is taken only when `update_in_place_optimizer()` is called.
+        affine_param: the codes that are searched are scaled and shifted to the mean and variance of the batches, which
+            run with affine_param_batch_decay; those of the codes run with affine_param_codebook_decay.
+        sync_update_v: the output's gradient counts 1 + this, equation (21) of
+            https://minyoungg.github.io/vqtorch/assets/draft_050523.pdf; for learnable codes, in [0, 1].
         return_zeros_for_masked_padding: masked positions of the output are zeros; False: the input's values.
         route_gradients_to_input: False: no gradient of the output reaches the input; it goes to the codes if they are
             learnable.
+        codebook_loss_weight: of a loss of the learnable codes alone, so that the two terms have weights of their own:
+            commitment_weight mean((z - sg(c_e))^2) + codebook_loss_weight mean((sg(z) - c_e)^2), sg without gradient.
+            None: one term, whose gradient reaches both with commitment_weight. Not of vector-quantize-pytorch.
+
+    decay, eps, threshold_ema_dead_code and all weights, temperatures and variances may be set between steps, also of a
+    compiled module, which stays one graph.
 
     In a `torch.distributed` job all ranks must call forward in training and for the first batch, in the same order. A
     step is one collective, with dead codes a small one more; k-means one per iteration.
@@ -72,7 +127,6 @@ class VectorQuantize(nn.Module):
         self,
         dim: int,
         codebook_size: int,
-        *,
         codebook_dim: int | None = None,
         heads: int = 1,
         separate_codebook_per_head: bool = False,
@@ -89,43 +143,105 @@ class VectorQuantize(nn.Module):
         accept_image_fmap: bool = False,
         accept_3d_fmap: bool = False,
         commitment_weight: float = 1.0,
+        commitment_use_cross_entropy_loss: bool = False,
+        orthogonal_reg_weight: float = 0.0,
+        orthogonal_reg_active_codes_only: bool = False,
+        orthogonal_reg_max_codes: int | None = None,
+        codebook_diversity_loss_weight: float = 0.0,
+        codebook_diversity_temperature: float = 100.0,
+        stochastic_sample_codes: bool = False,
+        sample_codebook_temp: float = 1.0,
+        straight_through: bool = False,
         rotation_trick: bool | None = None,
+        directional_reparam: bool = False,
+        directional_reparam_variance: float = 5e-3,
         sync_codebook: bool | None = None,
+        sync_affine_param: bool = False,
         ema_update: bool | None = None,
+        vq_bridge: nn.Module | None = None,
         manual_ema_update: bool = False,
         learnable_codebook: bool | None = None,
+        in_place_codebook_optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
+        manual_in_place_optimizer_update: bool = False,
+        affine_param: bool = False,
+        affine_param_batch_decay: float = 0.99,
+        affine_param_codebook_decay: float = 0.9,
+        sync_update_v: float = 0.0,
         return_zeros_for_masked_padding: bool = True,
         route_gradients_to_input: bool = True,
-        **unsupported,
+        *,
+        codebook_loss_weight: float | None = None,
     ):
         owner = type(self).__name__
-        refuse(owner, unsupported)
-        super().__init__()
         codebook_dim = dim if codebook_dim is None else codebook_dim
-        learnable_codebook = bool(learnable_codebook)
+        if learnable_codebook is None:
+            learnable_codebook = directional_reparam or vq_bridge is not None
         ema_update = not learnable_codebook if ema_update is None else ema_update
+        if rotation_trick is None:
+            rotation_trick = dim > 1 and not (directional_reparam or straight_through)
         counts = {"dim": dim, "codebook_size": codebook_size, "codebook_dim": codebook_dim, "heads": heads}
+        if orthogonal_reg_max_codes is not None:
+            counts["orthogonal_reg_max_codes"] = orthogonal_reg_max_codes
         check_counts(owner, **counts, kmeans_iters=kmeans_iters)
-        check_decay(owner, decay)
-        check_not_negative(
-            owner, eps=eps, threshold_ema_dead_code=threshold_ema_dead_code, commitment_weight=commitment_weight
-        )
+        check_not_negative(owner, eps=eps)
         check_not_both(owner, use_cosine_sim=use_cosine_sim, learnable_codebook=learnable_codebook)
+        check_not_both(owner, use_cosine_sim=use_cosine_sim, affine_param=affine_param)
         check_not_both(owner, ema_update=ema_update, learnable_codebook=learnable_codebook)
         check_not_both(owner, accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)
+        check_not_both(
+            owner,
+            straight_through=straight_through,
+            rotation_trick=rotation_trick,
+            directional_reparam=directional_reparam,
+        )
+        check_not_both(owner, straight_through=straight_through, learnable_codebook=learnable_codebook)
+        dead = "threshold_ema_dead_code above 0, or codes that are never near stay where they are"
+        check_needs(owner, "directional_reparam", directional_reparam, dead, threshold_ema_dead_code > 0)
+        for name, given in (
+            ("vq_bridge", vq_bridge is not None),
+            ("in_place_codebook_optimizer", in_place_codebook_optimizer is not None),
+            ("sync_update_v", sync_update_v > 0),
+            ("codebook_loss_weight", codebook_loss_weight is not None),
+        ):
+            check_needs(owner, name, given, "learnable_codebook=True", learnable_codebook)
 
+        super().__init__()
+        self.owner = owner  # for messages
         self.dim = dim
         self.codebook_size = codebook_size
         self.heads = heads
         self.separate_codebook_per_head = separate_codebook_per_head
+        self.eps = eps
         self.freeze_codebook = freeze_codebook
+        self.use_cosine_sim = use_cosine_sim
+        self.learnable_codebook = learnable_codebook
         self.channel_last = channel_last
         self.accept_image_fmap = accept_image_fmap
         self.accept_3d_fmap = accept_3d_fmap
-        self.commitment_weight = commitment_weight
-        self.rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
+        self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
+        self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
+        self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
+        self.stochastic_sample_codes = stochastic_sample_codes
+        self.straight_through = straight_through
+        self.rotation_trick = rotation_trick
+        self.directional_reparam = directional_reparam
+        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.route_gradients_to_input = route_gradients_to_input
+        self.has_codebook_loss = codebook_loss_weight is not None
+        numbers = {
+            "commitment_weight": commitment_weight,
+            "codebook_loss_weight": codebook_loss_weight or 0.0,
+            "orthogonal_reg_weight": orthogonal_reg_weight,
+            "codebook_diversity_loss_weight": codebook_diversity_loss_weight,
+            "codebook_diversity_temperature": codebook_diversity_temperature,
+            "sample_codebook_temp": sample_codebook_temp,
+            "directional_reparam_variance": directional_reparam_variance,
+            "sync_update_v": sync_update_v,
+        }
+        for name, value in numbers.items():
+            getattr(type(self), name).check(owner, **{name: value})
+        self.numbers = Numbers(**numbers)
 
         inner = codebook_dim * heads
         self.has_projections = inner != dim
@@ -134,7 +250,12 @@ class VectorQuantize(nn.Module):
             self.project_in, self.project_out = nn.Linear(dim, inner), nn.Linear(inner, dim)
             if layernorm_after_project_in:
                 self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
-        self._codebook = Codebook(
+        affine = {
+            "sync_affine_param": sync_affine_param,
+            "affine_param_batch_decay": affine_param_batch_decay,
+            "affine_param_codebook_decay": affine_param_codebook_decay,
+        }
+        self._codebook = (AffineCodebook if affine_param else Codebook)(
             codebook_dim,
             codebook_size,
             heads if separate_codebook_per_head else 1,
@@ -150,7 +271,22 @@ class VectorQuantize(nn.Module):
             ema_update=ema_update,
             manual_ema_update=manual_ema_update,
             learnable_codebook=learnable_codebook,
+            moved_by_error=learnable_codebook and codebook_loss_weight is None,
+            parameter=learnable_codebook or orthogonal_reg_weight > 0,
+            vq_bridge=vq_bridge,
+            **(affine if affine_param else {}),
         )
+        make = in_place_codebook_optimizer
+        self.in_place_codebook_optimizer = None if make is None else make(self._codebook.parameters())
+
+    commitment_weight = Number(check_not_negative)
+    codebook_loss_weight = Number(check_not_negative)
+    orthogonal_reg_weight = Number(check_not_negative)
+    codebook_diversity_loss_weight = Number(check_not_negative)
+    codebook_diversity_temperature = Number(check_not_negative)
+    sample_codebook_temp = Number(check_not_negative)
+    directional_reparam_variance = Number(check_not_negative)
+    sync_update_v = Number(check_fraction)
 
     @property
     def codebook(self) -> Tensor:  # [K, D], or [heads, K, D] with separate_codebook_per_head
@@ -161,7 +297,7 @@ class VectorQuantize(nn.Module):
     def codebook(self, codes: Tensor) -> None:
         if codes.shape != self.codebook.shape:
             raise ValueError(
-                f"{type(self).__name__}: codebook must have shape {list(self.codebook.shape)}, got {list(codes.shape)}"
+                f"{self.owner}: codebook must have shape {list(self.codebook.shape)}, got {list(codes.shape)}"
             )
         self._codebook.set_(codes.view(self._codebook.embed.shape))
 
@@ -172,7 +308,6 @@ class VectorQuantize(nn.Module):
 
     @decay.setter
     def decay(self, value: float) -> None:
-        check_decay(type(self).__name__, value)
         self._codebook.decay = value
 
     @property
@@ -183,9 +318,7 @@ class VectorQuantize(nn.Module):
     def _layout(self) -> Layout:
         image = 2 if self.accept_image_fmap else 3 if self.accept_3d_fmap else None
         features_second = image is not None or not self.channel_last
-        return Layout(
-            type(self).__name__, self.dim, self.heads, self.separate_codebook_per_head, features_second, image
-        )
+        return Layout(self.owner, self.dim, self.heads, self.separate_codebook_per_head, features_second, image)
 
     def forward(
         self,
@@ -194,26 +327,29 @@ class VectorQuantize(nn.Module):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
         topk: int | None = None,
-        *,
+        sample_codebook_temp: Tensor | float | None = None,
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
+        codebook_transform_fn: Callable[[Tensor], Tensor] | None = None,
         ema_update_weight: UpdateWeight | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-        **unsupported,
     ) -> tuple[Tensor, ...]:
         """Quantize x: (quantized, indices, loss). In training then update the codes.
 
         Arguments:
             x: float32, float64, float16 or bfloat16, in the axes that channel_last, accept_image_fmap and
                 accept_3d_fmap say.
-            indices: int64, shaped as returned. The result is then (quantized, the mean cross entropy of these codes)
+            indices: integers, shaped as returned. The result is then (quantized, the mean cross entropy of these codes)
                 under the softmax of -|z - c_k|, for cosine of z.c_k; -1 is left out.
             mask: bool, shape of x without its feature axis; False leaves a vector out of everything.
             lens: [b] integers, for x [b, n, dim]: the mask that keeps the first lens[i] vectors of each sequence.
             topk: return the codes of the k nearest (at most 32) instead of one, for one head. Nothing is updated.
-            freeze_codebook, ema_update: as in the constructor, for this call.
+            sample_codebook_temp, freeze_codebook, ema_update: as in the constructor, for this call; a temperature that
+                changes from call to call is best a 0-d tensor, which a compiled graph takes as it comes.
             return_loss_breakdown: a fourth value, LossBreakdown.
+            codebook_transform_fn: makes codes of each vector's own [H, b, n, K, D] of the codes [H, K, D]: n positions
+                of b samples, of b heads samples where heads share a codebook.
             ema_update_weight: [K] or [heads, K] in [0, 1], or a function of the sums [H, K, D] and counts [H, K] of
                 all ranks that returns this: scales how far each code's averages move.
             accum_ema_update: only keep this call's counts and sums, for the next call without it to add to its own.
@@ -233,51 +369,144 @@ class VectorQuantize(nn.Module):
         Raises TypeError or ValueError for inputs that don't fit, IndexError for indices that are no codes, and
         RuntimeError when activation checkpointing repeats a step that has updated the codebook, before any change.
         """
-        owner, layout, codebook = type(self).__name__, self._layout, self._codebook
-        refuse(f"{owner}.forward", unsupported)
+        layout, codebook = self._layout, self._codebook
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         learning = self.training and not frozen
         collect = learning and topk is None and codebook.collects(ema_update)
-        self._check_call(x, indices, topk, ema_update, ema_update_weight)
+        indices = self._check_call(x, indices, topk, ema_update, ema_update_weight)
+        temperature = self._temperature(sample_codebook_temp, x)
         mask = layout.mask(x, mask, lens)
         if collect:
-            check_first_run(codebook.embed.detach(), owner)
-        ready = codebook.is_initted or torch.compiler.is_compiling()
-        with nullcontext() if ready else codebook.restored_on_failure():
+            check_first_run(codebook.embed.detach(), self.owner)
+        observes = learning and topk is None and codebook.observes
+        safe = (codebook.is_initted and not observes) or torch.compiler.is_compiling()
+        with nullcontext() if safe else codebook.restored_on_failure():
             positions, row_mask = layout.positions(x), layout.mask_rows(mask)
             rows = layout.rows(x, self.project_in, mask)
             codebook.ready_(rows.detach(), row_mask)
-            gradient = "rotation" if self.rotation_trick else "straight_through"
-            if not self.route_gradients_to_input:
-                gradient = "none"
+            if observes:
+                codebook.observe_(rows.detach(), row_mask)
+            in_place = None
+            if self.in_place_codebook_optimizer is not None and learning:
+                with torch.enable_grad():
+                    searched = self._searched(rows, positions, True, codebook_transform_fn)
+                    in_place = self._optimize_in_place(rows.detach(), searched, row_mask)
+            searched = self._searched(rows, positions, learning, codebook_transform_fn)
 
             # In eval only the cross entropy reaches the input.
             given = rows if self.training else rows.detach()
+            passing = self._passing(temperature)
+            how = {"gradient": passing.of_search, "learn": learning, "temperature": temperature}
             if topk is None:
-                found = codebook(given, row_mask, gradient=gradient, learn=learning, collect=collect)
-                quantized = layout.rows_back(found.quantized, positions)
-                chosen = layout.indices_back(found.indices, positions)
-                error = found.error
-                commitment = mean_error(error, row_mask, rows.shape[-1]) if self.training else error.new_zeros(())
+                found = codebook(given, searched, row_mask, collect=collect, **how)
             else:
-                k = min(topk, self.codebook_size)
-                found = codebook.topk(given, k, row_mask, gradient=gradient, learn=learning)
-                quantized = found.quantized.view(*positions, k, rows.shape[-1])
-                chosen = found.indices.view(*positions, k)
-                commitment = found.error.view(*positions, k) / rows.shape[-1]
+                found = codebook.topk(given, searched, min(topk, self.codebook_size), row_mask, **how)
+            quantized = with_gradient(found.quantized, found.indices, given, searched, passing, row_mask)
+            if topk is None:
+                chosen = layout.indices_back(found.indices, positions)
+                quantized = layout.rows_back(quantized, positions)
+            else:
+                quantized, chosen = (t.view(*positions, *t.shape[2:]) for t in (quantized, found.indices))
             quantized = self._output(self.project_out(quantized), mask, x)
 
             if indices is None:
-                loss, breakdown = weighted(commitment, self.commitment_weight, self.training)
-                results = (quantized, chosen, loss, breakdown) if return_loss_breakdown else (quantized, chosen, loss)
+                terms, codebook_error = self._terms(given, found, searched, row_mask, positions, in_place)
+                loss = weighted(terms, codebook_error, self.numbers, self.training, self._commits)
+                results = (quantized, chosen, loss, terms) if return_loss_breakdown else (quantized, chosen, loss)
             else:
-                codes, targets = codebook.codes(learning), layout.index_rows(indices)
-                results = quantized, mean_cross_entropy(rows, codes, targets, row_mask, codebook.metric)
+                targets = layout.index_rows(indices)
+                if row_mask is not None:
+                    targets = targets.masked_fill(~row_mask, -1)
+                results = quantized, mean_cross_entropy(searched.cross_entropy(rows, targets), targets)
             # Last, so that nothing that fails before it leaves a trace.
             if collect:
                 update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
                 codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
         return results
+
+    @property
+    def _commits(self) -> bool:
+        return self.numbers.positive["commitment_weight"] and not self.directional_reparam
+
+    def _passing(self, temperature: Tensor | None) -> Passing:
+        """How the output's gradient passes, of a forward in training."""
+        if not self.training:
+            kind = "none"
+        elif not self.route_gradients_to_input:
+            kind = "none" if temperature is None or not self.straight_through else "soft"
+        elif self.directional_reparam:
+            kind = "directional"
+        else:
+            kind = "rotation" if self.rotation_trick else "straight_through"
+        variance, more = (self.numbers[name] for name in ("directional_reparam_variance", "sync_update_v"))
+        more = more if self.training and self.numbers.positive["sync_update_v"] else None
+        return Passing(kind, temperature, variance, more)
+
+    def _terms(
+        self,
+        rows: Tensor,  # [H, N, D]
+        found: Quantized | Chosen,
+        searched: SharedCodes | RowCodes,
+        mask: Tensor | None,  # [H, N] bool
+        positions: tuple[int, ...],
+        in_place: Tensor | None,
+    ) -> tuple[LossBreakdown, Tensor | None]:
+        """The terms of the loss, and that of codebook_loss_weight."""
+        each, D, nothing = found.error.dim() == 3, rows.shape[-1], found.error.new_zeros(())
+        commitment, diversity, orthogonal, codebook_error = nothing, nothing, nothing, None
+        if each:
+            commitment = found.error.view(*positions, -1) / D
+            if self.training and not self._commits:
+                commitment = torch.zeros_like(commitment)
+        elif self.training and self._commits:
+            if self.commitment_use_cross_entropy_loss:
+                entropy = searched.cross_entropy(rows, found.indices)
+                commitment = mean_cross_entropy(entropy, found.indices) + nan_if_lost(found.error)
+            else:
+                commitment = mean_error(found.error, mask, D)
+        if self.training and self.has_codebook_loss:
+            errors = searched.codebook_error(rows, found.indices)
+            codebook_error = errors.view(*positions, -1) / D if each else mean_error(errors, mask, D)
+        if self.training and self.numbers.positive["codebook_diversity_loss_weight"]:
+            grouped = partial(self._layout.grouped, positions=positions)
+            entropy = searched.entropy(rows, self.numbers["codebook_diversity_temperature"], mask, grouped)
+            diversity = -entropy.sum() / max(entropy.numel(), 1)
+        if self.training and self.numbers.positive["orthogonal_reg_weight"]:
+            active = self._codebook.in_use(found.indices) if self.orthogonal_reg_active_codes_only else None
+            # A clone, since the update moves the codes before the backward.
+            orthogonal = orthogonality(self._codebook.embed.clone(), active, self.orthogonal_reg_max_codes)
+        in_place = nothing if in_place is None else in_place
+        return LossBreakdown(commitment, diversity, orthogonal, in_place), codebook_error
+
+    def _temperature(self, given: Tensor | float | None, x: Tensor) -> Tensor | None:  # ()
+        """That codes are drawn with; None where the nearest is taken."""
+        if not isinstance(given, Tensor | None):
+            check_not_negative(self.owner, sample_codebook_temp=given)
+        if not (self.stochastic_sample_codes and self.training):
+            return None
+        if given is None:
+            positive = self.numbers.positive["sample_codebook_temp"]
+            return self.numbers["sample_codebook_temp"] if positive else None
+        if not isinstance(given, Tensor) and given == 0:
+            return None
+        return torch.as_tensor(given, dtype=torch.float32, device=x.device)
+
+    def _searched(
+        self, rows: Tensor, positions: tuple[int, ...], learn: bool, transform: Callable[[Tensor], Tensor] | None
+    ) -> SharedCodes | RowCodes:
+        if transform is None:
+            return self._codebook.searched(learn, rows)
+        codes = self._codebook.codes(learn)
+        made = self._layout.row_codes(transform(codes), positions, tuple(codes.shape))
+        made = made if learn else made.detach()
+        return RowCodes(unit(made) if self.use_cosine_sim else made, self._codebook.metric)
+
+    def maybe_split_heads_from_input(self, x: Tensor) -> Tensor:
+        """Vectors [b, n, heads * D] by head: [heads, b, n, D] for codebooks of their own, else [1, b * heads, n, D]."""
+        if self.heads == 1:
+            return x
+        x = x.unflatten(-1, (self.heads, -1))
+        return x.movedim(2, 0) if self.separate_codebook_per_head else x.movedim(2, 1).flatten(0, 1).unsqueeze(0)
 
     def _output(self, quantized: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
         """The output in the caller's axes, with its values at masked positions."""
@@ -297,10 +526,11 @@ class VectorQuantize(nn.Module):
 
         With heads, indices are [b, ..., heads], and their codes stand one behind the other in the features.
         """
-        return self._layout.features_back(self._joined_codes(indices))
+        return self._layout.features_back(self._joined_codes(self._layout.indices(indices, self.codebook_size)))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The quantized vectors that forward returned with these indices, if the codes are the same. -1 gives zeros."""
+        indices = self._layout.indices(indices, self.codebook_size)
         codes = self._joined_codes(indices)
         if self.has_projections:
             codes = self.project_out(codes.to(self.project_out.weight.dtype))
@@ -310,7 +540,6 @@ class VectorQuantize(nn.Module):
 
     def _joined_codes(self, indices: Tensor) -> Tensor:  # [*positions(, heads)] -> [*positions, heads * D]
         layout = self._layout
-        layout.check_indices(indices, self.codebook_size)
         positions = tuple(indices.shape[:-1] if self.heads > 1 else indices.shape)
         return layout.rows_back(self._codebook.codes_at(layout.index_rows(indices)), positions)
 
@@ -321,12 +550,12 @@ class VectorQuantize(nn.Module):
         x, indices and mask as in forward; index -1 leaves a vector out. Also in eval and with freeze_codebook, since it
         is asked for. A learnable codebook has nothing to update, unless threshold_ema_dead_code keeps averages.
         """
-        self._check_call(x, indices, None, None, None)
+        indices = self._check_call(x, indices, None, None, None)
         layout = self._layout
         mask = layout.mask(x, mask, None)
         if not self._codebook.collects():
             return
-        check_first_run(self._codebook.embed.detach(), type(self).__name__)
+        check_first_run(self._codebook.embed.detach(), self.owner)
         rows = layout.rows(x, self.project_in, mask)
         self._codebook.keep_float32_()
         chosen = layout.index_rows(indices)
@@ -343,8 +572,8 @@ class VectorQuantize(nn.Module):
         Only in training. All ranks must call it, and get the same codes.
         """
         self._layout.check_input(x)
-        check_device(type(self).__name__, x, codebook=self._codebook.embed)
-        if self.training and self._codebook.threshold_ema_dead_code > 0:
+        check_device(self.owner, x, codebook=self._codebook.embed)
+        if self.training and self._codebook.replaces_dead:
             self._codebook.expire_codes_(self._layout.rows(x, self.project_in))
 
     def _check_call(
@@ -354,23 +583,29 @@ class VectorQuantize(nn.Module):
         topk: int | None,
         ema_update: bool | None,
         ema_update_weight: UpdateWeight | None,
-    ) -> None:
-        owner = type(self).__name__
+    ) -> Tensor | None:
+        """The indices as int64."""
+        owner = self.owner
         self._layout.check_input(x)
         check_device(owner, x, codebook=self._codebook.embed, indices=indices)
         if indices is not None:
-            self._layout.check_indices(indices, self.codebook_size, self._layout.positions(x))
+            indices = self._layout.indices(indices, self.codebook_size, self._layout.positions(x))
         if topk is not None:
             check_counts(owner, topk=topk)
             if self.heads > 1:
                 raise ValueError(f"{owner}: topk ranks the codes of one head, got heads={self.heads}")
             if indices is not None:
                 raise ValueError(f"{owner}: topk and indices can't both be given")
+            if self.training and self.in_place_codebook_optimizer is not None:
+                raise ValueError(f"{owner}: topk is for codes that stay, but in_place_codebook_optimizer moves them")
+            if self.training and self.commitment_use_cross_entropy_loss:
+                raise ValueError(f"{owner}: topk has a squared error a code, not commitment_use_cross_entropy_loss")
         if ema_update and self._codebook.learnable_codebook:
             raise ValueError(f"{owner}: ema_update=True, but learnable_codebook=True: no averages move the codes")
         weight = ema_update_weight
         if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
             raise TypeError(f"{owner}: ema_update_weight must be a tensor or a function, got {type(weight).__name__}")
+        return indices
 
     def extra_repr(self) -> str:
         heads = f", heads={self.heads}" if self.heads > 1 else ""

@@ -1,5 +1,6 @@
 """The codebook and its statistics: search, EMA update, k-means initialisation, replacement of dead codes."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -10,11 +11,15 @@ from torch import Tensor, nn
 from vqops.ops.checks import Gradient, check_device, check_floating
 from vqops.ops.code_sums import code_sums
 from vqops.ops.ema import ema_update_
-from vqops.ops.quantize import Quantized, quantize
+from vqops.ops.quantize import Quantized
+from vqops.quantizers.codebook.chosen import Chosen, quantize_chosen
 from vqops.quantizers.codebook.kmeans import kmeans
+from vqops.quantizers.codebook.preparation import KeptPreparation
 from vqops.quantizers.codebook.random_rows import random_rows
 from vqops.quantizers.codebook.ranks import num_ranks, of_fullest_rank, sum_over_ranks
-from vqops.quantizers.codebook.topk import QuantizedTopk, quantize_topk
+from vqops.quantizers.codebook.searched import RowCodes, SharedCodes
+from vqops.quantizers.options.checks import check_fraction, check_not_negative
+from vqops.quantizers.options.numbers import Number, Numbers
 from vqops.reference import TINY
 
 UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
@@ -23,11 +28,14 @@ UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 class Codebook(nn.Module):
     """H codebooks of K codes, as vectors [H, K, D] and as the running averages that the vectors are the ratio of.
 
-    State: `embed` [H, K, D], the codes, a Parameter if learnable and else a buffer; `cluster_size` [H, K] and
+    State: `embed` [H, K, D], the codes, a Parameter if `parameter` and else a buffer; `cluster_size` [H, K] and
     `embed_avg` [H, K, D], the moving averages of count and sum of the rows of each code; `initted` (), False until
-    k-means has run. Buffers stay float32 through `.to(dtype)`, `.half()` and loading; a learnable `embed` follows them.
+    k-means has run. Buffers stay float32 through `.to(dtype)`, `.half()` and loading; a Parameter follows them.
     `owner` is the class that the user called, for messages.
     """
+
+    decay = Number(check_fraction)
+    threshold_ema_dead_code = Number(check_not_negative)
 
     def __init__(
         self,
@@ -47,19 +55,26 @@ class Codebook(nn.Module):
         ema_update: bool,
         manual_ema_update: bool,
         learnable_codebook: bool,
+        moved_by_error: bool,  # by the gradient of the error that `quantize` returns
+        parameter: bool,
+        vq_bridge: nn.Module | None,
     ):
         super().__init__()
         self.owner = owner
-        self.decay = decay
+        self.codebook_size = codebook_size
+        self.num_codebooks = num_codebooks
+        self.numbers = Numbers(decay=decay, threshold_ema_dead_code=threshold_ema_dead_code)
         self.eps = eps
         self.kmeans_iters = kmeans_iters
         self.sync_kmeans = sync_kmeans
+        self.use_cosine_sim = use_cosine_sim
         self.metric = "cosine" if use_cosine_sim else "euclidean"
-        self.threshold_ema_dead_code = threshold_ema_dead_code
         self.sync = sync_codebook
         self.ema_update = ema_update
         self.manual_ema_update = manual_ema_update
         self.learnable_codebook = learnable_codebook
+        self.moved_by_error = moved_by_error
+        self.vq_bridge = vq_bridge
 
         embed = nn.init.kaiming_uniform_(torch.empty(num_codebooks, codebook_size, dim, dtype=torch.float32))
         if use_cosine_sim:
@@ -67,7 +82,7 @@ class Codebook(nn.Module):
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", torch.ones(num_codebooks, codebook_size, dtype=torch.float32))
         self.register_buffer("embed_avg", embed.clone())
-        if learnable_codebook:
+        if parameter:
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
@@ -75,10 +90,15 @@ class Codebook(nn.Module):
         self.is_initted = not kmeans_init
         # Counts and sums of this rank that wait for the next update. No buffer, since DDP would send rank 0's to all.
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.preparation = KeptPreparation()
+
+    @property
+    def replaces_dead(self) -> bool:
+        return self.numbers.positive["threshold_ema_dead_code"]
 
     def collects(self, ema_update: bool | None = None) -> bool:
         """Whether a training step needs the counts and sums of its rows."""
-        return self.averages(ema_update) or self.threshold_ema_dead_code > 0
+        return self.averages(ema_update) or self.replaces_dead
 
     def averages(self, ema_update: bool | None = None) -> bool:
         """Whether a training step moves the codes to their averages."""
@@ -87,60 +107,109 @@ class Codebook(nn.Module):
     def forward(
         self,
         x: Tensor,  # [H, N, D]
+        searched: SharedCodes | RowCodes,
         mask: Tensor | None = None,  # [H, N] bool
         *,
         gradient: Gradient,
         learn: bool,
         collect: bool,
+        temperature: Tensor | None = None,
     ) -> Quantized:
-        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: with counts and sums.
+        """Quantize. `learn`: the error's gradient reaches a learnable codebook; `collect`: with counts and sums;
+        `temperature`: to codes drawn with it instead of the nearest.
 
-        With gradient "none", the gradient of quantized goes to the codes, if they learn.
+        With gradient "none", the gradient of quantized goes to the codes, if they have one.
         """
-        found = quantize(
-            x,
-            self.codes(learn),
-            mask,
-            metric=self.metric,
-            gradient=gradient,
-            code_sums=collect,
-            codebook_error_scale=float(learn and self.learnable_codebook),
-        )
-        if gradient != "none":
+        if temperature is None:
+            scale = float(learn and self.moved_by_error)
+            collected = collect and isinstance(searched, SharedCodes)
+            found = searched.quantize(x, mask, gradient, collected, scale)
+        else:
+            collected = False
+            indices = searched.sample(x, temperature, self.seed(x), None, mask).unsqueeze(-1)
+            codes = searched.at(indices) if learn and self.moved_by_error else searched.at(indices).detach()
+            chosen = quantize_chosen(x, codes, indices, mask, self.metric, gradient)
+            found = Quantized(*(t.squeeze(2) for t in chosen), x.new_empty(0), x.new_empty(0))
+        if collect and not collected:
+            _, counts, sums = self.statistics(x.detach(), found.indices)
+            found = found._replace(counts=counts, sums=sums)
+        if gradient != "none" or not searched.codes.requires_grad:
             return found
+        codes = searched.at(found.indices.unsqueeze(-1)).squeeze(2)
         quantized = found.quantized.detach()
-        if learn and self.learnable_codebook:
-            codes = self.codes_at(found.indices)
-            quantized = quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero
-        return found._replace(quantized=quantized)
+        return found._replace(quantized=quantized + (codes - codes.detach()).to(quantized.dtype))  # adds zero
 
     def topk(
         self,
-        x: Tensor,  # [1, N, D]
+        x: Tensor,  # [H, N, D]
+        searched: SharedCodes | RowCodes,
         k: int,
-        mask: Tensor | None,  # [1, N] bool
+        mask: Tensor | None,  # [H, N] bool
         *,
         gradient: Gradient,
         learn: bool,
-    ) -> QuantizedTopk:
-        """Quantize to each of the k nearest codes, with one codebook."""
-        rows, codes = x.squeeze(0), self.codes(learn).squeeze(0)
-        return quantize_topk(rows, codes, k, None if mask is None else mask.squeeze(0), self.metric, gradient)
+        temperature: Tensor | None = None,
+    ) -> Chosen:
+        """Quantize to each of the k nearest codes, or to k different ones drawn with a temperature."""
+        if temperature is None:
+            indices = searched.topk(x, k, mask)
+        else:
+            indices = searched.sample(x, temperature, self.seed(x), k, mask)
+        codes = searched.at(indices)
+        if gradient != "none" and not (learn and self.moved_by_error):
+            codes = codes.detach()
+        return quantize_chosen(x, codes, indices, mask, self.metric, gradient)
+
+    @staticmethod
+    def seed(x: Tensor) -> Tensor:  # int64 [2]
+        """A new one for each call, from the generator of the device."""
+        key = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+        return torch.cat([key, torch.zeros_like(key)])
 
     def codes(self, learn: bool) -> Tensor:  # [H, K, D]
-        """The codes; `learn`: with their gradient, if they are learnable."""
-        return self.embed if learn and self.learnable_codebook else self.embed.detach()
+        """The codes that are searched; `learn`: with their gradient, if they are a Parameter."""
+        codes = self.embed if learn else self.embed.detach()
+        if self.vq_bridge is None:
+            return codes
+        codes = self.vq_bridge(codes)
+        return codes if learn else codes.detach()
+
+    def searched(self, learn: bool, x: Tensor) -> SharedCodes:  # x [H, N, D]
+        codes = self.codes(learn)
+        return SharedCodes(codes, self.metric, self.preparation.of(codes, self.metric, x))
 
     def codes_at(self, indices: Tensor) -> Tensor:  # [H, N] -> [H, N, D], zeros for -1
-        H, K, _ = self.embed.shape
-        place = indices.clamp_min(0) + K * torch.arange(H, device=indices.device).unsqueeze(-1)
-        return F.embedding(place, self.embed.flatten(0, 1)).masked_fill((indices < 0).unsqueeze(-1), 0)
+        return SharedCodes(self.codes(False), self.metric).at(indices.unsqueeze(-1)).squeeze(2)
+
+    def in_use(self, indices: Tensor) -> Tensor:  # [H, N] or [H, N, k] -> [H, K] bool
+        """The codes that are among the indices."""
+        used = torch.zeros(self.num_codebooks, self.codebook_size + 1, dtype=torch.bool, device=indices.device)
+        return used.scatter_(1, indices.flatten(1).remainder(self.codebook_size + 1), True)[:, :-1]  # -1 is the last
+
+    @property
+    def observes(self) -> bool:
+        """Whether a training step has something to learn from its rows before their search."""
+        return False
+
+    def observe_(self, x: Tensor, mask: Tensor | None) -> None:
+        """Before the search of a training step, with its rows."""
 
     def ready_(self, x: Tensor, mask: Tensor | None) -> None:
         """Before a search: float32 buffers, and k-means if neither a batch nor a loaded state has decided the codes."""
         self.keep_float32_()
-        if not self.is_initted:
-            self.initialise_(x, mask)
+        if self.is_initted:
+            return
+        if not torch.compiler.is_compiling():
+            # Written in place or by a copy of the module, perhaps, and no rank may go on to a collective alone.
+            self.is_initted = bool(self.initted)
+            if self.is_initted:
+                return
+            if not self.training and num_ranks(self.sync) > 1:
+                raise RuntimeError(
+                    f"{self.owner}: kmeans_init waits for a first batch in training, of all {num_ranks()} ranks; in "
+                    "eval, where a rank may be alone, it would wait for the others"
+                )
+        self.initialise_(x, mask)
 
     @torch.no_grad()
     def initialise_(self, x: Tensor, mask: Tensor | None) -> None:
@@ -156,6 +225,12 @@ class Codebook(nn.Module):
         means, counts = kmeans(x, self.embed.shape[1], self.kmeans_iters, self.metric, mask, together)
         if num_ranks(self.sync) > 1 and not together:
             means, counts = of_fullest_rank(counts.sum(-1), means, counts)
+        if not torch.compiler.is_compiling() and (rows := int(counts.sum(-1).min())) < self.codebook_size:
+            warnings.warn(
+                f"{self.owner}: k-means starts with {rows} vectors for codebook_size={self.codebook_size}: some codes "
+                "are equal",
+                stacklevel=2,
+            )
         take = ~self.initted & (counts.sum(-1, keepdim=True) > 0)
         counts = counts.clamp_min(1)
         self.cluster_size.copy_(counts.where(take, self.cluster_size))
@@ -167,15 +242,16 @@ class Codebook(nn.Module):
 
     @contextmanager
     def restored_on_failure(self):
-        """For the first call, in which k-means changes the state before all that can fail is done."""
+        """For a call that changes the state before all that can fail is done: the first, with its k-means."""
         before = {name: getattr(self, name).detach().clone() for name in ("embed", *self._buffers)}
+        initted = self.is_initted
         try:
             yield
         except BaseException:
             with torch.no_grad():
                 for name, tensor in before.items():
                     getattr(self, name).copy_(tensor)
-            self.is_initted = False
+            self.is_initted = initted
             raise
 
     @torch.no_grad()
@@ -203,6 +279,7 @@ class Codebook(nn.Module):
         evidence that codes die. Everything that can fail comes before any change. With `accumulate`, this rank's
         statistics are only kept, and the next update adds them to its own.
         """
+        sums = self.sums_of_codes(counts, sums)
         if self.pending is not None:
             counts, sums = counts + self.pending[0], sums + self.pending[1]
         elif x.shape[1] == 0 and num_ranks(self.sync) == 1:
@@ -210,9 +287,8 @@ class Codebook(nn.Module):
         if accumulate:
             self.pending = counts.float(), sums
             return
-        replace = self.threshold_ema_dead_code > 0
-        if replace:
-            rows = random_rows(x, indices >= 0, self.embed.shape[1], self.sync)
+        if self.replaces_dead:
+            rows = random_rows(self.as_codes(x), indices >= 0, self.embed.shape[1], self.sync)
             counts, sums, vectors = sum_over_ranks(counts, sums, rows.vectors, dtype=torch.float32, sync=self.sync)
         else:
             counts, sums = sum_over_ranks(counts, sums, dtype=torch.float32, sync=self.sync)
@@ -220,12 +296,19 @@ class Codebook(nn.Module):
         if weight is not None:
             step = step * self.update_weight(weight, counts, sums)
         embed = self.embed if self.averages(ema_update) and not self.manual_ema_update else None
-        ema_update_(
-            self.cluster_size, self.embed_avg, embed, counts, sums, self.decay, self.eps, step, metric=self.metric
-        )
+        decay = self.numbers["decay"]
+        ema_update_(self.cluster_size, self.embed_avg, embed, counts, sums, decay, self.eps, step, metric=self.metric)
         self.pending = None
-        if replace:
+        if self.replaces_dead:
             self.replace_dead_(vectors, rows.distinct)
+
+    def as_codes(self, x: Tensor) -> Tensor:  # [H, N, D]
+        """Rows where `embed` has its codes."""
+        return x
+
+    def sums_of_codes(self, counts: Tensor, sums: Tensor) -> Tensor:  # [H, K], [H, K, D]
+        """The sums of rows `as_codes`."""
+        return sums
 
     def update_weight(self, weight: UpdateWeight, counts: Tensor, sums: Tensor) -> Tensor:  # [H, K]
         if not isinstance(weight, Tensor):
@@ -252,14 +335,14 @@ class Codebook(nn.Module):
     def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:  # x [H, N, D], mask [H, N] bool
         """Replace dead codes by random rows of the ranks' joint batch."""
         valid = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
-        rows = random_rows(x, valid, self.embed.shape[1], self.sync)
+        rows = random_rows(self.as_codes(x), valid, self.embed.shape[1], self.sync)
         (vectors,) = sum_over_ranks(rows.vectors, dtype=torch.float32, sync=self.sync)
         self.keep_float32_()
         self.replace_dead_(vectors, rows.distinct)
 
     def replace_dead_(self, vectors: Tensor, usable: Tensor) -> None:  # [H, K, D], [H, K]
         """Where a code's average count is below the threshold, restart it from its vector, with that count."""
-        threshold = float(self.threshold_ema_dead_code)
+        threshold = self.numbers["threshold_ema_dead_code"]
         if self.metric == "cosine":
             vectors = F.normalize(vectors, dim=-1, eps=TINY)
         dead = (self.cluster_size < threshold) & usable & vectors.isfinite().all(-1)
@@ -290,6 +373,7 @@ class Codebook(nn.Module):
         for name, old in before.items():
             if self._buffers[name].dtype != old.dtype:
                 self._buffers[name] = old.to(self._buffers[name].device)
+        self.preparation = KeptPreparation()
         if self.pending is not None:
             self.pending = tuple(t.to(self.cluster_size.device) for t in self.pending)
         return self

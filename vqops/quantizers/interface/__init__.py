@@ -1,1 +1,1 @@
-"""Between a quantizer's caller and its codebook: options, axes of the input and the results, losses."""
+"""Between a quantizer's caller and its codebook: axes of the input and the results, losses."""

@@ -1,11 +1,17 @@
 """From the caller's axes to the rows [H, N, D] of the ops, and back."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vqops.ops.checks import check_device, check_floating, check_indices
+
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 class Layout(NamedTuple):
@@ -45,11 +51,11 @@ class Layout(NamedTuple):
                 raise ValueError(f"{self.owner}: mask and lens can't both be given")
             if len(positions) != 2:
                 raise ValueError(f"{self.owner}: lens needs [b, n] vectors, got {list(positions)}; use mask")
-            if lens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            if lens.dtype not in INTEGERS:
                 raise TypeError(f"{self.owner}: lens must be integers, got {lens.dtype}")
             if tuple(lens.shape) != positions[:1]:
                 raise ValueError(f"{self.owner}: lens must have shape {list(positions[:1])}, got {list(lens.shape)}")
-            return torch.arange(positions[1], device=x.device) < lens.unsqueeze(-1)
+            return torch.arange(positions[1], device=x.device) < lens.long().unsqueeze(-1)
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise TypeError(f"{self.owner}: mask must be bool, True for vectors to quantize, got {mask.dtype}")
@@ -57,13 +63,17 @@ class Layout(NamedTuple):
                 raise ValueError(f"{self.owner}: mask must have shape {list(positions)}, got {list(mask.shape)}")
         return mask
 
-    def check_indices(self, indices: Tensor, num_codes: int, positions: tuple[int, ...] | None = None) -> None:
+    def indices(self, indices: Tensor, num_codes: int, positions: tuple[int, ...] | None = None) -> Tensor:
+        """The caller's indices as int64, after all checks."""
+        if indices.dtype in INTEGERS:
+            indices = indices.long()
         check_indices(self.owner, indices, num_codes)
         heads, given = [self.heads] * (self.heads > 1), list(indices.shape)
         if positions is not None and given != [*positions, *heads]:
             raise ValueError(f"{self.owner}: indices must have shape {[*positions, *heads]}, got {given}")
         if heads and given[-1:] != heads:
             raise ValueError(f"{self.owner}: indices must end in an axis of heads={self.heads}, got {given}")
+        return indices
 
     def features_last(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1) if self.features_second else x
@@ -96,6 +106,25 @@ class Layout(NamedTuple):
 
     def indices_back(self, indices: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N] -> [*positions(, heads)]
         return self.heads_last(indices).reshape(*positions, *[self.heads] * (self.heads > 1))
+
+    def grouped(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, ...] -> [H, G, M, ...]
+        """The rows of each of the G positions of a sample, from all M samples and the heads that share a codebook."""
+        shared, batch = 1 if self.separate else self.heads, max(positions[0], 1)
+        t = rows.reshape(len(rows), positions[0], rows.shape[1] // (batch * shared), shared, *rows.shape[2:])
+        return t.movedim(1, 2).flatten(2, 3)
+
+    def row_codes(self, codes: Tensor, positions: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Codes of each row [H, N, K, D] from what a codebook_transform_fn made of codes of `shape` [H, K, D].
+
+        It gives [H, b, n, K, D], n the positions of a sample; heads that share a codebook are samples, as they are to
+        vector-quantize-pytorch.
+        """
+        (H, K, D), batch, n = shape, positions[0], math.prod(positions[1:])
+        shared = 1 if self.separate else self.heads
+        expected = [H, batch * shared, n, K, D]
+        if list(codes.shape) != expected:
+            raise ValueError(f"{self.owner}: codebook_transform_fn must return {expected}, got {list(codes.shape)}")
+        return codes.view(H, batch, shared, n, K, D).transpose(2, 3).reshape(H, -1, K, D)
 
     def heads_first(self, t: Tensor) -> Tensor:  # [n, heads, ...] -> [H, N, ...]
         return t.transpose(0, 1) if self.separate else t.reshape(1, -1, *t.shape[2:])

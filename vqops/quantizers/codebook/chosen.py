@@ -1,4 +1,4 @@
-"""Quantization to each of the k nearest codes, for a beam search over codes."""
+"""Quantization to codes that something other than a search for the nearest has chosen."""
 
 import math
 from typing import NamedTuple
@@ -8,38 +8,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops.checks import Gradient, Metric
-from vqops.ops.search import nearest_topk
 from vqops.reference import TINY
 
 
-class QuantizedTopk(NamedTuple):
-    quantized: Tensor  # [N, k, D], dtype of x
-    indices: Tensor  # [N, k] int64
-    error: Tensor  # [N, k] float32 (float64 for float64 x)
+class Chosen(NamedTuple):
+    quantized: Tensor  # [H, N, k, D], dtype of x
+    indices: Tensor  # [H, N, k] int64
+    error: Tensor  # [H, N, k] float32 (float64 for float64 x)
 
 
-def quantize_topk(
-    x: Tensor,  # [N, D]
-    codebook: Tensor,  # [K, D]
-    k: int,  # at most 32
-    mask: Tensor | None,  # [N] bool
+def quantize_chosen(
+    x: Tensor,  # [H, N, D]
+    codes: Tensor,  # [H, N, k, D], those of the indices
+    indices: Tensor,  # [H, N, k]; -1 without a code
+    mask: Tensor | None,  # [H, N] bool
     metric: Metric,
     gradient: Gradient,
-) -> QuantizedTopk:
-    """`vqops.quantize` for the k nearest codes of each vector instead of one.
-
-    Gradients are those of `vqops.quantize` with codebook_error_scale=1; for "none", the output's goes to the codebook.
-    Everything is gathered, of size N x k x D.
+) -> Chosen:
+    """`vqops.quantize` for k given codes of each row. Gradients are its own with codebook_error_scale=1; for "none" the
+    output's goes to the codes. Everything is of size N x k x D.
     """
-    indices, _ = nearest_topk(x.detach(), codebook.detach(), k, mask, metric)
     real = torch.promote_types(x.dtype, torch.float32)
     start = x.to(real).unsqueeze(-2)
     if metric == "cosine":
         start = F.normalize(start, dim=-1, eps=TINY)
-    q = F.embedding(indices.clamp_min(0), codebook).to(real)
+    q = codes.to(real)
     absent = torch.zeros_like(indices, dtype=real).masked_fill_(indices < 0, math.nan)
     if mask is not None:
-        off = ~mask[:, None]
+        off = ~mask.unsqueeze(-1)
         absent = absent.masked_fill(off, 0)
         start = start.masked_fill(off.unsqueeze(-1), 0)
         q = q.masked_fill(off.unsqueeze(-1), 0)
@@ -48,7 +44,7 @@ def quantize_topk(
         q = q.detach()
         moved = start if gradient == "straight_through" else rotated(start, q)
         q = q + (moved - moved.detach())  # adds zero: the value is the code's to the last bit
-    return QuantizedTopk((q + absent.unsqueeze(-1)).to(x.dtype), indices, error)
+    return Chosen((q + absent.unsqueeze(-1)).to(x.dtype), indices, error)
 
 
 def rotated(x: Tensor, q: Tensor) -> Tensor:
@@ -59,3 +55,4 @@ def rotated(x: Tensor, q: Tensor) -> Tensor:
         w = F.normalize(u + v, dim=-1, eps=TINY)
         scale = q_norm / x_norm
     return (x - 2 * w * (w * x).sum(-1, keepdim=True) + 2 * v * (u * x).sum(-1, keepdim=True)) * scale
+

@@ -1,0 +1,53 @@
+"""The preparation of codes that stay as they are for many searches: in eval, and frozen in training."""
+
+import torch
+from torch import Tensor
+
+from vqops.dispatch.library import define, is_compiled, kernels, resolve
+from vqops.ops.checks import Metric
+from vqops.ops.search import PreparedCodebook
+
+
+class KeptPreparation:
+    """The last preparation, made again as soon as the values of the codes are others.
+
+    Their values say so, by a hash: not every way of changing a tensor counts its version. On a CPU alone, where a hash
+    costs far less than a preparation.
+    """
+
+    def __init__(self):
+        self.packed: Tensor | None = None
+        self.stamp: Tensor | None = None
+
+    def of(self, codes: Tensor, metric: Metric, x: Tensor) -> PreparedCodebook | None:  # [H, K, D], [H, N, D]
+        """The preparation for a search of x, without one if x is better searched without."""
+        if not can_be_kept(codes):
+            return None
+        if self.packed is None or self.packed.numel() != kernels.packed_bytes("cpu", *codes.shape):
+            self.packed = codes.new_empty(kernels.packed_bytes("cpu", *codes.shape), dtype=torch.uint8)
+            self.stamp = codes.new_zeros(2, dtype=torch.int64)
+        torch.ops.vqops.keep_prepared_(x, codes, self.packed, self.stamp, metric)
+        return PreparedCodebook(codes, self.packed, metric, resolve(None), codes._version)
+
+    def __reduce__(self):
+        return KeptPreparation, ()  # a copy makes its own
+
+
+def can_be_kept(codes: Tensor) -> bool:
+    # What is exported or traced must not depend on a tensor that is no state of the module.
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level()
+    return codes.device.type == "cpu" and is_compiled("prepare", "cpu") and resolve(None) in (None, "compiled") and (
+        not traced
+    )
+
+
+def keep_prepared_(x: Tensor, codebook: Tensor, packed: Tensor, stamp: Tensor, metric: str) -> None:
+    """Nothing: only the CPU's kernels have a preparation that is kept."""
+
+
+define(
+    "keep_prepared_",
+    "(Tensor x, Tensor codebook, Tensor(a!) packed, Tensor(b!) stamp, str metric) -> ()",
+    keep_prepared_,
+    everywhere=keep_prepared_,
+)

@@ -1,0 +1,1 @@
+"""The options of quantizers: which values are allowed, and those that may change between steps."""

@@ -1,0 +1,33 @@
+"""The options of quantizers: which values are allowed."""
+
+from numbers import Integral
+
+
+def check_counts(owner: str, **values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{owner}: {name} must be an integer of at least 1, got {value!r}")
+
+
+def check_not_negative(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{owner}: {name} must be finite and at least 0, got {value}")
+
+
+def check_fraction(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{owner}: {name} must be in [0, 1], got {value}")
+
+
+def check_not_both(owner: str, **values: bool) -> None:
+    """At most one of the options is set."""
+    given = [name for name, value in values.items() if value]
+    if len(given) > 1:
+        raise ValueError(f"{owner}: {' and '.join(given)} can't both be True")
+
+
+def check_needs(owner: str, option: str, given: bool, needed: str, there: bool) -> None:
+    if given and not there:
+        raise ValueError(f"{owner}: {option} needs {needed}")

@@ -5,6 +5,7 @@ from vqops.dispatch.library import implementations
 from vqops.ops.code_sums import code_sums
 from vqops.ops.ema import ema_update_
 from vqops.ops.quantize import Quantized, quantize
+from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest, nearest_topk, prepare, search_statistics
 from vqops.quantizers.interface.losses import LossBreakdown
 from vqops.quantizers.vector_quantize import VectorQuantize
@@ -23,6 +24,8 @@ __all__ = [
     "nearest_topk",
     "prepare",
     "quantize",
+    "sample",
+    "sample_topk",
     "search_statistics",
     "use_implementation",
 ]

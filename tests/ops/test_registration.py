@@ -20,12 +20,15 @@ def samples():
     indices = reference.nearest(x, c, mask)
     strided = torch.randn(2, 5, 20).mT
     sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
+    draw = torch.tensor(0.5), torch.tensor([3, 4])
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
     return {
         "nearest": [(x, c), (strided, c, mask, "cosine")],
         "nearest_topk": [(x, c, 3, mask), (strided, c, 3)],
         "prepare": [(c,), (torch.randn(2, 5, 7).mT, "cosine")],
         "search_statistics": [(x, c), (strided, c)],
+        "sample": [(x, c, *draw), (strided, c, *draw, mask, "cosine")],
+        "sample_topk": [(x, c, *draw, 3), (strided, c, *draw, 3, mask, "cosine")],
         "code_sums": [(x, indices, 7), (strided, indices, 7, weight)],
         "ema_update_": [(*sums, torch.tensor(0.9)), (*sums, torch.tensor(0.9), 1e-5, torch.rand(2, 7), "cosine")],
         "quantize": [
@@ -48,7 +51,7 @@ def samples():
 
 
 SAMPLES = samples()
-WITHOUT_KERNELS = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward"}
+WITHOUT_KERNELS = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward", "sample", "sample_topk"}
 
 
 def test_every_op_has_samples():
@@ -97,6 +100,8 @@ CALLS = {
     "nearest_topk": lambda x, c: vqops.nearest_topk(x, c, 2, metric="cosine"),
     "prepared": lambda x, c: vqops.nearest(x, vqops.prepare(c)),
     "search_statistics": lambda x, c: vqops.search_statistics(x, c),
+    "sample": lambda x, c: vqops.sample(x, c, 0.5, torch.tensor([3, 4])),
+    "sample_topk": lambda x, c: vqops.sample_topk(x, c, 0.5, torch.tensor([3, 4]), 3, metric="cosine"),
     "quantize": lambda x, c: tuple(vqops.quantize(x, c, gradient="rotation", code_sums=True)),
     "code_sums": lambda x, c: vqops.code_sums(x, vqops.nearest(x, c), 9),
     "reference": lambda x, c: vqops.nearest(x, c, implementation="reference"),

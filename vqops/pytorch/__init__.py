@@ -10,6 +10,7 @@ from vqops.pytorch.code_sums import code_sums
 from vqops.pytorch.host import on_host
 from vqops.pytorch.quantize import quantize
 from vqops.pytorch.quantize_backward import quantize_backward
+from vqops.pytorch.sample import sample, sample_topk
 from vqops.pytorch.search import nearest, nearest_topk, prepare, search_statistics
 
 code_cross_entropy = on_host(reference.code_cross_entropy)
@@ -26,5 +27,7 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_backward",
+    "sample",
+    "sample_topk",
     "search_statistics",
 ]

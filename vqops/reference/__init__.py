@@ -14,6 +14,7 @@ from vqops.reference.distance import TINY
 from vqops.reference.ema import ema_update_
 from vqops.reference.quantize import quantize
 from vqops.reference.quantize_backward import quantize_backward
+from vqops.reference.sample import sample, sample_topk
 from vqops.reference.search import nearest, nearest_topk, prepare, search_statistics
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_backward",
+    "sample",
+    "sample_topk",
     "search_statistics",
 ]

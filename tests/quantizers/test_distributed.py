@@ -5,6 +5,7 @@ Run by pytest it starts the two processes, which run this file as a script.
 
 import subprocess
 import sys
+from functools import partial
 
 import processor
 import pytest
@@ -20,8 +21,8 @@ EMA, DEAD = {"decay": 0.9}, {"threshold_ema_dead_code": 1.5}
 KMEANS = {"kmeans_init": True, "kmeans_iters": 4}
 HEADS = {"heads": 2, "codebook_dim": 2}
 SEPARATE = HEADS | {"separate_codebook_per_head": True}
-NAN, COMPILED, OTHER_SEED, MASKED, ACCUMULATED, WEIGHTED, GIVEN, EXPIRED, WRAPPED, EVAL = (
-    "nan", "compiled", "other seed", "masked", "accumulated", "weighted", "given indices", "expired", "in DDP", "eval"
+NAN, COMPILED, OTHER_SEED, MASKED, ACCUMULATED, WEIGHTED, GIVEN, EXPIRED, WRAPPED = (
+    "nan", "compiled", "other seed", "masked", "accumulated", "weighted", "given indices", "expired", "in DDP"
 )
 
 # name: options, rows of each rank, specialities
@@ -50,6 +51,12 @@ CASES = {
     "given indices": (EMA | DEAD | SEPARATE, (30, 20), (GIVEN, MASKED)),
     "in DDP": (EMA | DEAD | KMEANS | {"codebook_dim": 3}, (30, 40), (WRAPPED, OTHER_SEED)),
     "expired": (DEAD | SEPARATE, (0, 20), (EXPIRED, OTHER_SEED)),
+    "affine": (EMA | {"affine_param": True, "sync_affine_param": True, "threshold_ema_dead_code": 0.8}, (30, 50), ()),
+    "in place": (
+        {"learnable_codebook": True, "in_place_codebook_optimizer": partial(torch.optim.SGD, lr=0.5)},
+        (30, 30),
+        (),
+    ),
     "everything": (
         EMA | DEAD | KMEANS | HEADS | {"use_cosine_sim": True, "codebook_dim": 3}, (60, 35), (NAN, MASKED, OTHER_SEED)
     ),
@@ -57,7 +64,7 @@ CASES = {
 # Without one batch: k-means on the rows of the fullest rank, or nothing exchanged at all.
 APART = {
     "k-means apart": (EMA | KMEANS | DEAD | {"sync_kmeans": False}, (20, 60), (OTHER_SEED,)),
-    "k-means in eval": (KMEANS | {"sync_kmeans": False}, (20, 60), (OTHER_SEED, EVAL)),
+    "k-means alone": (KMEANS | {"sync_kmeans": False, "freeze_codebook": True}, (20, 60), (OTHER_SEED,)),
     "heads apart": (EMA | KMEANS | DEAD | SEPARATE | {"sync_kmeans": False}, (0, 60), (OTHER_SEED, MASKED)),
     "codebook apart": (EMA | KMEANS | DEAD | {"sync_codebook": False}, (40, 60), ()),
 }
@@ -100,7 +107,6 @@ def train(name: str, rank: int | None, rows_of=torch.cat, seed: int = 0) -> dict
     run = torch.compile(vq, fullgraph=True, backend="aot_eager") if COMPILED in special and rank is not None else vq
     if WRAPPED in special and rank is not None:
         run = torch.nn.parallel.DistributedDataParallel(vq)
-    vq.train(EVAL not in special)
     torch.manual_seed(rank if rank and OTHER_SEED in special else seed)
     collectives = 0
     all_reduce = dist.all_reduce
@@ -159,9 +165,9 @@ def test_ranks_stay_equal_with_dead_codes_whatever_the_flags(ranks, name):
 
 
 def test_k_means_of_the_fullest_rank(ranks):
-    alone = train("k-means in eval", None, rows_of=lambda rows: rows[1], seed=1)
+    alone = train("k-means alone", None, rows_of=lambda rows: rows[1], seed=1)
     for states in ranks:
-        for key, value in states["k-means in eval"].items():
+        for key, value in states["k-means alone"].items():
             if key != "collectives":
                 assert_close(value, alone[key])
 
@@ -183,9 +189,27 @@ def test_one_collective_a_step(ranks):
     assert ranks[0]["everything"]["collectives"] == 2
 
 
+def test_an_eval_call_on_one_rank_waits_for_nobody(ranks):
+    """Before the first batch it is an error, at once; an `initted` that was written in place is enough to go on."""
+    assert ranks[1]["alone"]["message"].startswith(
+        "VectorQuantize: kmeans_init waits for a first batch in training, of all 2 ranks"
+    )
+    assert ranks[1]["alone"]["indices"].max() < CODES
+
+
+def evaluate_alone() -> dict:
+    vq, x = VectorQuantize(DIM, CODES, kmeans_init=True).eval(), torch.randn(20, DIM)
+    with pytest.raises(RuntimeError) as refused:
+        vq(x)
+    vq._codebook.initted.fill_(True)  # as a copy of buffers does
+    return {"message": str(refused.value), "indices": vq(x)[1]}
+
+
 if __name__ == "__main__":
     folder, rank = sys.argv[1], int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     states = {name: train(name, rank) for name in CASES | APART}
+    if rank == 1:
+        states["alone"] = evaluate_alone()
     torch.save(states, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

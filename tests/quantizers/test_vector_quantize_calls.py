@@ -399,9 +399,14 @@ def test_the_breakdown_is_without_weights():
         ({}, {"ema_update_weight": torch.ones(3)}, ValueError, r"must have shape \[16\] or \[1, 16\], got \[3\]"),
         ({}, {"ema_update_weight": torch.ones(16).long()}, TypeError, "ema_update_weight must be float32.*int64"),
         ({"learnable_codebook": True}, {"ema_update": True}, ValueError, "but learnable_codebook=True"),
-        ({}, {"codebook_transform_fn": None}, TypeError, "codebook_transform_fn is not supported yet"),
-        ({}, {"sample_codebook_temp": 1.0}, TypeError, "sample_codebook_temp is not supported yet"),
-        ({}, {"masks": None}, TypeError, "unexpected argument 'masks'"),
+        (
+            {},
+            {"codebook_transform_fn": lambda codes: codes},
+            ValueError,
+            r"codebook_transform_fn must return \[1, 2, 10, 16, 6\], got \[1, 16, 6\]",
+        ),
+        ({}, {"sample_codebook_temp": -1.0}, ValueError, "sample_codebook_temp must be .* at least 0, got -1.0"),
+        ({}, {"masks": None}, TypeError, "unexpected keyword argument 'masks'"),
     ],
 )
 def test_wrong_arguments(options, arguments, error, message):

@@ -42,6 +42,8 @@ def ema_update_(
     for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"{op}: {name} must be float32, got {tensor.dtype}")
+        if tensor is not None and any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(f"{op}: {name} is expanded, so its elements share memory; give a copy")
     if embed_avg.dim() != 3:
         raise ValueError(f"{op}: embed_avg must be [H, K, D], got {list(embed_avg.shape)}")
     shape = tuple(embed_avg.shape)
@@ -55,7 +57,15 @@ def ema_update_(
         if not 0 <= decay <= 1:
             raise ValueError(f"{op}: decay must be in [0, 1], got {decay}")
         decay = torch.full((), decay, dtype=torch.float32, device=cluster_size.device)
-    select(op, implementation)(cluster_size, embed_avg, embed, counts, sums, decay, eps, weight, metric)
+    elif decay.dtype != torch.float32 or decay.dim() > 0:
+        raise TypeError(f"{op}: decay must be a number or a 0-d float32 tensor, got {decay.dtype} {list(decay.shape)}")
+    check_device(op, cluster_size, decay=decay)
+    # The kernels want the buffers contiguous.
+    dense = [t if t is None or t.is_contiguous() else t.contiguous() for t in (cluster_size, embed_avg, embed)]
+    select(op, implementation)(*dense, counts, sums, decay, eps, weight, metric)
+    for tensor, changed in zip((cluster_size, embed_avg, embed), dense, strict=True):
+        if changed is not tensor:
+            tensor.copy_(changed)
 
 
 def fake_ema_update_(cluster_size, embed_avg, embed, counts, sums, decay, eps=1e-5, weight=None, metric="euclidean"):

@@ -396,7 +396,8 @@ class VectorQuantize(InPlaceOptimizer):
             # In eval only the cross entropy reaches the input.
             given = rows if self.training else rows.detach()
             passing = self._passing(temperature)
-            how = {"gradient": passing.of_search, "learn": learning, "temperature": temperature}
+            drawn = temperature if self.stochastic_sample_codes and self.training else None
+            how = {"gradient": passing.of_search, "learn": learning, "temperature": drawn}
             if topk is None:
                 found = codebook(given, searched, row_mask, collect=collect, **how)
             else:
@@ -433,7 +434,7 @@ class VectorQuantize(InPlaceOptimizer):
         if not self.training:
             kind = "none"
         elif not self.route_gradients_to_input:
-            kind = "none" if temperature is None or not self.straight_through else "soft"
+            kind = "soft" if self.straight_through and temperature is not None else "none"
         elif self.directional_reparam:
             kind = "directional"
         else:
@@ -455,7 +456,7 @@ class VectorQuantize(InPlaceOptimizer):
         each, D, nothing = found.error.dim() == 3, rows.shape[-1], found.error.new_zeros(())
         commitment, diversity, orthogonal, codebook_error = nothing, nothing, nothing, None
         if each:
-            commitment = found.error.view(*positions, -1) / D
+            commitment = found.error.view(*positions, found.error.shape[-1]) / D
             if self.training and not self._commits:
                 commitment = torch.zeros_like(commitment)
         elif self.training and self._commits:
@@ -466,7 +467,7 @@ class VectorQuantize(InPlaceOptimizer):
                 commitment = mean_error(found.error, mask, D)
         if self.training and self.has_codebook_loss:
             errors = searched.codebook_error(rows, found.indices)
-            codebook_error = errors.view(*positions, -1) / D if each else mean_error(errors, mask, D)
+            codebook_error = errors.view(commitment.shape) / D if each else mean_error(errors, mask, D)
         if self.training and self.numbers.positive["codebook_diversity_loss_weight"]:
             grouped = partial(self._layout.grouped, positions=positions)
             entropy = searched.entropy(rows, self.numbers["codebook_diversity_temperature"], mask, grouped)
@@ -479,11 +480,9 @@ class VectorQuantize(InPlaceOptimizer):
         return LossBreakdown(commitment, diversity, orthogonal, in_place), codebook_error
 
     def _temperature(self, given: Tensor | float | None, x: Tensor) -> Tensor | None:  # ()
-        """That codes are drawn with; None where the nearest is taken."""
+        """Of the probabilities of codes in training; None for 0, where the nearest has all."""
         if not isinstance(given, Tensor | None):
             check_not_negative(self.owner, sample_codebook_temp=given)
-        if not (self.stochastic_sample_codes and self.training):
-            return None
         if given is None:
             positive = self.numbers.positive["sample_codebook_temp"]
             return self.numbers["sample_codebook_temp"] if positive else None

@@ -60,6 +60,8 @@ class Codebook(nn.Module):
         vq_bridge: nn.Module | None,
     ):
         super().__init__()
+        check_fraction(owner, decay=decay)
+        check_not_negative(owner, threshold_ema_dead_code=threshold_ema_dead_code)
         self.owner = owner
         self.codebook_size = codebook_size
         self.num_codebooks = num_codebooks
@@ -90,7 +92,7 @@ class Codebook(nn.Module):
         self.is_initted = not kmeans_init
         # Counts and sums of this rank that wait for the next update. No buffer, since DDP would send rank 0's to all.
         self.pending: tuple[Tensor, Tensor] | None = None
-        self.preparation = KeptPreparation()
+        self.preparation = KeptPreparation((num_codebooks, codebook_size, dim))
 
     @property
     def replaces_dead(self) -> bool:
@@ -133,11 +135,13 @@ class Codebook(nn.Module):
         if collect and not collected:
             _, counts, sums = self.statistics(x.detach(), found.indices)
             found = found._replace(counts=counts, sums=sums)
-        if gradient != "none" or not searched.codes.requires_grad:
+        if gradient != "none":
             return found
-        codes = searched.at(found.indices.unsqueeze(-1)).squeeze(2)
         quantized = found.quantized.detach()
-        return found._replace(quantized=quantized + (codes - codes.detach()).to(quantized.dtype))  # adds zero
+        if searched.codes.requires_grad:
+            codes = searched.at(found.indices.unsqueeze(-1)).squeeze(2)
+            quantized = quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero
+        return found._replace(quantized=quantized)
 
     def topk(
         self,
@@ -176,10 +180,10 @@ class Codebook(nn.Module):
 
     def searched(self, learn: bool, x: Tensor) -> SharedCodes:  # x [H, N, D]
         codes = self.codes(learn)
-        return SharedCodes(codes, self.metric, self.preparation.of(codes, self.metric, x))
+        return SharedCodes(codes, self.metric, None if learn else self.preparation.of(codes, self.metric, x))
 
     def codes_at(self, indices: Tensor) -> Tensor:  # [H, N] -> [H, N, D], zeros for -1
-        return SharedCodes(self.codes(False), self.metric).at(indices.unsqueeze(-1)).squeeze(2)
+        return SharedCodes(self.codes(True), self.metric).at(indices.unsqueeze(-1)).squeeze(2)
 
     def in_use(self, indices: Tensor) -> Tensor:  # [H, N] or [H, N, k] -> [H, K] bool
         """The codes that are among the indices."""
@@ -373,7 +377,7 @@ class Codebook(nn.Module):
         for name, old in before.items():
             if self._buffers[name].dtype != old.dtype:
                 self._buffers[name] = old.to(self._buffers[name].device)
-        self.preparation = KeptPreparation()
+        self.preparation = KeptPreparation(self.preparation.shape)
         if self.pending is not None:
             self.pending = tuple(t.to(self.cluster_size.device) for t in self.pending)
         return self

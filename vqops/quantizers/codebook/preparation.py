@@ -15,30 +15,30 @@ class KeptPreparation:
     costs far less than a preparation.
     """
 
-    def __init__(self):
+    def __init__(self, shape: tuple[int, int, int]):  # H, K, D
+        self.shape = shape
+        self.size = kernels.packed_bytes("cpu", *shape) if is_compiled("prepare", "cpu") else 0
         self.packed: Tensor | None = None
         self.stamp: Tensor | None = None
 
     def of(self, codes: Tensor, metric: Metric, x: Tensor) -> PreparedCodebook | None:  # [H, K, D], [H, N, D]
-        """The preparation for a search of x, without one if x is better searched without."""
-        if not can_be_kept(codes):
+        """The preparation for a search of x, if this is where one is kept."""
+        if self.size == 0 or codes.shape != self.shape or not can_be_kept(codes):
             return None
-        if self.packed is None or self.packed.numel() != kernels.packed_bytes("cpu", *codes.shape):
-            self.packed = codes.new_empty(kernels.packed_bytes("cpu", *codes.shape), dtype=torch.uint8)
+        if self.packed is None:
+            self.packed = codes.new_empty(self.size, dtype=torch.uint8)
             self.stamp = codes.new_zeros(2, dtype=torch.int64)
         torch.ops.vqops.keep_prepared_(x, codes, self.packed, self.stamp, metric)
         return PreparedCodebook(codes, self.packed, metric, resolve(None), codes._version)
 
     def __reduce__(self):
-        return KeptPreparation, ()  # a copy makes its own
+        return KeptPreparation, (self.shape,)  # a copy makes its own
 
 
 def can_be_kept(codes: Tensor) -> bool:
     # What is exported or traced must not depend on a tensor that is no state of the module.
     traced = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level()
-    return codes.device.type == "cpu" and is_compiled("prepare", "cpu") and resolve(None) in (None, "compiled") and (
-        not traced
-    )
+    return codes.device.type == "cpu" and resolve(None) in (None, "compiled") and not traced
 
 
 def keep_prepared_(x: Tensor, codebook: Tensor, packed: Tensor, stamp: Tensor, metric: str) -> None:

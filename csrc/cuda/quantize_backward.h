@@ -31,8 +31,10 @@ template <class Real>
 struct RowState {
     int64_t h, n, k;
     bool kept;            // neither masked nor beyond the last row
+    bool turned;          // by the rotation
     Real norm;            // max(|x|, 1e-6); x is divided by it for cosine
     Real x_norm, q_norm;  // of the row as quantized, and of its code
+    Real scale;           // |q| / |x|, at most kLargestScale
     Real along_w, along_v;
     Real error;  // gradient of the row's error
 };
@@ -61,18 +63,14 @@ struct RowGradient {
 
     // u + v of the rotation that takes u = x / |x| to v = q / |q| (arXiv 2410.06424, section 4.2).
     VQOPS_HOST_DEVICE Real u(const RowState<Real>& row, int64_t i) const { return start(row, i) / row.x_norm; }
-    VQOPS_HOST_DEVICE Real v(const RowState<Real>& row, int64_t i) const {
-        const Real smallest = Real(kSmallestNorm);
-        return code(row, i) / (row.q_norm > smallest ? row.q_norm : smallest);
-    }
+    VQOPS_HOST_DEVICE Real v(const RowState<Real>& row, int64_t i) const { return code(row, i) / row.q_norm; }
 
     // The gradient of start(row, i).
     VQOPS_HOST_DEVICE Real outgoing(const RowState<Real>& row, int64_t i) const {
         Real g = 0;
         if (in.quantized.data && in.passing != Passing::none) {
             g = incoming(row, i);
-            if (in.passing == Passing::rotation)
-                g = (g - row.along_w * (u(row, i) + v(row, i)) + row.along_v * u(row, i)) * (row.q_norm / row.x_norm);
+            if (row.turned) g = (g - row.along_w * (u(row, i) + v(row, i)) + row.along_v * u(row, i)) * row.scale;
         }
         return in.error.data ? g + 2 * (start(row, i) - code(row, i)) * row.error : g;
     }
@@ -111,8 +109,12 @@ struct RowGradient {
             row.x_norm = in.cosine ? length / row.norm : length;
             if (row.x_norm < smallest) row.x_norm = smallest;
             row.q_norm = std::sqrt(b[t]);
+            row.scale = row.q_norm / row.x_norm;
+            if (row.scale > Real(kLargestScale)) row.scale = Real(kLargestScale);
+            // A vector of length 0 has no direction. NaN is no length, and stays NaN.
+            row.turned = rotation && !(length <= smallest || row.q_norm <= smallest);
             a[t] = b[t] = c[t] = 0;
-            for (int64_t d = t % L; d < in.D && row.kept && rotation; d += L) {
+            for (int64_t d = t % L; d < in.D && row.kept && row.turned; d += L) {
                 const Real g = incoming(row, d), along = v(row, d), w = u(row, d) + along;
                 a[t] += w * w, b[t] += w * g, c[t] += along * g;
             }

@@ -127,6 +127,22 @@ class TestQuantizeBackward:
         self.check(kernels, dtype)
         self.check(kernels, dtype, torch.float32, "cosine")
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    def test_short_vectors(self, kernels, metric, dtype):
+        """Rows and codes without a direction, and scales above the largest; in no float16 an infinity."""
+        lengths = torch.tensor([0, 1e-30, 1e-7, 0.8e-6, 1.3e-6, 1e-5, 1e-4, 2e-3, 1, 30])
+        way = torch.nn.functional.normalize(torch.randn(2, 10, 40), dim=-1)
+        x, c = (way * lengths[:, None]).to(dtype)
+        x, c, indices = x.repeat_interleave(10, 0)[None], c[None], torch.arange(10).repeat(10)[None]
+        g = ((torch.rand(x.shape) - 0.5) * (1e-6 if metric == "cosine" else 1)).to(dtype)
+        arguments = (g, torch.zeros(1, 100), x, c, indices, None, metric, "rotation", 1.0, True, True)
+        found, expected = kernels.quantize_backward(*arguments)[0], reference.quantize_backward(*arguments)[0]
+        assert found.isfinite().all()
+        size = expected.double().norm(dim=-1, keepdim=True)
+        error = (found.double() - expected.double()).abs()
+        assert (error <= (2 * torch.finfo(dtype).eps + 1e-5) * size + 6e-8).all()
+
     def test_expanded_gradients_and_strides(self, kernels):
         x, c = torch.randn(8, 1, 90).permute(1, 2, 0), torch.randn(1, 5, 8)
         g, e = torch.randn(()).expand(x.shape), torch.randn(()).expand(1, 90)

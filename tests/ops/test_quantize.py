@@ -136,7 +136,7 @@ def test_gradients_of_rows_without_a_code(implementation):
 
 
 def test_rotation_of_degenerate_pairs(implementation):
-    """x = 0, q = 0 and x = -q have no rotation between them; the gradient stays finite."""
+    """x = 0 and q = 0 have no rotation between them, and pass the gradient on; that of x = -q stays finite."""
     x = torch.tensor([[0.0, 0], [1, 0], [-3, 0], [2, 0]])
     c = torch.tensor([[0.0, 0], [3, 0]])
     op = getattr(torch.ops.vqops, f"quantize_backward_{implementation.name}")
@@ -144,7 +144,54 @@ def test_rotation_of_degenerate_pairs(implementation):
     arguments = map(implementation.put, (torch.ones(1, 4, 2), torch.ones(1, 4), x[None], c[None], indices))
     grad, _ = op(*arguments, None, "euclidean", "rotation")
     assert grad.isfinite().all()
+    error = 2 * (x - c[indices[0]])
+    assert_close(grad[0, :2].cpu(), 1 + error[:2])
     assert_close(grad[0, 3].cpu(), torch.tensor([1.5 + 2 * (2 - 3), 1.5]))  # parallel: only scaled
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def short_pairs(metric, dtype):
+    """Rows and codes of short and usual lengths, every row with every code: gradient, error's gradient, x, codebook,
+    indices, |x|, |q|."""
+    lengths = torch.tensor([0, 1e-30, 1e-7, 0.8e-6, 1.3e-6, 1e-5, 1e-4, 2e-3, 1, 30])
+    way = torch.nn.functional.normalize(torch.randn(2, len(lengths), 5), dim=-1)
+    x, c = (way * lengths[:, None]).to(dtype)
+    x, c = x.repeat_interleave(len(lengths), 0)[None], c[None]
+    indices = torch.arange(len(lengths)).repeat(len(lengths))[None]
+    given = x.double().norm(dim=-1), c.double().norm(dim=-1)[0, indices]
+    # At most 1 after the division by 1e-6, so that float16 holds it.
+    g = (torch.rand(x.shape) - 0.5).to(dtype) * (1e-6 if metric == "cosine" else 1)
+    return g.to(dtype), torch.zeros(indices.shape), x, c, indices, *given
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_rotation_of_short_vectors_is_bounded(implementation, metric, dtype):
+    """Straight-through where x or q has no direction, else a turn and a scale of at most 1000."""
+    *arguments, x_length, q_length = short_pairs(metric, dtype)
+    g, _, x, c, indices = arguments
+    op = getattr(torch.ops.vqops, f"quantize_backward_{implementation.name}")
+    given = [implementation.put(t) for t in arguments]
+    found, straight = (op(*given, None, metric, way)[0].cpu() for way in ("rotation", "straight_through"))
+    assert found.isfinite().all()
+    short = (x_length <= TINY) | (q_length <= TINY)
+    assert short.any() and not short.all()
+    assert_close(found[short], straight[short], rtol=0, atol=0)
+    # The turn as test_gradients_are_as_defined has it, in float64, with its scale.
+    start = torch.nn.functional.normalize(x.double(), dim=-1, eps=TINY) if metric == "cosine" else x.double()
+    u = torch.nn.functional.normalize(start, dim=-1, eps=1e-300)
+    q = c.double()[0, indices[0]][None]
+    v = torch.nn.functional.normalize(q, dim=-1, eps=1e-300)
+    w, back = torch.nn.functional.normalize(u + v, dim=-1), g.double()
+    back = back - 2 * w * (w * back).sum(-1, keepdim=True) + 2 * u * (v * back).sum(-1, keepdim=True)
+    back = back * (q_length / start.norm(dim=-1)).clamp_max(1000)[..., None]
+    if metric == "cosine":
+        back = (back - u * (u * back).sum(-1, keepdim=True)) / x_length[..., None]
+    largest = back.norm(dim=-1, keepdim=True).expand_as(back)[~short]
+    error = (found.double() - back)[~short].abs()
+    assert (error <= (4 * torch.finfo(dtype).eps + 1e-5 * (dtype != torch.float64)) * largest + 6e-8).all()
 
 
 def test_unused_gradients_are_not_computed(implementation):

@@ -45,6 +45,9 @@ def quantize(
     quantized sends nothing to the codebook. The backward uses the codebook as it was in the forward, also when an EMA
     update changes it in between. Second derivatives raise NotImplementedError.
 
+    A rotation scales by min(|q| / |x|, 1000). Where |x| or |q| is at most 1e-6 there is no direction to turn, and g
+    passes as it does for "straight_through".
+
     "cosine" works on x / max(|x|, 1e-6) in everything but the search, and its gradients go through that division.
 
     Masked rows: quantized, error and gradients 0, index -1. Rows with a NaN or Inf: quantized and error NaN, index -1,

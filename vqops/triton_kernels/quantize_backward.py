@@ -8,10 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vqops.reference import LARGEST_SCALE
 from vqops.triton_kernels.blocks import whole_rows
 from vqops.triton_kernels.code_sums import runs_of, sum_in_order
 from vqops.triton_kernels.gather import SMALLEST_NORM, stored_as
 from vqops.triton_kernels.strides import strides
+
+MOST = tl.constexpr(LARGEST_SCALE)
 
 
 @triton.jit
@@ -59,7 +62,8 @@ def quantize_backward_kernel(
     there = keeps[:, None] & (i < D)
     least = tl.full((A,), SMALLEST_NORM, real)
     given = tl.load(x + (h * h_stride + n * n_stride)[:, None] + i * i_stride, mask=there, other=0.0).to(real)
-    norm = tl.maximum(length(given), least)
+    x_length = length(given)
+    norm = tl.maximum(x_length, least)
     if COSINE:
         given = over(given, norm)
     coded = there & (k >= 0)[:, None]
@@ -71,14 +75,17 @@ def quantize_backward_kernel(
         g = tl.load(at, mask=there, other=0.0).to(real)
         if ROTATE:
             # g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the
-            # transpose of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
+            # transpose of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a
+            # direction, g itself.
             x_norm = tl.maximum(length(given), least)
             q_norm = length(q)
             u = over(given, x_norm)
             v = over(q, tl.maximum(q_norm, least))
             w = over(u + v, tl.maximum(length(u + v), least))
-            g = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
-            g = over(g * q_norm[:, None], x_norm)
+            turned = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
+            scale = over(q_norm[:, None], x_norm)
+            scale = tl.where(scale > MOST, tl.full((A, 1), MOST, real), scale)  # NaN stays NaN
+            g = tl.where(((x_length <= least) | (q_norm <= least))[:, None], g, turned * scale)
     if grad_error is not None:
         factor = tl.load(grad_error + h * e_h_stride + n * e_n_stride, mask=keeps, other=0.0).to(real)
         difference = 2 * (given - q) * factor[:, None]

@@ -27,13 +27,13 @@ public:
     RowGradient(const SearchShape& shape, const BackwardInputs& in, int64_t h)
         : in_(in), shape_(shape), D(shape.D), h(h), x(D), q(D), g(D), from_error(D), u(D), v(D), w(D) {}
 
-    // Reads row n. x becomes what the quantizer worked on: x itself or, for cosine, its unit.
+    // Reads row n. x becomes what the quantizer worked on: x itself or its unit.
     void read(int64_t n) {
         const int64_t k = in_.indices.given(h, n);
         read_row(in_.x, h, n, D, x.data());
         length = std::sqrt(dot(x.data(), x.data(), D));
         norm = std::max(length, T(kSmallestNorm));
-        if (shape_.cosine)
+        if (in_.units)
             for (int64_t i = 0; i < D; i++) x[i] /= norm;
         if (k >= 0) read_row(in_.codebook, h, k, D, q.data());
         else std::fill(q.begin(), q.end(), T(NAN));
@@ -53,7 +53,7 @@ public:
         }
         if (in_.error)
             for (int64_t i = 0; i < D; i++) g[i] += from_error[i];
-        if (!shape_.cosine) return;
+        if (!in_.units) return;
         const T along = length > T(kSmallestNorm) ? dot(x.data(), g.data(), D) : T(0);
         for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along * x[i]) / norm;
     }
@@ -68,7 +68,7 @@ public:
     const BackwardInputs& in_;
     const SearchShape& shape_;
     const int64_t D, h;
-    T length = 0, norm = 0;  // |x| as given, and what cosine divides by
+    T length = 0, norm = 0;  // |x| as given, and what a unit is divided by
     std::vector<T> x, q, g, from_error, u, v, w;
 
 private:
@@ -126,7 +126,7 @@ int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, vo
         if (wrong >= 0) return h * N + wrong;
     }
     const bool straight = in.passing == Passing::straight_through && in.quantized && in.quantized->has_float_rows() &&
-                          in.x.has_float_rows() && in.codebook.has_float_rows() && !shape.cosine;
+                          in.x.has_float_rows() && in.codebook.has_float_rows() && !in.units;
     for (int64_t h = 0; h < H && grad_x; h++) {
         parallel.over(N, [&](int64_t begin, int64_t end) {
             if (straight) return run_straight(shape, in, static_cast<float*>(grad_x), h, begin, end);

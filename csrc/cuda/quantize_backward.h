@@ -22,7 +22,7 @@ struct BackwardInputs {
     Indices indices;
     RowMask mask;
     Passing passing;
-    bool cosine;
+    bool units;  // x stands for x / max(|x|, 1e-6), and the gradient goes through the division
     double codebook_error_scale;
 };
 
@@ -32,7 +32,7 @@ struct RowState {
     int64_t h, n, k;
     bool kept;            // neither masked nor beyond the last row
     bool turned;          // by the rotation
-    Real norm;            // max(|x|, 1e-6); x is divided by it for cosine
+    Real norm;            // max(|x|, 1e-6), which a unit is divided by
     Real x_norm, q_norm;  // of the row as quantized, and of its code
     Real scale;           // |q| / |x|, at most kLargestScale
     Real along_w, along_v;
@@ -45,14 +45,14 @@ struct RowGradient {
     struct Shared {};
     BackwardInputs<T, Real> in;
     T* grad_x;      // [H, N, D], or null for
-    Real* inverse;  // [H, N], 1 / max(|x|, 1e-6), which the codebook's gradient takes for cosine
+    Real* inverse;  // [H, N], 1 / max(|x|, 1e-6), which the codebook's gradient takes for units
 
     size_t shared_bytes() const { return 0; }
     int64_t blocks() const { return (in.H * in.N + kRows - 1) / kRows; }
 
     VQOPS_HOST_DEVICE Real start(const RowState<Real>& row, int64_t i) const {
         const Real value = Real(in.x.at(in.x.offset(row.h, row.n), i));
-        return in.cosine ? value / row.norm : value;
+        return in.units ? value / row.norm : value;
     }
     VQOPS_HOST_DEVICE Real code(const RowState<Real>& row, int64_t i) const {
         return row.k < 0 ? Real(NAN) : Real(in.codebook.at(in.codebook.offset(row.h, row.k), i));
@@ -93,7 +93,7 @@ struct RowGradient {
             a[t] = b[t] = 0;
             row.norm = 1;
             for (int64_t d = t % L; d < in.D && row.kept; d += L) {
-                if (in.cosine || rotation) {
+                if (in.units || rotation) {
                     const Real x = Real(in.x.at(in.x.offset(row.h, row.n), d));
                     a[t] += x * x;
                 }
@@ -106,7 +106,7 @@ struct RowGradient {
             RowState<Real>& row = rows[t];
             const Real length = std::sqrt(a[t]);
             row.norm = length > smallest || length != length ? length : smallest;
-            row.x_norm = in.cosine ? length / row.norm : length;
+            row.x_norm = in.units ? length / row.norm : length;
             if (row.x_norm < smallest) row.x_norm = smallest;
             row.q_norm = std::sqrt(b[t]);
             row.scale = row.q_norm / row.x_norm;
@@ -131,9 +131,9 @@ struct RowGradient {
             const Real w_norm = std::sqrt(a[t]) < smallest ? smallest : std::sqrt(a[t]);
             row.along_w = 2 * b[t] / (w_norm * w_norm), row.along_v = 2 * c[t];
             a[t] = 0;
-            for (int64_t d = t % L; d < in.D && row.kept && in.cosine; d += L) a[t] += start(row, d) * outgoing(row, d);
+            for (int64_t d = t % L; d < in.D && row.kept && in.units; d += L) a[t] += start(row, d) * outgoing(row, d);
         });
-        if (in.cosine) block.template shuffle_sum<L>(a);
+        if (in.units) block.template shuffle_sum<L>(a);
         block.for_threads([&](int t) {
             const RowState<Real>& row = rows[t];
             if (block.index * kRows + t / L >= in.H * in.N) return;
@@ -141,7 +141,7 @@ struct RowGradient {
             for (int64_t d = t % L; d < in.D; d += L) {
                 Real g = 0;
                 if (row.kept) g = outgoing(row, d);
-                if (row.kept && in.cosine) g = (g - along * start(row, d)) / row.norm;
+                if (row.kept && in.units) g = (g - along * start(row, d)) / row.norm;
                 grad_x[(row.h * in.N + row.n) * in.D + d] = rounded<T>(g);
             }
         });
@@ -159,7 +159,7 @@ struct CodeGradient {
     const Real* inverse;
 
     VQOPS_HOST_DEVICE Row row(int64_t row, int64_t h, int64_t n, int64_t k) const {
-        return {in.x.offset(h, n), in.codebook.offset(h, k), in.cosine ? inverse[row] : Real(1),
+        return {in.x.offset(h, n), in.codebook.offset(h, k), in.units ? inverse[row] : Real(1),
                 Real(in.error.at(in.error.offset(h, n), 0))};
     }
     VQOPS_HOST_DEVICE void read(const Row* rows, int64_t column, Real* values) const {
@@ -181,12 +181,12 @@ void gradient_of_rows(const Device& device, const BackwardInputs<T, Real>& in, T
     else device.launch(RowGradient<T, Real, 32>{in, grad_x, inverse});
 }
 
-// grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for cosine, else null.
+// grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for units, else null.
 template <class Device, class T, class Real>
 void gradient_of_codes(const Device& device, const BackwardInputs<T, Real>& in, const Sums<Real>& sums, Real* inverse) {
     BackwardInputs<T, Real> all = in;  // the indices alone say which rows count
     all.mask.data = nullptr;
-    if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
+    if (in.units) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
     sum_rows(device, sums, CodeGradient<T, Real>{in, inverse});
 }
 

@@ -25,6 +25,7 @@ def quantize_backward(
     metric: str = "euclidean",
     gradient: str = "straight_through",
     codebook_error_scale: float = 0.0,
+    normalize: bool = True,
     x_needed: bool = True,
     codebook_needed: bool = False,
     *,
@@ -33,9 +34,11 @@ def quantize_backward(
     """grad_x = R^T g + 2 (x - q) e, grad_codebook[k] = codebook_error_scale sum over rows of code k of 2 (q - x) e.
 
     g and e are the gradients of quantized and error; R is the identity for "straight_through", the turn and scaling of
-    x onto q for "rotation" (`rotate_back`), and 0 for "none". For "cosine", x stands for x / max(|x|, 1e-6), and the
-    gradient goes through the division. The codebook's rows are added in the order of `code_sums`.
+    x onto q for "rotation" (`rotate_back`), and 0 for "none". For "cosine", unless normalize=False, x stands for
+    x / max(|x|, 1e-6), and the gradient goes through the division. The codebook's rows are added in the order of
+    `code_sums`.
     """
+    units = metric == "cosine" and normalize
     real = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     grad_x = x.new_empty(x.shape) if x_needed else x.new_empty(0)
     slots = slots_of(indices, codebook.shape[1]) if codebook_needed else None
@@ -45,8 +48,8 @@ def quantize_backward(
         q = gather(codebook, chosen).to(real)
         q = q.masked_fill_(lost_rows(chosen, None if mask is None else mask[:, rows]), math.nan)
         given = x[:, rows].to(real)
-        norm = given.norm(dim=-1, keepdim=True) if metric == "cosine" or gradient == "rotation" else None
-        start = given / norm.clamp_min(TINY) if metric == "cosine" else given
+        norm = given.norm(dim=-1, keepdim=True) if units or gradient == "rotation" else None
+        start = given / norm.clamp_min(TINY) if units else given
         if grad_quantized is None or gradient == "none":
             g = torch.zeros_like(start)
         else:
@@ -57,7 +60,7 @@ def quantize_backward(
             difference = 2 * (start - q) * grad_error[:, rows].to(real).unsqueeze(-1)
             g = g + difference
         if x_needed:
-            if metric == "cosine":  # through x / max(|x|, 1e-6)
+            if units:  # through x / max(|x|, 1e-6)
                 along = (start * g).sum(-1, keepdim=True) * start
                 g = torch.where(norm > TINY, g - along, g) / norm.clamp_min(TINY)
             g = g if mask is None else g.masked_fill(~mask[:, rows, None], 0)

@@ -44,7 +44,7 @@ def quantize_backward_kernel(
     rows, N, D,
     g_h_stride, g_n_stride, g_i_stride, e_h_stride, e_n_stride, h_stride, n_stride, i_stride,
     c_h_stride, c_k_stride, c_i_stride, mask_h_stride, mask_n_stride,
-    WIDE: tl.constexpr, COSINE: tl.constexpr, ROTATE: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
+    WIDE: tl.constexpr, UNITS: tl.constexpr, ROTATE: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     if WIDE:
         real: tl.constexpr = tl.float64
@@ -64,7 +64,7 @@ def quantize_backward_kernel(
     given = tl.load(x + (h * h_stride + n * n_stride)[:, None] + i * i_stride, mask=there, other=0.0).to(real)
     x_length = length(given)
     norm = tl.maximum(x_length, least)
-    if COSINE:
+    if UNITS:
         given = over(given, norm)
     coded = there & (k >= 0)[:, None]
     q = tl.load(codebook + (h * c_h_stride + k * c_k_stride)[:, None] + i * c_i_stride, mask=coded, other=0.0).to(real)
@@ -93,7 +93,7 @@ def quantize_backward_kernel(
         if pull is not None:
             tl.store(pull + row[:, None] * D + i, -difference, mask=coded)
     if grad_x is not None:
-        if COSINE:  # through x / max(|x|, 1e-6)
+        if UNITS:  # through x / max(|x|, 1e-6)
             along = tl.where(norm > least, tl.sum(given * g, 1), 0.0)
             g = over(g - along[:, None] * given, norm)
         g = tl.where(keeps[:, None], g, 0.0)
@@ -110,6 +110,7 @@ def quantize_backward(
     metric="euclidean",
     gradient="straight_through",
     codebook_error_scale=0.0,
+    normalize=True,
     x_needed=True,
     codebook_needed=False,
 ):
@@ -126,7 +127,7 @@ def quantize_backward(
             quantize_backward_kernel[(triton.cdiv(H * N, rows),)](
                 g, grad_error, x, codebook, indices, mask, grad_x, pull, H * N, N, D,
                 *strides(g, 3), *strides(grad_error, 2), *strides(x, 3), *strides(codebook, 3), *strides(mask, 2),
-                real == torch.float64, metric == "cosine", gradient == "rotation", rows, width,
+                real == torch.float64, metric == "cosine" and normalize, gradient == "rotation", rows, width,
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         grad_codebook = codebook.new_zeros(codebook.shape) if codebook_needed else codebook.new_empty(0)

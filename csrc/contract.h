@@ -21,4 +21,6 @@ constexpr int kRun = 256;  // rows of a code that are summed in order, before th
 // Ways of the gradient past the step of the quantizer.
 enum class Passing { none, straight_through, rotation };
 
+constexpr double kLargestScale = 1000;  // of a gradient that is turned
+
 }  // namespace vqops

@@ -11,7 +11,7 @@ namespace {
 void gather(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask, const int64_t* indices,
             const Gathered& result, int64_t h, int64_t begin, int64_t end) {
     const int64_t D = shape.D;
-    const bool floats = !shape.cosine && x.has_float_rows() && codebook.has_float_rows();
+    const bool floats = !result.units && x.has_float_rows() && codebook.has_float_rows();
     AlignedRow given(D), code(D);
     for (int64_t n = begin; n < end; n++) {
         const int64_t row = h * shape.N + n, k = indices[row];
@@ -25,7 +25,7 @@ void gather(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         if (k >= 0) {
             read_row(codebook, h, k, D, code.data);
             read_row(x, h, n, D, given.data);
-            if (shape.cosine) given.to_unit(D);
+            if (result.units) given.to_unit(D);
             distance = instructions().exact_cost(given.data, code.data, given.padded, false);
         } else {
             distance = mask.keeps(h, n) ? std::nan("") : 0.0;

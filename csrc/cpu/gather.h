@@ -9,6 +9,7 @@ namespace vqops {
 // if they are masked, else NaN.
 struct Gathered {
     void *quantized, *error;
+    bool units;  // errors of x / max(|x|, 1e-6)
 };
 
 // The nearest codes (search.h) and, while a block's rows are still in cache, what stands in their place.

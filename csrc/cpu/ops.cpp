@@ -128,13 +128,13 @@ Tensor search_statistics(const Tensor& x, const Tensor& codebook, std::string me
 }
 
 std::tuple<Tensor, Tensor> sums_of(const char* op, const Tensor& x, const Tensor& indices, int64_t K,
-                                   const OptionalTensor& weight, bool cosine) {
+                                   const OptionalTensor& weight, bool units) {
     STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [H, N, D]");
     const int64_t H = x.size(0), D = x.size(2);
     Tensor counts = torch::stable::new_empty(x, {H, K}, weight ? ScalarType::Float : ScalarType::Long);
     Tensor sums = torch::stable::new_empty(x, {H, K, D}, ScalarType::Float);
     const Rows weights = weight ? rows_of(op, *weight) : Rows{};
-    const int64_t wrong = sum_codes({H, x.size(1), K, D, cosine}, rows_of(op, x), indices_of(op, indices, x, K),
+    const int64_t wrong = sum_codes({H, x.size(1), K, D, units}, rows_of(op, x), indices_of(op, indices, x, K),
                                     weight ? &weights : nullptr,
                                     {counts.mutable_data_ptr(), static_cast<float*>(sums.mutable_data_ptr())},
                                     threads());
@@ -148,23 +148,23 @@ std::tuple<Tensor, Tensor> code_sums(const Tensor& x, const Tensor& indices, int
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
     const Tensor& x, const Tensor& codebook, OptionalTensor mask, OptionalTensor weight, std::string metric,
-    std::string, bool with_sums, double, bool snapshot, OptionalTensor prepared) {
-    const bool cosine = metric == "cosine";
+    std::string, bool with_sums, double, bool normalize, bool snapshot, OptionalTensor prepared) {
+    const bool units = metric == "cosine" && normalize;
     Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
     Tensor quantized = torch::stable::new_empty(x, x.sizes());
     Tensor error = torch::stable::new_empty(x, {x.size(0), x.size(1)}, real_type(x));
-    const Gathered gathered = {quantized.mutable_data_ptr(), error.mutable_data_ptr()};
+    const Gathered gathered = {quantized.mutable_data_ptr(), error.mutable_data_ptr(), units};
     run_search("quantize", x, codebook, mask, metric, prepared,
                {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr, nullptr}, &gathered);
     Tensor counts = unused(x, ScalarType::Long), sums = unused(x, ScalarType::Float);
-    if (with_sums) std::tie(counts, sums) = sums_of("quantize", x, indices, codebook.size(1), weight, cosine);
+    if (with_sums) std::tie(counts, sums) = sums_of("quantize", x, indices, codebook.size(1), weight, units);
     return {quantized, indices, error, counts, sums, snapshot_of(codebook, snapshot)};
 }
 
 std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, OptionalTensor grad_error, const Tensor& x,
                                              const Tensor& codebook, const Tensor& indices, OptionalTensor mask,
                                              std::string metric, std::string passing, double codebook_error_scale,
-                                             bool x_needed, bool codebook_needed) {
+                                             bool normalize, bool x_needed, bool codebook_needed) {
     const char* op = "quantize_backward";
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
@@ -178,7 +178,8 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
                                indices_of(op, indices, x, codebook.size(1)),
                                mask_of(mask),
                                passing_of(passing),
-                               codebook_error_scale};
+                               codebook_error_scale,
+                               cosine && normalize};
     const int64_t wrong = backward(shape_of(x, codebook, cosine), in, x_needed ? grad_x.mutable_data_ptr() : nullptr,
                                    codebook_needed ? grad_codebook.mutable_data_ptr() : nullptr, threads());
     check_index(op, wrong, codebook.size(1));

@@ -27,12 +27,13 @@ public:
     RowGradient(const SearchShape& shape, const BackwardInputs& in, int64_t h)
         : in_(in), shape_(shape), D(shape.D), h(h), x(D), q(D), g(D), from_error(D), u(D), v(D), w(D) {}
 
-    // Reads row n. x becomes what the quantizer worked on: x itself or, for cosine, its unit.
+    // Reads row n. x becomes what the quantizer worked on: x itself or its unit.
     void read(int64_t n) {
         const int64_t k = in_.indices.given(h, n);
         read_row(in_.x, h, n, D, x.data());
-        norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), T(kSmallestNorm));
-        if (shape_.cosine)
+        length = std::sqrt(dot(x.data(), x.data(), D));
+        norm = std::max(length, T(kSmallestNorm));
+        if (in_.units)
             for (int64_t i = 0; i < D; i++) x[i] /= norm;
         if (k >= 0) read_row(in_.codebook, h, k, D, q.data());
         else std::fill(q.begin(), q.end(), T(NAN));
@@ -52,8 +53,8 @@ public:
         }
         if (in_.error)
             for (int64_t i = 0; i < D; i++) g[i] += from_error[i];
-        if (!shape_.cosine) return;
-        const T along = norm > T(kSmallestNorm) ? dot(x.data(), g.data(), D) : T(0);
+        if (!in_.units) return;
+        const T along = length > T(kSmallestNorm) ? dot(x.data(), g.data(), D) : T(0);
         for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along * x[i]) / norm;
     }
 
@@ -67,23 +68,24 @@ public:
     const BackwardInputs& in_;
     const SearchShape& shape_;
     const int64_t D, h;
-    T norm = 0;
+    T length = 0, norm = 0;  // |x| as given, and what a unit is divided by
     std::vector<T> x, q, g, from_error, u, v, w;
 
 private:
     // g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of
-    // the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
+    // the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a direction, g itself.
     void rotate_back() {
-        const T x_norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), T(kSmallestNorm));
-        const T q_norm = std::sqrt(dot(q.data(), q.data(), D)), divisor = std::max(q_norm, T(kSmallestNorm));
+        const T smallest = T(kSmallestNorm), q_norm = std::sqrt(dot(q.data(), q.data(), D));
+        if (length <= smallest || q_norm <= smallest) return;
+        const T x_norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), smallest);
         for (int64_t i = 0; i < D; i++) {
             u[i] = x[i] / x_norm;
-            v[i] = q[i] / divisor;
+            v[i] = q[i] / q_norm;
             w[i] = u[i] + v[i];
         }
-        const T w_norm = std::max(std::sqrt(dot(w.data(), w.data(), D)), T(kSmallestNorm));
+        const T w_norm = std::max(std::sqrt(dot(w.data(), w.data(), D)), smallest);
         const T along_w = 2 * dot(w.data(), g.data(), D) / (w_norm * w_norm), along_v = 2 * dot(v.data(), g.data(), D);
-        const T factor = q_norm / x_norm;
+        const T factor = std::min(q_norm / x_norm, T(kLargestScale));
         for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along_w * w[i] + along_v * u[i]) * factor;
     }
 };
@@ -124,7 +126,7 @@ int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, vo
         if (wrong >= 0) return h * N + wrong;
     }
     const bool straight = in.passing == Passing::straight_through && in.quantized && in.quantized->has_float_rows() &&
-                          in.x.has_float_rows() && in.codebook.has_float_rows() && !shape.cosine;
+                          in.x.has_float_rows() && in.codebook.has_float_rows() && !in.units;
     for (int64_t h = 0; h < H && grad_x; h++) {
         parallel.over(N, [&](int64_t begin, int64_t end) {
             if (straight) return run_straight(shape, in, static_cast<float*>(grad_x), h, begin, end);

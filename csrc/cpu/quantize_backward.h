@@ -18,6 +18,7 @@ struct BackwardInputs {
     RowMask mask;
     Passing passing;
     double codebook_error_scale;
+    bool units;  // x stands for x / max(|x|, 1e-6), and the gradient goes through the division
 };
 
 // grad_x [H, N, D] of x's dtype and grad_codebook [H, K, D] of the codebook's; null leaves one out. float64 where x or

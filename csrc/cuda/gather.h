@@ -3,7 +3,7 @@
 // One block: up to 256 rows, by tiles of 32 rows and 64 columns. The rows are neighbours in memory; with sums they are
 // taken in the order of their codes, or are a run of one code (code_sums.h).
 //   shared        a tile of x and of the codes; eight partial sums per row, in float64 (distance.h)
-//   bytes         x read once (twice for cosine, the second time mostly from cache), quantized written once, and
+//   bytes         x read once (twice for units, the second time mostly from cache), quantized written once, and
 //                 what the sums take (code_sums.h)
 // Phases of a tile: all threads load it and write the codes; eight threads per row add up the error; one thread per
 // column adds up the sums, rows in order. The sizes are guesses.
@@ -31,7 +31,7 @@ struct GatherInputs {
     Rows codebook;  // [H, K, D]
     Rows weight;    // [H, N]; data null without
     RowMask mask;
-    bool cosine;
+    bool units;        // errors and sums of x / max(|x|, 1e-6)
     T* quantized;      // [H, N, D]
     Real* error;       // [H, N]
     Sums<float> sums;  // by_code alone where nobody asks for sums
@@ -83,7 +83,7 @@ struct Gather {
             shared.norm[t] = 1;
             for (int j = 0; j < kLanes; j++) shared.part[t][j] = 0;
         });
-        if (in.cosine) norms(block, shared, rows);
+        if (in.units) norms(block, shared, rows);
         for (int64_t left = 0; left < D; left += kColumns) {
             auto sum = block.template registers<float>();
             block.for_threads([&](int t) { sum[t] = 0; });
@@ -177,14 +177,14 @@ private:
         });
     }
 
-    // Partial sum t mod 8 of row top + t / 8; for cosine, x becomes its unit, in float32 as the sums take it.
+    // Partial sum t mod 8 of row top + t / 8; with units, x becomes its own, in float32 as the sums take it.
     VQOPS_HOST_DEVICE void add_errors(Shared& shared, int t, int top, int rows, int64_t left) const {
         const int r = t / kLanes;
         if (top + r >= rows) return;
         double sum = shared.part[top + r][t % kLanes];
         for (int column = t % kLanes; column < kColumns && left + column < in.D; column += kLanes) {
             double start = shared.x[r][column];
-            if (in.cosine) {
+            if (in.units) {
                 start /= shared.norm[top + r];
                 shared.x[r][column] = float(start);
             }

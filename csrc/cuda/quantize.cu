@@ -7,7 +7,7 @@ namespace vqops::cuda {
 template <bool sorted>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
     const Tensor& x, const Tensor& codebook, OptionalTensor mask, OptionalTensor weight, std::string metric,
-    std::string, bool with_sums, double, bool snapshot, OptionalTensor prepared) {
+    std::string, bool with_sums, double, bool normalize, bool snapshot, OptionalTensor prepared) {
     const char* op = "quantize";
     const Tensor indices = nearest(x, codebook, mask, metric, prepared);
     const int64_t H = x.size(0), N = x.size(1), D = x.size(2), K = codebook.size(1);
@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
         using T = decltype(typed);
         using Real = typename ErrorOf<T>::type;
         gather(gpu,
-               GatherInputs<T>{D, rows.as<T>(), rows_of(op, codebook), weights, mask_of(mask), metric == "cosine",
-                               static_cast<T*>(quantized.mutable_data_ptr()),
+               GatherInputs<T>{D, rows.as<T>(), rows_of(op, codebook), weights, mask_of(mask),
+                               metric == "cosine" && normalize, static_cast<T*>(quantized.mutable_data_ptr()),
                                static_cast<Real*>(error.mutable_data_ptr()),
                                work ? work->out : Sums<float>{by_code}},
                with_sums);

@@ -11,7 +11,7 @@ void run_gradient(const Gpu& gpu, const BackwardInputs<T, Real>& in, const RowsB
     Real* const no_norms = nullptr;
     if (grad_x.numel()) gradient_of_rows(gpu, in, static_cast<T*>(grad_x.mutable_data_ptr()), no_norms);
     if (!grad_codebook.numel()) return;
-    const Tensor norms = gpu.allocate(in.cosine ? in.H * in.N * int64_t(sizeof(Real)) : 0);
+    const Tensor norms = gpu.allocate(in.units ? in.H * in.N * int64_t(sizeof(Real)) : 0);
     // Atomic operations add in Real alone: a sum kept in float16 would lose what it is made of.
     const ScalarType real = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
     const bool converts = !sorted && grad_codebook.scalar_type() != real;
@@ -27,9 +27,9 @@ template <bool sorted>
 std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, OptionalTensor grad_error, const Tensor& x,
                                              const Tensor& codebook, const Tensor& indices, OptionalTensor mask,
                                              std::string metric, std::string gradient, double codebook_error_scale,
-                                             bool x_needed, bool codebook_needed) {
+                                             bool normalize, bool x_needed, bool codebook_needed) {
     const char* op = "quantize_backward";
-    const bool cosine = is_cosine(op, metric);
+    const bool units = is_cosine(op, metric) && normalize;
     check_search_arguments(op, x, codebook, mask);
     const RowsByCode by_code = rows_by_code(op, indices, x, codebook.size(1));
     const Gpu gpu(x);
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
         const auto run = [&](auto real) {
             using Real = decltype(real);
             const BackwardInputs<T, Real> in = {by_code.H, by_code.N, x.size(2), rows.as<T>(), passed.as<T>(), errors,
-                                                codes, by_code.indices, mask_of(mask), passing_of(gradient), cosine,
+                                                codes, by_code.indices, mask_of(mask), passing_of(gradient), units,
                                                 codebook_error_scale};
             run_gradient(gpu, in, by_code, sorted, grad_x, grad_error ? grad_codebook : none);
         };

@@ -22,7 +22,7 @@ struct BackwardInputs {
     Indices indices;
     RowMask mask;
     Passing passing;
-    bool cosine;
+    bool units;  // x stands for x / max(|x|, 1e-6), and the gradient goes through the division
     double codebook_error_scale;
 };
 
@@ -31,8 +31,10 @@ template <class Real>
 struct RowState {
     int64_t h, n, k;
     bool kept;            // neither masked nor beyond the last row
-    Real norm;            // max(|x|, 1e-6); x is divided by it for cosine
+    bool turned;          // by the rotation
+    Real norm;            // max(|x|, 1e-6), which a unit is divided by
     Real x_norm, q_norm;  // of the row as quantized, and of its code
+    Real scale;           // |q| / |x|, at most kLargestScale
     Real along_w, along_v;
     Real error;  // gradient of the row's error
 };
@@ -43,14 +45,14 @@ struct RowGradient {
     struct Shared {};
     BackwardInputs<T, Real> in;
     T* grad_x;      // [H, N, D], or null for
-    Real* inverse;  // [H, N], 1 / max(|x|, 1e-6), which the codebook's gradient takes for cosine
+    Real* inverse;  // [H, N], 1 / max(|x|, 1e-6), which the codebook's gradient takes for units
 
     size_t shared_bytes() const { return 0; }
     int64_t blocks() const { return (in.H * in.N + kRows - 1) / kRows; }
 
     VQOPS_HOST_DEVICE Real start(const RowState<Real>& row, int64_t i) const {
         const Real value = Real(in.x.at(in.x.offset(row.h, row.n), i));
-        return in.cosine ? value / row.norm : value;
+        return in.units ? value / row.norm : value;
     }
     VQOPS_HOST_DEVICE Real code(const RowState<Real>& row, int64_t i) const {
         return row.k < 0 ? Real(NAN) : Real(in.codebook.at(in.codebook.offset(row.h, row.k), i));
@@ -61,18 +63,14 @@ struct RowGradient {
 
     // u + v of the rotation that takes u = x / |x| to v = q / |q| (arXiv 2410.06424, section 4.2).
     VQOPS_HOST_DEVICE Real u(const RowState<Real>& row, int64_t i) const { return start(row, i) / row.x_norm; }
-    VQOPS_HOST_DEVICE Real v(const RowState<Real>& row, int64_t i) const {
-        const Real smallest = Real(kSmallestNorm);
-        return code(row, i) / (row.q_norm > smallest ? row.q_norm : smallest);
-    }
+    VQOPS_HOST_DEVICE Real v(const RowState<Real>& row, int64_t i) const { return code(row, i) / row.q_norm; }
 
     // The gradient of start(row, i).
     VQOPS_HOST_DEVICE Real outgoing(const RowState<Real>& row, int64_t i) const {
         Real g = 0;
         if (in.quantized.data && in.passing != Passing::none) {
             g = incoming(row, i);
-            if (in.passing == Passing::rotation)
-                g = (g - row.along_w * (u(row, i) + v(row, i)) + row.along_v * u(row, i)) * (row.q_norm / row.x_norm);
+            if (row.turned) g = (g - row.along_w * (u(row, i) + v(row, i)) + row.along_v * u(row, i)) * row.scale;
         }
         return in.error.data ? g + 2 * (start(row, i) - code(row, i)) * row.error : g;
     }
@@ -95,7 +93,7 @@ struct RowGradient {
             a[t] = b[t] = 0;
             row.norm = 1;
             for (int64_t d = t % L; d < in.D && row.kept; d += L) {
-                if (in.cosine || rotation) {
+                if (in.units || rotation) {
                     const Real x = Real(in.x.at(in.x.offset(row.h, row.n), d));
                     a[t] += x * x;
                 }
@@ -108,11 +106,15 @@ struct RowGradient {
             RowState<Real>& row = rows[t];
             const Real length = std::sqrt(a[t]);
             row.norm = length > smallest || length != length ? length : smallest;
-            row.x_norm = in.cosine ? length / row.norm : length;
+            row.x_norm = in.units ? length / row.norm : length;
             if (row.x_norm < smallest) row.x_norm = smallest;
             row.q_norm = std::sqrt(b[t]);
+            row.scale = row.q_norm / row.x_norm;
+            if (row.scale > Real(kLargestScale)) row.scale = Real(kLargestScale);
+            // A vector of length 0 has no direction. NaN is no length, and stays NaN.
+            row.turned = rotation && !(length <= smallest || row.q_norm <= smallest);
             a[t] = b[t] = c[t] = 0;
-            for (int64_t d = t % L; d < in.D && row.kept && rotation; d += L) {
+            for (int64_t d = t % L; d < in.D && row.kept && row.turned; d += L) {
                 const Real g = incoming(row, d), along = v(row, d), w = u(row, d) + along;
                 a[t] += w * w, b[t] += w * g, c[t] += along * g;
             }
@@ -129,9 +131,9 @@ struct RowGradient {
             const Real w_norm = std::sqrt(a[t]) < smallest ? smallest : std::sqrt(a[t]);
             row.along_w = 2 * b[t] / (w_norm * w_norm), row.along_v = 2 * c[t];
             a[t] = 0;
-            for (int64_t d = t % L; d < in.D && row.kept && in.cosine; d += L) a[t] += start(row, d) * outgoing(row, d);
+            for (int64_t d = t % L; d < in.D && row.kept && in.units; d += L) a[t] += start(row, d) * outgoing(row, d);
         });
-        if (in.cosine) block.template shuffle_sum<L>(a);
+        if (in.units) block.template shuffle_sum<L>(a);
         block.for_threads([&](int t) {
             const RowState<Real>& row = rows[t];
             if (block.index * kRows + t / L >= in.H * in.N) return;
@@ -139,7 +141,7 @@ struct RowGradient {
             for (int64_t d = t % L; d < in.D; d += L) {
                 Real g = 0;
                 if (row.kept) g = outgoing(row, d);
-                if (row.kept && in.cosine) g = (g - along * start(row, d)) / row.norm;
+                if (row.kept && in.units) g = (g - along * start(row, d)) / row.norm;
                 grad_x[(row.h * in.N + row.n) * in.D + d] = rounded<T>(g);
             }
         });
@@ -157,7 +159,7 @@ struct CodeGradient {
     const Real* inverse;
 
     VQOPS_HOST_DEVICE Row row(int64_t row, int64_t h, int64_t n, int64_t k) const {
-        return {in.x.offset(h, n), in.codebook.offset(h, k), in.cosine ? inverse[row] : Real(1),
+        return {in.x.offset(h, n), in.codebook.offset(h, k), in.units ? inverse[row] : Real(1),
                 Real(in.error.at(in.error.offset(h, n), 0))};
     }
     VQOPS_HOST_DEVICE void read(const Row* rows, int64_t column, Real* values) const {
@@ -179,12 +181,12 @@ void gradient_of_rows(const Device& device, const BackwardInputs<T, Real>& in, T
     else device.launch(RowGradient<T, Real, 32>{in, grad_x, inverse});
 }
 
-// grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for cosine, else null.
+// grad_codebook [H, K, D]; `in.error` must be there. `inverse` [H, N] is workspace for units, else null.
 template <class Device, class T, class Real>
 void gradient_of_codes(const Device& device, const BackwardInputs<T, Real>& in, const Sums<Real>& sums, Real* inverse) {
     BackwardInputs<T, Real> all = in;  // the indices alone say which rows count
     all.mask.data = nullptr;
-    if (in.cosine) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
+    if (in.units) gradient_of_rows(device, all, static_cast<T*>(nullptr), inverse);
     sum_rows(device, sums, CodeGradient<T, Real>{in, inverse});
 }
 

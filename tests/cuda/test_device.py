@@ -188,9 +188,8 @@ def test_atomic_and_sorted_sums_agree(device, dtype, metric):
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         _, indices, _, counts, sums, old = ops.quantize_compiled(x, codebook, None, None, metric, "none", True)
-        gradient = ops.quantize_backward_compiled(None, error, x, old, indices, None, metric, "none", 1.0, False, True)[
-            1
-        ]
+        given = (None, error, x, old, indices, None, metric, "none", 1.0, True, False, True)
+        _, gradient = ops.quantize_backward_compiled(*given)
         found.append((indices, counts, sums, gradient))
     (indices, counts, sums, gradient), expected = found
     INDICES.same(indices, expected[0])

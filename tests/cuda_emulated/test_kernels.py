@@ -72,12 +72,13 @@ class TestCodeSums:
 
 
 class TestGather(GatherCases):
-    def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
-        expected = reference.quantize(x, codebook, mask, weight, metric, with_sums=True, snapshot=False)
+    def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean", **on):
+        expected = reference.quantize(x, codebook, mask, weight, metric, with_sums=True, snapshot=False, **on)
         quantized, indices, error, counts, sums, _ = expected
-        found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True)
+        found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True, **on)
         ORDER.same(found, (quantized, error, counts, sums), equal_nan=True)
-        ORDER.same(kernels.gather(x, codebook, indices, mask, metric=metric)[:2], (quantized, error), equal_nan=True)
+        found = kernels.gather(x, codebook, indices, mask, metric=metric, **on)
+        ORDER.same(found[:2], (quantized, error), equal_nan=True)
 
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
     def test_one_code_has_all_rows(self, kernels, metric):
@@ -105,7 +106,7 @@ class TestQuantizeBackward:
         g = torch.randn(2, 90, D).to(dtype) if on.get("quantized", True) else None
         e = torch.randn(2, 90, dtype=torch.promote_types(dtype, torch.float32)) if on.get("error", True) else None
         indices = reference.nearest(x, c, mask, metric)
-        arguments = (g, e, x, c, indices, mask, metric, passing, 0.5)
+        arguments = (g, e, x, c, indices, mask, metric, passing, 0.5, on.get("normalize", True))
         expected = reference.quantize_backward(*arguments, True, e is not None)
         found = kernels.quantize_backward(*arguments, True, e is not None)
         loose = {"rtol": 2e-5, "atol": 2e-5} if dtype == codebook_dtype == torch.float32 else {}
@@ -121,21 +122,38 @@ class TestQuantizeBackward:
         self.check(kernels, torch.float64, metric=metric, passing=passing, error=False)
         self.check(kernels, torch.float64, metric=metric, passing=passing, quantized=False)
         self.check(kernels, torch.float64, metric=metric, passing=passing, spoil=True)
+        self.check(kernels, torch.float32, metric=metric, passing=passing, spoil=True, normalize=False)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_dtypes(self, kernels, dtype):
         self.check(kernels, dtype)
         self.check(kernels, dtype, torch.float32, "cosine")
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    def test_short_vectors(self, kernels, metric, dtype):
+        """Rows and codes without a direction, and scales above the largest; in no float16 an infinity."""
+        lengths = torch.tensor([0, 1e-30, 1e-7, 0.8e-6, 1.3e-6, 1e-5, 1e-4, 2e-3, 1, 30])
+        way = torch.nn.functional.normalize(torch.randn(2, 10, 40), dim=-1)
+        x, c = (way * lengths[:, None]).to(dtype)
+        x, c, indices = x.repeat_interleave(10, 0)[None], c[None], torch.arange(10).repeat(10)[None]
+        g = ((torch.rand(x.shape) - 0.5) * (1e-6 if metric == "cosine" else 1)).to(dtype)
+        arguments = (g, torch.zeros(1, 100), x, c, indices, None, metric, "rotation", 1.0, True, True, True)
+        found, expected = kernels.quantize_backward(*arguments)[0], reference.quantize_backward(*arguments)[0]
+        assert found.isfinite().all()
+        size = expected.double().norm(dim=-1, keepdim=True)
+        error = (found.double() - expected.double()).abs()
+        assert (error <= (2 * torch.finfo(dtype).eps + 1e-5) * size + 6e-8).all()
+
     def test_expanded_gradients_and_strides(self, kernels):
         x, c = torch.randn(8, 1, 90).permute(1, 2, 0), torch.randn(1, 5, 8)
         g, e = torch.randn(()).expand(x.shape), torch.randn(()).expand(1, 90)
-        arguments = (g, e, x, c, reference.nearest(x, c), None, "euclidean", "rotation", 1.0, True, True)
+        arguments = (g, e, x, c, reference.nearest(x, c), None, "euclidean", "rotation", 1.0, True, True, True)
         assert_close(kernels.quantize_backward(*arguments), reference.quantize_backward(*arguments))
 
     def test_a_code_of_many_rows(self, kernels):
         x, c, indices = torch.randn(1, 1000, 3), torch.randn(1, 1, 3), torch.zeros(1, 1000, dtype=torch.int64)
-        arguments = (None, torch.rand(1, 1000), x, c, indices, None, "euclidean", "none", 1.0, True, True)
+        arguments = (None, torch.rand(1, 1000), x, c, indices, None, "euclidean", "none", 1.0, True, True, True)
         ORDER.same(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1], equal_nan=True)
 
 

@@ -126,13 +126,13 @@ class TestCodeSums:
 
 
 class TestGather(GatherCases):
-    def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean"):
-        K = codebook.shape[1]
-        expected = reference.quantize(x, codebook, mask, weight, metric, with_sums=True, snapshot=False)
+    def check(self, kernels, x, codebook, mask=None, weight=None, metric="euclidean", normalize=True):
+        K, on = codebook.shape[1], {"normalize": normalize}
+        expected = reference.quantize(x, codebook, mask, weight, metric, with_sums=True, snapshot=False, **on)
         quantized, indices, error, counts, sums, _ = expected
-        found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True)
+        found = kernels.gather(x, codebook, indices, mask, weight, metric, code_sums=True, **on)
         ORDER.same(found[:2], (quantized, error), equal_nan=True)
-        terms = x.double() if metric == "euclidean" else unit(x).float().double()
+        terms = unit(x).float().double() if metric == "cosine" and normalize else x.double()
         terms = terms.where(indices[..., None] >= 0, 0)
         if weight is None:
             INDICES.same(found[2], counts)
@@ -173,7 +173,7 @@ class TestQuantizeBackward:
         mask, error = torch.rand(2, 400) > 0.2, torch.randn(2, 400)
         x[0, 0], x[0, 1], c[0, 0] = 0, math.nan, 0
         indices = reference.nearest(x, c, mask, metric)
-        arguments = (None, error, x, c, indices, mask, metric, "none", 0.5, True, True)
+        arguments = (None, error, x, c, indices, mask, metric, "none", 0.5, True, True, True)
         sorted = Kernels(kernels.library, kernels.descending)
         found, expected = kernels.quantize_backward(*arguments), sorted.quantize_backward(*arguments)
         ORDER.same(found[0], expected[0], equal_nan=True)
@@ -190,7 +190,7 @@ class TestQuantizeBackward:
     def test_whole_numbers_are_exact(self, kernels):
         x, c = torch.randint(-4, 5, (1, 1000, 70)).float(), torch.randint(-4, 5, (1, 3, 70)).float()
         indices, error = torch.randint(-1, 3, (1, 1000)), torch.randint(-2, 3, (1, 1000)).float()
-        arguments = (None, error, x, c, indices, None, "euclidean", "none", 1.0, True, True)
+        arguments = (None, error, x, c, indices, None, "euclidean", "none", 1.0, True, True, True)
         WHOLE.same(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1])
         arguments = (None, error, x.double(), c.double(), *arguments[4:])
         WHOLE.same(kernels.quantize_backward(*arguments)[1], reference.quantize_backward(*arguments)[1])

@@ -302,7 +302,7 @@ def on_stage(monkeypatch):
 
         return noted
 
-    kernels = {"nearest": (search, 4), "prepare": (codebook, None), "quantize": (quantize, 9)}
+    kernels = {"nearest": (search, 4), "prepare": (codebook, None), "quantize": (quantize, 10)}
     for op, (module, prepared) in {**kernels, "quantize_backward": (quantize_backward, None)}.items():
         monkeypatch.setattr(module, op, noting(f"{op}: triton", getattr(module, op), prepared))
     composed = partial(reference.quantize, find_nearest=ops.nearest, sum_codes=ops.code_sums)

@@ -71,7 +71,7 @@ def test_a_step_does_not_wait(must_not_wait, metric, deterministic):
     state = torch.ones(2, 20), c.clone(), c.clone()
     with Waits() as waits:
         found = pytorch.quantize(x, c, mask, weight, metric, "rotation", True)
-        pytorch.quantize_backward(grad, grad[..., 0], x, c, found[1], mask, metric, "rotation", 0.5, True, True)
+        pytorch.quantize_backward(grad, grad[..., 0], x, c, found[1], mask, metric, "rotation", 0.5, True, True, True)
         pytorch.ema_update_(*state, found[3], found[4], decay, 1e-5, None, metric)
         entropy = pytorch.code_cross_entropy(x, c, found[1], metric)
         pytorch.code_cross_entropy_backward(grad[..., 0], x, c, found[1], entropy[1], metric, True, True)

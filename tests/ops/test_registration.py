@@ -34,7 +34,8 @@ def samples():
         "quantize": [
             (x, c, mask, weight, "euclidean", "straight_through", True),
             (*learnable, None, None, "cosine", "rotation", True, 0.5),
-            (strided, c, None, None, "euclidean", "none", False, 0.0, False),
+            (strided, c, None, None, "euclidean", "none", False, 0.0, True, False),
+            (*learnable, mask, weight, "cosine", "rotation", True, 0.5, False),
         ],
         "check_first_run_": [(c, "VectorQuantize")],
         "code_cross_entropy": [(strided, c, indices, "euclidean"), (*learnable, indices, "cosine")],
@@ -43,9 +44,10 @@ def samples():
             (torch.randn(2, 20), strided, c, indices, torch.randn(2, 20) + 9, "cosine", True, True),
         ],
         "quantize_backward": [
-            (torch.randn(x.shape), torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, True, True),
-            (strided, torch.randn(2, 20), strided, c, indices, mask, "euclidean", "none", 0.5, True, True),
-            (None, torch.randn(2, 20), x, c, indices, None, "euclidean", "none", 0.5, False, True),
+            (strided, torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, True, True, True),
+            (strided, torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, False, True, True),
+            (strided, torch.randn(2, 20), strided, c, indices, mask, "euclidean", "none", 0.5, True, True, True),
+            (None, torch.randn(2, 20), x, c, indices, None, "euclidean", "none", 0.5, True, False, True),
         ],
     }
 

@@ -285,6 +285,27 @@ def test_the_cross_entropy_has_the_gradient_of_its_own_codes():
     assert_close(grads[ours, False], grads[ours, True])
 
 
+@pytest.mark.parametrize("call", [{}, {"topk": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}], ids=str)
+def test_the_rotation_of_a_row_of_zeros(options, call):
+    """Its gradient is no other row's a million times over, here."""
+    theirs, ours = both(**options)
+    x, g = torch.randn(1, 50, DIM), torch.randn(1, 50, DIM)
+    x[0, 3], x[0, 4] = 0, 1e-5 * x[0, 4]
+    grads = {}
+    for vq in (theirs, ours):
+        given = x.clone().requires_grad_()
+        quantized = vq(given, freeze_codebook=True, **call)[0]
+        quantized.backward(g.view_as(quantized))
+        grads[vq] = given.grad[0]
+    usual = torch.arange(50) > 4
+    assert_close(grads[ours][usual], grads[theirs][usual])
+    scale = 1e6 if options else 1
+    assert_close(grads[ours][3], scale * g[0, 3])
+    assert grads[theirs][3].norm() > 1e4 * grads[ours][3].norm()
+    assert grads[ours][4].norm() <= 1.01 * (1e5 if options else 1e3) * g[0, 4].norm()
+
+
 def test_given_indices_of_minus_one_are_left_out():
     theirs, ours = both()
     x, indices = torch.randn(5, DIM), torch.tensor([1, -1, 1, -1, 2])

@@ -86,7 +86,7 @@ class Kernels:
         )  # fmt: skip
         return counts, sums
 
-    def gather(self, x, codebook, indices, mask=None, weight=None, metric="euclidean", code_sums=False):
+    def gather(self, x, codebook, indices, mask=None, weight=None, metric="euclidean", code_sums=False, normalize=True):
         (H, N, D), K = x.shape, codebook.shape[1]
         quantized, error = torch.full(x.shape, 7, dtype=x.dtype), torch.full((H, N), 7, dtype=error_type(x))
         sums = x.new_full((H, K, D), torch.nan, dtype=torch.float32)
@@ -94,7 +94,7 @@ class Kernels:
         separate = (counts, None) if weight is None else (None, counts)
         self.library.gather(
             self.descending, self.sorted, *map(L, (H, N, K, D)), rows(x), rows(codebook), rows(weight),
-            indices_of(indices, K), mask_of(mask), metric == "cosine", code_sums, pointer(quantized),
+            indices_of(indices, K), mask_of(mask), metric == "cosine" and normalize, code_sums, pointer(quantized),
             pointer(error), pointer(sums), *map(pointer, separate),
         )  # fmt: skip
         return quantized, error, counts, sums
@@ -133,8 +133,9 @@ class Kernels:
         self.library.ema_update(self.descending, ctypes.byref(state))
 
     def quantize_backward(
-        self, grad_quantized, grad_error, x, codebook, indices, mask, metric, passing, scale, _, codebook_needed
-    ):
+        self, grad_quantized, grad_error, x, codebook, indices, mask, metric, passing, scale, normalize, _,
+        codebook_needed,
+    ):  # fmt: skip
         (H, N, D), K = x.shape, codebook.shape[1]
         grad_x = torch.full(x.shape, 7, dtype=x.dtype)
         real = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
@@ -142,8 +143,8 @@ class Kernels:
         grad_codebook = torch.full(codebook.shape, 7, dtype=dtype) if codebook_needed else None
         self.library.quantize_backward(
             self.descending, self.sorted, *map(L, (H, N, K, D)), rows(grad_quantized), rows(grad_error), rows(x),
-            rows(codebook), indices_of(indices, K), mask_of(mask), metric == "cosine", PASSING.index(passing),
-            F(scale), pointer(grad_x), pointer(grad_codebook),
+            rows(codebook), indices_of(indices, K), mask_of(mask), metric == "cosine" and normalize,
+            PASSING.index(passing), F(scale), pointer(grad_x), pointer(grad_codebook),
         )  # fmt: skip
         return grad_x, None if grad_codebook is None else grad_codebook.to(codebook.dtype)
 
@@ -158,6 +159,11 @@ class GatherCases:
         self.check(kernels, x, c, torch.rand(2, 300) > 0.2, torch.rand(2, 300), metric)
         self.check(kernels, x, c.to(dtype), metric=metric)
         self.check(kernels, x, c.double(), metric=metric)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_rows_as_given(self, kernels, dtype):
+        x, c = torch.randn(2, 300, 70).to(dtype), torch.randn(2, 7, 70)
+        self.check(kernels, x, c, torch.rand(2, 300) > 0.2, torch.rand(2, 300), "cosine", normalize=False)
 
     @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 0, 3, 4), (1, 65, 2, 64), (1, 40, 3, 200), (3, 90, 5, 65)])
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -122,7 +122,7 @@ def calls() -> dict:
         cases[f"quantize, {metric}"] = partial(quantize.quantize, x, codebook, None, error, metric, code_sums=True)
         for D in (64, 2048):
             rows, codes = tensors(D)
-            arguments = rows, error, rows, codes, indices, None, metric, "rotation", 1.0, True, True
+            arguments = rows, error, rows, codes, indices, None, metric, "rotation", 1.0, True, True, True
             cases[f"quantize_backward, D={D}, {metric}"] = partial(quantize_backward.quantize_backward, *arguments)
         state = (
             torch.zeros(1, 512),
@@ -144,7 +144,8 @@ def calls() -> dict:
         search.nearest_topk(one, one, 1)
         quantize.quantize(one, one, None, row, "cosine", code_sums=True)
         code_sums.atomic(one, index, 1, row)
-        quantize_backward.quantize_backward(one, row, one, one, index, None, "cosine", "rotation", 1.0, True, True)
+        arguments = one, row, one, one, index, None, "cosine", "rotation", 1.0, True, True, True
+        quantize_backward.quantize_backward(*arguments)
         ema.ema_update_(row, one, one, row, one, torch.tensor(0.9), metric="cosine")
 
     cases["one of everything, cosine"] = ones

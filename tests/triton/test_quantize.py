@@ -19,6 +19,7 @@ from triton.runtime import interpreter
 from vqops.triton_kernels import code_sums as kernels
 
 METRICS = ("euclidean", "cosine")
+WAYS = (("euclidean", True), ("cosine", True), ("cosine", False))  # the metric, and normalize
 
 
 def both(op, *arguments, **named):
@@ -117,13 +118,13 @@ def test_ema_update(metric, weighted):
     UNCHANGED.same(results[0][1][0, 0], state[1][0, 0])
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric, normalize", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_quantize(dtype, metric):
+def test_quantize(dtype, metric, normalize):
     x, codebook = awkward(2, 80, 30, 20)
     x, mask, weight = x.to(dtype), torch.rand(2, 80) > 0.2, torch.rand(2, 80)
     for arguments in ((None, None), (mask, None), (mask, weight)):
-        found, expected = both(vqops.quantize, x, codebook, *arguments, metric, code_sums=True)
+        found, expected = both(vqops.quantize, x, codebook, *arguments, metric, code_sums=True, normalize=normalize)
         for name in found._fields:
             a, b = getattr(found, name), getattr(expected, name)
             if name in ("indices", "quantized", "counts"):
@@ -138,9 +139,9 @@ def test_quantize_without_rows():
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric, normalize", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients(dtype, metric, gradient):
+def test_gradients(dtype, metric, normalize, gradient):
     H, N, K, D = 2, 60, 20, 9
     start, codes = awkward(H, N, K, D)
     start, codes, mask = start.to(dtype), codes.to(dtype), torch.rand(H, N) > 0.2
@@ -148,7 +149,7 @@ def test_gradients(dtype, metric, gradient):
     results = []
     for each in ("triton", "reference"):
         x, codebook = start.clone().requires_grad_(), codes.clone().requires_grad_()
-        out = vqops.quantize(x, codebook, mask, None, metric, gradient, False, 0.75, implementation=each)
+        out = vqops.quantize(x, codebook, mask, None, metric, gradient, False, 0.75, normalize, implementation=each)
         keep = out.quantized.isfinite().all(-1)
         loss = (out.quantized * g)[keep].sum() + (out.error * e)[keep].sum()
         codes_before = codebook.detach().clone()
@@ -177,7 +178,7 @@ def test_gradient_op():
     indices = torch.randint(-1, 4, (1, 9))
     for needed in ((True, True), (False, True), (True, False), (False, False)):
         found, expected = (
-            op(*arguments, indices, None, "euclidean", "rotation", 0.5, *needed)
+            op(*arguments, indices, None, "euclidean", "rotation", 0.5, True, *needed)
             for op in (torch.ops.vqops.quantize_backward_triton, torch.ops.vqops.quantize_backward_reference)
         )
         for one, other in zip(found, expected, strict=True):

@@ -34,7 +34,7 @@ def calls(N: int, K: int, H: int, D: int, masked: bool, metric: str):
     search.nearest_topk(x, codebook, 8 if N > 1 else 5, mask, metric)
     search.nearest(x.double(), codebook, mask, metric)
     code_sums.atomic(x, indices, K, weight)
-    quantize_backward.quantize_backward(x, error, x, codebook, indices, mask, metric, "rotation", 1.0, True, True)
+    quantize_backward.quantize_backward(x, error, x, codebook, indices, mask, metric, "rotation", 1.0, True, True, True)
     ema.ema_update_(size, codebook, codebook, size, codebook, torch.tensor(0.9), weight=size, metric=metric)
 
 

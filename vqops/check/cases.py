@@ -222,8 +222,8 @@ def of_searches() -> list[Case]:
 # The other ops
 
 
-def quantizes(ops: Ops, metric: str, **given) -> dict:
-    found = ops.quantize(**given, metric=metric, code_sums=True)
+def quantizes(ops: Ops, metric: str, normalize: bool, **given) -> dict:
+    found = ops.quantize(**given, metric=metric, code_sums=True, normalize=normalize)
     return dict(found._asdict())
 
 
@@ -238,8 +238,9 @@ def updates(ops: Ops, size: Tensor, average: Tensor, metric: str, **statistics: 
     return {"cluster sizes": size, "averages": average, "codes": codes}
 
 
-def gradients(ops: Ops, passing: str, metric: str, g, g_error, x, codebook, indices, mask) -> dict:
-    found = ops.op("quantize_backward")(g, g_error, x, codebook, indices, mask, metric, passing, 1.0, True, True)
+def gradients(ops: Ops, passing: str, metric: str, normalize: bool, g, g_error, x, codebook, indices, mask) -> dict:
+    way = metric, passing, 1.0, normalize
+    found = ops.op("quantize_backward")(g, g_error, x, codebook, indices, mask, *way, True, True)
     return dict(zip(("gradient of x", "gradient of codes"), found, strict=True))
 
 
@@ -272,6 +273,8 @@ def to_turn_back(dtype: torch.dtype, small: bool) -> dict:
 
 
 HALVES = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}  # an element in the last bits, relative to the largest
+WAYS = {metric: {"metric": metric, "normalize": True} for metric in METRICS}
+WAYS["cosine of rows as given"] = {"metric": "cosine", "normalize": False}
 # Dtype of rows and codes, and whether sums by code are in one order, or as they come: then they are timed, too.
 MODES = [(torch.float32, True), *((dtype, False) for dtype in (torch.float32, *HALVES))]
 
@@ -288,15 +291,15 @@ def of_the_other_ops() -> list[Case]:
             loose = {} if in_order else {"sums": 1e-5, "counts": 1e-5 if weighted else 0.0}
             name = f"code_sums {mode}{' weighted' * weighted}"
             found.append(Case(name, "code_sums", build, sums, loose, in_order=in_order))
-        for metric in METRICS:
+        for way, on in WAYS.items():
             loose = {"quantized": HALVES.get(dtype, 1e-6), "error": 1e-5, "sums": 1e-5}  # cosine divides by a length
             loose |= {} if in_order else {"counts": 1e-5}
-            build, call = partial(to_quantize, dtype), partial(quantizes, metric=metric)
-            found.append(Case(f"quantize {metric} {mode}", "quantize", build, call, loose, in_order=in_order))
+            build, call = partial(to_quantize, dtype), partial(quantizes, **on)
+            found.append(Case(f"quantize {way} {mode}", "quantize", build, call, loose, in_order=in_order))
             loose = dict.fromkeys(("gradient of x", "gradient of codes"), HALVES.get(dtype, 1e-4))
             for passing in ("straight_through", "rotation"):
-                build, call = partial(to_turn_back, dtype), partial(gradients, passing=passing, metric=metric)
-                name = f"quantize_backward {passing} {metric} {mode}"
+                build, call = partial(to_turn_back, dtype), partial(gradients, passing=passing, **on)
+                name = f"quantize_backward {passing} {way} {mode}"
                 found.append(Case(name, "quantize_backward", build, call, loose, in_order=in_order))
     return found
 

@@ -42,7 +42,7 @@ def ema_update_(
     for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"{op}: {name} must be float32, got {tensor.dtype}")
-        if tensor is not None and any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        if tensor is not None and any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"{op}: {name} is expanded, so its elements share memory; give a copy")
     if embed_avg.dim() != 3:
         raise ValueError(f"{op}: embed_avg must be [H, K, D], got {list(embed_avg.shape)}")

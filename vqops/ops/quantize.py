@@ -32,6 +32,7 @@ def quantize(
     gradient: Gradient = "straight_through",
     code_sums: bool = False,
     codebook_error_scale: float = 0.0,
+    normalize: bool = True,  # for "cosine"
     *,
     implementation: Implementation | None = None,
 ) -> Quantized:
@@ -45,7 +46,15 @@ def quantize(
     quantized sends nothing to the codebook. The backward uses the codebook as it was in the forward, also when an EMA
     update changes it in between. Second derivatives raise NotImplementedError.
 
-    "cosine" works on x / max(|x|, 1e-6) in everything but the search, and its gradients go through that division.
+    A rotation scales by min(|q| / |x|, 1000). Where |x| or |q| is at most 1e-6 there is no direction to turn, and g
+    passes as it does for "straight_through".
+
+    "cosine" takes the code of the largest x.c / |c|. In all else y = x / max(|x|, 1e-6) stands for x:
+
+    error = |y - quantized|^2,  sums of y,  gradients of y, which then go through the division.
+
+    With normalize=False, y = x: only the search is by direction, as in Descript's DAC (arXiv 2306.06546), which
+    minimises | x/|x| - c/|c| |, and in RQ-VAEs that compare cosines. "euclidean" always has y = x.
 
     Masked rows: quantized, error and gradients 0, index -1. Rows with a NaN or Inf: quantized and error NaN, index -1,
     left out of counts and sums; quantized's gradient passes, error's is NaN.
@@ -74,6 +83,7 @@ def quantize(
         gradient,
         code_sums,
         codebook_error_scale,
+        normalize,
         snapshot,
         packed,
     )
@@ -90,6 +100,7 @@ def fake_quantize(
     gradient="straight_through",
     code_sums=False,
     codebook_error_scale=0.0,
+    normalize=True,
     snapshot=True,
     prepared=None,
 ):
@@ -106,7 +117,7 @@ def fake_quantize(
 
 
 def save_for_backward(ctx, inputs, output):
-    x, _, mask, _, ctx.metric, ctx.gradient, _, ctx.codebook_error_scale, snapshot, _ = inputs
+    x, _, mask, _, ctx.metric, ctx.gradient, _, ctx.codebook_error_scale, ctx.normalize, snapshot, _ = inputs
     _, indices, _, counts, sums, old = output
     if not snapshot:
         raise RuntimeError("quantize: a gradient is needed, so call it with snapshot=True")
@@ -129,10 +140,11 @@ def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op):
         ctx.metric,
         ctx.gradient,
         ctx.codebook_error_scale,
+        ctx.normalize,
         x_needed,
         codebook_needed,
     )
-    return grad_x if x_needed else None, grad_codebook if codebook_needed else None, *[None] * 8
+    return grad_x if x_needed else None, grad_codebook if codebook_needed else None, *[None] * 9
 
 
 def fake_backward(
@@ -145,6 +157,7 @@ def fake_backward(
     metric="euclidean",
     gradient="straight_through",
     codebook_error_scale=0.0,
+    normalize=True,
     x_needed=True,
     codebook_needed=False,
 ):
@@ -155,16 +168,16 @@ def fake_backward(
 define(
     "quantize_backward",
     "(Tensor? grad_quantized, Tensor? grad_error, Tensor x, Tensor codebook, Tensor indices, Tensor? mask=None, "
-    "str metric='euclidean', str gradient='straight_through', float codebook_error_scale=0.0, bool x_needed=True, "
-    "bool codebook_needed=False) -> (Tensor, Tensor)",
+    "str metric='euclidean', str gradient='straight_through', float codebook_error_scale=0.0, bool normalize=True, "
+    "bool x_needed=True, bool codebook_needed=False) -> (Tensor, Tensor)",
     fake_backward,
     autograd=without_second_derivative("quantize_backward"),
 )
 define(
     "quantize",
     "(Tensor x, Tensor codebook, Tensor? mask=None, Tensor? weight=None, str metric='euclidean', "
-    "str gradient='straight_through', bool code_sums=False, float codebook_error_scale=0.0, bool snapshot=True, "
-    "Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str gradient='straight_through', bool code_sums=False, float codebook_error_scale=0.0, bool normalize=True, "
+    "bool snapshot=True, Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake_quantize,
     fallback=partial(reference.quantize, find_nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
     autograd=Autograd(save_for_backward, backward, "quantize_backward"),

@@ -20,6 +20,7 @@ def quantize(
     gradient: str = "straight_through",  # for the backward, as codebook_error_scale is
     with_sums: bool = False,
     codebook_error_scale: float = 0.0,
+    normalize: bool = True,
     snapshot: bool = True,  # of the codebook, for the backward
     prepared: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
@@ -29,4 +30,5 @@ def quantize(
         indices = nearest(x, codebook, mask, metric, prepared).cpu()
         find = lambda *_: indices  # noqa: E731
     rest = on_host(partial(reference.quantize, find_nearest=find, sum_codes=code_sums))
-    return rest(x, codebook, mask, weight, metric, gradient, with_sums, codebook_error_scale, snapshot, prepared)
+    scale = codebook_error_scale
+    return rest(x, codebook, mask, weight, metric, gradient, with_sums, scale, normalize, snapshot, prepared)

@@ -13,11 +13,12 @@ from vqops.reference.cross_entropy import code_cross_entropy, code_cross_entropy
 from vqops.reference.distance import TINY
 from vqops.reference.ema import ema_update_
 from vqops.reference.quantize import quantize
-from vqops.reference.quantize_backward import quantize_backward
+from vqops.reference.quantize_backward import LARGEST_SCALE, quantize_backward
 from vqops.reference.sample import sample, sample_topk
 from vqops.reference.search import nearest, nearest_topk, prepare, search_statistics
 
 __all__ = [
+    "LARGEST_SCALE",
     "RUN",
     "TINY",
     "code_cross_entropy",

@@ -34,6 +34,7 @@ def quantize(
     gradient: str = "straight_through",  # for the backward, as codebook_error_scale is
     with_sums: bool = False,
     codebook_error_scale: float = 0.0,
+    normalize: bool = True,
     snapshot: bool = True,  # of the codebook, for the backward
     prepared: Tensor | None = None,
     *,
@@ -42,21 +43,23 @@ def quantize(
 ) -> tuple[Tensor, ...]:
     """quantized [H, N, D] = c[indices], indices [H, N], error [H, N] = |x - quantized|^2, counts, sums, codebook.
 
-    Counts, sums and the codebook have shape [0] unless asked for. For "cosine", error and sums are those of `unit(x)`.
+    Counts, sums and the codebook have shape [0] unless asked for. For "cosine", error and sums are those of `unit(x)`,
+    but for normalize=False.
     """
+    units = metric == "cosine" and normalize
     indices = find_nearest(x, codebook, mask, metric, prepared)
     quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     error = torch.empty(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for rows in row_blocks(x):
         chosen, q = indices[:, rows], gather(codebook, indices[:, rows])
         lost = lost_rows(chosen, None if mask is None else mask[:, rows])
-        start = x[:, rows] if metric == "euclidean" else unit(x[:, rows])
+        start = unit(x[:, rows]) if units else x[:, rows]
         absent = torch.zeros_like(lost, dtype=torch.float64).masked_fill_(lost, math.nan)
         quantized[:, rows] = q.to(x.dtype).where(chosen.unsqueeze(-1) >= 0, absent.to(x.dtype))
         error[:, rows] = squared_error(start, q).where(chosen >= 0, absent.squeeze(-1)).to(error.dtype)
     counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
     if with_sums:
-        rows = x if metric == "euclidean" else unit(x).float()
+        rows = unit(x).float() if units else x
         counts, sums = sum_codes(rows, indices, codebook.shape[1], weight)
     old = codebook.clone(memory_format=torch.contiguous_format) if snapshot else codebook.new_empty(0)
     return quantized, indices, error, counts, sums, old

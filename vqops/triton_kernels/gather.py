@@ -82,12 +82,12 @@ def gather_kernel(
     tl.store(error + row, total.to(error.dtype.element_ty), mask=inside)
 
 
-def gather(x, codebook, indices, mask, metric):
-    """Quantized [H, N, D], error [H, N], and for cosine the rows' norms [H, N], else None."""
+def gather(x, codebook, indices, mask, units):
+    """Quantized [H, N, D], error [H, N], and where rows become units their norms [H, N], else None."""
     H, N, D = x.shape
     quantized = x.new_empty((H, N, D))
     error = x.new_empty((H, N), dtype=torch.promote_types(x.dtype, torch.float32))
-    norms = x.new_empty((H, N), dtype=torch.float64) if metric == "cosine" and indices.numel() else None
+    norms = x.new_empty((H, N), dtype=torch.float64) if units and indices.numel() else None
     if indices.numel() == 0:
         return quantized, error, norms
     rows, step = tile(D, x.device)

@@ -16,11 +16,12 @@ def quantize(
     gradient="straight_through",
     code_sums=False,
     codebook_error_scale=0.0,
+    normalize=True,
     snapshot=True,
     prepared=None,
 ):
     indices = nearest(x, codebook, mask, metric, prepared)
-    quantized, error, norms = gather(x, codebook, indices, mask, metric)
+    quantized, error, norms = gather(x, codebook, indices, mask, metric == "cosine" and normalize)
     counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
     if code_sums:
         counts, sums = sum_codes(x, indices, codebook.shape[1], weight, norms)

@@ -8,10 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vqops.reference import LARGEST_SCALE
 from vqops.triton_kernels.blocks import whole_rows
 from vqops.triton_kernels.code_sums import runs_of, sum_in_order
 from vqops.triton_kernels.gather import SMALLEST_NORM, stored_as
 from vqops.triton_kernels.strides import strides
+
+MOST = tl.constexpr(LARGEST_SCALE)
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def quantize_backward_kernel(
     rows, N, D,
     g_h_stride, g_n_stride, g_i_stride, e_h_stride, e_n_stride, h_stride, n_stride, i_stride,
     c_h_stride, c_k_stride, c_i_stride, mask_h_stride, mask_n_stride,
-    WIDE: tl.constexpr, COSINE: tl.constexpr, ROTATE: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
+    WIDE: tl.constexpr, UNITS: tl.constexpr, ROTATE: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     if WIDE:
         real: tl.constexpr = tl.float64
@@ -59,8 +62,9 @@ def quantize_backward_kernel(
     there = keeps[:, None] & (i < D)
     least = tl.full((A,), SMALLEST_NORM, real)
     given = tl.load(x + (h * h_stride + n * n_stride)[:, None] + i * i_stride, mask=there, other=0.0).to(real)
-    norm = tl.maximum(length(given), least)
-    if COSINE:
+    x_length = length(given)
+    norm = tl.maximum(x_length, least)
+    if UNITS:
         given = over(given, norm)
     coded = there & (k >= 0)[:, None]
     q = tl.load(codebook + (h * c_h_stride + k * c_k_stride)[:, None] + i * c_i_stride, mask=coded, other=0.0).to(real)
@@ -71,14 +75,17 @@ def quantize_backward_kernel(
         g = tl.load(at, mask=there, other=0.0).to(real)
         if ROTATE:
             # g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the
-            # transpose of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2).
+            # transpose of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a
+            # direction, g itself.
             x_norm = tl.maximum(length(given), least)
             q_norm = length(q)
             u = over(given, x_norm)
             v = over(q, tl.maximum(q_norm, least))
             w = over(u + v, tl.maximum(length(u + v), least))
-            g = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
-            g = over(g * q_norm[:, None], x_norm)
+            turned = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
+            scale = over(q_norm[:, None], x_norm)
+            scale = tl.where(scale > MOST, tl.full((A, 1), MOST, real), scale)  # NaN stays NaN
+            g = tl.where(((x_length <= least) | (q_norm <= least))[:, None], g, turned * scale)
     if grad_error is not None:
         factor = tl.load(grad_error + h * e_h_stride + n * e_n_stride, mask=keeps, other=0.0).to(real)
         difference = 2 * (given - q) * factor[:, None]
@@ -86,7 +93,7 @@ def quantize_backward_kernel(
         if pull is not None:
             tl.store(pull + row[:, None] * D + i, -difference, mask=coded)
     if grad_x is not None:
-        if COSINE:  # through x / max(|x|, 1e-6)
+        if UNITS:  # through x / max(|x|, 1e-6)
             along = tl.where(norm > least, tl.sum(given * g, 1), 0.0)
             g = over(g - along[:, None] * given, norm)
         g = tl.where(keeps[:, None], g, 0.0)
@@ -103,6 +110,7 @@ def quantize_backward(
     metric="euclidean",
     gradient="straight_through",
     codebook_error_scale=0.0,
+    normalize=True,
     x_needed=True,
     codebook_needed=False,
 ):
@@ -119,7 +127,7 @@ def quantize_backward(
             quantize_backward_kernel[(triton.cdiv(H * N, rows),)](
                 g, grad_error, x, codebook, indices, mask, grad_x, pull, H * N, N, D,
                 *strides(g, 3), *strides(grad_error, 2), *strides(x, 3), *strides(codebook, 3), *strides(mask, 2),
-                real == torch.float64, metric == "cosine", gradient == "rotation", rows, width,
+                real == torch.float64, metric == "cosine" and normalize, gradient == "rotation", rows, width,
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         grad_codebook = codebook.new_zeros(codebook.shape) if codebook_needed else codebook.new_empty(0)

@@ -137,15 +137,15 @@ void run(const Case& test, bool cosine) {
 
     std::vector<float> quantized(H * N * D), error(H * N), sums(H * K * D), average(H * K * D), size(H * K, 1);
     std::vector<int64_t> counts(H * K);
-    search_and_gather(shape, rows, codes, kept, memory, again.data(), {quantized.data(), error.data()}, parallel);
+    search_and_gather(shape, rows, codes, kept, memory, again.data(), {quantized.data(), error.data(), cosine}, parallel);
     expect(again == indices, "indices of quantize", test.name, 0);
-    search_and_gather(shape, rows, codes, kept, nullptr, again.data(), {quantized.data(), error.data()}, parallel);
+    search_and_gather(shape, rows, codes, kept, nullptr, again.data(), {quantized.data(), error.data(), false}, parallel);
     expect(again == indices, "indices without preparation", test.name, 0);
     const Indices chosen = {indices.data(), N, 1, K};
     expect(sum_codes(shape, rows, chosen, nullptr, {counts.data(), sums.data()}, parallel) < 0, "range", test.name, 0);
     const Rows g = {quantized.data(), DType::float32, N * D, D, 1}, e = {error.data(), DType::float32, N, 1, 1};
     std::vector<float> grad_x(H * N * D), grad_codebook(H * K * D);
-    const BackwardInputs in = {&g, &e, rows, codes, chosen, kept, Passing::rotation, 1.0};
+    const BackwardInputs in = {&g, &e, rows, codes, chosen, kept, Passing::rotation, 1.0, cosine};
     expect(backward(shape, in, grad_x.data(), grad_codebook.data(), parallel) < 0, "range", test.name, 1);
     for (int64_t h = 0; h < H; h++)
         ema_update({&size[h * K], &average[h * K * D], &c[h * K * D], &counts[h * K], nullptr, &sums[h * K * D], nullptr},

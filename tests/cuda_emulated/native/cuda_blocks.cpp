@@ -46,7 +46,7 @@ EXPORT int64_t code_sums(int descending, int sorted, int64_t H, int64_t N, int64
 }
 
 EXPORT void gather(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
-                   const Rows* codebook, const Rows* weight, const Indices* indices, const RowMask* mask, int cosine,
+                   const Rows* codebook, const Rows* weight, const Indices* indices, const RowMask* mask, int units,
                    int with_sums, void* quantized, void* error, float* sums, Count* counts, float* weights) {
     const int64_t columns = D + (weight->data ? 1 : 0);
     const RowsByCode by_code = {H, N, K, *indices};
@@ -56,7 +56,7 @@ EXPORT void gather(int descending, int sorted, int64_t H, int64_t N, int64_t K, 
         using T = decltype(zero);
         using Real = typename ErrorOf<T>::type;
         gather(device,
-               GatherInputs<T>{D, x->as<T>(), *codebook, *weight, *mask, cosine != 0, static_cast<T*>(quantized),
+               GatherInputs<T>{D, x->as<T>(), *codebook, *weight, *mask, units != 0, static_cast<T*>(quantized),
                                static_cast<Real*>(error), with_sums ? space.out : Sums<float>{by_code}},
                with_sums);
     });
@@ -70,7 +70,7 @@ EXPORT void ema_update(int descending, const EmaState* state) {
 // grad_codebook has the codebook's dtype in the sorted order, else that of the sums: float64 if x or the codebook has.
 EXPORT void quantize_backward(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D,
                               const Rows* quantized, const Rows* error, const Rows* x, const Rows* codebook,
-                              const Indices* indices, const RowMask* mask, int cosine, int passing, double scale,
+                              const Indices* indices, const RowMask* mask, int units, int passing, double scale,
                               void* grad_x, void* grad_codebook) {
     Emulator device = {descending != 0};
     const bool wide = x->dtype == DType::float64 || codebook->dtype == DType::float64;
@@ -78,7 +78,7 @@ EXPORT void quantize_backward(int descending, int sorted, int64_t H, int64_t N, 
         using T = decltype(typed);
         using Real = decltype(reals);
         const BackwardInputs<T, Real> in = {H, N, D, x->as<T>(), quantized->as<T>(), *error, *codebook, *indices,
-                                            *mask, Passing(passing), cosine != 0, scale};
+                                            *mask, Passing(passing), units != 0, scale};
         if (grad_x) gradient_of_rows(device, in, static_cast<T*>(grad_x), static_cast<Real*>(nullptr));
         if (!grad_codebook) return;
         const DType dtype = sorted ? codebook->dtype : wide ? DType::float64 : DType::float32;

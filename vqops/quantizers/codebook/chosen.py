@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops.checks import Gradient, Metric
-from vqops.reference import TINY
+from vqops.reference import LARGEST_SCALE, TINY
 
 
 class Chosen(NamedTuple):
@@ -30,6 +30,7 @@ def quantize_chosen(
     """
     real = torch.promote_types(x.dtype, torch.float32)
     start = x.to(real).unsqueeze(-2)
+    length = start.detach().norm(dim=-1, keepdim=True)
     if metric == "cosine":
         start = F.normalize(start, dim=-1, eps=TINY)
     q = codes.to(real)
@@ -42,17 +43,22 @@ def quantize_chosen(
     error = (start - q).square().sum(-1) + absent
     if gradient != "none":
         q = q.detach()
-        moved = start if gradient == "straight_through" else rotated(start, q)
+        moved = start if gradient == "straight_through" else rotated(start, q, length)
         q = q + (moved - moved.detach())  # adds zero: the value is the code's to the last bit
     return Chosen((q + absent.unsqueeze(-1)).to(x.dtype), indices, error)
 
 
-def rotated(x: Tensor, q: Tensor) -> Tensor:
-    """x turned and scaled onto q, with the turn and the scale held constant (arXiv 2410.06424, section 4.2)."""
+def rotated(
+    x: Tensor,  # [..., D], as q is
+    q: Tensor,
+    given: Tensor,  # [..., 1], |x| before x was divided by it
+) -> Tensor:
+    """x turned and scaled onto q, with the turn and the scale held constant (arXiv 2410.06424, section 4.2), or x
+    itself: by the rule of `vqops.reference.rotate_back`."""
     with torch.no_grad():
         x_norm, q_norm = x.norm(dim=-1, keepdim=True).clamp_min(TINY), q.norm(dim=-1, keepdim=True)
         u, v = x / x_norm, q / q_norm.clamp_min(TINY)
         w = F.normalize(u + v, dim=-1, eps=TINY)
-        scale = q_norm / x_norm
-    return (x - 2 * w * (w * x).sum(-1, keepdim=True) + 2 * v * (u * x).sum(-1, keepdim=True)) * scale
-
+        scale = (q_norm / x_norm).clamp_max_(LARGEST_SCALE)
+    turned = (x - 2 * w * (w * x).sum(-1, keepdim=True) + 2 * v * (u * x).sum(-1, keepdim=True)) * scale
+    return x.where((given <= TINY) | (q_norm <= TINY), turned)

@@ -92,7 +92,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     check_search_arguments(op, x, codebook, mask);
     const Rows rows = rows_of(op, x), codes = rows_of(op, codebook);
     OptionalTensor packed;
-    if (!is_unprepared(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
+    if (prepared || !is_unprepared(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
     const void* memory = packed ? packed->const_data_ptr() : nullptr;
     const SearchShape shape = shape_of(x, codebook, cosine);
     if (gathered) search_and_gather(shape, rows, codes, mask_of(mask), memory, result.indices, *gathered, threads());

@@ -58,10 +58,11 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
     const Rows rows = rows_of(op, x), codes = rows_of(op, codebook);
-    OptionalTensor packed;
-    if (prepared || !is_unprepared(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
-    const void* memory = packed ? packed->const_data_ptr() : nullptr;
     const SearchShape shape = shape_of(x, codebook, cosine);
+    OptionalTensor packed;
+    if (prepared || !is_unprepared(shape.N, rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
+    const bool direct = !packed || (prepared && is_direct(shape, rows, codes));
+    const void* memory = direct ? nullptr : packed->const_data_ptr();
     if (gathered) search_and_gather(shape, rows, codes, mask_of(mask), memory, result.indices, *gathered, threads());
     else search(shape, rows, codes, mask_of(mask), memory, result, threads());
 }

@@ -37,27 +37,32 @@ Tensor prepare(const Tensor& codebook, std::string metric) {
     return packed;
 }
 
+SearchShape shape_of(const Tensor& x, const Tensor& codebook, bool cosine) {
+    return {x.size(0), x.size(1), codebook.size(1), x.size(2), cosine};
+}
+
 // Makes `packed` the preparation of the codebook, unless `stamp` says that it is: {1, hash of the codes it was made of}.
-// A search of x that takes no preparation leaves both as they are.
+// A search of x that goes without a preparation leaves an old one.
 void keep_prepared_(const Tensor& x, const Tensor& codebook, Tensor packed, Tensor stamp, std::string metric) {
     const char* op = "keep_prepared_";
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, std::nullopt);
     const int64_t H = codebook.size(0), K = codebook.size(1), D = codebook.size(2);
     const Rows codes = rows_of(op, codebook);
-    if (is_unprepared(x.size(1), rows_of(op, x), codes)) return;
     STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                         packed.numel() == H * Packed::bytes(K, D),
                     op, ": packed must be uint8 [", H * Packed::bytes(K, D), "]");
     STD_TORCH_CHECK(stamp.scalar_type() == ScalarType::Long && stamp.is_contiguous() && stamp.numel() == 2, op,
                     ": stamp must be int64 [2]");
+    uint64_t* made = static_cast<uint64_t*>(stamp.mutable_data_ptr());
+    if (made[0] == 1 && is_direct(shape_of(x, codebook, cosine), rows_of(op, x), codes)) return;
     const Tensor values = torch::stable::contiguous(codebook);
     const int64_t bytes = values.numel() * size_of(codes.dtype);
-    const uint64_t hash = hash_of(values.const_data_ptr(), bytes, uint64_t(cosine) << 8 | uint64_t(codes.dtype), threads());
+    const uint64_t kind = uint64_t(cosine) << 8 | uint64_t(codes.dtype);
+    const uint64_t hash = hash_of(values.const_data_ptr(), bytes, kind, threads());
     // Threads that search with the same module: one prepares, the others wait.
     static std::mutex preparing;
     const std::lock_guard<std::mutex> alone(preparing);
-    uint64_t* made = static_cast<uint64_t*>(stamp.mutable_data_ptr());
     if (made[0] == 1 && made[1] == hash) return;
     made[0] = 0;
     char* memory = static_cast<char*>(packed.mutable_data_ptr());
@@ -81,20 +86,17 @@ Tensor prepared_or_new(const char* op, const Tensor& codebook, const OptionalTen
     return *prepared;
 }
 
-SearchShape shape_of(const Tensor& x, const Tensor& codebook, bool cosine) {
-    return {x.size(0), x.size(1), codebook.size(1), x.size(2), cosine};
-}
-
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
                 const std::string& metric, const OptionalTensor& prepared, const SearchResult& result,
                 const Gathered* gathered = nullptr) {
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebook, mask);
     const Rows rows = rows_of(op, x), codes = rows_of(op, codebook);
-    OptionalTensor packed;
-    if (prepared || !is_unprepared(x.size(1), rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
-    const void* memory = packed ? packed->const_data_ptr() : nullptr;
     const SearchShape shape = shape_of(x, codebook, cosine);
+    OptionalTensor packed;
+    if (prepared || !is_unprepared(shape.N, rows, codes)) packed = prepared_or_new(op, codebook, prepared, metric);
+    const bool direct = !packed || (prepared && is_direct(shape, rows, codes));
+    const void* memory = direct ? nullptr : packed->const_data_ptr();
     if (gathered) search_and_gather(shape, rows, codes, mask_of(mask), memory, result.indices, *gathered, threads());
     else search(shape, rows, codes, mask_of(mask), memory, result, threads());
 }

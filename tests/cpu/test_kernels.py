@@ -173,6 +173,34 @@ def test_threads_do_not_matter(N, K, metric):
         ORDER.same(other, results[0])
 
 
+# Rows that are compared directly with a prepared codebook (csrc/cpu/unprepared.h).
+DIRECT = {"avx512_bf16": 2, "avx512": 5, "avx2": 2, "portable": 1}[_C.instruction_set()]
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "D", "metric", "direct"),
+    [
+        (1, 100, 64, "euclidean", DIRECT >= 1),
+        (1, 100, 64, "cosine", DIRECT >= 2),
+        (1, 100, 31, "euclidean", False),
+        (2, 100, 64, "euclidean", DIRECT >= 2),
+        (5, 100, 160, "euclidean", DIRECT >= 5),
+        (6, 100, 200, "euclidean", False),
+        (1, 20000, 64, "euclidean", False),  # 5 MB
+    ],
+)
+def test_few_rows_do_without_the_preparation(N, K, D, metric, direct):
+    """One that knows no code finds no code."""
+    x, codes = normal(1, N, D), normal(1, K, D, seed=1)
+    prepared = vqops.prepare(codes, metric=metric)
+    prepared.packed[64:].zero_()
+    prepared.packed[24:32].zero_()  # the number of those that are screened
+    right = vqops.nearest(x, prepared, metric=metric) == vqops.nearest(x, codes, metric=metric)
+    assert right.all() == direct
+    with pytest.raises(RuntimeError, match="prepared was made by another implementation or for another codebook"):
+        torch.ops.vqops.nearest(x, codes, None, metric, prepared.packed[1:])
+
+
 def test_batches_do_not_matter():
     x, codes = normal(1000, 12), normal(300, 12, seed=1)
     whole = vqops.nearest(x, codes)

@@ -190,6 +190,33 @@ def test_a_prepared_codebook_finds_the_same(kernel, case, metric):
     INDICES.same(found.indices.cpu(), reference.nearest(x, c, metric=metric))
 
 
+def awkward_codes(H, N, K, D):
+    x, c = torch.randn(H, N, D), torch.randn(H, K, D)
+    c[:, 1], c[:, 2, 5], c[:, 3], c[:, 4], c[:, 5] = c[:, 9], math.nan, 1e15 * c[:, 3], 0, 1e-30 * c[:, 5]
+    return x, c
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6])
+def test_few_rows_of_a_prepared_codebook(kernel, rows, metric, dtype):
+    """Of many dimensions, whose codes the CPU compares directly."""
+    x, c = awkward_codes(2, rows, 70, 231)
+    x = x.to(dtype)
+    mask = torch.ones(2, rows, dtype=torch.bool)
+    mask[1, 0], x[0, -1] = False, c[0, 1].to(dtype)
+    prepared = kernel.prepare(c, metric=metric)
+    for given in (x, x.index_fill(2, torch.tensor(7), math.inf), torch.zeros_like(x)):
+        expected = reference.nearest_topk(given, c, 4, mask, metric)
+        found = kernel.nearest_topk(given, prepared, 4, mask, metric)
+        INDICES.same(found[0].cpu(), expected[0])
+        assert_close(found[1].cpu(), expected[1], rtol=1e-6, atol=1e-6, equal_nan=True)
+        INDICES.same(kernel.nearest(given, prepared, mask, metric).cpu(), expected[0][..., 0])
+        found = kernel.quantize(given, prepared, mask, metric=metric, code_sums=True)
+        expected = kernel.quantize(given, c, mask, metric=metric, code_sums=True)
+        ORDER.same(list(found), list(expected), equal_nan=True)
+
+
 def test_a_changed_codebook_must_be_prepared_again(implementation):
     c = torch.randn(20, 4, device=implementation.device)
     prepared = implementation.prepare(c)

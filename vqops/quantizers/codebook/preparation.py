@@ -18,18 +18,19 @@ class KeptPreparation:
     def __init__(self, shape: tuple[int, int, int]):  # H, K, D
         self.shape = shape
         self.size = kernels.packed_bytes("cpu", *shape) if is_compiled("prepare", "cpu") else 0
-        self.packed: Tensor | None = None
-        self.stamp: Tensor | None = None
+        self.memory: tuple[Tensor, Tensor] | None = None  # one assignment, for threads: what is packed, its stamp
 
     def of(self, codes: Tensor, metric: Metric, x: Tensor) -> PreparedCodebook | None:  # [H, K, D], [H, N, D]
         """The preparation for a search of x, if this is where one is kept."""
         if self.size == 0 or codes.shape != self.shape or not can_be_kept(codes):
             return None
-        if self.packed is None:
-            self.packed = codes.new_empty(self.size, dtype=torch.uint8)
-            self.stamp = codes.new_zeros(2, dtype=torch.int64)
-        torch.ops.vqops.keep_prepared_(x, codes, self.packed, self.stamp, metric)
-        return PreparedCodebook(codes, self.packed, metric, resolve(None), codes._version)
+        memory = self.memory
+        if memory is None:
+            memory = codes.new_empty(self.size, dtype=torch.uint8), codes.new_zeros(2, dtype=torch.int64)
+            self.memory = memory
+        packed, stamp = memory
+        torch.ops.vqops.keep_prepared_(x, codes, packed, stamp, metric)
+        return PreparedCodebook(codes, packed, metric, resolve(None), codes._version)
 
     def __reduce__(self):
         return KeptPreparation, (self.shape,)  # a copy makes its own

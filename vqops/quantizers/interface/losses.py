@@ -73,7 +73,8 @@ def weighted(
 
     The losses of candidates [*positions, k] are for ranking them, in eval too, then with a weight of 1 instead of 0.
     """
-    loss = terms.commitment * numbers["commitment_weight"] if commits else terms.commitment
+    each = terms.commitment.dim() > 0
+    loss = terms.commitment * numbers["commitment_weight"] if commits and (training or each) else terms.commitment
     if training:
         for name, term in (
             ("codebook_loss_weight", codebook_error),

@@ -22,7 +22,7 @@ class Numbers(nn.Module):
             self.set(name, value)
 
     def set(self, name: str, value: float) -> None:
-        self.values[name], self.positive[name] = value, value > 0
+        self.values[name], self.positive[name] = float(value), value > 0
         with torch.no_grad():
             self._buffers[name].fill_(value)
 

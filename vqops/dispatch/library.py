@@ -87,6 +87,7 @@ def define(
     autograd: Autograd | None = None,
     fallback: Callable | None = None,
     everywhere: Callable | None = None,
+    decomposition: Callable | None = None,
 ) -> None:
     """Define `vqops::name`, which selects, and one op per implementation: `name_reference`, `name_compiled`, ...
 
@@ -94,6 +95,7 @@ def define(
     A compiled kernel registers itself for `name` and `name_compiled` under its device's key when `_C` is imported;
     on CUDA for `name_compiled` alone, or for `name_compiled_atomic` and `name_compiled_sorted` if it sums by code.
     `name` falls back on `fallback` (default: "pytorch") on every device without one, and on CUDA picks by choice.py.
+    `decomposition`, in PyTorch's operators, is what exporters to ONNX put in the place of any of them.
     `fake` is one per implementation (None: of `name`) where their results differ in size.
     The backward of `name` itself picks by its own regimes, since what a forward saves is the same in all of them.
     """
@@ -115,6 +117,10 @@ def define(
             if autograd.op is not None:
                 backward = partial(backward, op=getattr(torch.ops.vqops, op_name(autograd.op, implementation)))
             torch.library.register_autograd(f"vqops::{op}", backward, setup_context=autograd.setup_context, lib=library)
+        if decomposition is not None:
+            overload = getattr(torch.ops.vqops, op).default
+            torch._decomp.register_decomposition(overload)(decomposition)
+            torch._decomp.register_decomposition(overload, type="meta")(meta)  # or fake tensors would decompose it
     plain = {
         implementation: everywhere or getattr(module, name)
         for implementation, module in (("pytorch", pytorch), ("reference", reference))

@@ -11,6 +11,7 @@ from vqops.dispatch.library import Autograd, Implementation, define, select, wit
 from vqops.ops.checks import GRADIENTS, Gradient, Metric, check_choice, check_search, check_weight
 from vqops.ops.heads import with_heads
 from vqops.ops.search import PreparedCodebook, unpack
+from vqops.pytorch import decomposition
 
 
 class Quantized(NamedTuple):
@@ -181,4 +182,5 @@ define(
     fake_quantize,
     fallback=partial(reference.quantize, find_nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
     autograd=Autograd(save_for_backward, backward, "quantize_backward"),
+    decomposition=decomposition.quantize,
 )

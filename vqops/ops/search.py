@@ -9,6 +9,7 @@ from vqops import reference
 from vqops.dispatch.library import Implementation, define, is_compiled, kernels, resolve, select, without_gradient
 from vqops.ops.checks import METRICS, Metric, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
+from vqops.pytorch import decomposition
 from vqops.pytorch.codebook import packed_bytes as pytorch_bytes
 from vqops.triton_kernels.layout import packed_bytes as triton_bytes
 
@@ -191,12 +192,18 @@ def of_unknown_size(codebook):
 
 
 SEARCH = "Tensor? mask=None, str metric='euclidean', Tensor? prepared=None"
-define("nearest", f"(Tensor x, Tensor codebook, {SEARCH}) -> Tensor", fake_nearest)
+define(
+    "nearest",
+    f"(Tensor x, Tensor codebook, {SEARCH}) -> Tensor",
+    fake_nearest,
+    decomposition=decomposition.nearest,
+)
 define(
     "nearest_topk",
     f"(Tensor x, Tensor codebook, int k, {SEARCH}) -> (Tensor, Tensor)",
     fake_topk,
     autograd=without_gradient(),
+    decomposition=decomposition.nearest_topk,
 )
 define(
     "prepare",

@@ -69,9 +69,13 @@ def root(square: Tensor) -> Tensor:
     return torch.where(large, s * 2.0**250, torch.where(small, s * 2.0**-250, s))
 
 
+def norm(x: Tensor) -> Tensor:  # [..., D] -> float64 [...]
+    return root(dot(x, x))
+
+
 def unit(x: Tensor) -> Tensor:  # [..., D] -> float64 [..., D]
     """x / max(|x|, 1e-6)."""
-    return x.double() / root(dot(x, x)).clamp_min_(TINY).unsqueeze(-1)
+    return x.double() / norm(x).clamp_min_(TINY).unsqueeze(-1)
 
 
 def cost(
@@ -87,7 +91,7 @@ def cost(
     if metric == "euclidean":
         result = square(x, c)
     else:
-        norm = root(dot(c, c))
-        result = (-dot(x, c) / norm).masked_fill_(~(norm > 0), 0)
+        length = norm(c)
+        result = (-dot(x, c) / length).masked_fill_(~(length > 0), 0)
         result = result.masked_fill_(result.isnan(), math.inf)  # float64 overflow: a value, the worst one
     return result.masked_fill_(~is_finite(c), math.nan)

@@ -25,6 +25,21 @@ def lost_rows(indices: Tensor, mask: Tensor | None) -> Tensor:  # [H, N], [H, N]
     return lost.unsqueeze(-1)
 
 
+def to_codes(
+    x: Tensor,  # [H, N, D]
+    start: Tensor,  # [H, N, D], that the error is measured from
+    codebook: Tensor,  # [H, K, D]
+    indices: Tensor,  # [H, N]
+    mask: Tensor | None,  # [H, N] bool
+    square: Callable[[Tensor, Tensor], Tensor] = squared_error,
+) -> tuple[Tensor, Tensor]:  # quantized [H, N, D], dtype of x; error [H, N] float64
+    """The codes of the indices and the rows' distances to them; without an index 0, or NaN for a lost row."""
+    q, lost = gather(codebook, indices), lost_rows(indices, mask)
+    absent = torch.zeros_like(lost, dtype=torch.float64).masked_fill(lost, math.nan)
+    quantized = q.to(x.dtype).where(indices.unsqueeze(-1) >= 0, absent.to(x.dtype))
+    return quantized, square(start, q).where(indices >= 0, absent.squeeze(-1))
+
+
 def quantize(
     x: Tensor,  # [H, N, D]
     codebook: Tensor,  # [H, K, D]
@@ -51,12 +66,9 @@ def quantize(
     quantized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     error = torch.empty(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for rows in row_blocks(x):
-        chosen, q = indices[:, rows], gather(codebook, indices[:, rows])
-        lost = lost_rows(chosen, None if mask is None else mask[:, rows])
         start = unit(x[:, rows]) if units else x[:, rows]
-        absent = torch.zeros_like(lost, dtype=torch.float64).masked_fill_(lost, math.nan)
-        quantized[:, rows] = q.to(x.dtype).where(chosen.unsqueeze(-1) >= 0, absent.to(x.dtype))
-        error[:, rows] = squared_error(start, q).where(chosen >= 0, absent.squeeze(-1)).to(error.dtype)
+        kept = None if mask is None else mask[:, rows]
+        quantized[:, rows], error[:, rows] = to_codes(x[:, rows], start, codebook, indices[:, rows], kept)
     counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
     if with_sums:
         rows = unit(x).float() if units else x

@@ -1,12 +1,13 @@
 """The nearest codes, by comparing every code."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vqops.reference.blocks import BLOCK, blocks
-from vqops.reference.distance import cost, dot, root
+from vqops.reference.distance import cost, norm
 
 
 def search(
@@ -70,12 +71,13 @@ def distances_of(
     x: Tensor,  # [H, N, D]
     mask: Tensor | None,  # [H, N] bool
     metric: str,
+    norm: Callable[[Tensor], Tensor] = norm,
 ) -> Tensor:  # [H, N, k] float32 (float64 for float64 x)
     """The distances that `nearest_topk` returns: inf where no code is left or the row is masked, NaN for a row that is
     not finite."""
     if metric == "cosine":
-        norm = root(dot(x, x)).unsqueeze(-1)
-        costs = 1 + (costs / norm).masked_fill_(~(norm > 0), 0).masked_fill_(indices < 0, math.nan)
+        length = norm(x).unsqueeze(-1)
+        costs = 1 + (costs / length).masked_fill(~(length > 0), 0).masked_fill(indices < 0, math.nan)
     missing = (
         x.isfinite().all(-1, keepdim=True) if mask is None else x.isfinite().all(-1, keepdim=True) | ~mask[..., None]
     )

@@ -152,7 +152,7 @@ class Ops(nn.Module):
         return *found[:3], *turned[:3], *both[0], *both[1], inside, named
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["module", "program"])
+@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.slow), True], ids=["module", "program"])
 def test_ops(ahead):
     """Of a module, and of a program that torch.export made before."""
     module, x, mask = Ops(), torch.randn(40, 9), torch.rand(40) > 0.2

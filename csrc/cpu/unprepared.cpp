@@ -17,6 +17,7 @@ namespace vqops {
 namespace {
 
 constexpr int64_t kQueueBytes = 48 * 1024;  // of queued rows, per thread
+constexpr int64_t kThreadWork = 1 << 17;    // differences, at least, per thread: 10 us, which starting one may cost
 
 // The rows of one head, as the kernel reads them, and what bounds them.
 struct UnpreparedRows {
@@ -140,7 +141,8 @@ void search_unprepared(const SearchShape& shape, const Rows& x, const Rows& code
             else decision.write_none(h, n, !kept);
         }
         if (rows.numbers.empty()) continue;
-        const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, shape.K / 64));
+        const int64_t useful = std::min(shape.K / 64, rows.count() * shape.K * shape.D / kThreadWork);
+        const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, useful));
         std::vector<std::unique_ptr<UnpreparedCandidates>> parts(threads);
         parallel.over(threads, [&](int64_t begin, int64_t end) {
             const DefaultFloatMode mode_of_thread;

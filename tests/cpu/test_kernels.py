@@ -154,7 +154,7 @@ def test_clusters_go_to_the_more_precise_tier():
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize(("N", "K"), [(3, 700), (1500, 70), (1200, 400)])
+@pytest.mark.parametrize(("N", "K"), [(3, 700), (60, 700), (1500, 70), (1200, 400)])
 def test_threads_do_not_matter(N, K, metric):
     x, codes = normal(2, N, 24), normal(2, K, 24, seed=1)
     x[0, : N // 2] = codes[0, 0]  # a code of more than one run of 256 rows

@@ -278,6 +278,8 @@ int main() {
         {"repeated", 1, 50, 96, 8, 1, 1, 0, 3, 0, false},
         {"identical", 1, 50, 200, 8, 1, 1, 0, 200, 0, false},
         {"clusters", 1, 120, 200, 8, 1, 1, 0, 50, 1e-4f, false},
+        {"identical, in parts", 1, 50, 200, 64, 1, 1, 0, 200, 0, false},
+        {"clusters, in parts", 1, 60, 200, 64, 1, 1, 0, 50, 1e-7f, false},
         {"tight clusters", 1, 120, 200, 8, 1, 1, 0, 50, 1e-7f, false},
         {"collapsed", 1, 50, 300, 8, 1e-7f, 1e-7f, 1, 1, 0, false},
         {"zero codebook", 1, 30, 40, 8, 1, 0, 0, 1, 0, false},

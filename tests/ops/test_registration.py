@@ -20,6 +20,7 @@ def samples():
     indices = reference.nearest(x, c, mask)
     strided = torch.randn(2, 5, 20).mT
     sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
+    saved = torch.rand(3, 2, 5, 4)
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
     return {
         "nearest": [(x, c), (strided, c, mask, "cosine")],
@@ -39,6 +40,23 @@ def samples():
             (torch.randn(2, 20), x, c, indices, torch.randn(2, 20) + 9, "euclidean", True, True),
             (torch.randn(2, 20), strided, c, indices, torch.randn(2, 20) + 9, "cosine", True, True),
         ],
+        "assignment_entropy": [
+            (x.unflatten(1, (4, 5)), c, torch.tensor(2.0), mask.unflatten(1, (4, 5))),
+            (learnable[0].detach().unflatten(1, (5, 4)).requires_grad_(), learnable[1], torch.tensor(2.0)),
+            (strided.unflatten(1, (20, 1)), c, torch.tensor(2.0), None, "cosine"),
+        ],
+        "assignment_entropy_backward": [
+            (torch.randn(5), grouped, c, torch.tensor(2.0), mask.unflatten(1, (5, 4)), saved, "euclidean", True, True)
+            for grouped in (x.unflatten(1, (5, 4)), strided.unflatten(1, (5, 4)))
+        ],
+        "soft_codes": [
+            (strided, c, torch.tensor(0.5), mask),
+            (*learnable, torch.tensor(0.5), None, "cosine"),
+        ],
+        "soft_codes_backward": [
+            (strided, x, c, torch.tensor(0.5), mask, "euclidean", True, True),
+            (torch.randn(x.shape), strided, c, torch.tensor(0.5), None, "cosine", True, False),
+        ],
         "quantize_backward": [
             (torch.randn(x.shape), torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, True, True),
             (strided, torch.randn(2, 20), strided, c, indices, mask, "euclidean", "none", 0.5, True, True),
@@ -48,7 +66,8 @@ def samples():
 
 
 SAMPLES = samples()
-WITHOUT_KERNELS = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward"}
+SOFT = ("assignment_entropy", "code_cross_entropy", "soft_codes")
+WITHOUT_KERNELS = {"check_first_run_", *SOFT, *(f"{name}_backward" for name in SOFT)}
 
 
 def test_every_op_has_samples():

@@ -4,9 +4,11 @@ from vqops.dispatch.choice import use_implementation
 from vqops.dispatch.library import implementations
 from vqops.ops.code_sums import code_sums
 from vqops.ops.ema import ema_update_
+from vqops.ops.entropy import assignment_entropy
 from vqops.ops.quantize import Quantized, quantize
 from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest, nearest_topk, prepare, search_statistics
+from vqops.ops.soft_codes import soft_codes
 from vqops.quantizers.interface.losses import LossBreakdown
 from vqops.quantizers.vector_quantize import VectorQuantize
 
@@ -17,6 +19,7 @@ __all__ = [
     "PreparedCodebook",
     "Quantized",
     "VectorQuantize",
+    "assignment_entropy",
     "code_sums",
     "ema_update_",
     "implementations",
@@ -27,5 +30,6 @@ __all__ = [
     "sample",
     "sample_topk",
     "search_statistics",
+    "soft_codes",
     "use_implementation",
 ]

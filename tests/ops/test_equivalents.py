@@ -25,6 +25,8 @@ def arguments():
         "quantize": [{"x": x, "codebook": c}],
         "code_sums": [{"x": x, "indices": indices, "num_codes": 9, "weight": each} for each in (None, weight)],
         "code_cross_entropy": [{"x": x, "codebook": c, "targets": indices}],
+        "assignment_entropy": [{"x": x.unflatten(0, (10, 5)), "codebook": c, "inverse_temperature": 2.0}],
+        "soft_codes": [{"x": x, "codebook": c, "temperature": 0.5}],
         "ema_update_": [state | step],
     }
 
@@ -37,7 +39,9 @@ DESCRIBED = {
     if function.__module__ == module.__name__ and "Equivalent to:" in (inspect.getdoc(function) or "")
 }
 ARGUMENTS = arguments()
-PASSING = {"quantize": ("x",), "code_cross_entropy": ("x", "codebook")}  # arguments that get a gradient
+PASSING = {"quantize": ("x",)} | dict.fromkeys(
+    ("code_cross_entropy", "assignment_entropy", "soft_codes"), ("x", "codebook")
+)  # arguments that get a gradient
 
 
 def equivalent(op):

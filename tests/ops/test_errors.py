@@ -32,6 +32,14 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("case", SEARCHES)
+def test_soft_codes(case):
+    arguments, error, message = SEARCHES[case]
+    mask, metric = (*arguments[2:], *(None, "euclidean")[len(arguments) - 2 :])
+    with pytest.raises(error, match=f"soft_codes: .*{message}"):
+        vqops.soft_codes(*arguments[:2], 1.0, mask, metric)
+
+
+@pytest.mark.parametrize("case", SEARCHES)
 def test_searches(case):
     arguments, error, message = SEARCHES[case]
     arguments = (*arguments, *(None, "euclidean")[len(arguments) - 2 :])
@@ -47,6 +55,61 @@ def test_searches(case):
 
 
 OTHERS = {
+    "axes of the groups": (
+        lambda: vqops.assignment_entropy(x, c, 1.0),
+        ValueError,
+        r"assignment_entropy: x must be \[G, M, D\] for a codebook \[K, D\], got \[5, 4\]",
+    ),
+    "axes of the groups of heads": (
+        lambda: vqops.assignment_entropy(heads_x, heads_c, 1.0),
+        ValueError,
+        r"assignment_entropy: x must be \[H, G, M, D\] for a codebook \[H, K, D\], got \[2, 5, 4\]",
+    ),
+    "D of the groups": (
+        lambda: vqops.assignment_entropy(heads_x, torch.zeros(3, 5), 1.0),
+        ValueError,
+        "assignment_entropy: codebook has D=5, x has D=4",
+    ),
+    "mask of the groups": (
+        lambda: vqops.assignment_entropy(heads_x, c, 1.0, torch.ones(10, dtype=torch.bool)),
+        ValueError,
+        r"assignment_entropy: mask must have shape .*\[2, 5\], got \[10\]",
+    ),
+    "inverse temperature of 0": (
+        lambda: vqops.assignment_entropy(heads_x, c, 0),
+        ValueError,
+        "assignment_entropy: inverse_temperature must be positive and finite, got 0",
+    ),
+    "infinite inverse temperature": (
+        lambda: vqops.assignment_entropy(heads_x, c, float("inf")),
+        ValueError,
+        "inverse_temperature must be positive and finite, got inf",
+    ),
+    "negative temperature": (
+        lambda: vqops.soft_codes(x, c, -1.0),
+        ValueError,
+        "soft_codes: temperature must be positive and finite, got -1.0",
+    ),
+    "temperature of nothing": (
+        lambda: vqops.soft_codes(x, c, float("nan")),
+        ValueError,
+        "soft_codes: temperature must be positive and finite, got nan",
+    ),
+    "temperatures": (
+        lambda: vqops.soft_codes(x, c, torch.ones(5)),
+        ValueError,
+        r"soft_codes: temperature must have shape \(\) = \[\], got \[5\]",
+    ),
+    "temperature of integers": (
+        lambda: vqops.soft_codes(x, c, torch.tensor(1)),
+        TypeError,
+        "soft_codes: temperature must be float32, .*got torch.int64",
+    ),
+    "temperature elsewhere": (
+        lambda: vqops.soft_codes(x, c, torch.ones((), device="meta")),
+        ValueError,
+        "soft_codes: temperature is on meta, x is on cpu",
+    ),
     "k of 0": (
         lambda: vqops.nearest_topk(x, c, 0),
         ValueError,

@@ -13,7 +13,7 @@ from vqops import pytorch, reference
 from vqops.check.inputs import SEARCHES
 from vqops.pytorch import codebook as codebooks
 from vqops.pytorch import host, search
-from vqops.reference import distance
+from vqops.reference import distance, soft
 
 METRICS = ("euclidean", "cosine")
 
@@ -41,7 +41,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """What decides whether to ask is that of a GPU."""
-    for module in (codebooks, search):
+    for module in (codebooks, search, soft):
         monkeypatch.setattr(module, "asking_is_free", lambda _device: False)
 
 
@@ -75,6 +75,11 @@ def test_a_step_does_not_wait(must_not_wait, metric, deterministic):
         pytorch.ema_update_(*state, found[3], found[4], decay, 1e-5, None, metric)
         entropy = pytorch.code_cross_entropy(x, c, found[1], metric)
         pytorch.code_cross_entropy_backward(grad[..., 0], x, c, found[1], entropy[1], metric, True, True)
+        pytorch.soft_codes(x, c, decay, mask, metric)
+        pytorch.soft_codes_backward(grad, x, c, decay, mask, metric, True, True)
+        groups = x.unflatten(1, (100, 3)), c, decay, mask.unflatten(1, (100, 3))
+        entropy = pytorch.assignment_entropy(*groups, metric)
+        pytorch.assignment_entropy_backward(entropy[0], *groups, entropy[1], metric, True, True)
         pytorch.search_statistics(x, c, metric)
     assert waits.count == 0
 

@@ -21,6 +21,7 @@ def samples():
     strided = torch.randn(2, 5, 20).mT
     sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
     draw = torch.tensor(0.5), torch.tensor([3, 4])
+    saved = torch.rand(3, 2, 5, 4)
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
     return {
         "nearest": [(x, c), (strided, c, mask, "cosine")],
@@ -43,6 +44,23 @@ def samples():
             (torch.randn(2, 20), x, c, indices, torch.randn(2, 20) + 9, "euclidean", True, True),
             (torch.randn(2, 20), strided, c, indices, torch.randn(2, 20) + 9, "cosine", True, True),
         ],
+        "assignment_entropy": [
+            (x.unflatten(1, (4, 5)), c, torch.tensor(2.0), mask.unflatten(1, (4, 5))),
+            (learnable[0].detach().unflatten(1, (5, 4)).requires_grad_(), learnable[1], torch.tensor(2.0)),
+            (strided.unflatten(1, (20, 1)), c, torch.tensor(2.0), None, "cosine"),
+        ],
+        "assignment_entropy_backward": [
+            (torch.randn(5), grouped, c, torch.tensor(2.0), mask.unflatten(1, (5, 4)), saved, "euclidean", True, True)
+            for grouped in (x.unflatten(1, (5, 4)), strided.unflatten(1, (5, 4)))
+        ],
+        "soft_codes": [
+            (strided, c, torch.tensor(0.5), mask),
+            (*learnable, torch.tensor(0.5), None, "cosine"),
+        ],
+        "soft_codes_backward": [
+            (strided, x, c, torch.tensor(0.5), mask, "euclidean", True, True),
+            (torch.randn(x.shape), strided, c, torch.tensor(0.5), None, "cosine", True, False),
+        ],
         "quantize_backward": [
             (strided, torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, True, True, True),
             (strided, torch.randn(2, 20), x, c, indices, mask, "cosine", "rotation", 0.5, False, True, True),
@@ -53,7 +71,8 @@ def samples():
 
 
 SAMPLES = samples()
-WITHOUT_KERNELS = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward", "sample", "sample_topk"}
+SOFT = ("assignment_entropy", "code_cross_entropy", "soft_codes")
+WITHOUT_KERNELS = {"check_first_run_", "keep_prepared_", "sample", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT)}
 
 
 def test_every_op_has_samples():

@@ -43,13 +43,15 @@ def check_codebook(op: str, codebook: Tensor) -> None:
         raise ValueError(f"{op}: codebook must have at least one code of one dimension, got {list(codebook.shape)}")
 
 
-def check_search(op: str, x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str) -> None:
+def check_search(
+    op: str, x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, rows: tuple[str, ...] = ("N",)
+) -> None:
     check_floating(op, x=x)
     check_codebook(op, codebook)
     check_choice(op, "metric", metric, METRICS)
     check_device(op, x, codebook=codebook, mask=mask)
-    if codebook.dim() == 3 and x.dim() != 3:
-        raise ValueError(f"{op}: x must be [H, N, D] for a codebook [H, K, D], got {list(x.shape)}")
+    if codebook.dim() == 3 and x.dim() != len(rows) + 2:
+        raise ValueError(f"{op}: x must be [H, {', '.join(rows)}, D] for a codebook [H, K, D], got {list(x.shape)}")
     if x.dim() == 0 or x.shape[-1] != codebook.shape[-1]:
         raise ValueError(
             f"{op}: codebook has D={codebook.shape[-1]}, x has {'no' if x.dim() == 0 else f'D={x.shape[-1]}'}"
@@ -59,6 +61,18 @@ def check_search(op: str, x: Tensor, codebook: Tensor, mask: Tensor | None, metr
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask must be bool, True for the rows to quantize, got {mask.dtype}")
     check_shape(op, "mask", mask, x.shape[:-1], "of x without D")
+
+
+def check_scalar(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor:
+    """A positive number, or a tensor of one, as a tensor in the dtype of x's results."""
+    if isinstance(value, Tensor):
+        check_floating(op, **{name: value})
+        check_shape(op, name, value, (), "()")
+        check_device(op, x, **{name: value})
+        return value
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+    return torch.full((), value, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def check_weight(op: str, weight: Tensor | None, rows: tuple[int, ...]) -> None:

@@ -8,16 +8,23 @@ deterministic, with sums by code in any order. A file per family; names and argu
 from vqops import reference
 from vqops.pytorch.code_sums import code_sums
 from vqops.pytorch.host import on_host
+from vqops.pytorch.precision import in_full_precision
 from vqops.pytorch.quantize import quantize
 from vqops.pytorch.quantize_backward import quantize_backward
 from vqops.pytorch.sample import sample, sample_topk
 from vqops.pytorch.search import nearest, nearest_topk, prepare, search_statistics
 
-code_cross_entropy = on_host(reference.code_cross_entropy)
-code_cross_entropy_backward = on_host(reference.code_cross_entropy_backward)
+assignment_entropy = on_host(in_full_precision(reference.assignment_entropy))
+assignment_entropy_backward = on_host(in_full_precision(reference.assignment_entropy_backward))
+code_cross_entropy = on_host(in_full_precision(reference.code_cross_entropy))
+code_cross_entropy_backward = on_host(in_full_precision(reference.code_cross_entropy_backward))
+soft_codes = on_host(in_full_precision(reference.soft_codes))
+soft_codes_backward = on_host(in_full_precision(reference.soft_codes_backward))
 ema_update_ = on_host(reference.ema_update_, changes=3)
 
 __all__ = [
+    "assignment_entropy",
+    "assignment_entropy_backward",
     "code_cross_entropy",
     "code_cross_entropy_backward",
     "code_sums",
@@ -30,4 +37,6 @@ __all__ = [
     "sample",
     "sample_topk",
     "search_statistics",
+    "soft_codes",
+    "soft_codes_backward",
 ]

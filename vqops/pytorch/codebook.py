@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqops.pytorch import bound
-from vqops.reference.distance import has_float64, is_finite
+from vqops.reference.distance import asking_is_free, has_float64, is_finite
 
 GROUP = 16  # codes of which the screen first takes the least
 SAMPLE = 32  # codes whose middle is the centre
@@ -106,10 +106,6 @@ def repeats(codebook: Tensor) -> Tensor:  # [H, K, D] -> [H, K] bool
     ordered = codebook[torch.arange(len(codebook), device=codebook.device).unsqueeze(1), order]
     found[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]).all(-1)
     return found.gather(1, order.argsort(1))
-
-
-def asking_is_free(device: torch.device) -> bool:
-    return device.type == "cpu"
 
 
 def with_repeats(codes: Codes) -> Codes:

@@ -1,8 +1,9 @@
 """Products in the precision of their operands, whatever the caller allows for his own."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 
@@ -31,6 +32,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
             if inside == 0:
                 restore_precision(before)
                 before = None
+
+
+def in_full_precision(function: Callable) -> Callable:
+    """The function, whose first argument is a tensor."""
+
+    @wraps(function)
+    def run(*arguments, **named):
+        with full_precision(arguments[0].device):
+            return function(*arguments, **named)
+
+    return run
 
 
 def raise_precision() -> tuple[str, str, str] | None:

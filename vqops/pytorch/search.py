@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqops.pytorch.codebook import Codes, asking_is_free, pack, prepare_codes, unpack, with_repeats
+from vqops.pytorch.codebook import Codes, pack, prepare_codes, unpack, with_repeats
 from vqops.pytorch.decide import decide, scan
 from vqops.pytorch.host import on_host
 from vqops.pytorch.precision import full_precision
 from vqops.pytorch.screen import screen
-from vqops.reference.distance import cost, has_float64, is_finite, squared_error
+from vqops.reference.distance import asking_is_free, cost, has_float64, is_finite, squared_error
 from vqops.reference.search import distances_of
 
 CERTIFIED, DECIDED, SCANNED, WITHOUT = range(4)  # the tiers of search_statistics

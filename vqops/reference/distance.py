@@ -14,6 +14,11 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def asking_is_free(device: torch.device) -> bool:
+    """Whether what a tensor holds can be looked at without making the host wait."""
+    return device.type == "cpu"
+
+
 def is_finite(t: Tensor) -> Tensor:  # [..., D] -> bool [...]
     """Whether all of a vector is; faster than isfinite().all(-1) on a CPU."""
     return t.abs().amax(-1) < math.inf

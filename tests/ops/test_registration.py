@@ -51,7 +51,7 @@ def samples():
 
 
 SAMPLES = samples()
-WITHOUT_KERNELS = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward", "sample", "sample_topk"}
+WITHOUT_KERNELS = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward", "sample_topk"}
 
 
 def test_every_op_has_samples():

@@ -18,6 +18,11 @@ constexpr int kLargestK = 32;  // of nearest_topk
 
 constexpr int kRun = 256;  // rows of a code that are summed in order, before the runs are
 
+// Of the noise: Philox4x32-10 (noise.h).
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kFirstMultiplier = 0xD2511F53, kSecondMultiplier = 0xCD9E8D57;
+constexpr uint32_t kFirstStep = 0x9E3779B9, kSecondStep = 0xBB67AE85;  // of the key, between rounds
+
 // Ways of the gradient past the step of the quantizer.
 enum class Passing { none, straight_through, rotation };
 

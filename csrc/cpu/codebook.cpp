@@ -92,6 +92,40 @@ struct Facts {
 };
 constexpr float kRepeat = -1;
 
+// Fills `facts.radius` and `facts.key`.
+void measure_codes(const Codes& codes, const float* centre, float scale, const Facts& facts, const Parallel& parallel) {
+    // Weights that make the sum of a code a key that permutations don't share, and small enough never to overflow.
+    const int64_t D = codes.D;
+    const AlignedRow weights(D), middle(D);
+    for (int64_t i = 0; i < D; i++) {
+        weights.data[i] = 0x1p-20 * (1 + std::fmod(double(i + 1) * 0.6180339887498949, 1.0));
+        middle.data[i] = centre[i];
+    }
+    parallel.over(codes.K, [&](int64_t begin, int64_t end) {
+        const DefaultFloatMode mode;
+        const AlignedRow row(D);
+        const auto measure = [&] {
+            return instructions().measure(row.data, weights.data, middle.data, scale, row.padded);
+        };
+        for (int64_t k = begin; k < end; k++) {
+            codes.read(k, row.data);
+            CodeFacts measured = measure();
+            const double key = measured.key + 0.0;  // -0 and 0 are equal
+            uint64_t bits;
+            std::memcpy(&bits, &key, 8);
+            facts.key[k] = uint32_t((bits * 0x9e3779b97f4a7c15u) >> 32);
+            facts.radius[k] = NAN;
+            if (!std::isfinite(key)) continue;
+            if (codes.cosine) {
+                codes.normalise(row.data);
+                measured = measure();
+            }
+            const float radius = float(std::sqrt(measured.square));
+            facts.radius[k] = std::isnan(radius) ? INFINITY : radius;  // NaN: a cosine code's norm overflowed
+        }
+    });
+}
+
 // Marks codes that repeat a code of lower index; they can never be chosen, and many of them would fill every list of
 // candidates. Chains of codes by key; ascending order makes the lowest index the one that stays.
 void mark_repeats(const Codes& codes, const Facts& facts) {
@@ -154,6 +188,42 @@ private:
     AlignedRow row_;
 };
 
+// The error of the decision, relative to |X|^2 + |C|^2.
+double decision_of(int64_t D) { return 1.01 * double(D / 8 + 8) * kDouble; }
+
+Header header_of(const Codes& codes, float scale) {
+    const double decision = codes.cosine ? 4 * double(codes.D + 16) * kDouble : 1.01 * decision_of(codes.D);
+    return {layout(), codes.cosine, codes.K, codes.D, 0, 0, 0, scale, float(decision), -1};
+}
+
+// Starts, slacks and panels of the codes in their places, whose radii are in `slack`; NaN: there is none.
+void write_panels(const Codes& codes, const Packed& packed, int64_t capacity, const Parallel& parallel) {
+    const double gamma = 1.01 * double(codes.D + 6) * kUnit, decided = decision_of(codes.D);
+    const int64_t screened = packed.header->screened;
+    const int64_t width = instructions().codes, codes_held = round_up(capacity, kMostCodes);
+    std::fill(packed.start + screened, packed.start + codes_held, INFINITY);
+    std::fill(packed.slack + screened, packed.slack + codes_held, 0);
+    parallel.over(packed.panel_count(), [&](int64_t begin, int64_t end) {
+        const DefaultFloatMode mode;
+        PanelWriter writer(codes, packed);
+        double radii[kMostCodes];
+        for (int64_t p = begin; p < end; p++) {
+            const int64_t count = std::min(width, screened - p * width);
+            for (int64_t j = 0, k = p * width; j < count; j++, k++) {
+                const bool absent = std::isnan(packed.slack[k]);
+                radii[j] = absent ? 0 : packed.slack[k];
+                const double half = codes.cosine ? 0 : radii[j] * radii[j] / 2;
+                const double bound = gamma + kTwice * decided;
+                packed.start[k] = absent ? INFINITY : float(half * (1 - bound - kStart - kHalf));
+                packed.slack[k] = float(half * (2 * bound + kSlack));
+            }
+            writer.write(p, packed.code + p * width, radii, count);
+        }
+    });
+    const int64_t bytes = instructions().code_bytes(codes.D);
+    std::fill(packed.panels + packed.panel_count() * width * bytes, packed.panels + codes_held * bytes, 0);
+}
+
 }  // namespace
 
 float rest_of(double norm, const Header& header) {
@@ -168,37 +238,8 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
     const float scale = choose_centre(codes, packed.centre);
     for (int64_t i = D; i < round_up(D, 16); i++) packed.centre[i] = 0;
 
-    // Weights that make the sum of a code a key that permutations don't share, and small enough never to overflow.
-    const AlignedRow weights(D), centre(D);
-    for (int64_t i = 0; i < D; i++) {
-        weights.data[i] = 0x1p-20 * (1 + std::fmod(double(i + 1) * 0.6180339887498949, 1.0));
-        centre.data[i] = packed.centre[i];
-    }
     const Facts facts(packed);
-    parallel.over(K, [&](int64_t begin, int64_t end) {
-        const DefaultFloatMode mode;
-        const AlignedRow row(D);
-        const auto measure = [&] {
-            return instructions().measure(row.data, weights.data, centre.data, scale, row.padded);
-        };
-        for (int64_t k = begin; k < end; k++) {
-            codes.read(k, row.data);
-            CodeFacts measured = measure();
-            const double key = measured.key + 0.0;  // -0 and 0 are equal
-            uint64_t bits;
-            std::memcpy(&bits, &key, 8);
-            facts.key[k] = uint32_t((bits * 0x9e3779b97f4a7c15u) >> 32);
-            facts.radius[k] = NAN;
-            if (!std::isfinite(key)) continue;
-            if (cosine) {
-                codes.normalise(row.data);
-                measured = measure();
-            }
-            const float radius = float(std::sqrt(measured.square));
-            facts.radius[k] = std::isnan(radius) ? INFINITY : radius;  // NaN: a cosine code's norm overflowed
-        }
-    });
-
+    measure_codes(codes, packed.centre, scale, facts, parallel);
     mark_repeats(codes, facts);
     int64_t listed = 0, first = -1;
     const auto list = [&](const auto& belongs) {
@@ -220,33 +261,32 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
                   [&](int32_t a, int32_t b) { return facts.radius[a] < facts.radius[b]; });
     for (int64_t k = 0; k < screened; k++) packed.slack[k] = facts.radius[packed.code[k]];  // by place from here on
 
-    // The coefficient of |c|^2 / 2 in the bound, and the error of the decision.
-    const double gamma = 1.01 * double(D + 6) * kUnit;
-    const double decided = 1.01 * double(D / 8 + 8) * kDouble;
-    *packed.header = {layout(), cosine, K, D, screened, far, repeats,
-                      scale, float(cosine ? 4 * double(D + 16) * kDouble : 1.01 * decided), first};
+    *packed.header = header_of(codes, scale);
+    packed.header->screened = screened, packed.header->far = far, packed.header->repeats = repeats;
+    packed.header->first = first;
+    write_panels(codes, packed, K, parallel);
+}
 
-    const int64_t width = instructions().codes, codes_held = round_up(K, kMostCodes);
-    std::fill(packed.start + screened, packed.start + codes_held, INFINITY);
-    std::fill(packed.slack + screened, packed.slack + codes_held, 0);
-    parallel.over(packed.panel_count(), [&](int64_t begin, int64_t end) {
-        const DefaultFloatMode mode;
-        PanelWriter writer(codes, packed);
-        double radii[kMostCodes];
-        for (int64_t p = begin; p < end; p++) {
-            const int64_t count = std::min(width, screened - p * width);
-            for (int64_t j = 0, k = p * width; j < count; j++, k++) {
-                radii[j] = packed.slack[k];
-                const double half = cosine ? 0 : radii[j] * radii[j] / 2;
-                const double bound = gamma + kTwice * decided;
-                packed.start[k] = float(half * (1 - bound - kStart - kHalf));
-                packed.slack[k] = float(half * (2 * bound + kSlack));
-            }
-            writer.write(p, packed.code + p * width, radii, count);
-        }
-    });
-    const int64_t bytes = instructions().code_bytes(D);
-    std::fill(packed.panels + packed.panel_count() * width * bytes, packed.panels + codes_held * bytes, 0);
+void pack_fours(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
+                std::vector<int32_t>& far, const Parallel& parallel) {
+    const Codes codes{rows, h, K, D, cosine};
+    const int64_t places = places_of(K), lanes = instructions().lanes;
+    const Packed packed(memory, places, D);
+    const float scale = choose_centre(codes, packed.centre);
+    std::fill(packed.centre + D, packed.centre + round_up(D, 16), 0.0f);
+    const Facts facts(packed);
+    measure_codes(codes, packed.centre, scale, facts, parallel);
+    const std::vector<float> radius(facts.radius, facts.radius + K);
+    for (int64_t place = 0; place < places; place++) {
+        const int64_t i = place % lanes, j = place / lanes % 4;
+        const int64_t k = place / (4 * lanes) * (4 * lanes) + 4 * i + j;
+        packed.code[place] = k < K ? int32_t(k) : 0;
+        packed.slack[place] = k < K && radius[k] <= kFar ? radius[k] : NAN;
+        if (k < K && radius[k] > kFar) far.push_back(int32_t(k));
+    }
+    *packed.header = header_of(codes, scale);
+    packed.header->screened = places;
+    write_panels(codes, packed, places, parallel);
 }
 
 }  // namespace vqops

@@ -39,6 +39,23 @@ struct Panels {
     int64_t count, D;
 };
 
+// A block of rows with the codes that may have their largest key, as the screening pass meets them. In the units of a
+// row, |X| for cosine, else those of the codes.
+struct Draws {
+    const float* offset;     // [rows] |X|^2 - 2 rest from below, for cosine X.m + rest from above
+    const float* step;       // [rows] of the bound of the noise (noise.h),
+    const float* most;       // [rows]
+    const uint64_t* number;  // [rows] the rows' numbers, for the noise
+    float* threshold;        // [rows] below the largest key so far; NaN is no row
+    uint64_t key;
+    uint32_t head;
+    bool cosine;
+    float* noise;  // [rows, 4 lanes], for the pass alone
+    void* owner;
+    // Looks at the code in a place, which may raise the row's threshold.
+    void (*consider)(void* owner, int64_t row, int64_t place);
+};
+
 // Rows or codes on their way into a block or a panel: scale (vector - centre).
 struct Given {
     const float* const* vectors;  // [count] of D values
@@ -82,6 +99,7 @@ struct Instructions {
     const char* name;
     int tile;    // rows per register tile of the screening pass,
     int codes;   // and its codes, which lie side by side in the packed codebook
+    int lanes;   // values of a vector
     bool rounds;  // the screening pass takes less than float: wider bounds, which only a faster unit makes worth while
     // The layouts of rows and codes, the coefficients of their bounds included, are the set's own.
     int layout;                        // id of the panels, as this set and those that have the same lay them out
@@ -93,6 +111,8 @@ struct Instructions {
     void (*place_codes)(const Given& codes, const double* radius, void* work, void* panel);
     // All codes against `rows` rows of a block, a multiple of the tile.
     void (*screen)(const void* block, int64_t rows, const Panels& panels, const OpenCodes& open);
+    // The same for the largest keys, of panels in the order of `fours` (codebook.h).
+    void (*draw)(const void* block, int64_t rows, const Panels& panels, const Draws& draws);
     UnpreparedKernel* unprepared;
     int group;  // codes that `unprepared` takes together
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h

@@ -1,5 +1,7 @@
 // The CPU kernels as ops: tensors in, tensors out.
 
+#include <limits>
+
 #include "../bindings.h"
 #include "code_sums.h"
 #include "codebook.h"
@@ -7,6 +9,7 @@
 #include "gather.h"
 #include "hash.h"
 #include "quantize_backward.h"
+#include "sample.h"
 #include "unprepared.h"
 
 #include <mutex>
@@ -86,6 +89,15 @@ Tensor prepared_or_new(const char* op, const Tensor& codebook, const OptionalTen
     return *prepared;
 }
 
+// Negative and NaN are 0, infinity is the largest float32.
+double temperature_of(const char* op, const Tensor& temperature, const Tensor& seed) {
+    STD_TORCH_CHECK(temperature.numel() == 1 && temperature.scalar_type() == ScalarType::Float && seed.numel() == 2 &&
+                        seed.scalar_type() == ScalarType::Long,
+                    op, ": temperature must be one float32, and seed two int64");
+    const float value = *static_cast<const float*>(temperature.const_data_ptr());
+    return value > 0 ? std::min(value, std::numeric_limits<float>::max()) : 0;
+}
+
 void run_search(const char* op, const Tensor& x, const Tensor& codebook, const OptionalTensor& mask,
                 const std::string& metric, const OptionalTensor& prepared, const SearchResult& result,
                 const Gathered* gathered = nullptr) {
@@ -127,6 +139,20 @@ Tensor search_statistics(const Tensor& x, const Tensor& codebook, std::string me
                {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr,
                 static_cast<int64_t*>(tiers.mutable_data_ptr())});
     return tiers;
+}
+
+Tensor sample(const Tensor& x, const Tensor& codebook, const Tensor& temperature, const Tensor& seed,
+              OptionalTensor mask, std::string metric) {
+    const bool cosine = is_cosine("sample", metric);
+    check_search_arguments("sample", x, codebook, mask);
+    const double given = temperature_of("sample", temperature, seed);
+    if (given == 0) return nearest(x, codebook, mask, metric, std::nullopt);
+    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    const Tensor numbers = torch::stable::contiguous(seed);
+    draw_codes(shape_of(x, codebook, cosine), rows_of("sample", x), rows_of("sample", codebook), mask_of(mask), given,
+               static_cast<const int64_t*>(numbers.const_data_ptr()), static_cast<int64_t*>(indices.mutable_data_ptr()),
+               threads());
+    return indices;
 }
 
 std::tuple<Tensor, Tensor> sums_of(const char* op, const Tensor& x, const Tensor& indices, int64_t K,
@@ -228,5 +254,6 @@ STABLE_TORCH_LIBRARY_IMPL(vqops, CPU, m) {
     VQOPS_KERNEL(code_sums);
     VQOPS_KERNEL(quantize);
     VQOPS_KERNEL(quantize_backward);
+    VQOPS_KERNEL(sample);
     VQOPS_KERNEL(ema_update_);
 }

@@ -103,6 +103,13 @@ def differences(x, codes, metric):
         wrong.append(f"nearest_topk: {int((found[0] != expected[0]).any(1).sum())} rows")
     if not torch.allclose(found[1], expected[1], rtol=1e-6, equal_nan=True):
         wrong.append("distances")
+    for temperature in (1e-5, 0.1, 3.0):
+        found, expected = (
+            vqops.sample(x, codes, temperature, torch.tensor([5, 6]), metric=metric, implementation=i)
+            for i in ("compiled", "reference")
+        )
+        if (found != expected).any():
+            wrong.append(f"sample: {int((found != expected).sum())} rows at {temperature}")
     found, expected = (
         vqops.quantize(x, codes, metric=metric, code_sums=True, implementation=i) for i in ("compiled", "reference")
     )
@@ -166,7 +173,8 @@ def test_threads_do_not_matter(N, K, metric):
             rows = x.clone().requires_grad_()
             found = vqops.quantize(rows, codes, metric=metric, gradient="rotation", code_sums=True)
             (found.quantized.sum() + found.error.sum()).backward()
-            results.append((*found, rows.grad, vqops.prepare(codes, metric=metric).packed))
+            drawn = vqops.sample(x, codes, 0.5, torch.tensor([3, 4]), metric=metric)
+            results.append((*found, drawn, rows.grad, vqops.prepare(codes, metric=metric).packed))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -205,6 +205,8 @@ def test_compiled_kernels_check_for_themselves():
         lambda: ops.nearest(rows, torch.zeros(1, 0, 4)),
         lambda: ops.nearest(rows, torch.zeros(1, 3, 4), torch.ones(1, 4, dtype=torch.bool)),
         lambda: ops.nearest_topk(rows, torch.zeros(1, 3, 4), 4),
+        lambda: ops.sample(rows, torch.zeros(1, 3, 4), torch.ones(()), torch.zeros(1, dtype=torch.int64)),
+        lambda: ops.sample(rows, torch.zeros(1, 3, 4), torch.ones(2), torch.zeros(2, dtype=torch.int64)),
         lambda: ops.code_sums(rows, torch.full((1, 5), 3), 3),
         lambda: ops.nearest(rows, torch.zeros(1, 3, 4), None, "euclidean", torch.zeros(8, dtype=torch.uint8)),
         lambda: ops.nearest(rows.long(), torch.zeros(1, 3, 4)),

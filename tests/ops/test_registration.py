@@ -22,6 +22,7 @@ def samples():
     sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
     draw = torch.tensor(0.5), torch.tensor([3, 4])
     saved = torch.rand(3, 2, 5, 4)
+    memory = torch.ops.vqops.prepare(c), torch.zeros(2, dtype=torch.int64)
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
     return {
         "nearest": [(x, c), (strided, c, mask, "cosine")],
@@ -38,6 +39,7 @@ def samples():
             (strided, c, None, None, "euclidean", "none", False, 0.0, True, False),
             (*learnable, mask, weight, "cosine", "rotation", True, 0.5, False),
         ],
+        "keep_prepared_": [(x, c, *memory, "euclidean")],
         "check_first_run_": [(c, "VectorQuantize")],
         "code_cross_entropy": [(strided, c, indices, "euclidean"), (*learnable, indices, "cosine")],
         "code_cross_entropy_backward": [
@@ -72,7 +74,7 @@ def samples():
 
 SAMPLES = samples()
 SOFT = ("assignment_entropy", "code_cross_entropy", "soft_codes")
-WITHOUT_KERNELS = {"check_first_run_", "keep_prepared_", "sample", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT)}
+WITHOUT_KERNELS = {"check_first_run_", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT)}
 
 
 def test_every_op_has_samples():

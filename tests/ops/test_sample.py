@@ -22,7 +22,7 @@ in_pytorch = importlib.import_module("vqops.pytorch.sample")  # the package has 
 
 METRICS = ["euclidean", "cosine"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-TEMPERATURES = [0.0, 1e-3, 0.5, 1e4, math.inf]
+TEMPERATURES = [0.0, 1e-30, 1e-3, 0.5, 1e4, math.inf]
 IMPLEMENTATIONS = [name for name in vqops.implementations()["sample"]["cpu"] if name != "triton"]
 
 

@@ -78,7 +78,8 @@ def decide(
     decided = x.new_ones((H, N), dtype=torch.bool)
     head = torch.arange(H, device=x.device)[:, None, None]
     products = Products(codes.matrix[:, :K])
-    scaled = temperature * codes.scale.double()  # [H, 1, 1], in the units of the codes, as all bounds of keys
+    # [H, 1, 1], in the units of the codes, as all bounds of keys; more where its 2^-30th would underflow float32.
+    scaled = (temperature * codes.scale.double()).clamp_min(2.0**-60)
     for outer in row_blocks(x):
         rows = prepare_rows(x[:, outer], codes, k, metric)
         offset, factor = logit_terms(rows, D, metric)

@@ -13,6 +13,9 @@ struct Floats8 {
     typedef float Vector __attribute__((vector_size(32)));
     typedef float UnalignedVector __attribute__((vector_size(32), aligned(4), may_alias));
     typedef int32_t Mask __attribute__((vector_size(32)));
+    typedef uint64_t Halves __attribute__((vector_size(32)));
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+    typedef int32_t Whole __attribute__((vector_size(32)));
     typedef Mask LaneMask;
 
     VQOPS_INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
@@ -21,6 +24,7 @@ struct Floats8 {
     VQOPS_INLINE int any(LaneMask lanes) { return !_mm256_testz_si256(__m256i(lanes), __m256i(lanes)); }
     VQOPS_INLINE unsigned bits(LaneMask lanes) { return unsigned(_mm256_movemask_ps(__m256(lanes))); }
     VQOPS_INLINE Vector subtract_product(Vector sum, Vector a, Vector b) { return _mm256_fnmadd_ps(a, b, sum); }
+    VQOPS_INLINE Halves multiply_low(Halves a, Halves b) { return Halves(_mm256_mul_epu32(__m256i(a), __m256i(b))); }
     VQOPS_INLINE Vector load_some(const float* p, int64_t n) {
         return _mm256_maskload_ps(p, __m256i(Mask{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(n)));
     }

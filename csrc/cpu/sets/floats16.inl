@@ -5,6 +5,9 @@ struct Floats16 {
     typedef float UnalignedVector __attribute__((vector_size(64), aligned(4), may_alias));
     typedef uint32_t Pairs __attribute__((vector_size(64)));
     typedef uint32_t UnalignedPairs __attribute__((vector_size(64), aligned(4), may_alias));
+    typedef uint64_t Halves __attribute__((vector_size(64)));
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    typedef int32_t Whole __attribute__((vector_size(64)));
     typedef __mmask16 LaneMask;
 
     VQOPS_INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
@@ -13,5 +16,6 @@ struct Floats16 {
     VQOPS_INLINE int any(LaneMask lanes) { return lanes; }
     VQOPS_INLINE unsigned bits(LaneMask lanes) { return lanes; }
     VQOPS_INLINE Vector subtract_product(Vector sum, Vector a, Vector b) { return _mm512_fnmadd_ps(a, b, sum); }
+    VQOPS_INLINE Halves multiply_low(Halves a, Halves b) { return Halves(_mm512_mul_epu32(__m512i(a), __m512i(b))); }
     VQOPS_INLINE float least(Vector v) { return _mm512_reduce_min_ps(v); }
 };

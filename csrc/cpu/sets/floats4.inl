@@ -6,6 +6,9 @@ struct Floats4 {
     typedef uint32_t Pairs __attribute__((vector_size(16)));
     typedef uint32_t UnalignedPairs __attribute__((vector_size(16), aligned(4), may_alias));
     typedef int32_t Mask __attribute__((vector_size(16)));
+    typedef uint64_t Halves __attribute__((vector_size(16)));
+    typedef uint32_t Bits __attribute__((vector_size(16)));
+    typedef int32_t Whole __attribute__((vector_size(16)));
     typedef Mask LaneMask;
 
     VQOPS_INLINE Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
@@ -16,6 +19,7 @@ struct Floats4 {
         return unsigned((lanes[0] & 1) | (lanes[1] & 2) | (lanes[2] & 4) | (lanes[3] & 8));
     }
     VQOPS_INLINE Vector subtract_product(Vector sum, Vector a, Vector b) { return sum - a * b; }
+    VQOPS_INLINE Halves multiply_low(Halves a, Halves b) { return (a & 0xffffffff) * (b & 0xffffffff); }
     VQOPS_INLINE Vector load_some(const float* p, int64_t n) {
         return Vector{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0};
     }

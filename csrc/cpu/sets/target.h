@@ -2,6 +2,7 @@
 // compiled behind it could be linked into code that runs everywhere.
 #pragma once
 
+#include "../../contract.h"
 #include "../instructions.h"
 
 #if defined(__x86_64__)

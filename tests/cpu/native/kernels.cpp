@@ -12,9 +12,11 @@
 #include "../../../csrc/cpu/codebook.h"
 #include "../../../csrc/cpu/row_buffer.h"
 #include "../../../csrc/distance.h"
+#include "../../../csrc/noise.h"
 #include "../../../csrc/cpu/ema.h"
 #include "../../../csrc/cpu/quantize_backward.h"
 #include "../../../csrc/cpu/gather.h"
+#include "../../../csrc/cpu/sample.h"
 #include "../../../csrc/cpu/search.h"
 #include "../../../csrc/cpu/sets/bf16_model.h"
 
@@ -133,6 +135,26 @@ void run(const Case& test, bool cosine) {
         }
         expect(indices[n] == best, "wrong index", test.name, n);
         expect(several[n * most] == best, "wrong first of several", test.name, n);
+    }
+
+    const int64_t seed[] = {-7, INT64_MAX - 20};
+    for (const double temperature : {1e-30, 1e-3, 1.0, 1e20}) {
+        draw_codes(shape, rows, codes, kept, temperature, seed, again.data(), parallel);
+        for (int64_t n = 0; n < H * N; n++) {
+            const float* row = &x[n * D];
+            Drawn best = {0, 0, -1};
+            for (int64_t k = 0; mask[n] && finite(row, D) && k < K; k++) {
+                const float* code = &c[(n / N * K + k) * D];
+                if (!finite(code, D)) continue;
+                const double value = cost(row, code, D, cosine), norm = std::sqrt(exact_product(row, row, D));
+                uint32_t words[4];
+                philox(uint64_t(seed[0]), uint64_t(seed[1]) + uint64_t(n % N), uint32_t(k / 4), uint32_t(n / N), words);
+                const double noise = temperature * gumbel(words[k % 4]);
+                const Drawn drawn = {logit_of(value, norm, cosine) + noise, value, k};
+                if (drawn.before(best)) best = drawn;
+            }
+            expect(again[n] == best.index, "wrong draw", test.name, n);
+        }
     }
 
     std::vector<float> quantized(H * N * D), error(H * N), sums(H * K * D), average(H * K * D), size(H * K, 1);

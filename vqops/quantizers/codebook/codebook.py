@@ -206,7 +206,7 @@ class Codebook(nn.Module):
         if not torch.compiler.is_compiling():
             # Written in place or by a copy of the module, perhaps, and no rank may go on to a collective alone.
             self.is_initted = bool(self.initted)
-            if self.is_initted:
+            if self.is_initted or (not self.training and self.was_written()):
                 return
             if not self.training and num_ranks(self.sync) > 1:
                 raise RuntimeError(
@@ -214,6 +214,11 @@ class Codebook(nn.Module):
                     "eval, where a rank may be alone, it would wait for the others"
                 )
         self.initialise_(x, mask)
+
+    def was_written(self) -> bool:
+        """Whether the codes are others than at construction, as in a copy that follows only the floats of a module."""
+        drawn = (self.embed_avg.to(self.embed.dtype) == self.embed).all() & (self.cluster_size == 1).all()
+        return not drawn
 
     @torch.no_grad()
     def initialise_(self, x: Tensor, mask: Tensor | None) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vqops.ops.checks import Gradient, Metric
 from vqops.ops.cross_entropy import code_cross_entropy
-from vqops.ops.entropy import assignment_entropy, soft_codes
+from vqops.ops.entropy import assignment_entropy
 from vqops.ops.quantize import Quantized, quantize
 from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest_topk
+from vqops.ops.soft_codes import soft_codes
 from vqops.reference import TINY
 
 SMALLEST = 1e-5  # probability whose logarithm is taken, as vector-quantize-pytorch has it

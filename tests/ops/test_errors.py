@@ -1,5 +1,7 @@
 """Calls that are refused: each error names the op and the argument, what was given and what is allowed."""
 
+import re
+
 import pytest
 import torch
 from promises import UNCHANGED
@@ -181,6 +183,9 @@ def ema_arguments(**changes):
         ({"counts": torch.ones(1, 4)}, ValueError, r"counts must have shape .*\[1, 3\], got \[1, 4\]"),
         ({"weight": torch.ones(3)}, ValueError, r"weight must have shape .*\[1, 3\], got \[3\]"),
         ({"decay": 1.5}, ValueError, r"decay must be in \[0, 1\], got 1.5"),
+        ({"decay": torch.tensor(0.5).double()}, TypeError, "decay must be a number or .*got torch.float64"),
+        ({"decay": torch.ones(1)}, TypeError, r"decay must be a number or .*got torch.float32 \[1\]"),
+        ({"embed_avg": torch.ones(2).expand(1, 3, 2)}, ValueError, "embed_avg is expanded, so its elements share"),
         ({"metric": "l2"}, ValueError, "metric must be one of .*got 'l2'"),
         ({"sums": torch.ones(1, 3, 2, device="meta")}, ValueError, "sums is on meta"),
     ],
@@ -211,5 +216,6 @@ def test_compiled_kernels_check_for_themselves():
         lambda: ops.nearest(rows, torch.zeros(1, 3, 4), None, "euclidean", torch.zeros(8, dtype=torch.uint8)),
         lambda: ops.nearest(rows.long(), torch.zeros(1, 3, 4)),
     ):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError) as refused:
             wrong()
+        assert not re.search(r"/csrc/", str(refused.value)), "a file of the build, where a name within csrc is enough"

@@ -142,6 +142,24 @@ def test_ema(implementation, H, K, D, options, metric):
     assert_close(new_embed.cpu()[filled], codes.float()[filled], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_ema_of_buffers_of_any_strides(implementation, metric):
+    """Such as [D, K], and columns of a wider array; what lies between them stays."""
+    size, average, embed = on(implementation, *state(2, 6, 4))
+    counts, sums = torch.rand(2, 6), torch.randn(2, 6, 4)
+    wide = torch.full((2, 6, 10), 7.0, device=implementation.device)
+    strided = (
+        size.t().contiguous().t(),
+        average.transpose(1, 2).contiguous().transpose(1, 2),
+        wide[..., 1:9:2].copy_(embed),
+    )
+    assert not any(t.is_contiguous() for t in strided)
+    implementation.ema_update_(*strided, counts, sums, 0.9, metric=metric)
+    implementation.ema_update_(size, average, embed, counts, sums, 0.9, metric=metric)
+    REPEATS.same(strided, (size, average, embed))
+    assert (wide[..., ::2] == 7).all() and (wide[..., 9] == 7).all()
+
+
 def test_weighted_counts_and_a_decay_on_the_device(implementation):
     size, average, embed = on(implementation, *state(1, 6, 4))
     counts, sums = torch.rand(1, 6), torch.randn(1, 6, 4)

@@ -1,5 +1,7 @@
 """Where vector-quantize-pytorch is wrong about the arguments beyond the codebook's updates: the right behaviour."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,8 +114,9 @@ def test_straight_through_alone_turns_the_rotation_off():
 def test_active_codes_of_separate_codebooks():
     options = {"heads": 2, "separate_codebook_per_head": True, "learnable_codebook": True}
     active = {"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True}
+    theirs = vector_quantize_pytorch.VectorQuantize(DIM, CODES, **options, **active, ema_update=False)
     with pytest.raises(AssertionError):
-        vector_quantize_pytorch.VectorQuantize(DIM, CODES, **options, **active, ema_update=False)(torch.randn(2, 9, DIM))
+        theirs(torch.randn(2, 9, DIM))
     vq = VectorQuantize(DIM, CODES, **options, **active)
     _, indices, _, terms = vq(torch.randn(2, 9, DIM), return_loss_breakdown=True)
     each = []
@@ -153,3 +156,45 @@ def test_drawn_codes_are_another_set_at_each_step_and_the_same_for_a_seed(heads)
     torch.manual_seed(3)
     COPIES.same(vq(x)[1], first)
     assert len(vq(x, topk=3)[1].flatten(0, -2).unique(dim=0)) > 3 if not heads else True
+
+
+class Own(torch.nn.Module):
+    """Codes of each vector's own, with a parameter, so that its backward needs the codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1, 4, 5, 1, 1))
+
+    def forward(self, codes):
+        return codes[:, None, None] * self.scale
+
+
+@pytest.mark.parametrize(
+    "options, own",
+    [
+        ({"vq_bridge": torch.nn.Linear(DIM, DIM), "threshold_ema_dead_code": 2.0}, False),
+        ({"learnable_codebook": True, "threshold_ema_dead_code": 2.0}, True),
+        ({"learnable_codebook": True, "orthogonal_reg_weight": 1.0, "threshold_ema_dead_code": 2.0}, False),
+        ({"orthogonal_reg_weight": 1.0}, False),
+        ({"affine_param": True, "learnable_codebook": True, "threshold_ema_dead_code": 2.0}, False),
+        ({}, True),
+    ],
+    ids=str,
+)
+def test_the_backward_takes_the_codes_of_its_forward(options, own):
+    """Whatever moves them in between: the gradients of a step are those of the same step without its update."""
+    vq = VectorQuantize(DIM, CODES, codebook_diversity_loss_weight=1.0, **options)
+    fixed = copy.deepcopy(vq)
+    fixed._codebook.update_ = lambda *_, **__: None
+    function = Own() if own else None
+    x, grads = torch.randn(4, 5, DIM), []
+    for module in (vq, fixed):
+        given = x.clone().requires_grad_()
+        quantized, _, loss = module(given, codebook_transform_fn=function)
+        parameters = [given, *module.parameters(), *(function.parameters() if own else ())]
+        grads.append(torch.autograd.grad(quantized.square().sum() + loss, parameters, allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b)
+    assert (vq.codebook - fixed.codebook).abs().max() > 0 or "vq_bridge" in options

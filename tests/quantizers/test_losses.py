@@ -135,3 +135,16 @@ def test_options_that_need_learnable_codes_say_so():
             VectorQuantize(DIM, CODES, **options)
     with pytest.raises(ValueError, match="directional_reparam needs threshold_ema_dead_code above 0"):
         VectorQuantize(DIM, CODES, directional_reparam=True)
+
+
+def test_the_weight_of_the_codes_can_change_if_there_is_one():
+    vq = VectorQuantize(DIM, CODES, learnable_codebook=True)
+    assert vq.codebook_loss_weight is None
+    with pytest.raises(ValueError, match="codebook_loss_weight is None: the codes share commitment_weight"):
+        vq.codebook_loss_weight = 0.5
+    vq = VectorQuantize(DIM, CODES, learnable_codebook=True, codebook_loss_weight=1.0, commitment_weight=0.0)
+    x = torch.randn(30, DIM)
+    loss = vq(x)[2]
+    vq.codebook_loss_weight = 0.5
+    assert vq.codebook_loss_weight == 0.5
+    assert_close(vq(x)[2], loss / 2)

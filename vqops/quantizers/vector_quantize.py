@@ -15,6 +15,7 @@ from vqops.quantizers.codebook.affine import AffineCodebook
 from vqops.quantizers.codebook.chosen import Chosen
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
 from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
+from vqops.quantizers.interface.decoding import Decoding
 from vqops.quantizers.interface.gradients import Passing, with_gradient
 from vqops.quantizers.interface.in_place import InPlaceOptimizer
 from vqops.quantizers.interface.layout import Layout
@@ -36,7 +37,7 @@ from vqops.quantizers.options.checks import (
 from vqops.quantizers.options.numbers import Number, Numbers
 
 
-class VectorQuantize(InPlaceOptimizer):
+class VectorQuantize(Decoding, InPlaceOptimizer):
     """Replace each vector by its nearest code, let gradients through, and learn the codes.
 
         e = argmin_k |z - c_k|^2,  output = c_e,  loss = commitment_weight mean((z - c_e)^2)
@@ -72,7 +73,7 @@ class VectorQuantize(InPlaceOptimizer):
         commitment_use_cross_entropy_loss: the loss is the cross entropy of the chosen codes under the softmax of
             -|z - c_k| (for cosine z.c_k) instead of the squared error.
         orthogonal_reg_weight: of a loss that makes the codes orthogonal (arXiv 2112.00384, equation 2); above 0 the
-            codes are a Parameter. Averages that move the codes undo most of its effect: see learnable_codebook.
+            codes are a Parameter. With ema_update the next average undoes what it did.
         orthogonal_reg_active_codes_only, orthogonal_reg_max_codes: only for the codes of the batch; for so many of
             them at random.
         codebook_diversity_loss_weight: of minus the entropy of the mean assignment, the softmax of
@@ -83,7 +84,8 @@ class VectorQuantize(InPlaceOptimizer):
         straight_through: the output's gradient is straight-through; with route_gradients_to_input=False it is that of
             the mean of all codes under these probabilities. Turns rotation_trick off.
         rotation_trick: how the output's gradient reaches the input: turned and scaled as the input is onto its code
-            (True), or as it is (False, straight-through). None: True if dim > 1, unless one of the two around it.
+            (True), or as it is (False, straight-through). None: True if dim > 1, but for straight_through and
+            directional_reparam.
         directional_reparam: DiVeQ (https://openreview.net/forum?id=KRVnpTbx7R): the output is z moved by |z - c_e|
             towards its code and noise of directional_reparam_variance; its gradient moves learnable codes, without a
             loss. Needs threshold_ema_dead_code.
@@ -110,8 +112,8 @@ class VectorQuantize(InPlaceOptimizer):
             commitment_weight mean((z - sg(c_e))^2) + codebook_loss_weight mean((sg(z) - c_e)^2), sg without gradient.
             None: one term, whose gradient reaches both with commitment_weight. Not of vector-quantize-pytorch.
 
-    decay, eps, threshold_ema_dead_code and all weights, temperatures and variances may be set between steps, also of a
-    compiled module, which stays one graph.
+    decay, all weights, temperatures and variances, and `_codebook`'s threshold_ema_dead_code and affine decays may be
+    set between steps, also of a compiled module, which stays one graph.
 
     In a `torch.distributed` job all ranks must call forward in training and for the first batch, in the same order. A
     step is one collective, with dead codes a small one more; k-means one per iteration.
@@ -239,8 +241,8 @@ class VectorQuantize(InPlaceOptimizer):
             "directional_reparam_variance": directional_reparam_variance,
             "sync_update_v": sync_update_v,
         }
-        for name, value in numbers.items():
-            getattr(type(self), name).check(owner, **{name: value})
+        check_not_negative(owner, **numbers)
+        check_fraction(owner, sync_update_v=sync_update_v)
         self.numbers = Numbers(**numbers)
 
         inner = codebook_dim * heads
@@ -280,7 +282,6 @@ class VectorQuantize(InPlaceOptimizer):
         self.in_place_codebook_optimizer = None if make is None else make(self._codebook.parameters())
 
     commitment_weight = Number(check_not_negative)
-    codebook_loss_weight = Number(check_not_negative)
     orthogonal_reg_weight = Number(check_not_negative)
     codebook_diversity_loss_weight = Number(check_not_negative)
     codebook_diversity_temperature = Number(check_not_negative)
@@ -300,6 +301,17 @@ class VectorQuantize(InPlaceOptimizer):
                 f"{self.owner}: codebook must have shape {list(self.codebook.shape)}, got {list(codes.shape)}"
             )
         self._codebook.set_(codes.view(self._codebook.embed.shape))
+
+    @property
+    def codebook_loss_weight(self) -> float | None:
+        return self.numbers.values["codebook_loss_weight"] if self.has_codebook_loss else None
+
+    @codebook_loss_weight.setter
+    def codebook_loss_weight(self, value: float) -> None:
+        if not self.has_codebook_loss:
+            raise ValueError(f"{self.owner}: codebook_loss_weight is None: the codes share commitment_weight")
+        check_not_negative(self.owner, codebook_loss_weight=value)
+        self.numbers.set("codebook_loss_weight", value)
 
     @property
     def decay(self) -> float:
@@ -495,7 +507,7 @@ class VectorQuantize(InPlaceOptimizer):
     ) -> SharedCodes | RowCodes:
         if transform is None:
             return self._codebook.searched(learn, rows)
-        codes = self._codebook.codes(learn)
+        codes = self._codebook.codes(learn).clone()  # what the function keeps for its backward must not change
         made = self._layout.row_codes(transform(codes), positions, tuple(codes.shape))
         made = made if learn else made.detach()
         return RowCodes(unit(made) if self.use_cosine_sim else made, self._codebook.metric)
@@ -519,28 +531,6 @@ class VectorQuantize(InPlaceOptimizer):
             elif self.has_projections:
                 quantized = quantized.masked_fill(~kept, 0)
         return layout.features_back(quantized)
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes of indices [b, ...]: [b, ..., D], or [b, D, ...] if the input is [b, dim, ...]. -1 gives zeros.
-
-        With heads, indices are [b, ..., heads], and their codes stand one behind the other in the features.
-        """
-        return self._layout.features_back(self._joined_codes(self._layout.indices(indices, self.codebook_size)))
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The quantized vectors that forward returned with these indices, if the codes are the same. -1 gives zeros."""
-        indices = self._layout.indices(indices, self.codebook_size)
-        codes = self._joined_codes(indices)
-        if self.has_projections:
-            codes = self.project_out(codes.to(self.project_out.weight.dtype))
-            missing = (indices < 0).all(-1) if self.heads > 1 else indices < 0
-            codes = codes.masked_fill(missing.unsqueeze(-1), 0)
-        return self._layout.features_back(codes)
-
-    def _joined_codes(self, indices: Tensor) -> Tensor:  # [*positions(, heads)] -> [*positions, heads * D]
-        layout = self._layout
-        positions = tuple(indices.shape[:-1] if self.heads > 1 else indices.shape)
-        return layout.rows_back(self._codebook.codes_at(layout.index_rows(indices)), positions)
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:

@@ -175,7 +175,7 @@ class Codebook(nn.Module):
         codes = self.embed if learn else self.embed.detach()
         if self.vq_bridge is None:
             return codes
-        codes = self.vq_bridge(codes)
+        codes = self.vq_bridge(codes.clone())  # what it keeps for its backward must not change
         return codes if learn else codes.detach()
 
     def searched(self, learn: bool, x: Tensor) -> SharedCodes:  # x [H, N, D]

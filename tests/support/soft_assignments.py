@@ -11,7 +11,7 @@ def logits(x: Tensor, codebook: Tensor, metric: str) -> Tensor:  # [..., N, D], 
 def hard_inputs(name: str) -> tuple[Tensor, Tensor]:  # [200, 8], [50, 8]
     x, c = torch.randn(200, 8), torch.randn(50, 8)
     if name == "far from the origin":
-        x, c = x + 1e5, c + 1e5
+        x, c = x + 1e6, c + 1e6
     elif name == "tight clusters":
         c = 100 * torch.randn(5, 8).repeat(10, 1) + 0.01 * c
         x = c[torch.randint(50, (200,))] + 0.01 * x

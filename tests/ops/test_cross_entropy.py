@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from soft_assignments import HARD, assert_no_worse_than_plain, hard_inputs, logits
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,8 +12,7 @@ from vqops.reference import cross_entropy, soft
 
 
 def plain(x, codebook, targets, metric):
-    logits = x @ codebook.mT if metric == "cosine" else -(x.unsqueeze(2) - codebook.unsqueeze(1)).norm(dim=-1)
-    return F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction="none")
+    return F.cross_entropy(logits(x, codebook, metric).mT, targets, ignore_index=-1, reduction="none")
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -50,6 +50,26 @@ def test_cross_entropy_of_awkward_values(scale, offset, huge):
     expected.sum().backward()
     assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
     assert_close(given.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_cross_entropy_of_hard_inputs(case):
+    x, codebook = hard_inputs(case)
+    targets = torch.randint(len(codebook), (len(x),))
+    targets[: len(x) // 2] = logits(x, codebook, "euclidean").argmax(1)[: len(x) // 2]
+    assert_no_worse_than_plain(
+        lambda x, c: code_cross_entropy(x, c, targets),
+        lambda x, c: plain(x.unsqueeze(0), c.unsqueeze(0), targets.unsqueeze(0), "euclidean").squeeze(0),
+        x,
+        codebook,
+    )
+
+
+def test_cross_entropy_of_rows_that_are_no_numbers_and_have_no_target():
+    x = torch.full((3, 2), torch.nan, requires_grad=True)
+    entropy = code_cross_entropy(x, torch.randn(4, 2), torch.tensor([-1, 0, -1]))
+    entropy.sum().backward()
+    assert entropy.isnan().tolist() == x.grad.isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -13,7 +13,7 @@ import vqops
 from vqops.reference import soft
 
 METRICS = ("euclidean", "cosine")
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 
 
 def plain(x, codebook, beta, mask=None, metric="euclidean"):  # [H, G, M, D], [H, K, D]
@@ -35,7 +35,7 @@ def test_by_hand():
     assert_close(rare, torch.tensor([-(1 - p) * math.log(1 - p) - p * math.log(1e-5)]))
 
 
-@pytest.mark.parametrize("H, G, M", [(1, 9, 1), (2, 7, 3), (2, 2, 11), (1, 1, 13)])
+@pytest.mark.parametrize("H, G, M", [(1, 9, 1), (2, 7, 3), (2, 2, 11), (1, 1, 13), (1, 1, 40)])
 @pytest.mark.parametrize("block", [5, 13])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -51,7 +51,7 @@ def test_in_blocks(metric, dtype, block, H, G, M, monkeypatch):
             assert_close(got.double(), right, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("beta", [1.0, 20.0])
+@pytest.mark.parametrize("beta", [1.0, 5.0, 10.0])
 @pytest.mark.parametrize("case", HARD)
 def test_error_of_hard_inputs(case, beta):
     def ours(x, c):
@@ -102,11 +102,12 @@ def test_the_diversity_loss_of_the_incumbent(options, temperature):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("beta", [1e-30, 1e-8, 1e8, 1e30])
+@pytest.mark.parametrize("beta", [1e-30, 1e-10, 1e10, 1e30, 1e38])
 def test_temperatures_without_measure(beta, metric):
-    x, c = torch.randn(10, 4, 3), torch.randn(9, 3)
+    x, c = 10 * torch.randn(10, 4, 3), 10 * torch.randn(9, 3)
+    absent = torch.full((2, 3), torch.nan)
     entropy, *grads = with_gradients(
-        lambda x, c: vqops.assignment_entropy(x, c, beta, None, metric), x, c, torch.float32
+        lambda x, c: vqops.assignment_entropy(x, torch.cat([c, absent]), beta, None, metric), x, c, torch.float32
     )
     if beta < 1:
         assert_close(entropy, torch.full((10,), math.log(9)))

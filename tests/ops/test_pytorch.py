@@ -79,7 +79,7 @@ def test_a_step_does_not_wait(must_not_wait, metric, deterministic):
         pytorch.soft_codes_backward(grad, x, c, decay, mask, metric, True, True)
         groups = x.unflatten(1, (100, 3)), c, decay, mask.unflatten(1, (100, 3))
         entropy = pytorch.assignment_entropy(*groups, metric)
-        pytorch.assignment_entropy_backward(entropy[0], *groups, entropy[1], metric, True, True)
+        pytorch.assignment_entropy_backward(entropy[0], *groups, *entropy[1:3], metric, True, True)
         pytorch.search_statistics(x, c, metric)
     assert waits.count == 0
 

@@ -21,8 +21,8 @@ def samples():
     strided = torch.randn(2, 5, 20).mT
     sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
     draw = torch.tensor(0.5), torch.tensor([3, 4])
-    saved = torch.rand(3, 2, 5, 4)
     memory = torch.ops.vqops.prepare(c), torch.zeros(2, dtype=torch.int64)
+    saved = torch.rand(3, 2, 5, 4), torch.rand(5, 7)
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
     return {
         "nearest": [(x, c), (strided, c, mask, "cosine")],
@@ -52,7 +52,7 @@ def samples():
             (strided.unflatten(1, (20, 1)), c, torch.tensor(2.0), None, "cosine"),
         ],
         "assignment_entropy_backward": [
-            (torch.randn(5), grouped, c, torch.tensor(2.0), mask.unflatten(1, (5, 4)), saved, "euclidean", True, True)
+            (torch.randn(5), grouped, c, torch.tensor(2.0), mask.unflatten(1, (5, 4)), *saved, "euclidean", True, True)
             for grouped in (x.unflatten(1, (5, 4)), strided.unflatten(1, (5, 4)))
         ],
         "soft_codes": [
@@ -127,6 +127,9 @@ CALLS = {
     "sample_topk": lambda x, c: vqops.sample_topk(x, c, 0.5, torch.tensor([3, 4]), 3, metric="cosine"),
     "quantize": lambda x, c: tuple(vqops.quantize(x, c, gradient="rotation", code_sums=True)),
     "code_sums": lambda x, c: vqops.code_sums(x, vqops.nearest(x, c), 9),
+    "soft_codes": lambda x, c: vqops.soft_codes(x, c, 0.5),
+    "assignment_entropy": lambda x, c: vqops.assignment_entropy(x.unsqueeze(1), c, 2.0),
+    "assignment_entropy of one group": lambda x, c: vqops.assignment_entropy(x.unsqueeze(0), c, 2.0),
     "reference": lambda x, c: vqops.nearest(x, c, implementation="reference"),
 }
 

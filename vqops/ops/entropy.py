@@ -48,14 +48,15 @@ def assignment_entropy(
 
 def fake_assignment_entropy(x, codebook, inverse_temperature, mask=None, metric="euclidean"):
     (H, G, M, _), real = x.shape, torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(G, dtype=real), x.new_empty((3, H, G, M), dtype=real), codebook.new_empty(codebook.shape)
+    means = x.new_empty((G, torch.sym_min(codebook.shape[1], H * M)), dtype=real)
+    return x.new_empty(G, dtype=real), x.new_empty((3, H, G, M), dtype=real), means, codebook.new_empty(codebook.shape)
 
 
 def save_for_backward(ctx, inputs, output):
     x, _, inverse_temperature, mask, ctx.metric = inputs
-    _, saved, old = output
-    ctx.mark_non_differentiable(saved, old)
-    ctx.save_for_backward(x, old, inverse_temperature, mask, saved)
+    _, saved, means, old = output
+    ctx.mark_non_differentiable(saved, means, old)
+    ctx.save_for_backward(x, old, inverse_temperature, mask, saved, means)
 
 
 def backward(ctx, grad, *_unused, op):
@@ -64,21 +65,21 @@ def backward(ctx, grad, *_unused, op):
     return grad_x if x_needed else None, grad_codebook if codebook_needed else None, None, None, None
 
 
-def fake_backward(grad, x, codebook, inverse_temperature, mask, saved, metric, x_needed, codebook_needed):
+def fake_backward(grad, x, codebook, inverse_temperature, mask, saved, means, metric, x_needed, codebook_needed):
     return x.new_empty(x.shape if x_needed else 0), codebook.new_empty(codebook.shape if codebook_needed else 0)
 
 
 define(
     "assignment_entropy_backward",
-    "(Tensor grad, Tensor x, Tensor codebook, Tensor inverse_temperature, Tensor? mask, Tensor saved, str metric, "
-    "bool x_needed, bool codebook_needed) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor codebook, Tensor inverse_temperature, Tensor? mask, Tensor saved, Tensor means, "
+    "str metric, bool x_needed, bool codebook_needed) -> (Tensor, Tensor)",
     fake_backward,
     autograd=without_second_derivative("assignment_entropy_backward"),
 )
 define(
     "assignment_entropy",
     "(Tensor x, Tensor codebook, Tensor inverse_temperature, Tensor? mask=None, str metric='euclidean') "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     fake_assignment_entropy,
     autograd=Autograd(save_for_backward, backward, "assignment_entropy_backward"),
 )

@@ -19,14 +19,16 @@ def assignment_entropy(
     inverse_temperature: Tensor,  # ()
     mask: Tensor | None = None,  # [H, G, M] bool
     metric: str = "euclidean",
-) -> tuple[Tensor, Tensor, Tensor]:  # entropy [G] float32 (float64 for float64 x), saved [3, H, G, M], codebook
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # entropy [G], saved [3, H, G, M], means [G, min(K, H M)], codebook
     """-sum_k q_k log max(q_k, 1e-5) of the mean q of p = softmax_k(l inverse_temperature) over the rows of a group.
 
-    For the backward: the softmax's sums and sum_k p_k times the entropy's derivative by q_k, 0 where one block holds
-    all codes, and the copy of the codebook. A row that is not finite is left out, as one that is masked.
+    float32, for float64 x float64. For the backward: the softmax's sums and sum_k p_k times the entropy's derivative by
+    q_k, 0 where one block holds all codes; q, where it is not larger than the rows; and the copy of the codebook. A row
+    that is not finite is left out, as one that is masked.
     """
-    K, real = codebook.shape[1], torch.promote_types(x.dtype, torch.float32)
-    entropy, saved = x.new_zeros(x.shape[1], dtype=real), x.new_zeros(3, *x.shape[:3], dtype=real)
+    (H, G, M, _), K, real = x.shape, codebook.shape[1], torch.promote_types(x.dtype, torch.float32)
+    entropy, saved = x.new_zeros(G, dtype=real), x.new_zeros(3, H, G, M, dtype=real)
+    means = x.new_zeros(G, min(K, H * M), dtype=real)
     with torch.autocast(x.device.type, enabled=False):
         heads, scale = [Codes(codes, metric, real) for codes in codebook], steepness(inverse_temperature)
         for groups in group_blocks(x, K):
@@ -35,13 +37,16 @@ def assignment_entropy(
             for part in open_parts:
                 part.add_up()
             for codes in blocks(K, soft.CODES):
-                mean, logs, derivative = mean_of(parts, codes)
-                entropy[groups] -= (mean * logs).sum(1)
+                mean = mean_of(parts, codes)
+                entropy[groups] -= (mean * mean.clamp_min(LEAST).log_()).sum(1)
+                if means.shape[1] == K:
+                    means[groups, codes] = mean
+                derivative = derivative_of(mean) if open_parts else None
                 for part in open_parts:
                     part.level += (part.softmax(codes).p * derivative).sum(2, keepdim=True)
             for part in open_parts:
                 saved[:, part.head, groups, part.members] = part.saved()
-    return entropy, saved, codebook.clone(memory_format=torch.contiguous_format)
+    return entropy, saved, means, codebook.clone(memory_format=torch.contiguous_format)
 
 
 def assignment_entropy_backward(
@@ -51,6 +56,7 @@ def assignment_entropy_backward(
     inverse_temperature: Tensor,  # ()
     mask: Tensor | None,  # [H, G, M] bool
     saved: Tensor,  # [3, H, G, M], of the forward
+    means: Tensor,  # [G, min(K, H M)], of the forward
     metric: str,
     x_needed: bool,
     codebook_needed: bool,
@@ -67,7 +73,8 @@ def assignment_entropy_backward(
                 part.load(saved[:, part.head, groups, part.members])
             factor = grad[groups].to(real).view(-1, 1, 1) / size_of(parts)
             for codes in blocks(K, soft.CODES):
-                derivative = mean_of(parts, codes)[2]
+                mean = means[groups, codes] if means.shape[1] == K else mean_of(parts, codes)
+                derivative = derivative_of(mean)
                 for part in parts:
                     _, rows, costs, p = part.softmax(codes)
                     level = (p * derivative).sum(2, keepdim=True) if part.total is None else part.level
@@ -154,8 +161,11 @@ def size_of(parts: list[Part]) -> Tensor:  # [g, 1, 1]
     return sum(part.valid.sum(1, keepdim=True) for part in parts).clamp_min(1)
 
 
-def mean_of(parts: list[Part], codes: slice) -> tuple[Tensor, Tensor, Tensor]:  # [g, k], [g, k], [g, 1, k]
-    """q, log max(q, 1e-5), and the derivative of the entropy by q. A group without rows has q = 0."""
-    mean = sum(part.softmax(codes).p.sum(1) for part in parts) / size_of(parts).squeeze(2)
-    logs = mean.clamp_min(LEAST).log_()
-    return mean, logs, (-logs - (mean >= LEAST).to(logs.dtype)).unsqueeze(1)
+def mean_of(parts: list[Part], codes: slice) -> Tensor:  # [g, k]
+    """q, 0 in a group without rows."""
+    return sum(part.softmax(codes).p.sum(1) for part in parts) / size_of(parts).squeeze(2)
+
+
+def derivative_of(mean: Tensor) -> Tensor:  # [g, k] -> [g, 1, k]
+    """Of the entropy by q."""
+    return mean.clamp_min(LEAST).log_().neg_().sub_((mean >= LEAST).to(mean.dtype)).unsqueeze(1)

@@ -121,11 +121,6 @@ class Codes:
         log = largest.double() - block.amax(1, keepdim=True).double().log()
         return block, Total(lowest.double() * rows.unit, log)
 
-    def gains(self, g: Tensor, costs: Tensor, rows: Rows, codes: slice) -> Tensor:  # [n, D] -> [n, k]
-        """g.c_k around the centre, which differ by little between codes that are near each other."""
-        near = self.near(costs, rows)
-        return g.to(self.dtype) @ self.values[codes].mT if near else g @ self.rounded[codes].mT
-
     def spread(
         self,
         pull: Tensor,  # [n, k]

@@ -63,17 +63,18 @@ def soft_codes_backward(
                 to_x = torch.zeros_like(rows.x, dtype=torch.float64)
                 if K > soft.CODES:
                     total, level = mean_under(head, rows, scale, g)
+                    level = level.to(real)
                 for codes in blocks(K, soft.CODES):
                     costs = head.costs(rows, codes)
                     p, part = head.softmax(costs, rows, codes, scale)
-                    gains = head.gains(g, costs, rows, codes)
+                    gains = g @ head.rounded[codes].mT  # g.c_k around the centre
                     if K > soft.CODES:
                         p *= total.share(part, scale).exp().to(real)
                     else:
                         level = (p * gains).sum(1, keepdim=True)
                     if codebook_needed:
                         grad_c[h, codes] += (g.mT @ p).mT
-                    pull = gains.sub_(level).to(real).mul_(p)
+                    pull = gains.sub_(level).mul_(p)
                     one, other = head.spread(pull, costs, rows, codes, scale, x_needed, codebook_needed)
                     if x_needed:
                         to_x += one
@@ -89,10 +90,9 @@ def mean_under(head: Codes, rows: Rows, scale: Tensor, g: Tensor | None = None) 
     total = head.nothing(rows)
     mean = 0.0
     for codes in blocks(len(head.values), soft.CODES):
-        costs = head.costs(rows, codes)
-        p, part = head.softmax(costs, rows, codes, scale)
-        both = total.joined(part, scale)
-        here = p @ head.rounded[codes] if g is None else (head.gains(g, costs, rows, codes) * p).sum(1, keepdim=True)
+        p, part = head.softmax(head.costs(rows, codes), rows, codes, scale)
+        both, values = total.joined(part, scale), head.rounded[codes]
+        here = p @ values if g is None else (g @ values.mT).mul_(p).sum(1, keepdim=True)
         mean = mean * both.share(total, scale).exp() + here * both.share(part, scale).exp()
         total = both
     return total, mean

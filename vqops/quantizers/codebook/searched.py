@@ -28,8 +28,9 @@ class Searched:
     def codebook_error(self, x: Tensor, indices: Tensor) -> Tensor:  # [H, N(, k)], without the features
         """|x - c|^2 of the chosen codes with the gradient to the codes alone; 0 without one."""
         each = indices if indices.dim() == 3 else indices.unsqueeze(-1)
-        codes = self.at(each)
-        gap = (x.detach().to(codes.dtype).unsqueeze(2) - codes).masked_fill((each < 0).unsqueeze(-1), 0)
+        real = torch.promote_types(x.dtype, torch.float32)
+        gap = x.detach().to(real).unsqueeze(2) - self.at(each).to(real)
+        gap = gap.masked_fill((each < 0).unsqueeze(-1), 0)
         return gap.square().sum(-1).view(indices.shape)
 
 

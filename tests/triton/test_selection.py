@@ -25,7 +25,7 @@ def run(code: str, **environment) -> str:
 
 
 def test_every_op_of_a_step_has_a_triton_implementation():
-    without = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward", "sample", "sample_topk"}
+    without = {"check_first_run_", "code_cross_entropy", "code_cross_entropy_backward", "sample_topk"}
     assert set(triton_kernels.MODULES) == set(library.OPS) - without
     for name, by_device in vqops.implementations().items():
         assert ("triton" in by_device["cuda"]) == (name not in without)

@@ -76,6 +76,14 @@ def cdist_argmin(x: Tensor, codebook: Tensor) -> Tensor:
     return in_parts(lambda rows: torch.cdist(rows, codebook).argmin(1), x, len(codebook))
 
 
+def gumbel_argmax(x: Tensor, codebook: Tensor, temperature: Tensor) -> Tensor:
+    def draw(rows: Tensor) -> Tensor:
+        logits = -torch.cdist(rows, codebook)
+        return (logits / temperature - torch.empty_like(logits).exponential_().log()).argmax(1)
+
+    return in_parts(draw, x, len(codebook))
+
+
 def scores(x: Tensor, codebook: Tensor, half_squares: Tensor) -> Tensor:
     """|c|^2 / 2 - x.c: the fastest plain form."""
     return torch.addmm(half_squares, x, codebook.mT, alpha=-1)

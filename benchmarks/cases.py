@@ -167,6 +167,31 @@ def nearest_topk(shape: Shape, device: str, every: bool = False) -> Case:
     return Case("nearest_topk", shape, device, build, work)
 
 
+def sample(shape: Shape, device: str, every: bool = False) -> Case:
+    """At a hundredth of the typical distance, where some codes compete. PyTorch has noise of its own: not checked."""
+    work = search_work(shape, device, torch.float32, 8)
+
+    def build():
+        x, codebook = shape.data(device)
+        temperature = torch.tensor(0.01 * (2 if shape.unit_norm else 2 * shape.D) ** 0.5, device=device)
+        given = codebook, temperature, torch.tensor([3, 0], device=device)
+        count = len(x[correctness.checked_rows(x, codebook)])  # the first, since rows are numbered
+        exact = vqops.sample(x[:count], *given, implementation="reference")
+
+        def check(found) -> dict:
+            if isinstance(found, tuple):
+                return {}
+            return {"wrong": int((found[:count] != exact).sum()), "checked": count}
+
+        def call(implementation=None):
+            return partial(vqops.sample, x, *given, implementation=implementation)
+
+        methods = {"vqops": call} | (by_name(("sample",), device, call, work["gemm"]) if every else {})
+        return methods | {"cdist + Gumbel + argmax": lambda: lambda: (baselines.gumbel_argmax(x, *given[:2]),)}, check
+
+    return Case("sample", shape, device, build, work)
+
+
 def search_statistics(shape: Shape, device: str) -> Case:
     """How many rows each tier of the search decides, by implementation: why it takes what it takes."""
     work = search_work(shape, device, torch.float32, 0)

@@ -75,6 +75,8 @@ def search(run: Run) -> Iterator[Task]:
     for shape in run.named(("VQ-VAE-2 top",)):
         for dtype in (torch.float64, torch.float16, torch.bfloat16):
             yield run.timed(cases.nearest(shape, run.device, dtype))
+    for shape in run.named(cases.STATISTICS):
+        yield run.timed(cases.sample(shape, run.device))
 
 
 def statistics(run: Run) -> Iterator[Task]:
@@ -123,6 +125,7 @@ def by_implementation(run: Run, searches: list[Shape], steps: list[Shape]) -> It
         for kind in ("uniform", "zipf", "one code"):
             yield timed(cases.code_sums(shape, run.device, kind=kind, every=True))
         yield timed(cases.nearest_topk(shape, run.device, every=True))
+        yield timed(cases.sample(shape, run.device, every=True))
         yield timed(cases.ema_update(shape, run.device, every=True))
         for gradient in ("straight_through", "rotation"):
             yield timed(cases.quantize_backward(shape, run.device, gradient, every=True))

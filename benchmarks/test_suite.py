@@ -33,6 +33,7 @@ def every(make: Callable, **facts) -> Callable:
 
 
 NEAREST = [*implementations("nearest"), "vqops, prepared", *baselines.SEARCH]
+SAMPLE = [*implementations("sample"), "cdist + Gumbel + argmax"]
 SUMS = [*implementations("code_sums"), *baselines.SUMS]
 UPDATE = [*implementations("ema_update_"), "PyTorch"]
 FORWARD = [*implementations("quantize"), "PyTorch, addmm + argmin"]
@@ -43,6 +44,7 @@ STEPS = ["vqops", *baselines.STEPS]
 TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
     ("nearest", every(cases.nearest), NEAREST, cases.ALL, DTYPES),
     ("nearest", every(cases.nearest), NEAREST, SIZED, FLOAT32),
+    ("sample", every(cases.sample), SAMPLE, cases.STATISTICS, FLOAT32),
     ("code_sums", every(cases.code_sums), SUMS, cases.STATISTICS, DTYPES),
     ("ema_update_", every(cases.ema_update), UPDATE, cases.STATISTICS, FLOAT32),
     ("quantize-forward", every(cases.quantize_forward), FORWARD, cases.STATISTICS, DTYPES),

@@ -47,7 +47,7 @@ SANITIZED = [  # each kernel once, and where it shares its work with others
     *("quantize cosine float32 in order", "quantize_backward rotation euclidean float32 atomic"),
     *("nearest heads", "nearest duplicates", "nearest 300 x 256 x 3000"),
     *("nearest 4096 x 8 x 3000", "nearest 4096 x 64 x 3000", "nearest 4096 x 700 x 3000"),
-    *("nearest_topk 300 x 8 x 3000", "nearest_topk duplicates"),
+    *("nearest_topk 300 x 8 x 3000", "nearest_topk duplicates", "sample 300 x 8 x 3000", "sample duplicates"),
 ]
 TOOLS = ("memcheck", "racecheck")
 REFUSALS = "^=+ .*(not supported|Unable to|failed to (attach|initialize))"  # of a sanitizer that cannot run here

@@ -51,6 +51,7 @@ def test_a_run_writes_whole_rows(tmp_path, capsys):
     [
         cases.nearest,
         cases.nearest_topk,
+        cases.sample,
         cases.code_sums,
         cases.ema_update,
         cases.quantize_forward,

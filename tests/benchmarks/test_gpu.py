@@ -40,6 +40,7 @@ def test_every_case_of_a_gpu_gives_rows_with_right_results(monkeypatch, N):
     assert {row["op"] for row in measured} == {
         "nearest",
         "nearest_topk",
+        "sample",
         "search_statistics",
         "code_sums",
         "ema_update_",

@@ -52,6 +52,7 @@ def test_what_was_wrong_speaks_against_its_family_alone():
     assert found == {
         "quantize": ["pytorch", "triton"],
         "nearest_topk": ["pytorch", "triton"],
+        "sample": ["pytorch", "compiled", "triton"],
         "code_sums": ["compiled", "triton"],
         "quantize_backward": ["pytorch", "compiled"],
         "ema_update_": ["pytorch", "compiled", "triton"],

@@ -99,7 +99,7 @@ def main(architecture: int, wanted: str) -> None:
 
 
 def calls() -> dict:
-    from vqops.triton_kernels import code_sums, ema, products, quantize, quantize_backward, search
+    from vqops.triton_kernels import code_sums, ema, products, quantize, quantize_backward, sample, search
 
     def tensors(D, dtype=torch.float32, H=1, N=64, K=512):
         return torch.zeros(H, N, D, dtype=dtype), torch.zeros(H, K, D)
@@ -116,6 +116,11 @@ def calls() -> dict:
     cases["nearest, heads, mask, cosine"] = partial(search.nearest, *tensors(64, H=2), mask, "cosine")
     for D in (64, 256, 320):
         cases[f"nearest_topk, D={D}"] = partial(search.nearest_topk, *tensors(D), 8)
+    draw = torch.tensor(0.5), torch.zeros(2, dtype=torch.int64)
+    for D in (1, 8, 64, 320):
+        cases[f"sample, D={D}"] = partial(sample.sample, *tensors(D, H=2), *draw)
+    for dtype in (torch.bfloat16, torch.float64):
+        cases[f"sample, {dtype}, cosine"] = partial(sample.sample, *tensors(64, dtype), *draw, None, "cosine")
     x, codebook = tensors(64)
     indices, error = torch.zeros(1, 64, dtype=torch.int64), torch.zeros(1, 64)
     for metric in ("euclidean", "cosine"):
@@ -143,6 +148,7 @@ def calls() -> dict:
         search.nearest(one.double(), one)
         search.nearest_topk(one, one, 1)
         quantize.quantize(one, one, None, row, "cosine", code_sums=True)
+        sample.sample(one, one, *draw, metric="cosine")
         code_sums.atomic(one, index, 1, row)
         arguments = one, row, one, one, index, None, "cosine", "rotation", 1.0, True, True, True
         quantize_backward.quantize_backward(*arguments)

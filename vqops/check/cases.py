@@ -149,6 +149,17 @@ def statistics(ops: Ops, x: Tensor, codebook: Tensor) -> dict:
     return {"rows": ops.search_statistics(x, codebook).sum()}
 
 
+def draws(ops: Ops, x: Tensor, codebook: Tensor, temperature: Tensor, seed: Tensor, mask: Tensor | None = None) -> dict:
+    return {
+        f"indices, {metric}": ops.sample(x, codebook, temperature, seed, mask, metric) for metric in METRICS
+    }
+
+
+def to_draw(build: Callable[[bool], dict], temperature: float, small: bool) -> dict:
+    """Rows count across 2^32."""
+    return build(small) | {"temperature": torch.tensor(temperature), "seed": torch.tensor([-(2**40), 2**32 - 9])}
+
+
 def near_codes(N: int, D: int, K: int, small: bool, dtype=torch.float32, codes=torch.float32) -> dict:
     """A third of the rows lies on a code or nearly so."""
     if small:
@@ -189,6 +200,7 @@ DEPTHS = [(4096, D, 3000) for D in (8, 24, 64, 128, 700, 1100, 2000)]
 DEPTHS += [(20000, D, 3000) for D in (200, 256, 400, 512)]
 FEW = [(1, 64, 3000), (300, 256, 3000), (1, 8, 100_000)]
 MANY = [(20000, 64, 100_000)]
+DRAWN = [(300, 8, 3000), (4096, 64, 3000), (300, 700, 3000), (1, 64, 3000)]
 TOPK = [(300, 8, 3000), (300, 24, 3000), (3000, 64, 3000), (300, 700, 3000)]
 RANKED = ("duplicates", "near_ties", "one_code_x_1e15", "not_finite_rows", "not_finite_codes", "integers")
 DTYPES = (torch.float16, torch.bfloat16, torch.float64)
@@ -216,6 +228,16 @@ def of_searches() -> list[Case]:
         name, build = str(dtype).removeprefix("torch."), partial(near_codes, 2000, 64, 3000, dtype=dtype)
         found += [case(name, build, plain=False), case(name, build, plain=False, **ranks)]
     found += [case(name, partial(adversarial, name), plain=False, **ranks) for name in RANKED]
+    for name in RANKED:
+        build = partial(to_draw, partial(adversarial, name), 0.01)
+        found.append(case(name, build, "sample", draws, plain=False))
+    found.append(case("odd strides", partial(to_draw, odd_strides, 1.0), "sample", draws))
+    for N, D, K in DRAWN:
+        build = partial(to_draw, partial(near_codes, N, D, K), 0.5)
+        found.append(case(f"{N} x {D} x {K}", build, "sample", draws))
+    for dtype in DTYPES:
+        build = partial(to_draw, partial(near_codes, 2000, 64, 3000, dtype=dtype), 0.5)
+        found.append(case(str(dtype).removeprefix("torch."), build, "sample", draws))
     return found + [sized(*size, **ranks) for size in TOPK] + [sized(*size) for size in MANY]
 
 

@@ -53,12 +53,13 @@ SHAPES = {
 DECIDES = {
     "quantize": ("prepare", "nearest", "search_statistics", "quantize"),
     "nearest_topk": ("nearest_topk",),
+    "sample": ("sample",),
     "code_sums": ("code_sums",),
     "quantize_backward": ("quantize_backward",),
     "ema_update_": ("ema_update_",),
 }
 OPS = tuple(DECIDES)
-SEARCHES = {"quantize": 1, "nearest_topk": 0}  # where among an op's results the indices are
+SEARCHES = {"quantize": 1, "nearest_topk": 0, "sample": 0}  # where among an op's results the indices are
 WITHOUT_ROWS = ("prepare", "ema_update_")
 
 
@@ -78,6 +79,7 @@ def calls(shape: Shape, device: torch.device) -> dict[str, Callable[[str], Calla
     return {
         "quantize": op("quantize", x, codebook, None, None, "euclidean", "straight_through", True),
         "nearest_topk": op("nearest_topk", x, codebook, 8),
+        "sample": op("sample", x, codebook, torch.ones((), device=device), torch.tensor([D, K]).to(device)),
         "code_sums": op("code_sums", x, indices, K),
         "quantize_backward": op("quantize_backward", g, error, x, codebook, indices, None, "euclidean", "rotation"),
         "ema_update_": op("ema_update_", size, average, codes, counts, codebook, decay),

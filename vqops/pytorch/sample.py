@@ -22,6 +22,7 @@ from vqops.reference.noise import WORD, gumbel, words
 from vqops.reference.sample import descending, draw, logits, temperature_of
 
 CANDIDATES = 7  # of a row, beside the k that it returns
+PARTS = 8  # the words of a pair and what they come from take 40 bytes beside the 4 of its bound
 
 
 @on_host
@@ -77,7 +78,7 @@ def decide(
     indices = x.new_empty((H, N, k), dtype=torch.int64)
     decided = x.new_ones((H, N), dtype=torch.bool)
     head = torch.arange(H, device=x.device)[:, None, None]
-    products = Products(codes.matrix[:, :K])
+    products = Products(codes.matrix[:, :K], PARTS)
     # [H, 1, 1], in the units of the codes, as all bounds of keys; more where its 2^-30th would underflow float32.
     scaled = (temperature * codes.scale.double()).clamp_min(2.0**-60)
     for outer in row_blocks(x):
@@ -132,8 +133,13 @@ def noise_above(word: Tensor, temperature: Tensor) -> Tensor:  # [H, n, K], [H, 
     e + f are the bits of v as a number; 31 of v's 33 are kept, which lowers it.
     """
     bits = (word ^ WORD).bitwise_right_shift_(1).float().view(torch.int32).float()
-    step, most = -math.log(2) * 2.0**-23 * temperature, (158 * math.log(2) + 2.0**-12) * temperature
-    return bits.mul_(step.float()).add_(most.float())
+    step, most = noise_terms(temperature)
+    return bits.mul_(-step).add_(most)
+
+
+def noise_terms(temperature: Tensor) -> tuple[Tensor, Tensor]:  # float64 -> float32: most - step bits
+    log2 = math.log(2)
+    return (log2 * 2.0**-23 * temperature).float(), ((158 * log2 + 2.0**-12) * temperature).float()
 
 
 def compare_all(

@@ -55,12 +55,12 @@ def upper_bounds(lower: Tensor, index: Tensor, rows: Rows, codes: Codes, D: int)
 
 
 class Products:
-    """Blocks of lower bounds, in one buffer."""
+    """Blocks of lower bounds, in one buffer; `parts` times as many where each has temporaries of its own."""
 
-    def __init__(self, codes: Tensor):  # [H, K, columns(D)]
+    def __init__(self, codes: Tensor, parts: int = 1):  # [H, K, columns(D)]
         H, K, _ = codes.shape
         self.codes = codes.mT
-        self.step = max(1, (IN_CACHE if codes.device.type == "cpu" else ON_DEVICE) // (H * K))
+        self.step = max(1, (IN_CACHE if codes.device.type == "cpu" else ON_DEVICE) // (parts * H * K))
         self.buffer = codes.new_empty(0)
 
     def of(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:  # [H, N, columns(D)]

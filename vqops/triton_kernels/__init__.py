@@ -22,6 +22,7 @@ MODULES = {
     "nearest": "search",
     "nearest_topk": "search",
     "search_statistics": "search",
+    "sample": "sample",
     "code_sums": "code_sums",
     "ema_update_": "ema",
     "quantize": "quantize",

@@ -40,6 +40,16 @@ TOPK = Screen(128, 64, STEP, 8, 1)
 ROWS = 128  # rows are padded to a multiple: the largest block of the screening pass
 
 
+class Sample(NamedTuple):
+    """One program of a draw: `rows` against all codes, `codes` at a time, in float32; `few` in float64."""
+
+    rows: int
+    codes: int
+    step: int  # dimensions at a time
+    few: int
+    warps: int
+
+
 class Sizes(NamedTuple):
     """Amounts that a program of the other kernels takes at a time."""
 
@@ -48,10 +58,12 @@ class Sizes(NamedTuple):
     values: int  # of rows rounded to fp16
     decide: int  # rows decided, each among up to 16 codes
     scan: tuple[int, int]  # rows and codes compared in float64
+    sample: Sample
 
 
-ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32))
-INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128))  # an operation costs the same there
+ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32), sample=Sample(16, 32, 16, 4, 4))
+# An operation costs the same in the interpreter.
+INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128), sample=Sample(128, 128, 256, 64, 4))
 PROGRAMS_PER_PROCESSOR = 4  # of the kernels that walk a queue
 PROCESSORS_INTERPRETED = 3  # enough to share the codes of a row
 LEAST_TILES = 4  # of a part of the codes that few rows are screened against

@@ -20,7 +20,8 @@ def code_cross_entropy(
 
     The softmax is summed block by block of distances, and its backward computes them again: memory grows with N + K.
     The gradient to the codebook is that of its values at the time of the call. A code that is not finite has
-    probability 0. Second derivatives raise NotImplementedError.
+    probability 0. A row that is not finite and has a target becomes NaN, as its gradient, and sends nothing to the
+    codebook. Second derivatives raise NotImplementedError.
 
     Raises ValueError or TypeError where shapes, dtypes or devices disagree, IndexError for a target that is no code.
 

@@ -112,6 +112,18 @@ def test_copies_prepare_for_themselves():
     assert_nearest(vq, x)
 
 
+@pytest.mark.parametrize("options", [{}, {"vq_bridge": torch.nn.Linear(DIM, DIM)}], ids=str)
+def test_inference_mode(options):
+    vq, x = VectorQuantize(DIM, CODES, **options).eval(), torch.randn(200, DIM)
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.inference_mode()):
+        with mode:
+            codes = vq._codebook.codes(False)[0]
+            INDICES.same(vq(x)[1], vqops.nearest(x, codes, implementation="reference"))
+            prepared = vqops.prepare(codes.clone())
+            INDICES.same(vqops.nearest(x, prepared), vqops.nearest(x, codes, implementation="reference"))
+        vq._codebook.embed.data.mul_(-1)
+
+
 def test_topk_uses_it(prepared):
     vq, x = VectorQuantize(DIM, CODES).eval(), torch.randn(200, DIM)
     expected = vqops.nearest_topk(x, vq.codebook, 5, implementation="reference")[0]

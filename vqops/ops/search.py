@@ -24,7 +24,7 @@ class PreparedCodebook:
     packed: Tensor  # uint8, in the layout of the implementation that made it
     metric: Metric
     implementation: Implementation | None
-    version: int  # of the codebook, which must not change in place afterwards
+    version: int | None  # of the codebook, which must not change in place afterwards
 
 
 def prepare(
@@ -33,8 +33,8 @@ def prepare(
     """Prepare a codebook [K, D] or [H, K, D] once, for many searches in evaluation or with a frozen codebook.
 
     The result takes the codebook's place in `nearest`, `nearest_topk` and `quantize`. It is invalid as soon as the
-    codebook changes in place; using it then raises RuntimeError (a compiled graph can't see that). It holds a packed
-    copy of the codebook, float32 or, where that is faster, bfloat16.
+    codebook changes in place; using it then raises RuntimeError (a compiled graph and inference mode can't see that). It
+    holds a packed copy of the codebook, float32 or, where that is faster, bfloat16.
 
     Raises TypeError or ValueError for a codebook or metric that no search takes.
     """
@@ -42,17 +42,22 @@ def prepare(
     check_choice("prepare", "metric", metric, METRICS)
     heads = codebook if codebook.dim() == 3 else codebook.unsqueeze(0)
     packed = select("prepare", implementation)(heads.detach(), metric)
-    return PreparedCodebook(codebook, packed, metric, resolve(implementation), codebook._version)
+    return PreparedCodebook(codebook, packed, metric, resolve(implementation), version_of(codebook))
+
+
+def version_of(codebook: Tensor) -> int | None:
+    """None in inference mode, whose tensors count no versions."""
+    return None if not torch.compiler.is_compiling() and codebook.is_inference() else codebook._version
 
 
 def unpack(op: str, codebook: Tensor | PreparedCodebook, metric: Metric, implementation: Implementation | None):
     """The codebook, and its preparation if there is one that fits the call."""
     if not isinstance(codebook, PreparedCodebook):
         return codebook, None
-    if not torch.compiler.is_compiling() and codebook.codebook._version != codebook.version:
+    if not torch.compiler.is_compiling() and version_of(codebook.codebook) != codebook.version:
         raise RuntimeError(
             f"{op}: the codebook was changed in place after it was prepared "
-            f"(version {codebook.version}, now {codebook.codebook._version}); prepare it again"
+            f"(version {codebook.version}, now {version_of(codebook.codebook)}); prepare it again"
         )
     for name, given, made in (
         ("metric", metric, codebook.metric),

@@ -1,11 +1,13 @@
 """The preparation of codes that stay as they are for many searches: in eval, and frozen in training."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from vqops.dispatch.library import define, is_compiled, kernels, resolve
 from vqops.ops.checks import Metric
-from vqops.ops.search import PreparedCodebook
+from vqops.ops.search import PreparedCodebook, version_of
 
 
 class KeptPreparation:
@@ -26,11 +28,13 @@ class KeptPreparation:
             return None
         memory = self.memory
         if memory is None:
-            memory = codes.new_empty(self.size, dtype=torch.uint8), codes.new_zeros(2, dtype=torch.int64)
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+                packed = torch.empty(self.size, dtype=torch.uint8, device="cpu")
+                memory = packed, torch.zeros(2, dtype=torch.int64, device="cpu")
             self.memory = memory
         packed, stamp = memory
         torch.ops.vqops.keep_prepared_(x, codes, packed, stamp, metric)
-        return PreparedCodebook(codes, packed, metric, resolve(None), codes._version)
+        return PreparedCodebook(codes, packed, metric, resolve(None), version_of(codes))
 
     def __reduce__(self):
         return KeptPreparation, (self.shape,)  # a copy makes its own

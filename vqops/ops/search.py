@@ -33,7 +33,7 @@ def prepare(
     """Prepare a codebook [K, D] or [H, K, D] once, for many searches in evaluation or with a frozen codebook.
 
     The result takes the codebook's place in `nearest`, `nearest_topk` and `quantize`. It is invalid as soon as the
-    codebook changes in place; using it then raises RuntimeError (a compiled graph and inference mode can't see that). It
+    codebook changes in place; using it then raises RuntimeError (a compiled graph and inference mode don't see it). It
     holds a packed copy of the codebook, float32 or, where that is faster, bfloat16.
 
     Raises TypeError or ValueError for a codebook or metric that no search takes.

@@ -79,10 +79,6 @@ VQOPS_HOST_DEVICE Float16 rounded<Float16>(double value) {
 
 enum class DType : int { float32, float64, float16, bfloat16 };
 
-inline int64_t size_of(DType dtype) {  // bytes of a value
-    return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
-
 VQOPS_HOST_DEVICE int64_t bytes_of(DType dtype) {
     return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }

@@ -17,7 +17,7 @@ uint64_t mixed(uint64_t h) {  // the finalizer of SplitMix64
     return h ^ (h >> 31);
 }
 
-// A polynomial in kOdd for each lane, over words of 8 bytes.
+// Each lane takes every eighth word of 8 bytes, by steps that lose nothing of it.
 uint64_t hash_chunk(const char* p, int64_t bytes) {
     uint64_t lane[kLanes], word[kLanes];
     for (int j = 0; j < kLanes; j++) lane[j] = j;
@@ -28,7 +28,10 @@ uint64_t hash_chunk(const char* p, int64_t bytes) {
             std::memset(word, 0, sizeof(word));
             std::memcpy(word, p, bytes);
         }
-        for (int j = 0; j < kLanes; j++) lane[j] = lane[j] * kOdd + word[j];
+        for (int j = 0; j < kLanes; j++) {
+            lane[j] = (lane[j] ^ word[j]) * kOdd;
+            lane[j] ^= lane[j] >> 32;  // or high bits would stay high: two signs that change would cancel
+        }
     }
     uint64_t h = 0;
     for (int j = 0; j < kLanes; j++) h = mixed(h * kOdd + lane[j]);

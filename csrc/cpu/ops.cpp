@@ -12,6 +12,8 @@
 #include "sample.h"
 #include "unprepared.h"
 
+#include <algorithm>
+#include <atomic>
 #include <mutex>
 
 namespace vqops {
@@ -58,21 +60,22 @@ void keep_prepared_(const Tensor& x, const Tensor& codebook, Tensor packed, Tens
     STD_TORCH_CHECK(stamp.scalar_type() == ScalarType::Long && stamp.is_contiguous() && stamp.numel() == 2, op,
                     ": stamp must be int64 [2]");
     uint64_t* made = static_cast<uint64_t*>(stamp.mutable_data_ptr());
-    if (made[0] == 1 && is_direct(shape_of(x, codebook, cosine), rows_of(op, x), codes)) return;
+    std::atomic_ref<uint64_t> there(made[0]);
+    if (there == 1 && is_direct(shape_of(x, codebook, cosine), rows_of(op, x), codes)) return;
     const Tensor values = torch::stable::contiguous(codebook);
-    const int64_t bytes = values.numel() * size_of(codes.dtype);
+    const int64_t bytes = values.numel() * bytes_of(codes.dtype);
     const uint64_t kind = uint64_t(cosine) << 8 | uint64_t(codes.dtype);
     const uint64_t hash = hash_of(values.const_data_ptr(), bytes, kind, threads());
     // Threads that search with the same module: one prepares, the others wait.
     static std::mutex preparing;
     const std::lock_guard<std::mutex> alone(preparing);
-    if (made[0] == 1 && made[1] == hash) return;
-    made[0] = 0;
+    if (there == 1 && made[1] == hash) return;
+    there = 0;
     char* memory = static_cast<char*>(packed.mutable_data_ptr());
     for (int64_t h = 0; h < H; h++)
         pack_codebook(codes, h, K, D, cosine, memory + h * Packed::bytes(K, D), threads());
     made[1] = hash;
-    made[0] = 1;
+    there = 1;
 }
 
 Tensor prepared_or_new(const char* op, const Tensor& codebook, const OptionalTensor& prepared,

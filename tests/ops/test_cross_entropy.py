@@ -52,6 +52,19 @@ def test_cross_entropy_of_awkward_values(scale, offset, huge):
     assert_close(given.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4, 1e5])
+def test_cross_entropy_of_rows_far_from_the_codes(offset):
+    """The pulls of a row add up to 0 however far it is, so that its gradient is that of small differences."""
+    x, codebook = torch.randn(50, 4) + offset, torch.randn(20, 4)
+    targets = torch.randint(20, (50,))
+    assert_no_worse_than_plain(
+        lambda x, c: code_cross_entropy(x, c, targets),
+        lambda x, c: plain(x.unsqueeze(0), c.unsqueeze(0), targets.unsqueeze(0), "euclidean").squeeze(0),
+        x,
+        codebook,
+    )
+
+
 @pytest.mark.parametrize("case", HARD)
 def test_cross_entropy_of_hard_inputs(case):
     x, codebook = hard_inputs(case)
@@ -105,7 +118,8 @@ def test_cross_entropy_makes_nothing_of_size_n_times_k():
     targets = torch.randint(7000, (1, 5000))
     with LargestTensor() as mode:
         _, total, old = cross_entropy.code_cross_entropy(x, codebook, targets, "euclidean")
-        cross_entropy.code_cross_entropy_backward(total, x, old, targets, total, "euclidean", True, True)
+        grad = torch.randn(1, 5000)
+        cross_entropy.code_cross_entropy_backward(grad, x, old, targets, total, "euclidean", True, True)
     assert 0.9 * soft.BLOCK < mode.largest <= soft.BLOCK < x.shape[1] * codebook.shape[1]
 
 

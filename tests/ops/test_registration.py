@@ -22,6 +22,7 @@ def samples():
     sums = (torch.rand(2, 7), torch.randn(2, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 7), torch.randn(2, 7, 5))
     draw = torch.tensor(0.5), torch.tensor([3, 4])
     memory = torch.ops.vqops.prepare(c), torch.zeros(2, dtype=torch.int64)
+    total = torch.rand(2, 2, 20, dtype=torch.float64)
     saved = torch.rand(3, 2, 5, 4), torch.rand(5, 7)
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
     return {
@@ -43,8 +44,8 @@ def samples():
         "check_first_run_": [(c, "VectorQuantize")],
         "code_cross_entropy": [(strided, c, indices, "euclidean"), (*learnable, indices, "cosine")],
         "code_cross_entropy_backward": [
-            (torch.randn(2, 20), x, c, indices, torch.randn(2, 20) + 9, "euclidean", True, True),
-            (torch.randn(2, 20), strided, c, indices, torch.randn(2, 20) + 9, "cosine", True, True),
+            (torch.randn(2, 20), x, c, indices, total, "euclidean", True, True),
+            (torch.randn(2, 20), strided, c, indices, total, "cosine", True, True),
         ],
         "assignment_entropy": [
             (x.unflatten(1, (4, 5)), c, torch.tensor(2.0), mask.unflatten(1, (4, 5))),

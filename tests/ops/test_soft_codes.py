@@ -7,6 +7,7 @@ from soft_assignments import HARD, assert_no_worse_than_plain, hard_inputs, logi
 from torch.testing import assert_close
 
 import vqops
+from vqops.ops.cross_entropy import code_cross_entropy
 from vqops.reference import soft
 
 METRICS = ("euclidean", "cosine")
@@ -51,6 +52,25 @@ def test_error_of_hard_inputs(case, temperature):
         return vqops.soft_codes(x, c, temperature)
 
     assert_no_worse_than_plain(ours, lambda x, c: plain(x, c, temperature), *hard_inputs(case))
+
+
+OPS = {
+    "soft_codes": lambda x, c: vqops.soft_codes(x, c, 1.0),
+    "assignment_entropy": lambda x, c: vqops.assignment_entropy(x.unsqueeze(0), c, 1.0),
+    "code_cross_entropy": lambda x, c: code_cross_entropy(x, c, torch.zeros(len(x), dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-40, 1e-30, 1.0, 1e30, 3e38])
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_where_all_codes_are_one_and_a_row_is_on_it(name, size):
+    x = (torch.randn(30, 3) * size).clamp(-3e38, 3e38)
+    x[3] = 0
+    x.requires_grad_()
+    codebook = torch.zeros(4, 3, requires_grad=True)
+    OPS[name](x, codebook).sum().backward()
+    assert x.grad.isfinite().all() and codebook.grad.isfinite().all()
+    assert x.grad[3].abs().max() == 0
 
 
 @pytest.mark.parametrize("case", ["on the codes", "on repeated codes", "near the codes"])

@@ -9,6 +9,7 @@ import vector_quantize_pytorch
 from promises import COPIES, UNCHANGED
 from side_by_side import CLOSE, both
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from vqops import VectorQuantize
 
@@ -133,6 +134,98 @@ def test_a_lost_vector_leaves_the_statistics_and_the_entropy_finite():
     loss = vq(x)[2]
     assert loss.isfinite()
     assert all(value.isfinite().all() for value in vq.state_dict().values() if value.is_floating_point())
+
+
+def test_a_row_beyond_all_squares_leaves_the_statistics():
+    vq = VectorQuantize(DIM, CODES, **AFFINE)
+    x = torch.randn(50, DIM)
+    x[7] = 1e20
+    for batch in (x, torch.randn(50, DIM)):
+        assert (vq(batch)[1] >= 0).sum() >= 49
+    assert all(value.isfinite().all() for value in vq.state_dict().values() if value.is_floating_point())
+
+
+def test_affine_statistics_start_at_the_first_vectors():
+    vq = VectorQuantize(DIM, CODES, **AFFINE)
+    vq(torch.randn(5, 9, DIM), mask=torch.zeros(5, 9, dtype=torch.bool))
+    assert vq._codebook.codebook_mean_needs_init
+    x = torch.randn(5, 9, DIM) + 5
+    vq(x)
+    assert_close(vq._codebook.batch_mean[0, 0], x.mean((0, 1)))
+
+
+def test_directional_with_cosine_starts_at_the_unit_vector():
+    vq = VectorQuantize(
+        *(DIM, CODES),
+        use_cosine_sim=True,
+        directional_reparam=True,
+        directional_reparam_variance=0.0,
+        learnable_codebook=False,
+        threshold_ema_dead_code=1e-9,
+    )
+    x = torch.randn(30, DIM, requires_grad=True)
+    codes = vq.codebook.clone()
+    quantized, indices, _ = vq(x)
+    assert_close(quantized, codes[indices])
+    unit = F.normalize(x, dim=-1)
+    direction = F.normalize(codes[indices] - unit, dim=-1).detach()
+    expected = unit + direction * (codes[indices] - unit).norm(dim=-1, keepdim=True)
+    weight = torch.randn(30, DIM)
+    (found,), (wanted,) = (torch.autograd.grad((t * weight).sum(), x) for t in (quantized, expected))
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_averages_move_a_parameter_that_was_cast(dtype):
+    vq = VectorQuantize(DIM, CODES, orthogonal_reg_weight=1.0).to(dtype)
+    vq(torch.randn(50, DIM, dtype=dtype))
+    book = vq._codebook
+    assert book.embed.dtype == dtype and book.embed_avg.dtype == torch.float32
+    size = book.cluster_size
+    smoothed = (size + 1e-5) / (size.sum() + CODES * 1e-5) * size.sum()
+    assert_close(book.embed.float(), book.embed_avg / smoothed.unsqueeze(-1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learnable_codebook": True, "in_place_codebook_optimizer": lambda p: torch.optim.SGD(p, lr=1.0)},
+        AFFINE | {"learnable_codebook": True},
+    ],
+    ids=["in_place", "affine"],
+)
+def test_a_step_that_is_repeated_in_backward_is_refused(options):
+    """Those with an optimizer within are at once, since its backward is one in which forward runs again."""
+    vq = VectorQuantize(DIM, CODES, **options)
+    before = state(vq)
+    with pytest.raises(RuntimeError, match="activation checkpointing"):
+        loss = checkpoint(vq, torch.randn(30, DIM, requires_grad=True), use_reentrant=False)[2]
+        before = state(vq)
+        loss.backward()
+    UNCHANGED.same(vq.state_dict(), before)
+
+
+def test_a_refused_weight_leaves_the_codes_where_the_optimizer_found_them():
+    options = {"in_place_codebook_optimizer": lambda p: torch.optim.SGD(p, lr=1.0), "threshold_ema_dead_code": 1.0}
+    vq = VectorQuantize(DIM, CODES, learnable_codebook=True, **options)
+    before = state(vq)
+    for weight in (torch.ones(7), lambda sums, counts: torch.ones(7)):
+        with pytest.raises(ValueError, match="ema_update_weight must have shape"):
+            vq(torch.randn(30, DIM), ema_update_weight=weight)
+        UNCHANGED.same(vq.state_dict(), before)
+
+
+def test_codes_of_each_vectors_own_without_a_code():
+    vq = VectorQuantize(DIM, CODES, straight_through=True, route_gradients_to_input=False)
+    x = torch.randn(4, 5, DIM, requires_grad=True)
+    for temperature in (torch.tensor(0.0), torch.tensor(1e-20)):
+        quantized = vq(x, codebook_transform_fn=Own(), sample_codebook_temp=temperature)[0]
+        quantized.sum().backward()
+        assert quantized.isfinite().all() and x.grad.isfinite().all()
+    with torch.no_grad():
+        x[1, 2, 3] = torch.nan
+    given = torch.zeros(4, 5, dtype=torch.int64)
+    assert vq(x, given)[1].isnan() and vq(x, given, codebook_transform_fn=Own())[1].isnan()
 
 
 def test_a_draw_leaves_out_what_a_search_does():

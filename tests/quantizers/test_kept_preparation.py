@@ -8,6 +8,7 @@ import pytest
 import torch
 from promises import INDICES, REPEATS
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vqops
 from vqops import VectorQuantize
@@ -70,6 +71,9 @@ CHANGES = {
     "in place": lambda vq: vq._codebook.embed.mul_(-1),
     "through .data, which counts no version": lambda vq: vq._codebook.embed.data.mul_(-1),
     "one value through .data": lambda vq: vq._codebook.embed.data[0, 7].add_(torch.eye(DIM)[3], alpha=3.0),
+    "the signs of a feature": lambda vq: vq._codebook.embed.data[..., 1].neg_(),
+    "a feature doubled": lambda vq: vq._codebook.embed.data[..., 1].mul_(2),
+    "all signs": lambda vq: vq._codebook.embed.data.neg_(),
     "two codes swapped": lambda vq: vq._codebook.embed.data.copy_(vq._codebook.embed.data.flip(1).clone()),
     "load_state_dict": lambda vq: vq.load_state_dict(VectorQuantize(DIM, CODES).state_dict()),
     "assigned": lambda vq: vq.load_state_dict(VectorQuantize(DIM, CODES).state_dict(), assign=True),
@@ -91,15 +95,37 @@ def test_another_value_is_another_preparation(prepared, change):
     assert prepared() == before + 1
 
 
-@pytest.mark.parametrize("options", [{"affine_param": True}, {"vq_bridge": torch.nn.Linear(DIM, DIM)}], ids=str)
-def test_codes_that_are_computed_are_prepared_once(prepared, options):
-    vq = VectorQuantize(DIM, CODES, **options)
+def test_codes_that_are_computed_are_prepared_once(prepared):
+    vq = VectorQuantize(DIM, CODES, affine_param=True)
     vq(torch.randn(200, DIM))
     vq.eval()
     for _ in range(3):
         x = torch.randn(200, DIM)
         INDICES.same(vq(x)[1], vqops.nearest(x, vq._codebook.codes(False)[0], implementation="reference"))
     assert prepared() == 1
+
+
+def test_codes_of_a_bridge_are_not_kept(prepared):
+    """Threads that share the module may make different ones, under autocast and not."""
+    vq = VectorQuantize(DIM, CODES, vq_bridge=torch.nn.Linear(DIM, DIM)).eval()
+    vq(torch.randn(200, DIM))
+    assert prepared() == 0
+
+
+def test_codes_in_float64(prepared):
+    vq, x = VectorQuantize(DIM, CODES, learnable_codebook=True).double().eval(), torch.randn(200, DIM)
+    for _ in range(3):
+        assert_nearest(vq, x)
+        vq._codebook.embed.data[..., 3].neg_()
+    assert prepared() == 3
+
+
+def test_a_call_on_fake_tensors_keeps_nothing():
+    vq = VectorQuantize(DIM, CODES).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vq(torch.randn(200, DIM))
+    assert vq._codebook.preparation.memory is None
+    assert_nearest(vq, torch.randn(200, DIM))
 
 
 def test_copies_prepare_for_themselves():

@@ -17,7 +17,7 @@ def test_orthogonality_by_hand():
     assert_close(orthogonality(codes), torch.tensor(5 / 9 - 1 / 3))
     assert_close(orthogonality(codes, torch.tensor([[True, True, False]])), torch.tensor(0.0))
     assert_close(orthogonality(codes, torch.tensor([[True, False, True]])), torch.tensor(0.5))
-    assert_close(orthogonality(codes, torch.tensor([[False, False, False]])), torch.tensor(-1.0))
+    assert_close(orthogonality(codes, torch.tensor([[False, False, False]])), torch.tensor(0.0))
 
 
 @pytest.mark.parametrize("K, D", [(40, 6), (6, 40), (1, 1), (7, 7)])
@@ -56,8 +56,10 @@ WEIGHTS = [(1.0, None), (0.25, 1.0), (0.0, 1.0), (0.25, 0.0), (0.25, 0.25)]
 @pytest.mark.parametrize("commitment_weight, codebook_loss_weight", WEIGHTS)
 @pytest.mark.parametrize("topk", [None, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_weight_for_each_of_the_two_losses(commitment_weight, codebook_loss_weight, topk, masked):
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_weight_for_each_of_the_two_losses(commitment_weight, codebook_loss_weight, topk, masked, routed):
     options = {"commitment_weight": commitment_weight, "codebook_loss_weight": codebook_loss_weight}
+    options["route_gradients_to_input"] = routed
     vq = VectorQuantize(DIM, CODES, learnable_codebook=True, **options)
     x = torch.randn(3, 10, DIM, requires_grad=True)
     mask = torch.rand(3, 10) < 0.6 if masked else torch.ones(3, 10, dtype=torch.bool)
@@ -81,6 +83,28 @@ def test_a_weight_for_each_of_the_two_losses(commitment_weight, codebook_loss_we
     assert_close(grad_of(vq._codebook.embed)[0], grad_of(codes))
     if commitment_weight:
         assert_close(terms.commitment, both[0].detach())
+
+
+def test_the_cross_entropy_moves_no_codes_that_have_a_loss_of_their_own():
+    options = {"commitment_use_cross_entropy_loss": True, "codebook_loss_weight": 0.0}
+    vq = VectorQuantize(DIM, CODES, learnable_codebook=True, **options)
+    vq(torch.randn(30, DIM, requires_grad=True))[2].backward()
+    assert grad_of(vq._codebook.embed).abs().max() == 0
+
+
+def test_nothing_is_moved_by_the_losses_of_frozen_codes():
+    options = {"orthogonal_reg_weight": 1.0, "codebook_loss_weight": 1.0, "codebook_diversity_loss_weight": 1.0}
+    vq = VectorQuantize(DIM, CODES, learnable_codebook=True, freeze_codebook=True, **options)
+    vq(torch.randn(30, DIM, requires_grad=True))[2].backward()
+    assert vq._codebook.embed.grad is None
+
+
+def test_losses_of_an_empty_batch():
+    options = {"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True}
+    vq = VectorQuantize(DIM, CODES, codebook_diversity_loss_weight=1.0, learnable_codebook=True, **options)
+    assert vq(torch.randn(0, DIM))[2] == 0
+    assert vq(torch.randn(2, 0, DIM))[2] == 0
+    assert vq(torch.randn(2, 4, DIM), mask=torch.zeros(2, 4, dtype=torch.bool))[2] == 0
 
 
 def test_lost_vectors_take_no_part_in_the_loss_of_the_codes():

@@ -91,12 +91,40 @@ def test_casts_and_new_memory_leave_the_numbers(change):
         for module in (vq.numbers, vq._codebook.numbers):
             for name, value in module._buffers.items():
                 module._buffers[name] = value.bfloat16()
+        vq(torch.randn(5, 4))
     else:
         getattr(vq, change)()
     for module in (vq.numbers, vq._codebook.numbers):
         for name, value in module.values.items():
             assert module[name].dtype == torch.float32
             assert_close(module[name].item(), value)
+
+
+def test_a_state_assigned_to_a_module_without_memory():
+    for options in ({}, {"affine_param": True}):
+        with torch.device("meta"):
+            vq = VectorQuantize(4, 16, decay=0.9, **options)
+        vq.load_state_dict(VectorQuantize(4, 16, **options).state_dict(), assign=True)
+        twin = VectorQuantize(4, 16, decay=0.9, **options)
+        twin.load_state_dict(vq.state_dict())
+        x = torch.randn(60, 4)
+        assert_close(vq(x)[2], twin(x)[2])
+        assert_close(vq.codebook, twin.codebook)
+
+
+@pytest.mark.parametrize("name", ["commitment_weight", "sync_update_v", "codebook_diversity_loss_weight"])
+def test_a_number_may_change_before_the_backward(name):
+    vq = VectorQuantize(4, 16, learnable_codebook=True, sync_update_v=0.1, codebook_diversity_loss_weight=0.1)
+    twin = copy.deepcopy(vq)
+    grads = []
+    for module in (vq, twin):
+        x = torch.ones(60, 4).cumsum(0).div(60).requires_grad_()
+        quantized, _, loss = module(x)
+        if module is vq:
+            setattr(vq, name, 0.9)
+        (quantized.sum() + loss).backward()
+        grads.append(x.grad)
+    assert_close(*grads)
 
 
 def test_numbers_are_in_no_state_dict():
@@ -110,6 +138,8 @@ def test_numbers_are_in_no_state_dict():
         ("commitment_weight", -1.0, "commitment_weight must be finite and at least 0, got -1.0"),
         ("sample_codebook_temp", float("nan"), "sample_codebook_temp must be finite and at least 0, got nan"),
         ("sync_update_v", 2.0, r"sync_update_v must be in \[0, 1\], got 2.0"),
+        ("sync_update_v", 0.5, "sync_update_v needs learnable_codebook=True"),
+        ("orthogonal_reg_weight", 0.5, "orthogonal_reg_weight needs codes that are a Parameter"),
     ],
 )
 def test_a_wrong_number_is_refused(name, value, message):
@@ -118,3 +148,7 @@ def test_a_wrong_number_is_refused(name, value, message):
     with pytest.raises(ValueError, match=f"^VectorQuantize: {message}"):
         setattr(vq, name, value)
     assert getattr(vq, name) == before
+    with pytest.raises(TypeError, match=f"VectorQuantize: {name} must be a number, got str"):
+        setattr(vq, name, "a")
+    with pytest.raises(TypeError, match=f"VectorQuantize: {name} must be a number, got NoneType"):
+        VectorQuantize(4, 16, **{name: None})

@@ -525,6 +525,19 @@ ASYNCHRONOUS = {
     "topk_rotated": ({"rotation_trick": True, "use_cosine_sim": True}, {"topk": 3}),
     "indices": (HEADS, {"indices": torch.arange(100).view(2, 5, 5, 2) % 9 - 1}),
     "manual": ({"manual_ema_update": True}, {"ema_update_weight": torch.linspace(0, 1, 8)}),
+    "losses": (
+        {
+            "commitment_use_cross_entropy_loss": True,
+            "codebook_diversity_loss_weight": 0.1,
+            "orthogonal_reg_weight": 0.1,
+            "orthogonal_reg_active_codes_only": True,
+            "orthogonal_reg_max_codes": 3,
+        },
+        {},
+    ),
+    "drawn": ({"stochastic_sample_codes": True}, {"sample_codebook_temp": torch.tensor(0.5)}),
+    "affine": ({"affine_param": True}, {"mask": MASK}),
+    "directional": ({"directional_reparam": True}, {}),
 }
 
 

@@ -1,5 +1,6 @@
 """Checks of arguments, shared by all ops: each error names the op and the argument, what came and what is allowed."""
 
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -63,6 +64,11 @@ def check_search(
     check_shape(op, "mask", mask, x.shape[:-1], "of x without D")
 
 
+def check_number(op: str, name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
+
+
 def check_scalar(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """A positive number, or a tensor of one, as a tensor in the dtype of x's results."""
     if isinstance(value, Tensor):
@@ -70,6 +76,7 @@ def check_scalar(op: str, name: str, value: Tensor | float, x: Tensor) -> Tensor
         check_shape(op, name, value, (), "()")
         check_device(op, x, **{name: value})
         return value
+    check_number(op, name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
     return torch.full((), value, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)

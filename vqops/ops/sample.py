@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vqops.dispatch.library import Implementation, define, select, without_gradient
-from vqops.ops.checks import FLOATING, Metric, check_device, check_search, check_shape
+from vqops.ops.checks import FLOATING, Metric, check_device, check_number, check_search, check_shape
 from vqops.ops.heads import with_heads
 from vqops.ops.search import LARGEST_K
 
@@ -24,7 +24,7 @@ def sample(
     euclidean: argmax_k (-|x - c_k| + T g_k).  cosine: argmax_k (x.c_k / (|x| |c_k|) + T g_k), where a zero code and all
     codes of x = 0 score 0. g_k is Gumbel noise of its own for each row, head and code, from a generator that counts: it
     depends on the seed and on these numbers alone, so two calls with equal seeds draw equally. Rows count from seed[1],
-    in the order of x without D: sample(x[n:], ..., seed + [0, n]) is sample(x, ..., seed)[n:].
+    in the order of x without D, or in each head: sample(x[n:], ..., seed + [0, n]) is sample(x, ..., seed)[n:].
 
     T is taken as float32. T = 0 is `nearest`; as a tensor, which is not looked at, negative or NaN is 0, too.
 
@@ -93,6 +93,7 @@ def check_draw(
         check_shape(op, "temperature", temperature, (), "of a 0-d tensor")
         check_device(op, x, temperature=temperature)
         return temperature.detach().float()
+    check_number(op, "temperature", temperature)
     if not temperature >= 0:
         raise ValueError(f"{op}: temperature must be at least 0, got {temperature}")
     most = torch.finfo(torch.float32).max

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,6 +29,7 @@ from vqops.quantizers.interface.losses import (
     weighted,
 )
 from vqops.quantizers.options.checks import (
+    as_number,
     check_counts,
     check_fraction,
     check_needs,
@@ -106,8 +108,8 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         sync_update_v: the output's gradient counts 1 + this, equation (21) of
             https://minyoungg.github.io/vqtorch/assets/draft_050523.pdf; for learnable codes, in [0, 1].
         return_zeros_for_masked_padding: masked positions of the output are zeros; False: the input's values.
-        route_gradients_to_input: False: no gradient of the output reaches the input; it goes to the codes if they are
-            learnable.
+        route_gradients_to_input: False: no gradient of the output reaches the input, but for that of straight_through;
+            it goes to the codes if they are learnable.
         codebook_loss_weight: of a loss of the learnable codes alone, so that the two terms have weights of their own:
             commitment_weight mean((z - sg(c_e))^2) + codebook_loss_weight mean((sg(z) - c_e)^2), sg without gradient.
             None: one term, whose gradient reaches both with commitment_weight. Not of vector-quantize-pytorch.
@@ -181,11 +183,25 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         ema_update = not learnable_codebook if ema_update is None else ema_update
         if rotation_trick is None:
             rotation_trick = dim > 1 and not (directional_reparam or straight_through)
+        numbers = {
+            "commitment_weight": commitment_weight,
+            "codebook_loss_weight": 0.0 if codebook_loss_weight is None else codebook_loss_weight,
+            "orthogonal_reg_weight": orthogonal_reg_weight,
+            "codebook_diversity_loss_weight": codebook_diversity_loss_weight,
+            "codebook_diversity_temperature": codebook_diversity_temperature,
+            "sample_codebook_temp": sample_codebook_temp,
+            "directional_reparam_variance": directional_reparam_variance,
+            "sync_update_v": sync_update_v,
+        }
+        numbers = {name: as_number(owner, name, value) for name, value in numbers.items()}
+        check_not_negative(owner, **numbers)
+        check_fraction(owner, sync_update_v=sync_update_v)
+        threshold_ema_dead_code = as_number(owner, "threshold_ema_dead_code", threshold_ema_dead_code)
         counts = {"dim": dim, "codebook_size": codebook_size, "codebook_dim": codebook_dim, "heads": heads}
         if orthogonal_reg_max_codes is not None:
             counts["orthogonal_reg_max_codes"] = orthogonal_reg_max_codes
         check_counts(owner, **counts, kmeans_iters=kmeans_iters)
-        check_not_negative(owner, eps=eps)
+        check_not_negative(owner, eps=as_number(owner, "eps", eps))
         check_not_both(owner, use_cosine_sim=use_cosine_sim, learnable_codebook=learnable_codebook)
         check_not_both(owner, use_cosine_sim=use_cosine_sim, affine_param=affine_param)
         check_not_both(owner, ema_update=ema_update, learnable_codebook=learnable_codebook)
@@ -231,18 +247,6 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.route_gradients_to_input = route_gradients_to_input
         self.has_codebook_loss = codebook_loss_weight is not None
-        numbers = {
-            "commitment_weight": commitment_weight,
-            "codebook_loss_weight": codebook_loss_weight or 0.0,
-            "orthogonal_reg_weight": orthogonal_reg_weight,
-            "codebook_diversity_loss_weight": codebook_diversity_loss_weight,
-            "codebook_diversity_temperature": codebook_diversity_temperature,
-            "sample_codebook_temp": sample_codebook_temp,
-            "directional_reparam_variance": directional_reparam_variance,
-            "sync_update_v": sync_update_v,
-        }
-        check_not_negative(owner, **numbers)
-        check_fraction(owner, sync_update_v=sync_update_v)
         self.numbers = Numbers(**numbers)
 
         inner = codebook_dim * heads
@@ -262,7 +266,7 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
             codebook_size,
             heads if separate_codebook_per_head else 1,
             owner=owner,
-            decay=decay,
+            decay=as_number(owner, "decay", decay),
             eps=eps,
             kmeans_init=kmeans_init,
             kmeans_iters=kmeans_iters,
@@ -282,12 +286,16 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         self.in_place_codebook_optimizer = None if make is None else make(self._codebook.parameters())
 
     commitment_weight = Number(check_not_negative)
-    orthogonal_reg_weight = Number(check_not_negative)
+    orthogonal_reg_weight = Number(
+        check_not_negative,
+        "codes that are a Parameter: it above 0 at construction, or learnable_codebook=True",
+        lambda vq: isinstance(vq._codebook.embed, nn.Parameter),
+    )
     codebook_diversity_loss_weight = Number(check_not_negative)
     codebook_diversity_temperature = Number(check_not_negative)
     sample_codebook_temp = Number(check_not_negative)
     directional_reparam_variance = Number(check_not_negative)
-    sync_update_v = Number(check_fraction)
+    sync_update_v = Number(check_fraction, "learnable_codebook=True", lambda vq: vq.learnable_codebook)
 
     @property
     def codebook(self) -> Tensor:  # [K, D], or [heads, K, D] with separate_codebook_per_head
@@ -310,6 +318,7 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
     def codebook_loss_weight(self, value: float) -> None:
         if not self.has_codebook_loss:
             raise ValueError(f"{self.owner}: codebook_loss_weight is None: the codes share commitment_weight")
+        value = as_number(self.owner, "codebook_loss_weight", value)
         check_not_negative(self.owner, codebook_loss_weight=value)
         self.numbers.set("codebook_loss_weight", value)
 
@@ -388,10 +397,13 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         indices = self._check_call(x, indices, topk, ema_update, ema_update_weight)
         temperature = self._temperature(sample_codebook_temp, x)
         mask = layout.mask(x, mask, lens)
-        if collect:
-            check_first_run(codebook.embed.detach(), self.owner)
+        self.numbers.follow_(codebook.embed)
         observes = learning and topk is None and codebook.observes
-        safe = (codebook.is_initted and not observes) or torch.compiler.is_compiling()
+        optimizes = learning and self.in_place_codebook_optimizer is not None
+        if collect or observes or optimizes:
+            check_first_run(codebook.embed.detach(), self.owner)
+        safe = codebook.is_initted and not (observes or optimizes)
+        safe = safe or torch.compiler.is_compiling()
         with nullcontext() if safe else codebook.restored_on_failure():
             positions, row_mask = layout.positions(x), layout.mask_rows(mask)
             rows = layout.rows(x, self.project_in, mask)
@@ -399,7 +411,7 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
             if observes:
                 codebook.observe_(rows.detach(), row_mask)
             in_place = None
-            if self.in_place_codebook_optimizer is not None and learning:
+            if optimizes:
                 with torch.enable_grad():
                     searched = self._searched(rows, positions, True, codebook_transform_fn)
                     in_place = self._optimize_in_place(rows.detach(), searched, row_mask)
@@ -423,7 +435,7 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
             quantized = self._output(self.project_out(quantized), mask, x)
 
             if indices is None:
-                terms, codebook_error = self._terms(given, found, searched, row_mask, positions, in_place)
+                terms, codebook_error = self._terms(given, found, searched, row_mask, positions, learning, in_place)
                 loss = weighted(terms, codebook_error, self.numbers, self.training, self._commits)
                 results = (quantized, chosen, loss, terms) if return_loss_breakdown else (quantized, chosen, loss)
             else:
@@ -462,6 +474,7 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         searched: SharedCodes | RowCodes,
         mask: Tensor | None,  # [H, N] bool
         positions: tuple[int, ...],
+        learning: bool,
         in_place: Tensor | None,
     ) -> tuple[LossBreakdown, Tensor | None]:
         """The terms of the loss, and that of codebook_loss_weight."""
@@ -473,7 +486,8 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
                 commitment = torch.zeros_like(commitment)
         elif self.training and self._commits:
             if self.commitment_use_cross_entropy_loss:
-                entropy = searched.cross_entropy(rows, found.indices)
+                fixed = replace(searched, codes=searched.codes.detach()) if self.has_codebook_loss else searched
+                entropy = fixed.cross_entropy(rows, found.indices)
                 commitment = mean_cross_entropy(entropy, found.indices) + nan_if_lost(found.error)
             else:
                 commitment = mean_error(found.error, mask, D)
@@ -487,7 +501,8 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         if self.training and self.numbers.positive["orthogonal_reg_weight"]:
             active = self._codebook.in_use(found.indices) if self.orthogonal_reg_active_codes_only else None
             # A clone, since the update moves the codes before the backward.
-            orthogonal = orthogonality(self._codebook.embed.clone(), active, self.orthogonal_reg_max_codes)
+            codes = self._codebook.embed.clone() if learning else self._codebook.embed.detach()
+            orthogonal = orthogonality(codes, active, self.orthogonal_reg_max_codes)
         in_place = nothing if in_place is None else in_place
         return LossBreakdown(commitment, diversity, orthogonal, in_place), codebook_error
 
@@ -508,7 +523,8 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         if transform is None:
             return self._codebook.searched(learn, rows)
         codes = self._codebook.codes(learn).clone()  # what the function keeps for its backward must not change
-        made = self._layout.row_codes(transform(codes), positions, tuple(codes.shape))
+        with torch.autocast(codes.device.type, enabled=False):
+            made = self._layout.row_codes(transform(codes), positions, tuple(codes.shape))
         made = made if learn else made.detach()
         return RowCodes(unit(made) if self.use_cosine_sim else made, self._codebook.metric)
 
@@ -594,6 +610,8 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         weight = ema_update_weight
         if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
             raise TypeError(f"{owner}: ema_update_weight must be a tensor or a function, got {type(weight).__name__}")
+        if isinstance(weight, Tensor):
+            self._codebook.check_update_weight(weight)
         return indices
 
     def extra_repr(self) -> str:

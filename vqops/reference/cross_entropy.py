@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vqops.reference import soft
 from vqops.reference.blocks import blocks
-from vqops.reference.soft import Codes
+from vqops.reference.soft import Codes, Total
 
 
 def code_cross_entropy(
@@ -15,13 +15,14 @@ def code_cross_entropy(
     codebook: Tensor,  # [H, K, D]
     targets: Tensor,  # [H, N] int64, -1 for rows without a target
     metric: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # entropy, total [H, N] float32 (float64 for float64 x); codebook [H, K, D]
-    """entropy = total - l[target] with total = logsumexp_k(l) and l_k = -|x - c_k|, or x.c_k for "cosine".
+) -> tuple[Tensor, Tensor, Tensor]:  # entropy [H, N] float32 (float64 for float64 x), total [2, H, N] float64, codebook
+    """entropy = logsumexp_k(l) - l[target] with l_k = -|x - c_k|, or x.c_k for "cosine".
 
-    The total and the copy of the codebook are for the backward.
+    The total (`Total`) and the copy of the codebook are for the backward. In float64 a row's pulls add up to 0, however
+    far it is from the codes.
     """
     (H, N, D), K, real = x.shape, codebook.shape[1], torch.promote_types(x.dtype, torch.float32)
-    entropy, saved = x.new_zeros(H, N, dtype=real), x.new_zeros(H, N, dtype=real)
+    entropy, saved = x.new_zeros(H, N, dtype=real), x.new_zeros(2, H, N, dtype=torch.float64)
     with torch.autocast(x.device.type, enabled=False):
         for h in range(H):
             head = Codes(codebook[h], metric, real)
@@ -36,7 +37,7 @@ def code_cross_entropy(
                     total = total.joined(head.softmax(costs, rows, codes, 1.0)[1], 1.0)
                 found = (total.log + (right - total.lowest)).masked_fill_(~rows.finite | head.none, math.nan)
                 entropy[h, block] = found.masked_fill_(target < 0, 0).squeeze(1)
-                saved[h, block] = (total.log - total.lowest).squeeze(1)
+                saved[:, h, block] = torch.cat(total, 1).mT
     return entropy, saved, codebook.clone(memory_format=torch.contiguous_format)
 
 
@@ -45,7 +46,7 @@ def code_cross_entropy_backward(
     x: Tensor,  # [H, N, D]
     codebook: Tensor,  # [H, K, D], as it was in the forward
     targets: Tensor,  # [H, N] int64
-    total: Tensor,  # [H, N], of the forward
+    total: Tensor,  # [2, H, N] float64, of the forward
     metric: str,
     x_needed: bool,
     codebook_needed: bool,
@@ -54,7 +55,7 @@ def code_cross_entropy_backward(
 
     A row that is not finite has the gradient NaN, and sends nothing to the codebook.
     """
-    (H, N, D), K, real = x.shape, codebook.shape[1], total.dtype
+    (H, N, D), K, real = x.shape, codebook.shape[1], torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.zeros(x.shape if x_needed else 0, dtype=x.dtype, device=x.device)
     grad_c = torch.zeros(codebook.shape if codebook_needed else 0, dtype=torch.float64, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
@@ -62,12 +63,13 @@ def code_cross_entropy_backward(
             head = Codes(codebook[h], metric, real)
             for block in blocks(N, soft.rows_at_once(K, D)):
                 rows, target = head.rows(x[h, block]), targets[h, block].unsqueeze(1)
+                every = Total(*total[:, h, block].unsqueeze(2))
                 factor = grad[h, block].to(real).unsqueeze(1).masked_fill(~rows.finite | (target < 0), 0)
                 to_x = torch.zeros_like(rows.x, dtype=torch.float64)
                 for codes in blocks(K, soft.CODES):
                     costs = head.costs(rows, codes)
                     pull, part = head.softmax(costs, rows, codes, 1.0)
-                    pull *= (part.log - part.lowest - total[h, block].unsqueeze(1)).exp().to(real) * factor
+                    pull *= every.share(part, 1.0).exp().to(real) * factor
                     here, place = position(target, codes)
                     pull.scatter_(1, place, pull.gather(1, place) - factor.masked_fill(~here, 0))
                     one, other = head.spread(pull, costs, rows, codes, 1.0, x_needed, codebook_needed)

@@ -75,7 +75,7 @@ class Codes:
         square = x.square().sum(1, keepdim=True)
         unit = torch.ones_like(square, dtype=torch.float64)
         if self.euclidean and self.real != self.dtype:
-            larger = (square + self.largest).clamp_min_(torch.finfo(self.real).tiny ** 4)
+            larger = (square + self.largest).clamp_min_(torch.finfo(self.real).tiny ** 2)  # 1 / unit is finite
             extreme = torch.where(square > FAR, square, larger.where(larger < NEAR, unit))
             unit = torch.ldexp(unit, extreme.frexp().exponent // 2)
         one = unit.to(self.dtype) ** -2
@@ -104,13 +104,15 @@ class Codes:
         return torch.where(costs < noise.to(self.real), least, costs).scatter_(1, nearest, least)
 
     def near(self, costs: Tensor, rows: Rows) -> bool:
-        """Whether a distance is small beside |x|, so that |x|^2 - 2 x.c + |c|^2 cancels; True where asking waits."""
+        """Whether a distance is small beside |x|, so that |x|^2 - 2 x.c + |c|^2 cancels, or so small that what is divided
+        by it overflows float32; True where asking waits."""
         if not self.euclidean:
             return False
         if not asking_is_free(costs.device):
             return True
         lowest = costs.amin(1, keepdim=True).double() * rows.unit
-        return bool((lowest.square() < rows.x.square().sum(1, keepdim=True) / 16).any())
+        small = (lowest.square() < rows.x.square().sum(1, keepdim=True) / 16) | (rows.unit < 1)
+        return bool(small.any())
 
     def softmax(self, costs: Tensor, rows: Rows, codes: slice, scale: Tensor | float) -> tuple[Tensor, Total]:
         """Of -scale costs, within the block [n, k]. The largest has exp(0) / sum."""

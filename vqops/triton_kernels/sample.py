@@ -76,7 +76,7 @@ def sample_kernel(
     h_stride, n_stride, i_stride, c_h_stride, c_k_stride, c_i_stride, codes_stride,
     WIDTH: tl.constexpr, COSINE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * A + tl.arange(0, A)
     at = h.to(tl.int64) * N + n
     state = tl.load(states + at, mask=n < N, other=NONE)

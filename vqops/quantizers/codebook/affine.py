@@ -74,14 +74,15 @@ class AffineCodebook(Codebook):
         codes = self.embed.detach().float()
         every = torch.ones(codes.shape[:2], dtype=torch.bool, device=codes.device)
         of_codes = moments(codes, every, False)[:2]
-        decay, there = self.numbers["affine_param_codebook_decay"], count > 0
+        there = (count > 0) & mean.isfinite().all(-1, True) & variance.isfinite().all(-1, True)
+        decay = self.numbers["affine_param_codebook_decay"]
         self.follow_("codebook_mean", of_codes[0], decay, True)
         self.follow_("codebook_variance", of_codes[1], decay, True)
         decay = self.numbers["affine_param_batch_decay"]
         self.follow_("batch_mean", mean, decay, there)
         self.follow_("batch_variance", variance, decay, there)
-        self.codebook_mean_needs_init.fill_(False)
-        self.codebook_variance_needs_init.fill_(False)
+        for flag in (self.codebook_mean_needs_init, self.codebook_variance_needs_init):
+            flag.logical_and_(~there.all())
 
     def follow_(self, name: str, value: Tensor, decay: Tensor, there: Tensor | bool) -> None:
         """A step of a moving average, which starts at its first value."""
@@ -97,8 +98,10 @@ class AffineCodebook(Codebook):
                 del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        there = {prefix + name: getattr(self, name) for name in ("batch_mean", "batch_variance")}
-        super()._load_from_state_dict(there | state_dict, prefix, *arguments)
+        if (like := state_dict.get(prefix + "codebook_mean")) is not None:
+            start = {"batch_mean": torch.zeros_like(like), "batch_variance": torch.ones_like(like)}
+            state_dict = {prefix + name: value for name, value in start.items()} | state_dict
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def moments(x: Tensor, valid: Tensor, sync: bool) -> tuple[Tensor, Tensor, Tensor]:  # [H, N, D], [H, N] bool

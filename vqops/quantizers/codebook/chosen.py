@@ -25,8 +25,8 @@ def quantize_chosen(
     metric: Metric,
     gradient: Gradient,
 ) -> Chosen:
-    """`vqops.quantize` for k given codes of each row. Gradients are its own with codebook_error_scale=1; for "none" the
-    output's goes to the codes. Everything is of size N x k x D.
+    """`vqops.quantize` for k given codes of each row, with its gradients for codebook_error_scale=1. Everything is of
+    size N x k x D.
     """
     real = torch.promote_types(x.dtype, torch.float32)
     start = x.to(real).unsqueeze(-2)
@@ -41,8 +41,8 @@ def quantize_chosen(
         start = start.masked_fill(off.unsqueeze(-1), 0)
         q = q.masked_fill(off.unsqueeze(-1), 0)
     error = (start - q).square().sum(-1) + absent
+    q = q.detach()
     if gradient != "none":
-        q = q.detach()
         moved = start if gradient == "straight_through" else rotated(start, q, length)
         q = q + (moved - moved.detach())  # adds zero: the value is the code's to the last bit
     return Chosen((q + absent.unsqueeze(-1)).to(x.dtype), indices, error)
@@ -62,3 +62,11 @@ def rotated(
         scale = (q_norm / x_norm).clamp_max_(LARGEST_SCALE)
     turned = (x - 2 * w * (w * x).sum(-1, keepdim=True) + 2 * v * (u * x).sum(-1, keepdim=True)) * scale
     return x.where((given <= TINY) | (q_norm <= TINY), turned)
+
+
+def with_gradient_to(codes: Tensor | None, quantized: Tensor) -> Tensor:
+    """The output with a gradient to its codes alone, if they have one."""
+    quantized = quantized.detach()
+    if codes is None or not codes.requires_grad:
+        return quantized
+    return quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero

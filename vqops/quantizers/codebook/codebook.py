@@ -7,16 +7,17 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from vqops.ops.checks import Gradient, check_device, check_floating
 from vqops.ops.code_sums import code_sums
 from vqops.ops.ema import ema_update_
 from vqops.ops.quantize import Quantized
-from vqops.quantizers.codebook.chosen import Chosen, quantize_chosen
+from vqops.quantizers.codebook.chosen import Chosen, quantize_chosen, with_gradient_to
 from vqops.quantizers.codebook.kmeans import kmeans
 from vqops.quantizers.codebook.preparation import KeptPreparation
 from vqops.quantizers.codebook.random_rows import random_rows
-from vqops.quantizers.codebook.ranks import num_ranks, of_fullest_rank, sum_over_ranks
+from vqops.quantizers.codebook.ranks import num_ranks, of_fullest_rank, rank, sum_over_ranks
 from vqops.quantizers.codebook.searched import RowCodes, SharedCodes
 from vqops.quantizers.options.checks import check_fraction, check_not_negative
 from vqops.quantizers.options.numbers import Number, Numbers
@@ -129,7 +130,8 @@ class Codebook(nn.Module):
         else:
             collected = False
             indices = searched.sample(x, temperature, self.seed(x), None, mask).unsqueeze(-1)
-            codes = searched.at(indices) if learn and self.moved_by_error else searched.at(indices).detach()
+            codes = searched.at(indices)
+            codes = codes if learn and self.moved_by_error else codes.detach()
             chosen = quantize_chosen(x, codes, indices, mask, self.metric, gradient)
             found = Quantized(*(t.squeeze(2) for t in chosen), x.new_empty(0), x.new_empty(0))
         if collect and not collected:
@@ -137,11 +139,8 @@ class Codebook(nn.Module):
             found = found._replace(counts=counts, sums=sums)
         if gradient != "none":
             return found
-        quantized = found.quantized.detach()
-        if searched.codes.requires_grad:
-            codes = searched.at(found.indices.unsqueeze(-1)).squeeze(2)
-            quantized = quantized + (codes - codes.detach()).to(quantized.dtype)  # adds zero
-        return found._replace(quantized=quantized)
+        codes = searched.at(found.indices.unsqueeze(-1)).squeeze(2) if searched.codes.requires_grad else None
+        return found._replace(quantized=with_gradient_to(codes, found.quantized))
 
     def topk(
         self,
@@ -160,14 +159,13 @@ class Codebook(nn.Module):
         else:
             indices = searched.sample(x, temperature, self.seed(x), k, mask)
         codes = searched.at(indices)
-        if gradient != "none" and not (learn and self.moved_by_error):
-            codes = codes.detach()
-        return quantize_chosen(x, codes, indices, mask, self.metric, gradient)
+        of_error = codes if learn and self.moved_by_error else codes.detach()
+        found = quantize_chosen(x, of_error, indices, mask, self.metric, gradient)
+        return found if gradient != "none" else found._replace(quantized=with_gradient_to(codes, found.quantized))
 
-    @staticmethod
-    def seed(x: Tensor) -> Tensor:  # int64 [2]
-        """A new one for each call, from the generator of the device."""
-        key = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+    def seed(self, x: Tensor) -> Tensor:  # int64 [2]
+        """A new one for each call, from the generator of the device; of each rank its own."""
+        key = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device) + rank(self.sync)
         return torch.cat([key, torch.zeros_like(key)])
 
     def codes(self, learn: bool) -> Tensor:  # [H, K, D]
@@ -175,12 +173,15 @@ class Codebook(nn.Module):
         codes = self.embed if learn else self.embed.detach()
         if self.vq_bridge is None:
             return codes
-        codes = self.vq_bridge(codes.clone())  # what it keeps for its backward must not change
+        with torch.autocast(codes.device.type, enabled=False):
+            codes = self.vq_bridge(codes.clone())  # what it keeps for its backward must not change
         return codes if learn else codes.detach()
 
     def searched(self, learn: bool, x: Tensor) -> SharedCodes:  # x [H, N, D]
         codes = self.codes(learn)
-        return SharedCodes(codes, self.metric, None if learn else self.preparation.of(codes, self.metric, x))
+        # What a bridge makes may differ between threads that share this module.
+        kept = None if learn or self.vq_bridge is not None else self.preparation.of(codes, self.metric, x)
+        return SharedCodes(codes, self.metric, kept)
 
     def codes_at(self, indices: Tensor) -> Tensor:  # [H, N] -> [H, N, D], zeros for -1
         return SharedCodes(self.codes(True), self.metric).at(indices.unsqueeze(-1)).squeeze(2)
@@ -201,9 +202,10 @@ class Codebook(nn.Module):
     def ready_(self, x: Tensor, mask: Tensor | None) -> None:
         """Before a search: float32 buffers, and k-means if neither a batch nor a loaded state has decided the codes."""
         self.keep_float32_()
+        self.numbers.follow_(self.embed)
         if self.is_initted:
             return
-        if not torch.compiler.is_compiling():
+        if self.host_may_read():
             # Written in place or by a copy of the module, perhaps, and no rank may go on to a collective alone.
             self.is_initted = bool(self.initted)
             if self.is_initted or (not self.training and self.was_written()):
@@ -214,6 +216,9 @@ class Codebook(nn.Module):
                     "eval, where a rank may be alone, it would wait for the others"
                 )
         self.initialise_(x, mask)
+
+    def host_may_read(self) -> bool:
+        return not (torch.compiler.is_compiling() or self.initted.is_meta or is_fake(self.initted))
 
     def was_written(self) -> bool:
         """Whether the codes are others than at construction, as in a copy that follows only the floats of a module."""
@@ -234,7 +239,7 @@ class Codebook(nn.Module):
         means, counts = kmeans(x, self.embed.shape[1], self.kmeans_iters, self.metric, mask, together)
         if num_ranks(self.sync) > 1 and not together:
             means, counts = of_fullest_rank(counts.sum(-1), means, counts)
-        if not torch.compiler.is_compiling() and (rows := int(counts.sum(-1).min())) < self.codebook_size:
+        if self.host_may_read() and (rows := int(counts.sum(-1).min())) < self.codebook_size:
             warnings.warn(
                 f"{self.owner}: k-means starts with {rows} vectors for codebook_size={self.codebook_size}: some codes "
                 "are equal",
@@ -303,13 +308,21 @@ class Codebook(nn.Module):
             counts, sums = sum_over_ranks(counts, sums, dtype=torch.float32, sync=self.sync)
         step = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
         if weight is not None:
-            step = step * self.update_weight(weight, counts, sums)
-        embed = self.embed if self.averages(ema_update) and not self.manual_ema_update else None
-        decay = self.numbers["decay"]
-        ema_update_(self.cluster_size, self.embed_avg, embed, counts, sums, decay, self.eps, step, metric=self.metric)
+            weight = weight if isinstance(weight, Tensor) else weight(sums, counts)
+            self.check_update_weight(weight)
+            step = step * weight.detach().float()
+        self.average_(counts, sums, step, self.averages(ema_update) and not self.manual_ema_update)
         self.pending = None
         if self.replaces_dead:
             self.replace_dead_(vectors, rows.distinct)
+
+    def average_(self, counts: Tensor, sums: Tensor, step: Tensor | None, to_codes: bool) -> None:
+        """Move the averages, or without a step none of them, and then the codes if `to_codes`."""
+        decay = torch.ones_like(self.numbers["decay"]) if step is None else self.numbers["decay"]
+        embed = self.embed.float() if to_codes else None  # a Parameter may have been cast
+        ema_update_(self.cluster_size, self.embed_avg, embed, counts, sums, decay, self.eps, step, metric=self.metric)
+        if embed is not None and embed is not self.embed:
+            self.embed.copy_(embed)
 
     def as_codes(self, x: Tensor) -> Tensor:  # [H, N, D]
         """Rows where `embed` has its codes."""
@@ -319,17 +332,14 @@ class Codebook(nn.Module):
         """The sums of rows `as_codes`."""
         return sums
 
-    def update_weight(self, weight: UpdateWeight, counts: Tensor, sums: Tensor) -> Tensor:  # [H, K]
-        if not isinstance(weight, Tensor):
-            weight = weight(sums, counts)
-        H, K = counts.shape
+    def check_update_weight(self, weight: Tensor) -> None:
+        H, K = self.cluster_size.shape
         check_floating(self.owner, ema_update_weight=weight)
         check_device(self.owner, self.embed, ema_update_weight=weight)
         if tuple(weight.shape) not in ((K,), (H, K)):
             raise ValueError(
                 f"{self.owner}: ema_update_weight must have shape [{K}] or [{H}, {K}], got {list(weight.shape)}"
             )
-        return weight.detach().float()
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -337,8 +347,7 @@ class Codebook(nn.Module):
         if self.learnable_codebook:
             raise RuntimeError(f"{self.owner}: update_ema, but learnable_codebook is True: no averages move the codes")
         self.keep_float32_()
-        nothing = torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_avg)
-        ema_update_(self.cluster_size, self.embed_avg, self.embed, *nothing, 1.0, self.eps, metric=self.metric)
+        self.average_(torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_avg), None, True)
 
     @torch.no_grad()
     def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:  # x [H, N, D], mask [H, N] bool

@@ -4,6 +4,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import is_fake
 
 from vqops.dispatch.library import define, is_compiled, kernels, resolve
 from vqops.ops.checks import Metric
@@ -27,7 +29,7 @@ class KeptPreparation:
         if self.size == 0 or codes.shape != self.shape or not can_be_kept(codes):
             return None
         memory = self.memory
-        if memory is None:
+        if memory is None or (not torch.compiler.is_compiling() and memory[0].is_inference()):
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
                 packed = torch.empty(self.size, dtype=torch.uint8, device="cpu")
                 memory = packed, torch.zeros(2, dtype=torch.int64, device="cpu")
@@ -43,6 +45,8 @@ class KeptPreparation:
 def can_be_kept(codes: Tensor) -> bool:
     # What is exported or traced must not depend on a tensor that is no state of the module.
     traced = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level()
+    if not torch.compiler.is_compiling() and (is_fake(codes) or detect_fake_mode()):
+        return False
     return codes.device.type == "cpu" and resolve(None) in (None, "compiled") and not traced
 
 

@@ -70,8 +70,8 @@ class SharedCodes(Searched):
         return assignment_entropy(grouped(x), codes, sharpness, None if mask is None else grouped(mask), self.metric)
 
     def soft(self, x: Tensor, temperature: Tensor, mask: Tensor | None) -> Tensor:  # [H, N, D]
-        x = unit(x) if self.metric == "cosine" else x
-        return soft_codes(x, self.codes.detach(), temperature, mask, self.metric)
+        x, codes = (unit(t) for t in (x, self.codes)) if self.metric == "cosine" else (x, self.codes)
+        return soft_codes(x, codes.detach(), temperature, mask, self.metric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,8 @@ class RowCodes(Searched):
         return self.codes.gather(2, place).masked_fill((indices < 0).unsqueeze(-1), 0)
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(x).movedim(-1, 1), targets, ignore_index=-1, reduction="none")
+        entropy = F.cross_entropy(self.logits(x).movedim(-1, 1), targets, ignore_index=-1, reduction="none")
+        return entropy + torch.zeros_like(entropy).masked_fill(~x.isfinite().all(-1) & (targets >= 0), torch.nan)
 
     def entropy(self, x: Tensor, sharpness: Tensor, mask: Tensor | None, grouped: Callable) -> Tensor:
         kept = grouped(x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask)
@@ -111,7 +112,7 @@ class RowCodes(Searched):
         return -(mean * mean.clamp_min(SMALLEST).log()).sum(-1)
 
     def soft(self, x: Tensor, temperature: Tensor, mask: Tensor | None) -> Tensor:
-        p = (self.logits(x, self.codes.detach()) / temperature).softmax(-1)
+        p = (self.logits(x, self.codes.detach()) / temperature.clamp_min(1e-30)).softmax(-1)
         return (p.unsqueeze(-2) @ self.codes.detach().to(p.dtype)).squeeze(-2).to(x.dtype)
 
     def logits(self, x: Tensor, codes: Tensor | None = None) -> Tensor:  # [H, N, K]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.ops.checks import Gradient
-from vqops.quantizers.codebook.searched import RowCodes, SharedCodes
+from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
 from vqops.reference import TINY
 
 
@@ -38,10 +38,11 @@ def with_gradient(
 ) -> Tensor:
     """The output with the gradient that its search has not given it."""
     if passing.kind == "directional":
-        given = rows if quantized.dim() == 3 else rows.unsqueeze(2)
+        given = unit(rows) if searched.metric == "cosine" else rows
+        given, absent = given if quantized.dim() == 3 else given.unsqueeze(2), (indices < 0).unsqueeze(-1)
         codes = searched.at(indices if quantized.dim() == 4 else indices.unsqueeze(-1)).view(quantized.shape)
-        moved = towards(given, codes, passing.variance)
-        quantized = torch.where((indices < 0).unsqueeze(-1), quantized.detach(), moved)
+        moved = towards(given.masked_fill(absent, 0), codes, passing.variance).to(quantized.dtype)
+        quantized = torch.where(absent, quantized.detach(), moved)
     if passing.kind == "soft" and quantized.dim() == 3:
         soft = searched.soft(rows, passing.temperature, mask)
         quantized = quantized + (soft - soft.detach()).to(quantized.dtype)  # adds zero

@@ -38,7 +38,8 @@ class InPlaceOptimizer(nn.Module):
         sync = self._codebook.sync
         if num_ranks(sync) > 1:
             grads = [p.grad for p in self._codebook.parameters() if p.grad is not None]
-            for grad, total in zip(grads, sum_over_ranks(*grads, dtype=torch.float32, sync=sync), strict=True):
+            totals = sum_over_ranks(*grads, dtype=torch.float32, sync=sync) if grads else []
+            for grad, total in zip(grads, totals, strict=True):
                 grad.copy_(total / num_ranks(sync))
         self.in_place_codebook_optimizer.step()
         self.in_place_codebook_optimizer.zero_grad()

@@ -42,8 +42,8 @@ def orthogonality(
 ) -> Tensor:  # ()
     """mean_h (sum_ij (u_i.u_j)^2 / n^2 - 1 / n) over the n active codes u = c / |c|, or max_codes of them at random.
 
-    The smaller of the Gram matrices [n, n] and [D, D] gives the sum: |U U^T|^2 = |U^T U|^2. Source: arXiv 2112.00384,
-    equation 2.
+    0 of none. The smaller of the Gram matrices [n, n] and [D, D] gives the sum: |U U^T|^2 = |U^T U|^2. Source: arXiv
+    2112.00384, equation 2.
     """
     H, K, D = codes.shape
     kept = codes.new_ones(H, K, 1) if active is None else active.unsqueeze(-1).to(codes.dtype)
@@ -58,8 +58,8 @@ def orthogonality(
     with torch.autocast(codes.device.type, enabled=False):
         u = F.normalize(codes.to(torch.promote_types(codes.dtype, torch.float32)), dim=-1, eps=TINY) * kept
         gram = u.mT @ u if u.shape[1] > D else u @ u.mT
-        n = kept.sum((1, 2)).clamp_min(1)
-        return (gram.square().sum((1, 2)) / n.square() - 1 / n).mean()
+        n = kept.sum((1, 2)).to(u.dtype)
+        return ((gram.square().sum((1, 2)) / n.clamp_min(1) - 1) / n.clamp_min(1)).masked_fill(n == 0, 0).mean()
 
 
 def weighted(

@@ -3,6 +3,13 @@
 from numbers import Integral
 
 
+def as_number(owner: str, name: str, value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}") from None
+
+
 def check_counts(owner: str, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, Integral) or value < 1:

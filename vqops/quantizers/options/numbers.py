@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vqops.quantizers.options.checks import as_number, check_needs
+
 
 class Numbers(nn.Module):
     """Numbers by name, each as a float for the host and as a 0-d float32 buffer for the ops.
 
-    The floats hold; the buffers, which are in no state_dict, follow them, also after a cast or a new allocation.
+    The buffers, which are in no state_dict, follow the floats, also after a cast or a new allocation.
     `positive` says of each whether it is above 0: what a graph may branch on.
     """
 
@@ -27,17 +29,23 @@ class Numbers(nn.Module):
             self._buffers[name].fill_(value)
 
     def __getitem__(self, name: str) -> Tensor:  # ()
-        if self._buffers[name].dtype != torch.float32:  # a trainer casts buffers past `_apply`
-            self._restore(name)
-        return self._buffers[name]
+        """A copy, which a backward may keep while the number changes."""
+        return self._buffers[name].clone()
 
-    def _restore(self, name: str) -> None:
-        self._buffers[name] = torch.full_like(self._buffers[name], self.values[name], dtype=torch.float32)
+    def follow_(self, tensor: Tensor) -> None:
+        """To the device of a tensor and back to float32, after what bypasses `_apply`: trainers that cast, and a
+        state_dict that is assigned to a module without memory."""
+        for name, buffer in self._buffers.items():
+            if buffer.device != tensor.device or buffer.dtype != torch.float32:
+                self._restore(name, tensor.device)
+
+    def _restore(self, name: str, device: torch.device) -> None:
+        self._buffers[name] = torch.full((), self.values[name], dtype=torch.float32, device=device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        for name in self.values:
-            self._restore(name)
+        for name, buffer in self._buffers.items():
+            self._restore(name, buffer.device)
         return self
 
     def extra_repr(self) -> str:
@@ -45,10 +53,13 @@ class Numbers(nn.Module):
 
 
 class Number:
-    """A module's attribute that is one of its `numbers`: reads as a float, and may be set between steps."""
+    """A module's attribute that is one of its `numbers`: reads as a float, and may be set between steps.
 
-    def __init__(self, check: Callable[..., None]):
-        self.check = check  # of checks.py
+    `there` says whether the module has what a value above 0 needs, which is `needed`.
+    """
+
+    def __init__(self, check: Callable[..., None], needed: str = "", there: Callable[[nn.Module], bool] | None = None):
+        self.check, self.needed, self.there = check, needed, there  # check is one of checks.py
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -57,6 +68,7 @@ class Number:
         return self if module is None else module.numbers.values[self.name]
 
     def __set__(self, module: nn.Module, value: float) -> None:
-        value = float(value)
+        value = as_number(module.owner, self.name, value)
         self.check(module.owner, **{self.name: value})
+        check_needs(module.owner, self.name, value > 0, self.needed, self.there is None or self.there(module))
         module.numbers.set(self.name, value)

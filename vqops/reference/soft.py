@@ -104,8 +104,8 @@ class Codes:
         return torch.where(costs < noise.to(self.real), least, costs).scatter_(1, nearest, least)
 
     def near(self, costs: Tensor, rows: Rows) -> bool:
-        """Whether a distance is small beside |x|, so that |x|^2 - 2 x.c + |c|^2 cancels, or so small that its reciprocal
-        overflows float32; True where asking waits."""
+        """Whether a distance is small beside |x|, so that |x|^2 - 2 x.c + |c|^2 cancels, or too small for a float32
+        reciprocal; True where asking waits."""
         if not self.euclidean:
             return False
         if not asking_is_free(costs.device):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import vector_quantize_pytorch as incumbent
 from memory import LargestTemporaries
 from soft_assignments import HARD, assert_no_worse_than_plain, hard_inputs, logits, with_gradients
 from torch.testing import assert_close
@@ -61,44 +60,6 @@ def test_error_of_hard_inputs(case, beta):
         return plain(x.unflatten(0, (-1, 4)).unsqueeze(0), c.unsqueeze(0), beta)
 
     assert_no_worse_than_plain(ours, theirs, *hard_inputs(case))
-
-
-@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"heads": 2, "separate_codebook_per_head": True}])
-@pytest.mark.parametrize("temperature", [1.0, 100.0])
-def test_the_diversity_loss_of_the_incumbent(options, temperature):
-    """With positions as groups: the value, and the gradient to x and to the codebook."""
-    learnable = "use_cosine_sim" not in options
-    vq = incumbent.VectorQuantize(
-        dim=8,
-        codebook_size=20,
-        codebook_dim=8 // options.get("heads", 1),
-        codebook_diversity_loss_weight=1.0,
-        codebook_diversity_temperature=temperature,
-        commitment_weight=0.0,
-        learnable_codebook=learnable,
-        ema_update=False,
-        **options,
-    )
-    x = torch.randn(3, 10, 8)
-    results = []
-    for ours in (False, True):
-        vq.zero_grad()
-        given = x.clone().requires_grad_()
-        codes = vq._codebook.embed
-        if ours:
-            heads = codes.shape[0]
-            rows = given.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3)  # [H, positions, batch, D]
-            metric = "cosine" if options.get("use_cosine_sim") else "euclidean"
-            if metric == "cosine":
-                rows = torch.nn.functional.normalize(rows, dim=-1)
-            loss = -vqops.assignment_entropy(rows, codes, temperature, None, metric).mean()
-        else:
-            loss = vq(given, return_loss_breakdown=True)[-1].codebook_diversity
-        loss.backward()
-        results.append((loss.detach(), given.grad, codes.grad.clone() if learnable else None))
-    for got, expected in zip(*results[::-1], strict=True):
-        if expected is not None:
-            assert_close(got, expected, rtol=1e-3, atol=1e-5 * temperature)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -9,6 +9,7 @@ from promises import INDICES
 from side_by_side import CLOSE, CODES, DIM, HEADS, LAYOUTS, assert_same_state, assert_same_step, both
 from torch.testing import assert_close
 
+import vqops
 from vqops import VectorQuantize
 
 STRAIGHT = {"rotation_trick": False}
@@ -168,3 +169,41 @@ def test_codes_are_drawn_with_the_same_probabilities(temperature):
         assert_close(share, p, rtol=0, atol=5 * (0.25 / x.shape[1]) ** 0.5)
     vq.eval()
     assert len(vq(x)[1].unique()) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"heads": 2, "separate_codebook_per_head": True}])
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_the_entropy_of_assignments_is_the_diversity_loss(options, temperature):
+    """With positions as groups: the value, and the gradient to x and to the codebook."""
+    learnable = "use_cosine_sim" not in options
+    vq = vector_quantize_pytorch.VectorQuantize(
+        dim=8,
+        codebook_size=20,
+        codebook_dim=8 // options.get("heads", 1),
+        codebook_diversity_loss_weight=1.0,
+        codebook_diversity_temperature=temperature,
+        commitment_weight=0.0,
+        learnable_codebook=learnable,
+        ema_update=False,
+        **options,
+    )
+    x = torch.randn(3, 10, 8)
+    results = []
+    for ours in (False, True):
+        vq.zero_grad()
+        given = x.clone().requires_grad_()
+        codes = vq._codebook.embed
+        if ours:
+            heads = codes.shape[0]
+            rows = given.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3)  # [H, positions, batch, D]
+            metric = "cosine" if options.get("use_cosine_sim") else "euclidean"
+            if metric == "cosine":
+                rows = torch.nn.functional.normalize(rows, dim=-1)
+            loss = -vqops.assignment_entropy(rows, codes, temperature, None, metric).mean()
+        else:
+            loss = vq(given, return_loss_breakdown=True)[-1].codebook_diversity
+        loss.backward()
+        results.append((loss.detach(), given.grad, codes.grad.clone() if learnable else None))
+    for got, expected in zip(*results[::-1], strict=True):
+        if expected is not None:
+            assert_close(got, expected, rtol=1e-3, atol=1e-5 * temperature)

@@ -420,7 +420,7 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
             # In eval only the cross entropy reaches the input.
             given = rows if self.training else rows.detach()
             passing = self._passing(temperature)
-            drawn = temperature if self.stochastic_sample_codes and self.training else None
+            drawn = temperature if self.stochastic_sample_codes else None
             how = {"gradient": passing.of_search, "learn": learning, "temperature": drawn}
             if topk is None:
                 found = codebook(given, searched, row_mask, collect=collect, **how)
@@ -454,18 +454,17 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         return self.numbers.positive["commitment_weight"] and not self.directional_reparam
 
     def _passing(self, temperature: Tensor | None) -> Passing:
-        """How the output's gradient passes, of a forward in training."""
+        """How the output's gradient passes; in eval it does not."""
         if not self.training:
-            kind = "none"
-        elif not self.route_gradients_to_input:
+            return Passing("none")
+        if not self.route_gradients_to_input:
             kind = "soft" if self.straight_through and temperature is not None else "none"
         elif self.directional_reparam:
             kind = "directional"
         else:
             kind = "rotation" if self.rotation_trick else "straight_through"
-        variance, more = (self.numbers[name] for name in ("directional_reparam_variance", "sync_update_v"))
-        more = more if self.training and self.numbers.positive["sync_update_v"] else None
-        return Passing(kind, temperature, variance, more)
+        more = self.numbers["sync_update_v"] if self.numbers.positive["sync_update_v"] else None
+        return Passing(kind, temperature, self.numbers["directional_reparam_variance"], more)
 
     def _terms(
         self,
@@ -507,9 +506,11 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
         return LossBreakdown(commitment, diversity, orthogonal, in_place), codebook_error
 
     def _temperature(self, given: Tensor | float | None, x: Tensor) -> Tensor | None:  # ()
-        """Of the probabilities of codes in training; None for 0, where the nearest has all."""
+        """Of the probabilities of codes in training; None for 0, where the nearest has all, and in eval."""
         if not isinstance(given, Tensor | None):
             check_not_negative(self.owner, sample_codebook_temp=given)
+        if not self.training:
+            return None
         if given is None:
             positive = self.numbers.positive["sample_codebook_temp"]
             return self.numbers["sample_codebook_temp"] if positive else None

@@ -19,9 +19,9 @@ class Passing(NamedTuple):
     """
 
     kind: Literal["rotation", "straight_through", "none", "soft", "directional"]
-    temperature: Tensor | None  # (), of the draw
-    variance: Tensor  # (), of the noise in the direction
-    more: Tensor | None  # ()
+    temperature: Tensor | None = None  # (), of the draw
+    variance: Tensor | None = None  # (), of the noise in the direction
+    more: Tensor | None = None  # ()
 
     @property
     def of_search(self) -> Gradient:

@@ -1,15 +1,14 @@
 """Copies of a module that follow it, sharding, and what the host remembers of the device's state."""
 
 import copy
-import subprocess
 import sys
 
-import processor
 import pytest
 import torch
 import torch.distributed as dist
 from ema_pytorch import EMA
 from promises import COPIES, INDICES, UNCHANGED
+from ranks import WORLD, results_of
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
@@ -122,24 +121,7 @@ def test_other_indices_are_refused(dtype):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """Two processes that train under FSDP2 with parameters in bfloat16: the results of each."""
-    folder = tmp_path_factory.mktemp("sharded")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)],
-            env=processor.environment(OMP_NUM_THREADS="1"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=300)[0].decode() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return results_of(__file__, tmp_path_factory.mktemp("sharded"))
 
 
 def test_fsdp2_keeps_the_codebook_in_float32(sharded):
@@ -155,7 +137,7 @@ def test_fsdp2_keeps_the_codebook_in_float32(sharded):
 def run_sharded(folder: str, rank: int) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
     net = model(kmeans_init=True, threshold_ema_dead_code=1.0)
     fully_shard(net, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))

@@ -3,20 +3,19 @@
 Run by pytest it starts the two processes, which run this file as a script.
 """
 
-import subprocess
 import sys
 from functools import partial
 
-import processor
 import pytest
 import torch
 import torch.distributed as dist
 from promises import RANKS
+from ranks import WORLD, results_of
 from torch.testing import assert_close
 
 from vqops import VectorQuantize
 
-WORLD, DIM, CODES, STEPS = 2, 4, 16, 3
+DIM, CODES, STEPS = 4, 16, 3
 EMA, DEAD = {"decay": 0.9}, {"threshold_ema_dead_code": 1.5}
 KMEANS = {"kmeans_init": True, "kmeans_iters": 4}
 HEADS = {"heads": 2, "codebook_dim": 2}
@@ -128,21 +127,7 @@ def train(name: str, rank: int | None, rows_of=torch.cat, seed: int = 0) -> dict
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The states of the two ranks, by case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, __file__, str(folder)]
-    environment = processor.environment(OMP_NUM_THREADS="1")
-    workers = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=300)[0].decode() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return results_of(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +9,16 @@ from torch.optim import Optimizer
 
 from vqops.ops.checkpointing import check_first_run
 from vqops.ops.checks import check_device
-from vqops.ops.quantize import Quantized
 from vqops.quantizers.codebook.affine import AffineCodebook
-from vqops.quantizers.codebook.chosen import Chosen
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
 from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
 from vqops.quantizers.interface.decoding import Decoding
 from vqops.quantizers.interface.gradients import Passing, with_gradient
 from vqops.quantizers.interface.in_place import InPlaceOptimizer
 from vqops.quantizers.interface.layout import Layout
-from vqops.quantizers.interface.losses import (
-    LossBreakdown,
-    mean_cross_entropy,
-    mean_error,
-    nan_if_lost,
-    orthogonality,
-    weighted,
-)
+from vqops.quantizers.interface.losses import mean_cross_entropy, weighted
+from vqops.quantizers.interface.terms import WithLosses
+from vqops.quantizers.interface.updating import Updating
 from vqops.quantizers.options.checks import (
     as_number,
     check_counts,
@@ -39,7 +30,7 @@ from vqops.quantizers.options.checks import (
 from vqops.quantizers.options.numbers import Number, Numbers
 
 
-class VectorQuantize(Decoding, InPlaceOptimizer):
+class VectorQuantize(Decoding, Updating, InPlaceOptimizer, WithLosses):
     """Replace each vector by its nearest code, let gradients through, and learn the codes.
 
         e = argmin_k |z - c_k|^2,  output = c_e,  loss = commitment_weight mean((z - c_e)^2)
@@ -449,10 +440,6 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
                 codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
         return results
 
-    @property
-    def _commits(self) -> bool:
-        return self.numbers.positive["commitment_weight"] and not self.directional_reparam
-
     def _passing(self, temperature: Tensor | None) -> Passing:
         """How the output's gradient passes; in eval it does not."""
         if not self.training:
@@ -465,45 +452,6 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
             kind = "rotation" if self.rotation_trick else "straight_through"
         more = self.numbers["sync_update_v"] if self.numbers.positive["sync_update_v"] else None
         return Passing(kind, temperature, self.numbers["directional_reparam_variance"], more)
-
-    def _terms(
-        self,
-        rows: Tensor,  # [H, N, D]
-        found: Quantized | Chosen,
-        searched: SharedCodes | RowCodes,
-        mask: Tensor | None,  # [H, N] bool
-        positions: tuple[int, ...],
-        learning: bool,
-        in_place: Tensor | None,
-    ) -> tuple[LossBreakdown, Tensor | None]:
-        """The terms of the loss, and that of codebook_loss_weight."""
-        each, D, nothing = found.error.dim() == 3, rows.shape[-1], found.error.new_zeros(())
-        commitment, diversity, orthogonal, codebook_error = nothing, nothing, nothing, None
-        if each:
-            commitment = found.error.view(*positions, found.error.shape[-1]) / D
-            if self.training and not self._commits:
-                commitment = torch.zeros_like(commitment)
-        elif self.training and self._commits:
-            if self.commitment_use_cross_entropy_loss:
-                fixed = replace(searched, codes=searched.codes.detach()) if self.has_codebook_loss else searched
-                entropy = fixed.cross_entropy(rows, found.indices)
-                commitment = mean_cross_entropy(entropy, found.indices) + nan_if_lost(found.error)
-            else:
-                commitment = mean_error(found.error, mask, D)
-        if self.training and self.has_codebook_loss:
-            errors = searched.codebook_error(rows, found.indices)
-            codebook_error = errors.view(commitment.shape) / D if each else mean_error(errors, mask, D)
-        if self.training and self.numbers.positive["codebook_diversity_loss_weight"]:
-            grouped = partial(self._layout.grouped, positions=positions)
-            entropy = searched.entropy(rows, self.numbers["codebook_diversity_temperature"], mask, grouped)
-            diversity = -entropy.sum() / max(entropy.numel(), 1)
-        if self.training and self.numbers.positive["orthogonal_reg_weight"]:
-            active = self._codebook.in_use(found.indices) if self.orthogonal_reg_active_codes_only else None
-            # A clone, since the update moves the codes before the backward.
-            codes = self._codebook.embed.clone() if learning else self._codebook.embed.detach()
-            orthogonal = orthogonality(codes, active, self.orthogonal_reg_max_codes)
-        in_place = nothing if in_place is None else in_place
-        return LossBreakdown(commitment, diversity, orthogonal, in_place), codebook_error
 
     def _temperature(self, given: Tensor | float | None, x: Tensor) -> Tensor | None:  # ()
         """Of the probabilities of codes in training; None for 0, where the nearest has all, and in eval."""
@@ -548,39 +496,6 @@ class VectorQuantize(Decoding, InPlaceOptimizer):
             elif self.has_projections:
                 quantized = quantized.masked_fill(~kept, 0)
         return layout.features_back(quantized)
-
-    @torch.no_grad()
-    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
-        """A step of the codes with the vectors x and the indices they got, as a training forward makes it.
-
-        x, indices and mask as in forward; index -1 leaves a vector out. Also in eval and with freeze_codebook, since it
-        is asked for. A learnable codebook has nothing to update, unless threshold_ema_dead_code keeps averages.
-        """
-        indices = self._check_call(x, indices, None, None, None)
-        layout = self._layout
-        mask = layout.mask(x, mask, None)
-        if not self._codebook.collects():
-            return
-        check_first_run(self._codebook.embed.detach(), self.owner)
-        rows = layout.rows(x, self.project_in, mask)
-        self._codebook.keep_float32_()
-        chosen = layout.index_rows(indices)
-        if mask is not None:
-            chosen = chosen.masked_fill(~layout.mask_rows(mask), -1)
-        self._codebook.update_(rows, *self._codebook.statistics(rows, chosen))
-
-    update_ema_indices = update_indices
-
-    @torch.no_grad()
-    def expire_codes_(self, x: Tensor) -> None:
-        """Replace the codes that threshold_ema_dead_code calls dead by random vectors of x, an input of forward.
-
-        Only in training. All ranks must call it, and get the same codes.
-        """
-        self._layout.check_input(x)
-        check_device(self.owner, x, codebook=self._codebook.embed)
-        if self.training and self._codebook.replaces_dead:
-            self._codebook.expire_codes_(self._layout.rows(x, self.project_in))
 
     def _check_call(
         self,

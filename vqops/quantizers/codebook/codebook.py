@@ -202,7 +202,6 @@ class Codebook(nn.Module):
     def ready_(self, x: Tensor, mask: Tensor | None) -> None:
         """Before a search: float32 buffers, and k-means if neither a batch nor a loaded state has decided the codes."""
         self.keep_float32_()
-        self.numbers.follow_(self.embed)
         if self.is_initted:
             return
         if self.host_may_read():
@@ -381,6 +380,7 @@ class Codebook(nn.Module):
 
     def keep_float32_(self) -> None:
         """Undo casts that bypass `_apply`: an assigned state_dict, FSDP's buffer_dtype, DeepSpeed's zero.Init."""
+        self.numbers.follow_(self.embed)
         for name, buffer in self._buffers.items():
             if buffer.is_floating_point() and buffer.dtype != torch.float32:
                 self._buffers[name] = buffer.float()

@@ -18,8 +18,7 @@ from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest_topk
 from vqops.ops.soft_codes import soft_codes
 from vqops.reference import TINY
-
-SMALLEST = 1e-5  # probability whose logarithm is taken, as vector-quantize-pytorch has it
+from vqops.reference.entropy import LEAST
 
 
 class Searched:
@@ -109,7 +108,7 @@ class RowCodes(Searched):
         kept = grouped(x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask)
         p = grouped((self.logits(x) * sharpness).softmax(-1)).masked_fill(~kept.unsqueeze(-1), 0)
         mean = p.sum((0, 2)) / kept.sum((0, 2)).clamp_min(1).unsqueeze(-1)
-        return -(mean * mean.clamp_min(SMALLEST).log()).sum(-1)
+        return -(mean * mean.clamp_min(LEAST).log()).sum(-1)
 
     def soft(self, x: Tensor, temperature: Tensor, mask: Tensor | None) -> Tensor:
         p = (self.logits(x, self.codes.detach()) / temperature.clamp_min(1e-30)).softmax(-1)

@@ -77,3 +77,11 @@ def test_what_the_bounds_leave_open(case, monkeypatch):
     x, codebook = SEARCHES[case]()
     check(x[:, :40], codebook, 1e-3)
     check(x[:, :40], codebook, math.inf, metric="cosine")
+
+
+@pytest.mark.slow
+def test_heads_more_than_2_31_elements_apart():
+    memory = torch.empty(2**31 + 16, dtype=torch.float16)  # 4 GB of addresses, of which three pages are touched
+    x = memory.as_strided((3, 2, 8), (2**30, 8, 1))
+    x.copy_(torch.randn(3, 2, 8))
+    check(x, torch.randn(3, 20, 8), torch.tensor(0.5))

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from vqops import VectorQuantize
+from vqops.dispatch.library import OPS
 
 FIRST = {"kmeans_init": True, "kmeans_iters": 3, "threshold_ema_dead_code": 2}
 IMAGE = {"accept_image_fmap": True}
@@ -99,6 +100,12 @@ def test_inductor_with_its_own_random_numbers():
     vq, arguments = quantizer("everything")
     torch.compile(vq, fullgraph=True)(batch(vq), **arguments)
     assert vq._codebook.initted and vq.codebook.isfinite().all()
+
+
+def test_no_op_has_a_decomposition_that_inductor_would_want_instead():
+    """Where the variable CI is set it refuses such an op when it first meets it."""
+    ops = [getattr(torch.ops.vqops, name).default for name in OPS]
+    assert ops and not torch._decomp.get_decompositions(ops)
 
 
 @pytest.mark.parametrize("name", cases("topk", "everything"))

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import torch
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from vqops import pytorch, reference, triton_kernels
 from vqops.dispatch import choice
@@ -118,9 +119,8 @@ def define(
                 backward = partial(backward, op=getattr(torch.ops.vqops, op_name(autograd.op, implementation)))
             torch.library.register_autograd(f"vqops::{op}", backward, setup_context=autograd.setup_context, lib=library)
         if decomposition is not None:
-            overload = getattr(torch.ops.vqops, op).default
-            torch._decomp.register_decomposition(overload)(decomposition)
-            torch._decomp.register_decomposition(overload, type="meta")(meta)  # or fake tensors would decompose it
+            rule = decomposed_for_onnx(decomposition)
+            torch.library.register_torch_dispatch(f"vqops::{op}", ProxyTorchDispatchMode, rule, lib=library)
     plain = {
         implementation: everywhere or getattr(module, name)
         for implementation, module in (("pytorch", pytorch), ("reference", reference))
@@ -139,6 +139,19 @@ def define(
         library.impl(f"{name}_compiled", by_order(*(getattr(torch.ops.vqops, kernel) for kernel in kernels)), "CUDA")
     if there["triton"]:
         library.impl(f"{name}_triton", triton_kernels.implementation(name), "CompositeExplicitAutograd")
+
+
+def decomposed_for_onnx(decomposition: Callable) -> Callable:
+    """What tracing makes of an op. PyTorch's table of decompositions serves every tracer; `torch.compile` refuses ops
+    that stand in it where the variable CI is set."""
+
+    def trace(mode, op, types, args=(), kwargs=None):
+        if not torch.onnx.is_in_onnx_export():
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return decomposition(*args, **(kwargs or {}))
+
+    return trace
 
 
 def no_kernel(name: str) -> Callable:

@@ -4,12 +4,13 @@
 #include <cstring>
 #include <vector>
 
+#include "instructions.h"
+
 namespace vqops {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;        // bytes: a unit of work that stays in L2
-constexpr int kLanes = 8;                  // independent products, enough to hide a multiplier's latency
-constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;  // odd, so that a product by it loses nothing
+constexpr int64_t kStep = kHashLanes * sizeof(uint32_t);
+constexpr int64_t kChunk = 1 << 18;  // bytes: a unit of work, beside which joining the lanes takes no time
 
 uint64_t mixed(uint64_t h) {  // the finalizer of SplitMix64
     h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
@@ -17,24 +18,22 @@ uint64_t mixed(uint64_t h) {  // the finalizer of SplitMix64
     return h ^ (h >> 31);
 }
 
-// Each lane takes every eighth word of 8 bytes, by steps that lose nothing of it.
+uint64_t joined(uint64_t h, uint64_t more) {  // loses nothing of either alone, since the factor is odd
+    return mixed(h * 0x9e3779b97f4a7c15 + more);
+}
+
 uint64_t hash_chunk(const char* p, int64_t bytes) {
-    uint64_t lane[kLanes], word[kLanes];
-    for (int j = 0; j < kLanes; j++) lane[j] = j;
-    for (; bytes > 0; p += sizeof(word), bytes -= sizeof(word)) {
-        if (bytes >= int64_t(sizeof(word))) {
-            std::memcpy(word, p, sizeof(word));
-        } else {
-            std::memset(word, 0, sizeof(word));
-            std::memcpy(word, p, bytes);
-        }
-        for (int j = 0; j < kLanes; j++) {
-            lane[j] = (lane[j] ^ word[j]) * kOdd;
-            lane[j] ^= lane[j] >> 32;  // or high bits would stay high: two signs that change would cancel
-        }
+    HashLanes lanes{};
+    for (int j = 0; j < kHashLanes; j++) lanes.value[j] = j;
+    const int64_t steps = bytes / kStep, rest = bytes % kStep;
+    instructions().absorb(p, steps, lanes);
+    if (rest > 0) {
+        alignas(64) char last[kStep] = {};
+        std::memcpy(last, p + steps * kStep, rest);
+        instructions().absorb(last, 1, lanes);
     }
     uint64_t h = 0;
-    for (int j = 0; j < kLanes; j++) h = mixed(h * kOdd + lane[j]);
+    for (int j = 0; j < kHashLanes; j++) h = joined(h, uint64_t(lanes.sum[j]) << 32 | lanes.value[j]);
     return h;
 }
 
@@ -48,7 +47,7 @@ uint64_t hash_of(const void* memory, int64_t bytes, uint64_t seed, const Paralle
             hashes[i] = hash_chunk(static_cast<const char*>(memory) + i * kChunk, std::min(kChunk, bytes - i * kChunk));
     });
     uint64_t h = mixed(seed + uint64_t(bytes));
-    for (uint64_t chunk : hashes) h = mixed(h * kOdd + chunk);
+    for (uint64_t chunk : hashes) h = joined(h, chunk);
     return h;
 }
 

@@ -7,7 +7,8 @@
 
 namespace vqops {
 
-// The same for equal bytes, whatever the threads. A difference in one word always shows; chance collisions are of 2^-64.
+// The same for equal bytes, whatever the threads and the instruction set. A difference in one word always shows; chance
+// collisions are of 2^-64.
 uint64_t hash_of(const void* memory, int64_t bytes, uint64_t seed, const Parallel& parallel);
 
 }  // namespace vqops

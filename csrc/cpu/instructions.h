@@ -87,6 +87,12 @@ struct CodeFacts {
     double square;  // |scale (code - centre)|^2
 };
 
+// Of a hash (hash.h): lane j has taken every 64th word of 4 bytes from the j-th on, and added up what it was after each.
+constexpr int kHashLanes = 64;
+struct HashLanes {
+    uint32_t value[kHashLanes], sum[kHashLanes];
+};
+
 // Rows against `count` codes, at most a group, all as they lie in memory. Sets without a kernel of their own take
 // another's.
 typedef void UnpreparedKernel(const float* x, int64_t rows, int64_t D, const float* code, int64_t code_stride,
@@ -120,6 +126,7 @@ struct Instructions {
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
     void (*add_rows)(const RowSums& task);
+    void (*absorb)(const void* memory, int64_t steps, HashLanes& lanes);  // a step: a word for each lane
     float (*spin)(int64_t steps, float value);
     int spin_products;  // multiply-adds per step
 };

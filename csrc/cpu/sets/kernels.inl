@@ -115,6 +115,7 @@ struct PairWords : Floats {
 };
 
 #include "draws.inl"
+#include "hash.inl"
 
 template <class Set>
 struct Kernels {
@@ -369,6 +370,7 @@ struct Kernels {
             .dot = exact_dot,
             .measure = measure,
             .add_rows = add_rows,
+            .absorb = Hashing<Set>::absorb,
             .spin = spin,
             .spin_products = kTile * kCodes * Set::kPerWord,
         };

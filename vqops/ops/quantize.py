@@ -74,22 +74,35 @@ def quantize(
     check_weight(op, weight, x.shape[:-1])
     check_choice(op, "gradient", gradient, GRADIENTS)
     heads = with_heads(x, codebook)
-    snapshot = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
-    quantized, indices, error, counts, sums, _ = select(op, implementation)(
-        heads.x,
-        heads.codebook,
-        heads.row(mask),
-        heads.row(weight),
-        metric,
-        gradient,
-        code_sums,
-        codebook_error_scale,
-        normalize,
-        snapshot,
-        packed,
-    )
+    mask, weight = heads.row(mask), heads.row(weight)
+    how = metric, gradient, code_sums, codebook_error_scale, normalize, implementation
+    quantized, indices, error, counts, sums = quantize_rows(heads.x, heads.codebook, packed, mask, weight, *how)
     rows, codes = heads.rows_back, heads.codes_back
     return Quantized(rows(quantized), rows(indices), rows(error), codes(counts), codes(sums))
+
+
+def quantize_rows(
+    x: Tensor,  # [H, N, D]
+    codebook: Tensor,  # [H, K, D]
+    packed: Tensor | None,  # of its preparation
+    mask: Tensor | None,  # [H, N] bool
+    weight: Tensor | None,  # [H, N]
+    metric: Metric,
+    gradient: Gradient,
+    code_sums: bool,
+    codebook_error_scale: float = 0.0,
+    normalize: bool = True,
+    implementation: Implementation | None = None,
+) -> Quantized:
+    """`quantize` of arguments that are checked."""
+    op = select("quantize", implementation)
+    snapshot = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
+    how = metric, gradient, code_sums, codebook_error_scale, normalize, snapshot
+    if snapshot or torch.compiler.is_compiling():
+        return Quantized(*op(x, codebook, mask, weight, *how, packed)[:5])
+    # What torch.library has for autograd, in Python, takes half as long as a short search to find nothing to do.
+    with torch._C._AutoDispatchBelowAutograd():
+        return Quantized(*op(x, codebook, mask, weight, *how, packed)[:5])
 
 
 def fake_quantize(

@@ -388,7 +388,8 @@ class VectorQuantize(Decoding, Updating, InPlaceOptimizer, WithLosses):
         indices = self._check_call(x, indices, topk, ema_update, ema_update_weight)
         temperature = self._temperature(sample_codebook_temp, x)
         mask = layout.mask(x, mask, lens)
-        self.numbers.follow_(codebook.embed)
+        if self.training or topk is not None:
+            self.numbers.follow_(codebook.embed)
         observes = learning and topk is None and codebook.observes
         optimizes = learning and self.in_place_codebook_optimizer is not None
         if collect or observes or optimizes:

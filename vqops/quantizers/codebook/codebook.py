@@ -201,7 +201,7 @@ class Codebook(nn.Module):
 
     def ready_(self, x: Tensor, mask: Tensor | None) -> None:
         """Before a search: float32 buffers, and k-means if neither a batch nor a loaded state has decided the codes."""
-        self.keep_float32_()
+        self.keep_float32_(numbers=self.training)  # eval asks for none
         if self.is_initted:
             return
         if self.host_may_read():
@@ -378,9 +378,10 @@ class Codebook(nn.Module):
         self.is_initted = True
         self.pending = None
 
-    def keep_float32_(self) -> None:
+    def keep_float32_(self, numbers: bool = True) -> None:
         """Undo casts that bypass `_apply`: an assigned state_dict, FSDP's buffer_dtype, DeepSpeed's zero.Init."""
-        self.numbers.follow_(self.embed)
+        if numbers:
+            self.numbers.follow_(self.embed)
         for name, buffer in self._buffers.items():
             if buffer.is_floating_point() and buffer.dtype != torch.float32:
                 self._buffers[name] = buffer.float()

@@ -4,8 +4,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import is_fake
 
 from vqops.dispatch.library import define, is_compiled, kernels, resolve
 from vqops.ops.checks import Metric
@@ -45,9 +43,9 @@ class KeptPreparation:
 def can_be_kept(codes: Tensor) -> bool:
     # What is exported or traced must not depend on a tensor that is no state of the module.
     traced = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level()
-    if not torch.compiler.is_compiling() and (is_fake(codes) or detect_fake_mode()):
-        return False
-    return codes.device.type == "cpu" and resolve(None) in (None, "compiled") and not traced
+    if not torch.compiler.is_compiling():  # of which a mode is no part
+        traced = traced or type(codes) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    return not traced and codes.device.type == "cpu" and resolve(None) in (None, "compiled")
 
 
 def keep_prepared_(x: Tensor, codebook: Tensor, packed: Tensor, stamp: Tensor, metric: str) -> None:

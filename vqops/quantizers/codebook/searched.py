@@ -13,7 +13,7 @@ from torch import Tensor
 from vqops.ops.checks import Gradient, Metric
 from vqops.ops.cross_entropy import code_cross_entropy
 from vqops.ops.entropy import assignment_entropy
-from vqops.ops.quantize import Quantized, quantize
+from vqops.ops.quantize import Quantized, quantize_rows
 from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest_topk
 from vqops.ops.soft_codes import soft_codes
@@ -40,8 +40,8 @@ class SharedCodes(Searched):
     prepared: PreparedCodebook | None = None  # of these codes, without a gradient
 
     def quantize(self, x: Tensor, mask: Tensor | None, gradient: Gradient, with_sums: bool, scale: float) -> Quantized:
-        codes = self.codes if self.prepared is None else self.prepared
-        return quantize(x, codes, mask, None, self.metric, gradient, with_sums, scale)
+        packed = None if self.prepared is None else self.prepared.packed
+        return quantize_rows(x, self.codes, packed, mask, None, self.metric, gradient, with_sums, scale)
 
     def topk(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:  # [H, N, k]
         codes = self.codes.detach() if self.prepared is None else self.prepared

@@ -168,12 +168,12 @@ def nearest_topk(shape: Shape, device: str, every: bool = False) -> Case:
 
 
 def sample(shape: Shape, device: str, every: bool = False) -> Case:
-    """At a hundredth of the typical distance, where some codes compete. PyTorch has noise of its own: not checked."""
+    """PyTorch has noise of its own: not checked."""
     work = search_work(shape, device, torch.float32, 8)
 
     def build():
         x, codebook = shape.data(device)
-        temperature = torch.tensor(0.01 * (2 if shape.unit_norm else 2 * shape.D) ** 0.5, device=device)
+        temperature = torch.tensor(typical_temperature(shape), device=device)
         given = codebook, temperature, torch.tensor([3, 0], device=device)
         count = len(x[correctness.checked_rows(x, codebook)])  # the first, since rows are numbered
         exact = vqops.sample(x[:count], *given, implementation="reference")
@@ -190,6 +190,11 @@ def sample(shape: Shape, device: str, every: bool = False) -> Case:
         return methods | {"cdist + Gumbel + argmax": lambda: lambda: (baselines.gumbel_argmax(x, *given[:2]),)}, check
 
     return Case("sample", shape, device, build, work)
+
+
+def typical_temperature(shape: Shape) -> float:
+    """A hundredth of the typical distance, where some codes compete."""
+    return 0.01 * (2 if shape.unit_norm else 2 * shape.D) ** 0.5
 
 
 def search_statistics(shape: Shape, device: str) -> Case:

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from benchmarks import cases, growth, modules
+from benchmarks import cases, growth, modules, soft
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.rows import label
-from benchmarks.shapes import PLAIN, SEARCHES, SHAPES, STEPS, Shape
+from benchmarks.shapes import CALLS, PLAIN, SEARCHES, SHAPES, STEPS, Shape
 
 OFFSETS = (0.0, 10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
@@ -92,10 +92,16 @@ def quantize(run: Run) -> Iterator[Task]:
             yield run.timed(cases.quantize_backward(shape, run.device, gradient))
 
 
+def assignments(run: Run) -> Iterator[Task]:
+    for shape in run.named(cases.STATISTICS):
+        for op in soft.OPS:
+            yield run.timed(soft.assignments(op, shape, run.device))
+
+
 def steps(run: Run) -> Iterator[Task]:
     for shape in run.named(modules.STEPS):
         yield run.timed(modules.training_step(shape, run.device), shape.name == "VQGAN f16")
-    for shape in run.named(("VQ-VAE-2 top",)):
+    for shape in [*run.named(("VQ-VAE-2 top",)), *run.sized({run.device: CALLS})]:
         yield run.timed(modules.evaluation(shape, run.device))
     size, batch = (64, 4) if run.quick else (256, 1 if run.device == "cpu" else 32)
     yield run.timed(modules.system_step(run.device, size, batch, run.quick))
@@ -174,5 +180,6 @@ def memory(run: Run) -> Iterator[Task]:
 
 
 STAGES = {
-    stage.__name__: stage for stage in (search, statistics, quantize, steps, kernels, plain, exactness, growing, memory)
+    stage.__name__: stage
+    for stage in (search, statistics, quantize, assignments, steps, kernels, plain, exactness, growing, memory)
 }

@@ -32,7 +32,8 @@ from benchmarks.tables import (
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("benchmarks.md", "cpu.md", "gpu.md")
-STAGES = ("search", "statistics", "quantize", "steps", "exactness", "growing", "memory")  # of docs/benchmarks.md
+# Of docs/benchmarks.md.
+STAGES = ("search", "statistics", "quantize", "assignments", "steps", "exactness", "growing", "memory")
 MARKED = re.compile(r"(<!-- benchmarks:([\w-]+)(?: of ([\w-]+))? -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 NAMED = ("machine", "cpu-kernels", "gpu-kernels", "gpu-run")  # blocks whose text names the machine
 FIXED_COST_MS = 1.0  # a search below this is mostly the call itself
@@ -136,6 +137,17 @@ def gradient(row: dict) -> str:
     return row["gradient"].replace("_", "-")
 
 
+def assignments(machine: Machine, figures: str) -> str:
+    """Time and memory beside those of PyTorch."""
+    lines = []
+    for found in by_case(machine.rows("search", "sample") + machine.rows("assignments")).values():
+        ours, *peers = (row for method, row in found.items() if not method.startswith("ceiling"))
+        for row in peers:
+            megabytes = [number(each["extra_mb"]) for each in (ours, row)]
+            lines.append([f"`{ours['op']}`", *size(ours), times(ours), ratio_cell(row), *megabytes])
+    return table(["op", *SIZE, "vqops ms: p50 (p20-p80)", "PyTorch", "vqops MB", "PyTorch MB"], lines)
+
+
 def step(machine: Machine, figures: str) -> str:
     return peer_columns(by_case(machine.rows("steps", "training step")), SIZE, size)
 
@@ -220,7 +232,7 @@ def losses(machine: Machine, figures: str) -> str:
     lines = []
     if not machine.rows("search"):
         return ""
-    for stage in ("search", "statistics", "quantize", "steps", "growing"):
+    for stage in ("search", "statistics", "quantize", "assignments", "steps", "growing"):
         for found in by_case(machine.rows(stage)).values():
             for name, row in found.items():
                 if name in OURS or name == "no quantizer" or row.get("times_vqops", 1) >= 1:
@@ -324,7 +336,7 @@ def picture(kind: str, text: str, machine: Machine, figures: str) -> str:
 BLOCKS: dict[str, Callable[[Machine, str], str]] = {
     block.__name__: block
     for block in (
-        *(bounds, shapes, search, dtypes, statistics, quantize, step, system, evaluation),
+        *(bounds, shapes, search, dtypes, statistics, quantize, assignments, step, system, evaluation),
         *(plain, exactness, growth, threads, memory, losses),
     )
 } | {

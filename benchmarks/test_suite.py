@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vqops
-from benchmarks import baselines, cases, modules
+from benchmarks import baselines, cases, modules, soft
 from benchmarks.baselines import Unavailable
 from benchmarks.shapes import SEARCHES, SHAPES, Shape
 
@@ -40,6 +40,7 @@ FORWARD = [*implementations("quantize"), "PyTorch, addmm + argmin"]
 BACKWARD = [*implementations("quantize_backward"), "PyTorch"]
 ROTATION = every(cases.quantize_backward, gradient="rotation")
 STEPS = ["vqops", *baselines.STEPS]
+EVALUATION = ["vqops", "addmm + argmin + lookup", "vector-quantize-pytorch"]
 # name, what makes the case, methods, shapes, dtypes
 TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
     ("nearest", every(cases.nearest), NEAREST, cases.ALL, DTYPES),
@@ -51,7 +52,8 @@ TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
     ("quantize-backward-straight_through", every(cases.quantize_backward), BACKWARD, cases.STATISTICS, FLOAT32),
     ("quantize-backward-rotation", ROTATION, BACKWARD, cases.STATISTICS, FLOAT32),
     ("VectorQuantize-training", modules.training_step, STEPS, modules.STEPS, FLOAT32),
-    ("VectorQuantize-evaluation", modules.evaluation, ["vqops", "vector-quantize-pytorch"], modules.STEPS, FLOAT32),
+    *((op, partial(soft.assignments, op), ["vqops", "PyTorch, cdist"], cases.STATISTICS, FLOAT32) for op in soft.OPS),
+    ("VectorQuantize-evaluation", modules.evaluation, EVALUATION, modules.STEPS, FLOAT32),
     ("VQ-VAE-2-training", modules.system_step, ["vqops", "vector-quantize-pytorch", "no quantizer"], ("",), FLOAT32),
 ]
 

@@ -16,6 +16,7 @@
 #include "../../../csrc/cpu/ema.h"
 #include "../../../csrc/cpu/quantize_backward.h"
 #include "../../../csrc/cpu/gather.h"
+#include "../../../csrc/cpu/hash.h"
 #include "../../../csrc/cpu/sample.h"
 #include "../../../csrc/cpu/search.h"
 #include "../../../csrc/cpu/sets/bf16_model.h"
@@ -287,6 +288,41 @@ void model() {
 #endif
 }
 
+// The lanes of a hash one by one; and a change of one or two bytes shows, whatever the threads.
+void hashes() {
+    std::mt19937 random(5);
+    for (const int64_t bytes : {0, 1, 4, 255, 256, 260, 4096, 262140, 262144, 262145, 700001}) {
+        std::vector<char> memory(bytes);
+        for (char& byte : memory) byte = char(random());
+        const auto hash = [&](uint64_t seed) { return hash_of(memory.data(), bytes, seed, two_threads()); };
+        const uint64_t before = hash(3);
+        const Parallel alone = {1, [](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
+                                    if (size > 0) body(0, size);
+                                }};
+        expect(hash_of(memory.data(), bytes, 3, alone) == before && hash(4) != before, "threads, seed", "hash", bytes);
+        for (int i = 0; i < 100 && bytes > 0; i++) {
+            const int64_t one = random() % bytes, other = (one + 256 * (1 + random() % 9)) % bytes;
+            const char bit = char(i % 2 ? 0x80 : 1 << random() % 8);
+            memory[one] ^= bit;
+            expect(hash(3) != before, "a byte that changed", "hash", one);
+            memory[other] ^= bit;
+            expect(one == other || hash(3) != before, "two bytes that changed", "hash", one);
+            memory[one] ^= bit, memory[other] ^= bit;
+        }
+        HashLanes lanes{}, expected{};
+        const int64_t words = bytes / int64_t(sizeof(expected.value)) * kHashLanes;
+        instructions().absorb(memory.data(), words / kHashLanes, lanes);
+        for (int64_t i = 0; i < words; i++) {
+            uint32_t word, &value = expected.value[i % kHashLanes];
+            std::memcpy(&word, memory.data() + i * 4, 4);
+            value = (value ^ word) * 0x9e3779b1;
+            value ^= value >> 15;
+            expected.sum[i % kHashLanes] += value;
+        }
+        expect(std::memcmp(&lanes, &expected, sizeof(lanes)) == 0, "lanes", "hash", bytes);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -318,6 +354,7 @@ int main() {
             for (const float scale : {1.0f, 1e-18f, 1e15f}) bounds(scale, 1, halfway, positive);
     bounds(1e-20f, 1e-20f, false, false);
     exact();
+    hashes();
     conversions();
     model();
     std::printf("%s: %d failures\n", instructions().name, failures);

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import vector_quantize_pytorch
 from promises import COPIES, UNCHANGED
+from quantizers import state
 from side_by_side import CLOSE, both
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -15,10 +16,6 @@ from vqops import VectorQuantize
 
 DIM, CODES = 6, 20
 AFFINE = {"affine_param": True}
-
-
-def state(vq):
-    return {name: value.clone() for name, value in vq.state_dict().items()}
 
 
 def test_statistics_of_affine_parameters_stay_in_eval():

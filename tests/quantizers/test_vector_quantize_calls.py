@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from promises import COPIES, INDICES, REPEATS, UNCHANGED
+from quantizers import state
 from torch.testing import assert_close
 
 from vqops import VectorQuantize, nearest, nearest_topk
@@ -29,10 +30,6 @@ LAYOUTS = {
     "volume": ((2, DIM, 3, 2, 5), {"accept_3d_fmap": True}),
 }
 LAST = {name: not options for name, (_, options) in LAYOUTS.items()}
-
-
-def state(vq) -> dict:
-    return {name: value.clone() for name, value in vq.state_dict().items()}
 
 
 def gradients(vq) -> dict:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from promises import INDICES, REPEATS, UNCHANGED
+from quantizers import state
 from torch.testing import assert_close
 
 from vqops import VectorQuantize
@@ -30,10 +31,6 @@ def test_the_decay_can_be_set_between_steps():
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
         vq.decay = 1.5
     assert vq.decay == 0.9
-
-
-def state(vq) -> dict:
-    return {name: value.clone() for name, value in vq.state_dict().items()}
 
 
 def assert_same(vq, other, **tolerances):

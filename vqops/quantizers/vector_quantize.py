@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqops.ops.checkpointing import check_first_run
-from vqops.ops.checks import check_device
 from vqops.quantizers.codebook.affine import AffineCodebook
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
 from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
+from vqops.quantizers.interface.calls import Calls
 from vqops.quantizers.interface.decoding import Decoding
 from vqops.quantizers.interface.gradients import Passing, with_gradient
 from vqops.quantizers.interface.in_place import InPlaceOptimizer
 from vqops.quantizers.interface.layout import Layout
 from vqops.quantizers.interface.losses import mean_cross_entropy, weighted
+from vqops.quantizers.interface.settings import Settings
 from vqops.quantizers.interface.terms import WithLosses
 from vqops.quantizers.interface.updating import Updating
 from vqops.quantizers.options.checks import (
@@ -27,10 +28,10 @@ from vqops.quantizers.options.checks import (
     check_not_both,
     check_not_negative,
 )
-from vqops.quantizers.options.numbers import Number, Numbers
+from vqops.quantizers.options.numbers import Numbers
 
 
-class VectorQuantize(Decoding, Updating, InPlaceOptimizer, WithLosses):
+class VectorQuantize(Calls, Decoding, InPlaceOptimizer, Settings, Updating, WithLosses):
     """Replace each vector by its nearest code, let gradients through, and learn the codes.
 
         e = argmin_k |z - c_k|^2,  output = c_e,  loss = commitment_weight mean((z - c_e)^2)
@@ -276,18 +277,6 @@ class VectorQuantize(Decoding, Updating, InPlaceOptimizer, WithLosses):
         make = in_place_codebook_optimizer
         self.in_place_codebook_optimizer = None if make is None else make(self._codebook.parameters())
 
-    commitment_weight = Number(check_not_negative)
-    orthogonal_reg_weight = Number(
-        check_not_negative,
-        "codes that are a Parameter: it above 0 at construction, or learnable_codebook=True",
-        lambda vq: isinstance(vq._codebook.embed, nn.Parameter),
-    )
-    codebook_diversity_loss_weight = Number(check_not_negative)
-    codebook_diversity_temperature = Number(check_not_negative)
-    sample_codebook_temp = Number(check_not_negative)
-    directional_reparam_variance = Number(check_not_negative)
-    sync_update_v = Number(check_fraction, "learnable_codebook=True", lambda vq: vq.learnable_codebook)
-
     @property
     def codebook(self) -> Tensor:  # [K, D], or [heads, K, D] with separate_codebook_per_head
         embed = self._codebook.embed
@@ -300,27 +289,6 @@ class VectorQuantize(Decoding, Updating, InPlaceOptimizer, WithLosses):
                 f"{self.owner}: codebook must have shape {list(self.codebook.shape)}, got {list(codes.shape)}"
             )
         self._codebook.set_(codes.view(self._codebook.embed.shape))
-
-    @property
-    def codebook_loss_weight(self) -> float | None:
-        return self.numbers.values["codebook_loss_weight"] if self.has_codebook_loss else None
-
-    @codebook_loss_weight.setter
-    def codebook_loss_weight(self, value: float) -> None:
-        if not self.has_codebook_loss:
-            raise ValueError(f"{self.owner}: codebook_loss_weight is None: the codes share commitment_weight")
-        value = as_number(self.owner, "codebook_loss_weight", value)
-        check_not_negative(self.owner, codebook_loss_weight=value)
-        self.numbers.set("codebook_loss_weight", value)
-
-    @property
-    def decay(self) -> float:
-        """Of the moving averages; may be set between steps, for a warm-up."""
-        return self._codebook.decay
-
-    @decay.setter
-    def decay(self, value: float) -> None:
-        self._codebook.decay = value
 
     @property
     def ema_update(self) -> bool:
@@ -454,19 +422,6 @@ class VectorQuantize(Decoding, Updating, InPlaceOptimizer, WithLosses):
         more = self.numbers["sync_update_v"] if self.numbers.positive["sync_update_v"] else None
         return Passing(kind, temperature, self.numbers["directional_reparam_variance"], more)
 
-    def _temperature(self, given: Tensor | float | None, x: Tensor) -> Tensor | None:  # ()
-        """Of the probabilities of codes in training; None for 0, where the nearest has all, and in eval."""
-        if not isinstance(given, Tensor | None):
-            check_not_negative(self.owner, sample_codebook_temp=given)
-        if not self.training:
-            return None
-        if given is None:
-            positive = self.numbers.positive["sample_codebook_temp"]
-            return self.numbers["sample_codebook_temp"] if positive else None
-        if not isinstance(given, Tensor) and given == 0:
-            return None
-        return torch.as_tensor(given, dtype=torch.float32, device=x.device)
-
     def _searched(
         self, rows: Tensor, positions: tuple[int, ...], learn: bool, transform: Callable[[Tensor], Tensor] | None
     ) -> SharedCodes | RowCodes:
@@ -497,39 +452,6 @@ class VectorQuantize(Decoding, Updating, InPlaceOptimizer, WithLosses):
             elif self.has_projections:
                 quantized = quantized.masked_fill(~kept, 0)
         return layout.features_back(quantized)
-
-    def _check_call(
-        self,
-        x: Tensor,
-        indices: Tensor | None,
-        topk: int | None,
-        ema_update: bool | None,
-        ema_update_weight: UpdateWeight | None,
-    ) -> Tensor | None:
-        """The indices as int64."""
-        owner = self.owner
-        self._layout.check_input(x)
-        check_device(owner, x, codebook=self._codebook.embed, indices=indices)
-        if indices is not None:
-            indices = self._layout.indices(indices, self.codebook_size, self._layout.positions(x))
-        if topk is not None:
-            check_counts(owner, topk=topk)
-            if self.heads > 1:
-                raise ValueError(f"{owner}: topk ranks the codes of one head, got heads={self.heads}")
-            if indices is not None:
-                raise ValueError(f"{owner}: topk and indices can't both be given")
-            if self.training and self.in_place_codebook_optimizer is not None:
-                raise ValueError(f"{owner}: topk is for codes that stay, but in_place_codebook_optimizer moves them")
-            if self.training and self.commitment_use_cross_entropy_loss:
-                raise ValueError(f"{owner}: topk has a squared error a code, not commitment_use_cross_entropy_loss")
-        if ema_update and self._codebook.learnable_codebook:
-            raise ValueError(f"{owner}: ema_update=True, but learnable_codebook=True: no averages move the codes")
-        weight = ema_update_weight
-        if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
-            raise TypeError(f"{owner}: ema_update_weight must be a tensor or a function, got {type(weight).__name__}")
-        if isinstance(weight, Tensor):
-            self._codebook.check_update_weight(weight)
-        return indices
 
     def extra_repr(self) -> str:
         heads = f", heads={self.heads}" if self.heads > 1 else ""

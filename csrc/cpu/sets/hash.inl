@@ -1,5 +1,6 @@
 // The steps of a hash (hash.h), on all its lanes side by side. A lane loses nothing of the word it takes. Two words that
 // differ may leave it as it was with a chance of 2^-32, and the sum with it of another 2^-32.
+// Included by kernels.inl.
 template <class Set>
 struct Hashing {
     typedef typename Set::Bits Bits;

@@ -1,24 +1,19 @@
 """VectorQuantize: a discrete bottleneck with an EMA codebook or a learnable one."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vqops.ops.checkpointing import check_first_run
 from vqops.quantizers.codebook.affine import AffineCodebook
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
-from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
+from vqops.quantizers.codebook.steps import take_steps_
 from vqops.quantizers.interface.calls import Calls
 from vqops.quantizers.interface.decoding import Decoding
-from vqops.quantizers.interface.gradients import Passing, with_gradient
-from vqops.quantizers.interface.in_place import InPlaceOptimizer
 from vqops.quantizers.interface.layout import Layout
-from vqops.quantizers.interface.losses import mean_cross_entropy, weighted
+from vqops.quantizers.interface.quantizing import Quantizing
 from vqops.quantizers.interface.settings import Settings
-from vqops.quantizers.interface.terms import WithLosses
 from vqops.quantizers.interface.updating import Updating
 from vqops.quantizers.options.checks import (
     as_number,
@@ -31,7 +26,7 @@ from vqops.quantizers.options.checks import (
 from vqops.quantizers.options.numbers import Numbers
 
 
-class VectorQuantize(Calls, Decoding, InPlaceOptimizer, Settings, Updating, WithLosses):
+class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
     """Replace each vector by its nearest code, let gradients through, and learn the codes.
 
         e = argmin_k |z - c_k|^2,  output = c_e,  loss = commitment_weight mean((z - c_e)^2)
@@ -349,89 +344,29 @@ class VectorQuantize(Calls, Decoding, InPlaceOptimizer, Settings, Updating, With
         Raises TypeError or ValueError for inputs that don't fit, IndexError for indices that are no codes, and
         RuntimeError when activation checkpointing repeats a step that has updated the codebook, before any change.
         """
-        layout, codebook = self._layout, self._codebook
-        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        learning = self.training and not frozen
-        collect = learning and topk is None and codebook.collects(ema_update)
+        layout = self._layout
         indices = self._check_call(x, indices, topk, ema_update, ema_update_weight)
-        temperature = self._temperature(sample_codebook_temp, x)
         mask = layout.mask(x, mask, lens)
-        if self.training or topk is not None:
-            self.numbers.follow_(codebook.embed)
-        observes = learning and topk is None and codebook.observes
-        optimizes = learning and self.in_place_codebook_optimizer is not None
-        if collect or observes or optimizes:
-            check_first_run(codebook.embed.detach(), self.owner)
-        safe = codebook.is_initted and not (observes or optimizes)
-        safe = safe or torch.compiler.is_compiling()
-        with nullcontext() if safe else codebook.restored_on_failure():
-            positions, row_mask = layout.positions(x), layout.mask_rows(mask)
+        call = self._call(x, topk, sample_codebook_temp, freeze_codebook, codebook_transform_fn, ema_update)
+        call = call._replace(weight=ema_update_weight, accumulate=accum_ema_update)
+        with self._kept_on_failure(call):
+            positions = layout.positions(x)
             rows = layout.rows(x, self.project_in, mask)
-            codebook.ready_(rows.detach(), row_mask)
-            if observes:
-                codebook.observe_(rows.detach(), row_mask)
-            in_place = None
-            if optimizes:
-                with torch.enable_grad():
-                    searched = self._searched(rows, positions, True, codebook_transform_fn)
-                    in_place = self._optimize_in_place(rows.detach(), searched, row_mask)
-            searched = self._searched(rows, positions, learning, codebook_transform_fn)
-
-            # In eval only the cross entropy reaches the input.
-            given = rows if self.training else rows.detach()
-            passing = self._passing(temperature)
-            drawn = temperature if self.stochastic_sample_codes else None
-            how = {"gradient": passing.of_search, "learn": learning, "temperature": drawn}
-            if topk is None:
-                found = codebook(given, searched, row_mask, collect=collect, **how)
-            else:
-                found = codebook.topk(given, searched, min(topk, self.codebook_size), row_mask, **how)
-            quantized = with_gradient(found.quantized, found.indices, given, searched, passing, row_mask)
+            targets = None if indices is None else layout.index_rows(indices)
+            found = self._quantize(rows, layout.mask_rows(mask), positions, call, targets)
             if topk is None:
                 chosen = layout.indices_back(found.indices, positions)
-                quantized = layout.rows_back(quantized, positions)
+                quantized = layout.rows_back(found.quantized, positions)
             else:
-                quantized, chosen = (t.view(*positions, *t.shape[2:]) for t in (quantized, found.indices))
+                quantized, chosen = (t.view(*positions, *t.shape[2:]) for t in (found.quantized, found.indices))
             quantized = self._output(self.project_out(quantized), mask, x)
-
-            if indices is None:
-                terms, codebook_error = self._terms(given, found, searched, row_mask, positions, learning, in_place)
-                loss = weighted(terms, codebook_error, self.numbers, self.training, self._commits)
-                results = (quantized, chosen, loss, terms) if return_loss_breakdown else (quantized, chosen, loss)
-            else:
-                targets = layout.index_rows(indices)
-                if row_mask is not None:
-                    targets = targets.masked_fill(~row_mask, -1)
-                results = quantized, mean_cross_entropy(searched.cross_entropy(rows, targets), targets)
             # Last, so that nothing that fails before it leaves a trace.
-            if collect:
-                update = {"ema_update": ema_update, "weight": ema_update_weight, "accumulate": accum_ema_update}
-                codebook.update_(rows.detach(), found.indices, found.counts, found.sums, **update)
-        return results
-
-    def _passing(self, temperature: Tensor | None) -> Passing:
-        """How the output's gradient passes; in eval it does not."""
-        if not self.training:
-            return Passing("none")
-        if not self.route_gradients_to_input:
-            kind = "soft" if self.straight_through and temperature is not None else "none"
-        elif self.directional_reparam:
-            kind = "directional"
-        else:
-            kind = "rotation" if self.rotation_trick else "straight_through"
-        more = self.numbers["sync_update_v"] if self.numbers.positive["sync_update_v"] else None
-        return Passing(kind, temperature, self.numbers["directional_reparam_variance"], more)
-
-    def _searched(
-        self, rows: Tensor, positions: tuple[int, ...], learn: bool, transform: Callable[[Tensor], Tensor] | None
-    ) -> SharedCodes | RowCodes:
-        if transform is None:
-            return self._codebook.searched(learn, rows)
-        codes = self._codebook.codes(learn).clone()  # what the function keeps for its backward must not change
-        with torch.autocast(codes.device.type, enabled=False):
-            made = self._layout.row_codes(transform(codes), positions, tuple(codes.shape))
-        made = made if learn else made.detach()
-        return RowCodes(unit(made) if self.use_cosine_sim else made, self._codebook.metric)
+            if found.step is not None:
+                take_steps_([found.step])
+        if indices is not None:
+            return quantized, found.loss
+        results = quantized, chosen, found.loss
+        return (*results, found.terms) if return_loss_breakdown else results
 
     def maybe_split_heads_from_input(self, x: Tensor) -> Tensor:
         """Vectors [b, n, heads * D] by head: [heads, b, n, D] for codebooks of their own, else [1, b * heads, n, D]."""

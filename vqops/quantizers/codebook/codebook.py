@@ -274,47 +274,6 @@ class Codebook(nn.Module):
         rows = F.normalize(x.float(), dim=-1, eps=TINY) if self.metric == "cosine" else x
         return indices, *code_sums(rows, indices, self.embed.shape[1], heads=True)
 
-    @torch.no_grad()
-    def update_(
-        self,
-        x: Tensor,  # [H, N, D]
-        indices: Tensor,  # [H, N], -1 for the rows that take no part
-        counts: Tensor,  # [H, K]
-        sums: Tensor,  # [H, K, D]
-        *,
-        ema_update: bool | None = None,
-        weight: UpdateWeight | None = None,
-        accumulate: bool = False,
-    ) -> None:
-        """Take a step's statistics of all ranks into the averages, the codes from the averages, and replace dead codes.
-
-        If no rank has a valid row, the averages stay as they are: a batch of nothing, or of nothing but NaN, is no
-        evidence that codes die. Everything that can fail comes before any change. With `accumulate`, this rank's
-        statistics are only kept, and the next update adds them to its own.
-        """
-        sums = self.sums_of_codes(counts, sums)
-        if self.pending is not None:
-            counts, sums = counts + self.pending[0], sums + self.pending[1]
-        elif x.shape[1] == 0 and num_ranks(self.sync) == 1:
-            return
-        if accumulate:
-            self.pending = counts.float(), sums
-            return
-        if self.replaces_dead:
-            rows = random_rows(self.as_codes(x), indices >= 0, self.embed.shape[1], self.sync)
-            counts, sums, vectors = sum_over_ranks(counts, sums, rows.vectors, dtype=torch.float32, sync=self.sync)
-        else:
-            counts, sums = sum_over_ranks(counts, sums, dtype=torch.float32, sync=self.sync)
-        step = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
-        if weight is not None:
-            weight = weight if isinstance(weight, Tensor) else weight(sums, counts)
-            self.check_update_weight(weight)
-            step = step * weight.detach().float()
-        self.average_(counts, sums, step, self.averages(ema_update) and not self.manual_ema_update)
-        self.pending = None
-        if self.replaces_dead:
-            self.replace_dead_(vectors, rows.distinct)
-
     def average_(self, counts: Tensor, sums: Tensor, step: Tensor | None, to_codes: bool) -> None:
         """Move the averages, or without a step none of them, and then the codes if `to_codes`."""
         decay = torch.ones_like(self.numbers["decay"]) if step is None else self.numbers["decay"]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from vqops.ops.checkpointing import check_first_run
 from vqops.ops.checks import check_device
 from vqops.quantizers.codebook.codebook import Codebook
+from vqops.quantizers.codebook.steps import step_of, take_steps_
 from vqops.quantizers.interface.layout import Layout
 
 
@@ -35,7 +36,7 @@ class Updating(nn.Module):
         chosen = layout.index_rows(indices)
         if mask is not None:
             chosen = chosen.masked_fill(~layout.mask_rows(mask), -1)
-        self._codebook.update_(rows, *self._codebook.statistics(rows, chosen))
+        take_steps_([step_of(self._codebook, rows, *self._codebook.statistics(rows, chosen))])
 
     update_ema_indices = update_indices
 

@@ -1,0 +1,102 @@
+"""The step of codebooks that a batch makes: of one, or of all levels of a residual quantizer together."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
+from vqops.quantizers.codebook.random_rows import Choice, choose_rows, rows_at
+from vqops.quantizers.codebook.ranks import num_ranks, sum_over_ranks
+
+
+class Step(NamedTuple):
+    """What a batch says of a codebook, for `take_steps_`."""
+
+    codebook: Codebook
+    counts: Tensor  # [H, K]
+    sums: Tensor  # [H, K, D]
+    valid: Tensor  # [H, N] bool, the rows that dead codes may restart from
+    rows_at: Callable[[Choice], Tensor] | None  # [H, K, D], zero where not `mine`; None: no code is replaced
+    moves: bool  # whether the codes follow the averages
+    weight: UpdateWeight | None = None
+    accumulate: bool = False
+
+
+@torch.no_grad()
+def take_steps_(steps: Sequence[Step]) -> None:
+    """Take a batch's statistics of all ranks into the averages, the codes from these, and replace dead codes.
+
+    A codebook that no rank has a valid row for stays as it is: a batch of nothing, or of nothing but NaN, is no
+    evidence that codes die. Everything that can fail comes before any change. With `accumulate`, this rank's statistics
+    are only kept, and the next step of the codebook adds them to its own. One collective for all codebooks, and a small
+    one more for those that replace dead codes; all of them exchange, or none (`sync`).
+    """
+    due, kept = [], []
+    for step in with_pending(steps):
+        (kept if step.accumulate else due).append(step)
+    if due:
+        move_(due)
+    for step in kept:
+        step.codebook.pending = step.counts.float(), step.sums
+
+
+def with_pending(steps: Sequence[Step]) -> list[Step]:
+    """The steps with sums of rows `as_codes`, and those that waited; without those that say nothing."""
+    waiting = {step.codebook: step.codebook.pending for step in steps}
+    told = []
+    for step in steps:
+        counts, sums = step.counts, step.codebook.sums_of_codes(step.counts, step.sums)
+        if (before := waiting.pop(step.codebook, None)) is not None:
+            counts, sums = counts + before[0], sums + before[1]
+        elif step.valid.shape[1] == 0 and num_ranks(step.codebook.sync) == 1:
+            continue
+        told.append(step._replace(counts=counts, sums=sums))
+    return told
+
+
+def move_(steps: Sequence[Step]) -> None:
+    sync = steps[0].codebook.sync
+    replacing = [step for step in steps if step.rows_at is not None]
+    chosen, vectors = [], []
+    if replacing:
+        chosen = choose_rows([step.valid for step in replacing], [step.counts.shape[1] for step in replacing], sync)
+        vectors = [step.rows_at(choice) for step, choice in zip(replacing, chosen, strict=True)]
+    counts, sums = [step.counts for step in steps], [step.sums for step in steps]
+    summed = sum_over_ranks(*counts, *sums, *vectors, dtype=torch.float32, sync=sync)
+    counts, sums, vectors = summed[: len(steps)], summed[len(steps) : 2 * len(steps)], summed[2 * len(steps) :]
+    scales = [scale_of(*one) for one in zip(steps, counts, sums, strict=True)]
+    for step, *statistics in zip(steps, counts, sums, scales, strict=True):
+        step.codebook.average_(*statistics, step.moves)
+        step.codebook.pending = None
+    for step, choice, vector in zip(replacing, chosen, vectors, strict=True):
+        step.codebook.replace_dead_(vector, choice.distinct)
+
+
+def step_of(
+    codebook: Codebook,
+    x: Tensor,  # [H, N, D]
+    indices: Tensor,  # [H, N], -1 for the rows that take no part
+    counts: Tensor,  # [H, K]
+    sums: Tensor,  # [H, K, D]
+    ema_update: bool | None = None,
+    weight: UpdateWeight | None = None,
+    accumulate: bool = False,
+) -> Step:
+    """The step of a codebook that was searched with x."""
+    moves = codebook.averages(ema_update) and not codebook.manual_ema_update
+    rows = partial(rows_at, codebook.as_codes(x)) if codebook.replaces_dead else None
+    return Step(codebook, counts, sums, indices >= 0, rows, moves, weight, accumulate)
+
+
+def scale_of(step: Step, counts: Tensor, sums: Tensor) -> Tensor:  # [H, K]
+    """How far each code's averages move: 0 for all of a head without a row."""
+    scale = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
+    weight = step.weight
+    if weight is None:
+        return scale
+    weight = weight if isinstance(weight, Tensor) else weight(sums, counts)
+    step.codebook.check_update_weight(weight)
+    return scale * weight.detach().float()

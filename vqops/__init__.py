@@ -6,6 +6,7 @@ from vqops.ops.code_sums import code_sums
 from vqops.ops.ema import ema_update_
 from vqops.ops.entropy import assignment_entropy
 from vqops.ops.quantize import Quantized, quantize
+from vqops.ops.residual_quantize import ResidualQuantized, residual_quantize
 from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest, nearest_topk, prepare, search_statistics
 from vqops.ops.soft_codes import soft_codes
@@ -18,6 +19,7 @@ __all__ = [
     "LossBreakdown",
     "PreparedCodebook",
     "Quantized",
+    "ResidualQuantized",
     "VectorQuantize",
     "assignment_entropy",
     "code_sums",
@@ -27,6 +29,7 @@ __all__ = [
     "nearest_topk",
     "prepare",
     "quantize",
+    "residual_quantize",
     "sample",
     "sample_topk",
     "search_statistics",

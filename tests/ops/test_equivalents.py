@@ -23,6 +23,7 @@ def arguments():
         "nearest": [{"x": x, "codebook": c}],
         "nearest_topk": [{"x": x, "codebook": c, "k": 3}],
         "quantize": [{"x": x, "codebook": c}],
+        "residual_quantize": [{"x": x.double(), "codebooks": torch.stack([c, c.roll(1, 0) / 2, c.roll(2, 0) / 4])}],
         "code_sums": [{"x": x, "indices": indices, "num_codes": 9, "weight": each} for each in (None, weight)],
         "code_cross_entropy": [{"x": x, "codebook": c, "targets": indices}],
         "assignment_entropy": [{"x": x.unflatten(0, (10, 5)), "codebook": c, "inverse_temperature": 2.0}],
@@ -39,7 +40,7 @@ DESCRIBED = {
     if function.__module__ == module.__name__ and "Equivalent to:" in (inspect.getdoc(function) or "")
 }
 ARGUMENTS = arguments()
-PASSING = {"quantize": ("x",)} | dict.fromkeys(
+PASSING = {"quantize": ("x",), "residual_quantize": ("x",)} | dict.fromkeys(
     ("code_cross_entropy", "assignment_entropy", "soft_codes"), ("x", "codebook")
 )  # arguments that get a gradient
 
@@ -59,7 +60,7 @@ def results(call, given, passing):
     result = call(**given)
     found = [given[name] for name in ("cluster_size", "embed_avg", "embed") if name in given]
     if result is not None:
-        found += [result] if isinstance(result, torch.Tensor) else list(result)
+        found += [result] if isinstance(result, torch.Tensor) else [t for t in result if isinstance(t, torch.Tensor)]
     sums = [t.square().sum() for t in found if t.requires_grad]
     return found, torch.autograd.grad(sum(sums), leaves) if leaves else ()
 

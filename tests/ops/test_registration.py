@@ -25,6 +25,8 @@ def samples():
     total = torch.rand(2, 2, 20, dtype=torch.float64)
     saved = torch.rand(3, 2, 5, 4), torch.rand(5, 7)
     learnable = (x.clone().requires_grad_(), c.clone().requires_grad_())
+    levels = [c, torch.randn(2, 3, 5)]
+    depth, by_level = torch.tensor(1), (torch.cat(levels, 1), [7, 3], torch.randint(3, (2, 20, 2)))
     return {
         "nearest": [(x, c), (strided, c, mask, "cosine")],
         "nearest_topk": [(x, c, 3, mask), (strided, c, 3)],
@@ -70,12 +72,24 @@ def samples():
             (strided, torch.randn(2, 20), strided, c, indices, mask, "euclidean", "none", 0.5, True, True, True),
             (None, torch.randn(2, 20), x, c, indices, None, "euclidean", "none", 0.5, True, False, True),
         ],
+        "residual_quantize": [
+            (x, levels, mask, depth, "euclidean", "straight_through", True, True),
+            (learnable[0], [learnable[1], levels[1]], None, None, "cosine", "rotation", True, True, 0.5),
+            (strided, levels, None, None, "euclidean", "none", False, False, 0.0, True, False),
+            (x, [learnable[1]], None, None, "euclidean", "rotation", False, False, 0.5),
+        ],
+        "residual_quantize_backward": [
+            (strided, torch.randn(2, 2), x, *by_level, mask, depth, "cosine", "rotation", True, 0.5, True, True, True),
+            (strided, None, strided, *by_level, mask, None, "euclidean", "rotation", False, 0.5, True, True, False),
+            (None, torch.randn(2, 2), x, *by_level, None, None, "euclidean", "none", True, 0.5, True, False, True),
+        ],
     }
 
 
 SAMPLES = samples()
 SOFT = ("assignment_entropy", "code_cross_entropy", "soft_codes")
-WITHOUT_KERNELS = {"check_first_run_", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT)}
+COMPOSED = ("residual_quantize", "residual_quantize_backward")
+WITHOUT_KERNELS = {"check_first_run_", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT), *COMPOSED}
 
 
 def test_every_op_has_samples():
@@ -93,22 +107,28 @@ def test_opcheck(name, suffix):
         torch.library.opcheck(getattr(ops, name + suffix).default, copied(arguments), test_utils=utils)
 
 
+def of_tensors(function, value):
+    """The arguments of a call with function(tensor) in the place of each tensor, also in lists."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(of_tensors(function, each) for each in value)
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
 def copied(arguments):
-    return tuple(
-        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments
-    )
+    return of_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), arguments)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_chooses_on_cuda(name):
     """The key of a GPU with the CPU's tensors: the table is asked of any call, and has no row for this device."""
+    same = assert_close if name == "residual_quantize_backward" else REPEATS.same  # the gradient of a level is compiled
     for arguments in SAMPLES[name]:
         expected, found = copied(arguments), copied(arguments)
         results = getattr(ops, name + "_pytorch")(*expected)
         chosen = getattr(ops, name).default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *found)
         for a, b in zip([*flat(chosen), *found], [*flat(results), *expected], strict=True):
             if isinstance(a, torch.Tensor):
-                REPEATS.same(a, b)
+                same(a, b)
 
 
 def ema_step(x, c):
@@ -127,6 +147,7 @@ CALLS = {
     "sample": lambda x, c: vqops.sample(x, c, 0.5, torch.tensor([3, 4])),
     "sample_topk": lambda x, c: vqops.sample_topk(x, c, 0.5, torch.tensor([3, 4]), 3, metric="cosine"),
     "quantize": lambda x, c: tuple(vqops.quantize(x, c, gradient="rotation", code_sums=True)),
+    "residual_quantize": lambda x, c: tuple(vqops.residual_quantize(x, [c, c[:3]], levels=1, code_sums=True)[:3]),
     "code_sums": lambda x, c: vqops.code_sums(x, vqops.nearest(x, c), 9),
     "soft_codes": lambda x, c: vqops.soft_codes(x, c, 0.5),
     "assignment_entropy": lambda x, c: vqops.assignment_entropy(x.unsqueeze(1), c, 2.0),
@@ -188,7 +209,7 @@ def test_exports(name):
 def test_meta_tensors_have_the_right_shapes(name):
     for arguments in SAMPLES[name]:
         real = flat(getattr(ops, name)(*arguments))
-        meta = flat(getattr(ops, name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)))
+        meta = flat(getattr(ops, name)(*of_tensors(lambda t: t.to("meta"), arguments)))
         for a, b in zip(meta, real, strict=True):
             assert b.dtype == a.dtype and (a.shape == b.shape or name == "prepare")
 

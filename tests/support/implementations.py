@@ -35,6 +35,8 @@ class Implementation:
         return call
 
     def put(self, value):
+        if isinstance(value, list):
+            return [self.put(each) for each in value]
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
 
 

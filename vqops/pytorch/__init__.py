@@ -11,6 +11,7 @@ from vqops.pytorch.host import on_host
 from vqops.pytorch.precision import in_full_precision
 from vqops.pytorch.quantize import quantize
 from vqops.pytorch.quantize_backward import quantize_backward
+from vqops.pytorch.residual import residual_quantize, residual_quantize_backward
 from vqops.pytorch.sample import sample, sample_topk
 from vqops.pytorch.search import nearest, nearest_topk, prepare, search_statistics
 
@@ -34,6 +35,8 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_backward",
+    "residual_quantize",
+    "residual_quantize_backward",
     "sample",
     "sample_topk",
     "search_statistics",

@@ -20,7 +20,7 @@ def on_host(function: Callable, changes: int = 0) -> Callable:
         if has_float64(device):
             return function(*arguments, **named)
         given = {**dict(enumerate(arguments)), **named}
-        moved = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in given.items()}
+        moved = {key: on_cpu(value) for key, value in given.items()}
         result = function(*(moved[place] for place in range(len(arguments))), **{name: moved[name] for name in named})
         for place in range(changes):
             if isinstance(given[place], Tensor):
@@ -28,3 +28,9 @@ def on_host(function: Callable, changes: int = 0) -> Callable:
         return tuple(tensor.to(device) for tensor in result) if isinstance(result, tuple) else result
 
     return run
+
+
+def on_cpu(value):
+    if isinstance(value, list):
+        return [on_cpu(each) for each in value]
+    return value.cpu() if isinstance(value, Tensor) else value

@@ -5,7 +5,7 @@ A file per family. Nothing here is of size N x K: rows and codes are walked in b
 assignments also hold the codes of a head, and gradients to codes, in float64.
 Arguments come in the ops' shapes and are not checked; the functions of `vqops.ops` document errors and defaults.
 
-Axis letters: H codebooks (heads), N vectors, D dimensions, K codes.
+Axis letters: H codebooks (heads), N vectors, D dimensions, K codes, Q levels.
 """
 
 from vqops.reference.code_sums import RUN, code_sums
@@ -15,6 +15,7 @@ from vqops.reference.ema import ema_update_
 from vqops.reference.entropy import assignment_entropy, assignment_entropy_backward
 from vqops.reference.quantize import quantize
 from vqops.reference.quantize_backward import LARGEST_SCALE, quantize_backward
+from vqops.reference.residual import residual_quantize, residual_quantize_backward
 from vqops.reference.sample import sample, sample_topk
 from vqops.reference.search import nearest, nearest_topk, prepare, search_statistics
 from vqops.reference.soft_codes import soft_codes, soft_codes_backward
@@ -34,6 +35,8 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_backward",
+    "residual_quantize",
+    "residual_quantize_backward",
     "sample",
     "sample_topk",
     "search_statistics",

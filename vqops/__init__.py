@@ -10,16 +10,20 @@ from vqops.ops.residual_quantize import ResidualQuantized, residual_quantize
 from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest, nearest_topk, prepare, search_statistics
 from vqops.ops.soft_codes import soft_codes
+from vqops.quantizers.grouped_residual_vq import GroupedResidualVQ
 from vqops.quantizers.interface.losses import LossBreakdown
+from vqops.quantizers.residual_vq import ResidualVQ
 from vqops.quantizers.vector_quantize import VectorQuantize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GroupedResidualVQ",
     "LossBreakdown",
     "PreparedCodebook",
     "Quantized",
     "ResidualQuantized",
+    "ResidualVQ",
     "VectorQuantize",
     "assignment_entropy",
     "code_sums",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -359,7 +358,11 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
                 quantized = layout.rows_back(found.quantized, positions)
             else:
                 quantized, chosen = (t.view(*positions, *t.shape[2:]) for t in (found.quantized, found.indices))
-            quantized = self._output(self.project_out(quantized), mask, x)
+            # Without a projection masked rows are zero already.
+            zeros, padded = self.return_zeros_for_masked_padding, mask
+            if zeros and not self.has_projections:
+                padded = None
+            quantized = layout.output(self.project_out(quantized), padded, x, zeros)
             # Last, so that nothing that fails before it leaves a trace.
             if found.step is not None:
                 take_steps_([found.step])
@@ -374,19 +377,6 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
             return x
         x = x.unflatten(-1, (self.heads, -1))
         return x.movedim(2, 0) if self.separate_codebook_per_head else x.movedim(2, 1).flatten(0, 1).unsqueeze(0)
-
-    def _output(self, quantized: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
-        """The output in the caller's axes, with its values at masked positions."""
-        layout = self._layout
-        if mask is not None:
-            kept, original = mask.unsqueeze(-1), layout.features_last(x)
-            if quantized.dim() > original.dim():  # [*positions, k, dim]
-                kept, original = kept.unsqueeze(-1), original.unsqueeze(-2)
-            if not self.return_zeros_for_masked_padding:
-                quantized = torch.where(kept, quantized, original.to(quantized.dtype))
-            elif self.has_projections:
-                quantized = quantized.masked_fill(~kept, 0)
-        return layout.features_back(quantized)
 
     def extra_repr(self) -> str:
         heads = f", heads={self.heads}" if self.heads > 1 else ""

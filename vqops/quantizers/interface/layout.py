@@ -98,6 +98,24 @@ class Layout(NamedTuple):
     def rows_back(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, D] -> [*positions, heads * D]
         return self.heads_last(rows).reshape(*positions, self.heads * rows.shape[-1])
 
+    def output(
+        self,
+        quantized: Tensor,  # [*positions, dim] or [*positions, k, dim]
+        mask: Tensor | None,  # bool [*positions]
+        x: Tensor,
+        zeros: bool,  # at masked positions; False: the input's values
+    ) -> Tensor:
+        """The output in the caller's axes."""
+        if mask is not None:
+            kept, original = mask.unsqueeze(-1), self.features_last(x)
+            if quantized.dim() > original.dim():
+                kept, original = kept.unsqueeze(-1), original.unsqueeze(-2)
+            if zeros:
+                quantized = quantized.masked_fill(~kept, 0)
+            else:
+                quantized = torch.where(kept, quantized, original.to(quantized.dtype))
+        return self.features_back(quantized)
+
     def mask_rows(self, mask: Tensor | None) -> Tensor | None:  # [*positions] -> [H, N]
         return mask if mask is None else self.heads_first(mask.reshape(-1, 1).expand(-1, self.heads))
 

@@ -1,0 +1,1 @@
+"""What residual quantizers are built of: ways through the levels, and what decides between them."""

@@ -1,0 +1,141 @@
+"""All levels in one op, for layers that do nothing but search, average and measure their error."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vqops.ops.residual_quantize import LARGEST_Q, residual_quantize_rows
+from vqops.quantizers.codebook.codebook import Codebook
+from vqops.quantizers.codebook.random_rows import Choice
+from vqops.quantizers.codebook.steps import Step
+from vqops.quantizers.interface.quantizing import Call
+from vqops.quantizers.residual.levels import Quantized, Way, of_one_codebook
+from vqops.quantizers.vector_quantize import VectorQuantize
+
+
+def fits(way: Way, calls: Sequence[Call]) -> bool:
+    """Whether the op does all that these layers do, and the same for each."""
+    first = way.layers[0]
+    return (
+        len(way.layers) <= LARGEST_Q
+        and way.networks[-1] is None
+        and (way.quant_grad_frac == 0 or not first.training)
+        and all(is_plain(layer, call) for layer, call in zip(way.layers, calls, strict=True))
+        and all(alike(layer, call, first, calls[0]) for layer, call in zip(way.layers, calls, strict=True))
+    )
+
+
+def is_plain(layer: VectorQuantize, call: Call) -> bool:
+    codebook = layer._codebook
+    if type(codebook) is not Codebook or codebook.vq_bridge is not None or not codebook.is_initted:
+        return False
+    if not layer.training:
+        return True
+    more = ("sync_update_v", "codebook_diversity_loss_weight", "orthogonal_reg_weight")
+    return not (
+        (layer.stochastic_sample_codes and call.temperature is not None)
+        or layer._optimizes(call)
+        or layer.directional_reparam
+        or not layer.route_gradients_to_input
+        or layer.commitment_use_cross_entropy_loss
+        or layer.has_codebook_loss
+        or any(layer.numbers.positive[name] for name in more)
+    )
+
+
+def alike(layer: VectorQuantize, call: Call, other: VectorQuantize, other_call: Call) -> bool:
+    return (
+        layer.rotation_trick == other.rotation_trick
+        and call.learning == other_call.learning
+        and layer._collects(call) == other._collects(other_call)
+        and layer._codebook.moved_by_error == other._codebook.moved_by_error
+        and layer._codebook.embed.dtype == other._codebook.embed.dtype
+    )
+
+
+def quantize_together(
+    way: Way,
+    rows: Tensor,  # [1, N, D]
+    mask: Tensor | None,  # [1, N] bool
+    calls: Sequence[Call],
+    levels: int | Tensor,
+    per_level: bool,
+) -> Quantized:
+    """`quantize_in_turn` of layers that fit."""
+    first, call, training = way.layers[0], calls[0], way.layers[0].training
+    books, D = [layer._codebook for layer in way.layers], rows.shape[-1]
+    for book in books:
+        book.keep_float32_(numbers=training)
+    given = rows if training else rows.detach()
+    searched = [book.searched(call.learning, given) for book in books]
+    prepared = [one.prepared for one in searched]
+    packed = None if None in prepared else [one.packed for one in prepared]
+    if not isinstance(levels, Tensor):
+        levels = None if levels == len(books) else torch.tensor(levels, device=rows.device)
+    gradient = "none" if not training else "rotation" if first.rotation_trick else "straight_through"
+    collects = first._collects(call)
+    found = residual_quantize_rows(
+        given,
+        [one.codes for one in searched],
+        packed,
+        mask,
+        levels,
+        books[0].metric,
+        gradient,
+        per_level,
+        collects,
+        float(call.learning and books[0].moved_by_error),
+    )
+    losses = losses_of(way.layers, found.error[0], rows, mask, D)
+    steps = steps_of(way, rows.detach(), found.indices, found.counts, found.sums) if collects else []
+    return Quantized(found.quantized, found.indices, losses, steps)
+
+
+def losses_of(layers: Sequence[VectorQuantize], error: Tensor, rows: Tensor, mask: Tensor | None, D: int) -> Tensor:
+    """The commitment losses [Q] of the errors [Q]."""
+    if not layers[0].training:
+        return torch.zeros_like(error)
+    count = max(rows.shape[1], 1) if mask is None else mask.sum().clamp_min(1)
+    weights = [layer.numbers["commitment_weight"] for layer in layers]
+    committed = [layer._commits for layer in layers]
+    losses = error / count / D * torch.stack(weights)
+    if not all(committed):
+        losses = losses.where(torch.tensor(committed, device=losses.device), torch.zeros_like(losses))
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not losses.requires_grad:
+        losses.requires_grad_()
+    return losses
+
+
+def steps_of(way: Way, rows: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> list[Step]:
+    books = [layer._codebook for layer in way.layers]
+    sizes = [book.codebook_size for book in books]
+    residuals = partial(residuals_at, rows, [book.embed.detach() for book in books], indices)
+    steps = []
+    every = zip(books, counts.split(sizes, 1), sums.split(sizes, 1), indices.unbind(-1), strict=True)
+    for level, (book, count, total, chosen) in enumerate(every):
+        moves = book.averages() and not book.manual_ema_update
+        rows_at = partial(inputs_at, level, residuals) if book.replaces_dead else None
+        steps.append(Step(book, count, total, chosen >= 0, rows_at, moves))
+    return of_one_codebook(steps, residuals) if way.shared else steps
+
+
+def inputs_at(level: int, residuals, choice: Choice) -> Tensor:
+    return residuals(level, choice.row).float().masked_fill(~choice.mine.unsqueeze(-1), 0)
+
+
+def residuals_at(
+    rows: Tensor,  # [1, N, D]
+    codes: Sequence[Tensor],  # [1, K, D] of each level, as they were searched
+    indices: Tensor,  # [1, N, Q]
+    level: int,
+    row: Tensor,  # [1, M]
+) -> Tensor:  # [1, M, D]
+    """A level's input at some rows, which the op does not keep."""
+    at = row.unsqueeze(-1)
+    residual = rows.gather(1, at.expand(*row.shape, rows.shape[-1])).to(torch.promote_types(rows.dtype, torch.float32))
+    chosen = indices.gather(1, at.expand(*row.shape, indices.shape[-1])).clamp_min(0)
+    for before in range(level):
+        residual = residual - codes[before][0, chosen[..., before]].to(residual.dtype)
+    return residual

@@ -7,6 +7,7 @@ import vector_quantize_pytorch
 from promises import INDICES
 from torch.testing import assert_close
 
+import vqops
 from vqops import VectorQuantize
 
 DIM, CODES = 6, 20
@@ -80,3 +81,11 @@ def assert_same_state(theirs, ours):
     assert ours.state_dict().keys() == expected.keys()
     for name, value in ours.state_dict().items():
         CLOSE(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def pair(name: str, **options):
+    """The class of this name of both, with one state."""
+    theirs, ours = (getattr(package, name)(**options) for package in (vector_quantize_pytorch, vqops))
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    return theirs, ours

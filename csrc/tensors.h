@@ -129,6 +129,11 @@ struct Rows {
         return {static_cast<const T*>(data), head_stride, row_stride, stride};
     }
 
+    // The same, whose row 0 of head 0 is row n of head h of these.
+    Rows from(int64_t h, int64_t n) const {
+        return {static_cast<const char*>(data) + offset(h, n) * bytes_of(dtype), dtype, head_stride, row_stride, stride};
+    }
+
     // Whether a row is D floats side by side, and where it begins then.
     bool has_float_rows() const { return dtype == DType::float32 && stride == 1; }
     const float* floats(int64_t h, int64_t n) const { return static_cast<const float*>(data) + offset(h, n); }

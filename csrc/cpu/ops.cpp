@@ -9,12 +9,15 @@
 #include "gather.h"
 #include "hash.h"
 #include "quantize_backward.h"
+#include "residual.h"
+#include "residual_backward.h"
 #include "sample.h"
 #include "unprepared.h"
 
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <numeric>
 
 namespace vqops {
 namespace {
@@ -217,6 +220,111 @@ std::tuple<Tensor, Tensor> quantize_backward(OptionalTensor grad_quantized, Opti
     return {grad_x, grad_codebook};
 }
 
+// The first levels that run.
+int64_t running_levels(const char* op, const OptionalTensor& levels, int64_t Q) {
+    if (!levels) return Q;
+    STD_TORCH_CHECK(levels->numel() == 1 && levels->scalar_type() == ScalarType::Long, op, ": levels must be one int64");
+    return std::clamp<int64_t>(*static_cast<const int64_t*>(levels->const_data_ptr()), 0, Q);
+}
+
+// [H, sum K, D], a level behind the other.
+Tensor joined(const Tensor& like, const std::vector<Tensor>& codebooks, int64_t K) {
+    Tensor all = torch::stable::new_empty(like, {like.size(0), K, like.size(2)});
+    int64_t first = 0;
+    for (const Tensor& codebook : codebooks) {
+        Tensor part = torch::stable::narrow(all, 1, first, codebook.size(1));
+        torch::stable::copy_(part, codebook);
+        first += codebook.size(1);
+    }
+    return all;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(
+    const Tensor& x, std::vector<Tensor> codebooks, OptionalTensor mask, OptionalTensor levels, std::string metric,
+    std::string, bool, bool with_sums, double, bool normalize, bool snapshot,
+    std::optional<std::vector<Tensor>> prepared) {
+    const char* op = "residual_quantize";
+    const bool cosine = is_cosine(op, metric);
+    const int64_t Q = int64_t(codebooks.size());
+    STD_TORCH_CHECK(Q > 0 && (!prepared || int64_t(prepared->size()) == Q), op,
+                    ": codebooks must not be empty, and prepared must have one for each");
+    std::vector<Tensor> held;  // what the levels point into
+    const Rows rows = rows_of(op, x);
+    ResidualInputs in = {x.size(0), x.size(1), x.size(2), rows, mask_of(mask), {}, running_levels(op, levels, Q),
+                         cosine, cosine && normalize};
+    const Rows rest = {nullptr, in.real(), 0, in.D, 1};
+    int64_t all = 0;
+    for (int64_t l = 0; l < Q; l++) {
+        const Tensor codebook = torch::stable::contiguous(codebooks[l]);
+        check_search_arguments(op, x, codebook, mask);
+        STD_TORCH_CHECK(codebook.scalar_type() == codebooks[0].scalar_type(), op, ": codebooks must have one dtype");
+        const Rows codes = rows_of(op, codebook);
+        const SearchShape shape = {1, in.N, codebook.size(1), in.D, cosine};
+        const void* memory = nullptr;
+        if (l < in.running && (prepared ? !is_direct(shape, rest, codes) : !is_unprepared(in.N, rest, codes))) {
+            held.push_back(prepared_or_new(op, codebook, prepared ? OptionalTensor((*prepared)[l]) : std::nullopt, metric));
+            memory = held.back().const_data_ptr();
+        }
+        in.levels.push_back({codes, codebook.size(1), memory});
+        held.push_back(codebook);
+        all += codebook.size(1);
+    }
+    Tensor quantized = torch::stable::new_empty(x, x.sizes());
+    Tensor indices = torch::stable::new_empty(x, {in.H, in.N, Q}, ScalarType::Long);
+    Tensor error = torch::stable::new_empty(x, {in.H, Q}, real_type(x));
+    int64_t* found = static_cast<int64_t*>(indices.mutable_data_ptr());
+    quantize_levels(in, {quantized.mutable_data_ptr(), found, error.mutable_data_ptr()}, threads());
+    Tensor counts = unused(x, ScalarType::Long), sums = unused(x, ScalarType::Float);
+    if (with_sums) {
+        counts = torch::stable::new_empty(x, {in.H, all}, ScalarType::Long);
+        sums = torch::stable::new_empty(x, {in.H, all, in.D}, ScalarType::Float);
+        sum_levels(in, found, static_cast<int64_t*>(counts.mutable_data_ptr()),
+                   static_cast<float*>(sums.mutable_data_ptr()), threads());
+    }
+    Tensor old = snapshot ? joined(codebooks[0], codebooks, all) : unused(codebooks[0], codebooks[0].scalar_type());
+    return {quantized, indices, error, counts, sums, old};
+}
+
+std::tuple<Tensor, Tensor> residual_quantize_backward(
+    OptionalTensor grad_quantized, OptionalTensor grad_error, const Tensor& x, const Tensor& codebooks,
+    std::vector<int64_t> sizes, const Tensor& given, OptionalTensor mask, OptionalTensor levels, std::string metric,
+    std::string passing, bool per_level, double codebook_error_scale, bool normalize, bool x_needed,
+    bool codebooks_needed) {
+    const char* op = "residual_quantize_backward";
+    const bool cosine = is_cosine(op, metric);
+    check_search_arguments(op, x, codebooks, mask);
+    const Tensor indices = torch::stable::contiguous(given);
+    const int64_t H = x.size(0), N = x.size(1), Q = int64_t(sizes.size());
+    STD_TORCH_CHECK(std::accumulate(sizes.begin(), sizes.end(), int64_t(0)) == codebooks.size(1) &&
+                        indices.dim() == 3 && indices.size(0) == H && indices.size(1) == N && indices.size(2) == Q &&
+                        indices.scalar_type() == ScalarType::Long,
+                    op, ": sizes must add up to the codes, and indices be int64 [H, N, Q]");
+    const int64_t* chosen = static_cast<const int64_t*>(indices.const_data_ptr());
+    for (int64_t i = 0; i < H * N * Q; i++) {
+        const bool right = chosen[i] >= -1 && chosen[i] < sizes[i % Q];
+        check_index(op, right ? -1 : i / Q, sizes[i % Q]);
+    }
+    const Rows quantized = grad_quantized ? rows_of(op, *grad_quantized) : Rows{};
+    const Rows error = grad_error ? rows_of(op, *grad_error) : Rows{};
+    Tensor grad_x = new_or_unused(x, x_needed), grad_codebooks = new_or_unused(codebooks, codebooks_needed);
+    const LevelGradients in = {H, N, x.size(2),
+                               grad_quantized ? &quantized : nullptr,
+                               grad_error ? &error : nullptr,
+                               rows_of(op, x),
+                               rows_of(op, codebooks),
+                               sizes,
+                               chosen,
+                               mask_of(mask),
+                               running_levels(op, levels, Q),
+                               passing_of(passing),
+                               per_level,
+                               codebook_error_scale,
+                               cosine && normalize};
+    levels_backward(in, x_needed ? grad_x.mutable_data_ptr() : nullptr,
+                    codebooks_needed ? grad_codebooks.mutable_data_ptr() : nullptr, threads());
+    return {grad_x, grad_codebooks};
+}
+
 void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, const Tensor& counts, const Tensor& sums,
                  const Tensor& decay, double eps, OptionalTensor weight, std::string metric) {
     const char* op = "ema_update_";
@@ -257,6 +365,8 @@ STABLE_TORCH_LIBRARY_IMPL(vqops, CPU, m) {
     VQOPS_KERNEL(code_sums);
     VQOPS_KERNEL(quantize);
     VQOPS_KERNEL(quantize_backward);
+    VQOPS_KERNEL(residual_quantize);
+    VQOPS_KERNEL(residual_quantize_backward);
     VQOPS_KERNEL(sample);
     VQOPS_KERNEL(ema_update_);
 }

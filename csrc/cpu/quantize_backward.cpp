@@ -5,90 +5,10 @@
 
 #include <cmath>
 
-#include "../distance.h"
+#include "row_gradient.h"
 
 namespace vqops {
 namespace {
-
-template <class T>
-T dot(const T* a, const T* b, int64_t D) {
-    T sum[8] = {};
-    int64_t i = 0;
-    for (; i + 8 <= D; i += 8)
-        for (int j = 0; j < 8; j++) sum[j] += a[i + j] * b[i + j];
-    for (; i < D; i++) sum[i % 8] += a[i] * b[i];
-    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-}
-
-// One row with its code, and the gradients that meet there. T is the type that everything is computed in.
-template <class T>
-class RowGradient {
-public:
-    RowGradient(const SearchShape& shape, const BackwardInputs& in, int64_t h)
-        : in_(in), shape_(shape), D(shape.D), h(h), x(D), q(D), g(D), from_error(D), u(D), v(D), w(D) {}
-
-    // Reads row n. x becomes what the quantizer worked on: x itself or its unit.
-    void read(int64_t n) {
-        const int64_t k = in_.indices.given(h, n);
-        read_row(in_.x, h, n, D, x.data());
-        length = std::sqrt(dot(x.data(), x.data(), D));
-        norm = std::max(length, T(kSmallestNorm));
-        if (in_.units)
-            for (int64_t i = 0; i < D; i++) x[i] /= norm;
-        if (k >= 0) read_row(in_.codebook, h, k, D, q.data());
-        else std::fill(q.begin(), q.end(), T(NAN));
-        if (in_.error) {
-            const T factor = read_value<T>(*in_.error, h, n);
-            for (int64_t i = 0; i < D; i++) from_error[i] = 2 * (x[i] - q[i]) * factor;
-        }
-    }
-
-    // The gradient of the input, in g.
-    void to_x(int64_t n) {
-        if (in_.quantized && in_.passing != Passing::none) {
-            read_row(*in_.quantized, h, n, D, g.data());
-            if (in_.passing == Passing::rotation) rotate_back();
-        } else {
-            std::fill(g.begin(), g.end(), T(0));
-        }
-        if (in_.error)
-            for (int64_t i = 0; i < D; i++) g[i] += from_error[i];
-        if (!in_.units) return;
-        const T along = length > T(kSmallestNorm) ? dot(x.data(), g.data(), D) : T(0);
-        for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along * x[i]) / norm;
-    }
-
-    // The row's share of the gradient of its code.
-    const T* operator()(int64_t n) {
-        read(n);
-        for (int64_t i = 0; i < D; i++) from_error[i] *= T(-in_.codebook_error_scale);
-        return from_error.data();
-    }
-
-    const BackwardInputs& in_;
-    const SearchShape& shape_;
-    const int64_t D, h;
-    T length = 0, norm = 0;  // |x| as given, and what a unit is divided by
-    std::vector<T> x, q, g, from_error, u, v, w;
-
-private:
-    // g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of
-    // the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a direction, g itself.
-    void rotate_back() {
-        const T smallest = T(kSmallestNorm), q_norm = std::sqrt(dot(q.data(), q.data(), D));
-        if (length <= smallest || q_norm <= smallest) return;
-        const T x_norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), smallest);
-        for (int64_t i = 0; i < D; i++) {
-            u[i] = x[i] / x_norm;
-            v[i] = q[i] / q_norm;
-            w[i] = u[i] + v[i];
-        }
-        const T w_norm = std::max(std::sqrt(dot(w.data(), w.data(), D)), smallest);
-        const T along_w = 2 * dot(w.data(), g.data(), D) / (w_norm * w_norm), along_v = 2 * dot(v.data(), g.data(), D);
-        const T factor = std::min(q_norm / x_norm, T(kLargestScale));
-        for (int64_t i = 0; i < D; i++) g[i] = (g[i] - along_w * w[i] + along_v * u[i]) * factor;
-    }
-};
 
 // grad_x of rows [begin, end) that need no copy: straight-through, all of them float rows side by side.
 void run_straight(const SearchShape& shape, const BackwardInputs& in, float* grad_x, int64_t h, int64_t begin,

@@ -27,6 +27,12 @@ constexpr int64_t kBlockBytes = 96 * 1024;  // a fraction of any second cache
 constexpr float kFarRow = 0x1p60f;          // rows beyond could overflow float32 in a product with a code
 constexpr int64_t kDeepest = 1 << 17;       // the bound's constants hold up to here
 
+// Rows that a thread takes at once of those that it is to have.
+inline int64_t rows_of_block(int64_t D, int64_t share) {
+    const int64_t tile = instructions().tile, fitting = kBlockBytes / instructions().row_bytes(D) / tile * tile;
+    return std::max(tile, std::min({kMostRows / tile * tile, fitting, round_up(share, tile)}));
+}
+
 // One thread's workspace for blocks of one shape.
 class Screen {
 public:

@@ -88,8 +88,7 @@ def samples():
 
 SAMPLES = samples()
 SOFT = ("assignment_entropy", "code_cross_entropy", "soft_codes")
-COMPOSED = ("residual_quantize", "residual_quantize_backward")
-WITHOUT_KERNELS = {"check_first_run_", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT), *COMPOSED}
+WITHOUT_KERNELS = {"check_first_run_", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT)}
 
 
 def test_every_op_has_samples():

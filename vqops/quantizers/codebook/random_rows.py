@@ -66,15 +66,14 @@ def random_rows(
 ) -> RandomRows:
     """The rows of x that `choose_rows` chooses."""
     (choice,) = choose_rows([valid], [num_codes], sync)
-    return RandomRows(rows_at(x, choice), choice.distinct)
+    if x.shape[1] == 0:
+        return RandomRows(x.new_zeros(x.shape[0], num_codes, x.shape[2], dtype=torch.float32), choice.distinct)
+    vectors = rows_at(x, choice.row).float().masked_fill(~choice.mine.unsqueeze(-1), 0)
+    return RandomRows(vectors, choice.distinct)
 
 
-def rows_at(x: Tensor, choice: Choice) -> Tensor:  # [H, N, D] -> [H, K, D] float32, zero where not `mine`
-    (H, N, D), K = x.shape, choice.row.shape[1]
-    if N == 0:
-        return x.new_zeros(H, K, D, dtype=torch.float32)
-    vectors = x.gather(1, choice.row.unsqueeze(-1).expand(H, K, D)).float()
-    return vectors.masked_fill(~choice.mine.unsqueeze(-1), 0)
+def rows_at(x: Tensor, row: Tensor) -> Tensor:  # [H, N, D], [H, K] -> [H, K, D]
+    return x.gather(1, row.unsqueeze(-1).expand(*row.shape, x.shape[-1]))
 
 
 def share(

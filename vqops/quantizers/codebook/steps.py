@@ -19,7 +19,7 @@ class Step(NamedTuple):
     counts: Tensor  # [H, K]
     sums: Tensor  # [H, K, D]
     valid: Tensor  # [H, N] bool, the rows that dead codes may restart from
-    rows_at: Callable[[Choice], Tensor] | None  # [H, K, D], zero where not `mine`; None: no code is replaced
+    rows_at: Callable[[Tensor], Tensor] | None  # these, [H, K] -> [H, K, D]; None: no code is replaced
     moves: bool  # whether the codes follow the averages
     weight: UpdateWeight | None = None
     accumulate: bool = False
@@ -63,7 +63,7 @@ def move_(steps: Sequence[Step]) -> None:
     chosen, vectors = [], []
     if replacing:
         chosen = choose_rows([step.valid for step in replacing], [step.counts.shape[1] for step in replacing], sync)
-        vectors = [step.rows_at(choice) for step, choice in zip(replacing, chosen, strict=True)]
+        vectors = [vectors_of(step, choice) for step, choice in zip(replacing, chosen, strict=True)]
     counts, sums = [step.counts for step in steps], [step.sums for step in steps]
     summed = sum_over_ranks(*counts, *sums, *vectors, dtype=torch.float32, sync=sync)
     counts, sums, vectors = summed[: len(steps)], summed[len(steps) : 2 * len(steps)], summed[2 * len(steps) :]
@@ -73,6 +73,12 @@ def move_(steps: Sequence[Step]) -> None:
         step.codebook.pending = None
     for step, choice, vector in zip(replacing, chosen, vectors, strict=True):
         step.codebook.replace_dead_(vector, choice.distinct)
+
+
+def vectors_of(step: Step, choice: Choice) -> Tensor:  # [H, K, D] float32, zero where another rank has the row
+    if step.valid.shape[1] == 0:
+        return torch.zeros_like(step.sums)
+    return step.rows_at(choice.row).float().masked_fill(~choice.mine.unsqueeze(-1), 0)
 
 
 def step_of(

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vqops.quantizers.codebook.random_rows import rows_at
 from vqops.quantizers.codebook.steps import Step, step_of
 from vqops.quantizers.interface.quantizing import Call
-from vqops.quantizers.residual.levels import Quantized, Way, of_one_codebook, rows_of
+from vqops.quantizers.residual.levels import Quantized, Way, of_one_codebook
 
 
 def quantize_by_beam(
@@ -79,4 +80,4 @@ def path_steps(way: Way, rows: Tensor, indices: Tensor, calls: Sequence[Call]) -
             inputs.append(residual)
             steps.append(step_of(codebook, residual, *codebook.statistics(residual, chosen)))
         residual = residual - codebook.codes_at(chosen)
-    return of_one_codebook(steps, lambda level, row: rows_of(inputs, level, row)) if way.shared else steps
+    return of_one_codebook(steps, lambda level, row: rows_at(inputs[level], row)) if way.shared else steps

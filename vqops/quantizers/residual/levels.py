@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqops.quantizers.codebook.random_rows import Choice
+from vqops.quantizers.codebook.random_rows import rows_at
 from vqops.quantizers.codebook.steps import Step
 from vqops.quantizers.interface.quantizing import Call
 from vqops.quantizers.residual.implicit_codebook import ImplicitCodes
@@ -76,13 +76,8 @@ def quantize_in_turn(
         losses = torch.stack([*losses, *[torch.zeros_like(losses[0])] * (count - used)])
     else:
         losses = torch.stack(losses).sum()
-    steps = of_one_codebook(steps, partial(rows_of, inputs)) if way.shared else steps
+    steps = of_one_codebook(steps, lambda level, row: rows_at(inputs[level], row)) if way.shared else steps
     return Quantized(total, torch.stack(indices, -1), losses, steps)
-
-
-def rows_of(inputs: Sequence[Tensor], level: int, row: Tensor) -> Tensor:
-    x = inputs[level]
-    return x.gather(1, row.unsqueeze(-1).expand(*row.shape, x.shape[-1]))
 
 
 def of_one_codebook(steps: list[Step], input_rows: InputRows) -> list[Step]:
@@ -98,9 +93,9 @@ def of_one_codebook(steps: list[Step], input_rows: InputRows) -> list[Step]:
     return steps
 
 
-def rows_of_any_level(levels: int, input_rows: InputRows, choice: Choice) -> Tensor:
-    level, row = choice.row % levels, choice.row // levels
+def rows_of_any_level(levels: int, input_rows: InputRows, row: Tensor) -> Tensor:
+    level, row = row % levels, row // levels
     vectors = input_rows(0, row)
     for other in range(1, levels):
         vectors = torch.where((level == other).unsqueeze(-1), input_rows(other, row), vectors)
-    return vectors.float().masked_fill(~choice.mine.unsqueeze(-1), 0)
+    return vectors

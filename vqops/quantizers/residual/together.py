@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqops.ops.residual_quantize import LARGEST_Q, residual_quantize_rows
 from vqops.quantizers.codebook.codebook import Codebook
-from vqops.quantizers.codebook.random_rows import Choice
+from vqops.quantizers.codebook.random_rows import rows_at
 from vqops.quantizers.codebook.steps import Step
 from vqops.quantizers.interface.quantizing import Call
 from vqops.quantizers.residual.levels import Quantized, Way, of_one_codebook
@@ -116,13 +116,9 @@ def steps_of(way: Way, rows: Tensor, indices: Tensor, counts: Tensor, sums: Tens
     every = zip(books, counts.split(sizes, 1), sums.split(sizes, 1), indices.unbind(-1), strict=True)
     for level, (book, count, total, chosen) in enumerate(every):
         moves = book.averages() and not book.manual_ema_update
-        rows_at = partial(inputs_at, level, residuals) if book.replaces_dead else None
+        rows_at = partial(residuals, level) if book.replaces_dead else None
         steps.append(Step(book, count, total, chosen >= 0, rows_at, moves))
     return of_one_codebook(steps, residuals) if way.shared else steps
-
-
-def inputs_at(level: int, residuals, choice: Choice) -> Tensor:
-    return residuals(level, choice.row).float().masked_fill(~choice.mine.unsqueeze(-1), 0)
 
 
 def residuals_at(
@@ -133,9 +129,8 @@ def residuals_at(
     row: Tensor,  # [1, M]
 ) -> Tensor:  # [1, M, D]
     """A level's input at some rows, which the op does not keep."""
-    at = row.unsqueeze(-1)
-    residual = rows.gather(1, at.expand(*row.shape, rows.shape[-1])).to(torch.promote_types(rows.dtype, torch.float32))
-    chosen = indices.gather(1, at.expand(*row.shape, indices.shape[-1])).clamp_min(0)
+    residual = rows_at(rows, row).to(torch.promote_types(rows.dtype, torch.float32))
+    chosen = rows_at(indices, row).clamp_min(0)
     for before in range(level):
         residual = residual - codes[before][0, chosen[..., before]].to(residual.dtype)
     return residual

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -315,6 +316,20 @@ def test_a_shared_codebook_is_one():
     twin = residual_vq("shared")
     twin.load_state_dict(vq.state_dict())
     COPIES.same(twin.codebooks, books)
+
+
+def test_an_optimizer_in_place_moves_a_shared_codebook_once():
+    """By the gradient of all levels."""
+    rate = partial(torch.optim.SGD, lr=0.5)
+    options = {"learnable_codebook": True, "ema_update": False, "in_place_codebook_optimizer": rate}
+    vq = residual_vq("shared", **options)
+    codes, x = vq.layers[0].codebook.detach().clone(), torch.randn(1, 20, DIM)
+    _, indices, _ = vq(x)
+    expected, residual = codes.clone().requires_grad_(), x[0]
+    for chosen in indices[0].unbind(-1):
+        (residual - expected[chosen]).square().mean().backward()
+        residual = residual - codes[chosen]
+    assert_close(vq.layers[0].codebook, codes - 0.5 * expected.grad)
 
 
 # State

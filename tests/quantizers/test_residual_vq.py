@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import vqops
 from vqops import GroupedResidualVQ, ResidualVQ
 from vqops.quantizers.codebook import codebook as codebook_module
-from vqops.quantizers.codebook import steps
+from vqops.quantizers.codebook import moved, steps
 
 DIM, CODES, LEVELS = 6, 16, 3
 SIZES = {"dim": DIM, "codebook_size": CODES, "num_quantizers": LEVELS}
@@ -221,6 +221,35 @@ def test_a_beam_passes_by_places_without_a_code():
     assert (indices[0, 3] == -1).all() and quantized[0, 3].isnan().all()
     others = torch.arange(8) != 3
     assert quantized[0, others].isfinite().all() and ((indices[0, others] >= 0) & (indices[0, others] < 2)).all()
+
+
+# Implicit codes
+
+
+@pytest.mark.parametrize("beam_size", [None, 3])
+def test_blocks_of_implicit_codes_are_one(beam_size, monkeypatch):
+    vq = residual_vq(implicit_neural_codebook=True, beam_size=beam_size)
+    x, results = torch.randn(2, 10, DIM), []
+    for values in (1 << 22, 7 * CODES * DIM):
+        monkeypatch.setattr(moved, "BLOCK_VALUES", values)
+        vq.zero_grad()
+        given = x.clone().requires_grad_()
+        quantized, indices, losses = vq(given, mask=torch.arange(10).expand(2, 10) < 8)
+        (quantized.square().sum() + losses.sum()).backward()
+        results.append((quantized, losses, given.grad, *(p.grad for p in vq.parameters())))
+        results.append(indices)
+    assert_close(results[2], results[0])
+    INDICES.same(results[3], results[1])
+
+
+def test_a_step_of_implicit_codes_holds_no_codes_of_each_row():
+    """Of 4000 rows: 128 codes of 16 features for each would be 31 MB in one layer alone."""
+    vq = ResidualVQ(dim=16, codebook_size=128, num_quantizers=2, implicit_neural_codebook=True)
+    x = torch.randn(1, 4000, 16, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        vq(x)
+    assert max(kept) <= x.numel()
 
 
 # Dropout of levels

@@ -56,7 +56,8 @@ class ResidualVQ(nn.Module):
             same on all ranks; the others give index -1 and loss 0, and learn nothing.
         accept_image_fmap, accept_3d_fmap, channel_last: the axes of the input, as VectorQuantize has them.
         implicit_neural_codebook: QINCo (arXiv 2401.14732): from the second level on a network (`mlps`) moves the codes,
-            given the sum of the codes so far; the codes are learnable. Everything is of size N x K x D.
+            given the sum of the codes so far; the codes are learnable. All codes of a block of rows are made at a time,
+            and those chosen once more for the gradient.
         mlp_kwargs: of these networks, `dim_hidden` and `depth`.
         beam_size, eval_beam_size: keep so many paths (at most 32) from level to level, by the sum of their losses, and
             take the best at the end; in eval the second, by default the first. None or 1: the nearest code, level by

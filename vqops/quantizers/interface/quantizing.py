@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vqops.ops.checkpointing import check_first_run
 from vqops.quantizers.codebook.codebook import UpdateWeight
+from vqops.quantizers.codebook.moved import MovedCodes
 from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
 from vqops.quantizers.codebook.steps import Step, step_of
 from vqops.quantizers.interface.gradients import Passing, with_gradient
@@ -27,6 +28,8 @@ class Call(NamedTuple):
     ema_update: bool | None
     weight: UpdateWeight | None = None
     accumulate: bool = False
+    # A network that makes each row's codes of the shared ones and of its condition [H, N, D].
+    network: tuple[Callable[[Tensor, Tensor], Tensor], Tensor] | None = None
 
 
 class Quantization(NamedTuple):
@@ -97,9 +100,9 @@ class Quantizing(InPlaceOptimizer, WithLosses):
         in_place = None
         if self._optimizes(call):
             with torch.enable_grad():
-                searched = self._searched(rows, positions, True, call.transform)
+                searched = self._searched(rows, positions, True, call)
                 in_place = self._optimize_in_place(rows.detach(), searched, mask)
-        searched = self._searched(rows, positions, learning, call.transform)
+        searched = self._searched(rows, positions, learning, call)
 
         # In eval only the cross entropy reaches the input.
         given = rows if self.training else rows.detach()
@@ -139,12 +142,14 @@ class Quantizing(InPlaceOptimizer, WithLosses):
         return Passing(kind, temperature, self.numbers["directional_reparam_variance"], more)
 
     def _searched(
-        self, rows: Tensor, positions: tuple[int, ...], learn: bool, transform: Callable[[Tensor], Tensor] | None
-    ) -> SharedCodes | RowCodes:
-        if transform is None:
+        self, rows: Tensor, positions: tuple[int, ...], learn: bool, call: Call
+    ) -> SharedCodes | RowCodes | MovedCodes:
+        if call.transform is None and call.network is None:
             return self._codebook.searched(learn, rows)
         codes = self._codebook.codes(learn).clone()  # what the function keeps for its backward must not change
+        if call.network is not None:
+            return MovedCodes(codes, *call.network, self._codebook.metric, learn)
         with torch.autocast(codes.device.type, enabled=False):
-            made = self._layout.row_codes(transform(codes), positions, tuple(codes.shape))
+            made = self._layout.row_codes(call.transform(codes), positions, tuple(codes.shape))
         made = made if learn else made.detach()
         return RowCodes(unit(made) if self.use_cosine_sim else made, self._codebook.metric)

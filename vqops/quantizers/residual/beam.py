@@ -34,8 +34,7 @@ def quantize_by_beam(
     for level in range(levels):
         paths = residual.shape[1]
         kept = None if mask is None else mask.unsqueeze(-1).expand(1, N, paths).reshape(1, -1)
-        transform = way.transform(level, total.reshape(1, -1, D), positions[0])
-        call = calls[level]._replace(transform=transform)
+        call = way.of_level(level, calls[level], total.reshape(1, -1, D))
         found = way.layers[level]._quantize(residual.reshape(1, -1, D), kept, (*positions, paths), call)
         k = found.indices.shape[-1]
         quantized, chosen = found.quantized.view(N, paths, k, D), found.indices.view(N, paths, k)

@@ -38,16 +38,6 @@ class ImplicitCodes(nn.Module):
             h = h + layer(h)
         return F.normalize(h, dim=-1) if self.l2norm_output else h
 
-    def of_each(
-        self,
-        codes: Tensor,  # [H, K, D]
-        condition: Tensor,  # [H, N, D]
-        samples: int,
-    ) -> Tensor:  # [H, samples, N / samples, K, D]
-        """The codes of each row, in the axes of a codebook_transform_fn."""
-        rows = condition.unflatten(1, (samples, condition.shape[1] // max(samples, 1)))
-        return self(codes[:, None, None], rows.unsqueeze(3).to(codes.dtype))
-
 
 def moved_codes(
     codes: Tensor,  # [..., D]

@@ -34,9 +34,9 @@ class Way(NamedTuple):
     quant_grad_frac: float
     shared: bool  # whether all layers have one codebook
 
-    def transform(self, level: int, condition: Tensor, samples: int) -> Callable[[Tensor], Tensor] | None:
+    def of_level(self, level: int, call: Call, total: Tensor) -> Call:  # total [1, N, D], the codes so far
         network = self.networks[level]
-        return None if network is None else partial(network.of_each, condition=condition, samples=samples)
+        return call if network is None else call._replace(network=(network, total))
 
     def passed_on(self, quantized: Tensor) -> Tensor:
         """What is subtracted of a row, with so much of its gradient."""
@@ -62,7 +62,7 @@ def quantize_in_turn(
         layer, call, kept = way.layers[level], calls[level], mask
         if isinstance(levels, Tensor):
             kept = (level < levels).expand(rows.shape[:2]) if mask is None else mask & (level < levels)
-        call = call._replace(transform=way.transform(level, total, positions[0]))
+        call = way.of_level(level, call, total)
         goal = None if targets is None else targets[..., level]
         found = layer._quantize(residual, kept, positions, call, goal)
         inputs.append(residual.detach())

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from memory import LargestTemporaries
 from promises import COPIES, INDICES, ORDER, REPEATS
 from torch.testing import assert_close
 
 import vqops
-from vqops import reference
+from vqops import pytorch, reference
 from vqops.check.inputs import INF, NAN, SEARCHES
 from vqops.dispatch import library
 
@@ -113,8 +114,10 @@ def test_the_levels_one_by_one(implementation, dtype, metric, normalize):
             ORDER.same(found.sums, sums)
 
 
-def test_preparations_take_the_place_of_the_codebooks(implementation):
-    x, codebooks = torch.randn(300, 6), [torch.randn(K, 6) for K in (9, 5)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("N", [1, 40, 300])
+def test_preparations_take_the_place_of_the_codebooks(implementation, N, dtype):
+    x, codebooks = torch.randn(N, 64, dtype=dtype), [torch.randn(K, 64) for K in (9, 5)]
     prepared = [implementation.prepare(codebook) for codebook in codebooks]
     found = implementation.residual_quantize(x, prepared)
     ORDER.same(found, implementation.residual_quantize(x, codebooks))
@@ -444,3 +447,17 @@ def test_without_gradients_nothing_is_kept():
     REPEATS.same(found[:3], torch.ops.vqops.residual_quantize(x, codebooks)[:3])
     with pytest.raises(RuntimeError, match="residual_quantize: a gradient is needed, so call it with snapshot=True"):
         torch.ops.vqops.residual_quantize(x.requires_grad_(), codebooks, *options)
+
+
+@pytest.mark.parametrize("module", [reference, pytorch], ids=["reference", "pytorch"])
+def test_memory_does_not_grow_with_levels(module):
+    """But for the indices."""
+    N, D, K = 4000, 16, 500
+    x, codebooks = torch.randn(1, N, D), torch.randn(8, 1, K, D)
+    most = []
+    for levels in (2, 8):
+        with LargestTemporaries() as memory:
+            module.residual_quantize(x, list(codebooks[:levels]), snapshot=False)
+        most.append(memory.most)
+    assert N * D * 4 < most[0] <= 64 * 2**20
+    assert most[1] - most[0] <= 6 * 8 * N

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from benchmarks import cases, growth, modules, soft
+from benchmarks import cases, growth, levels, modules, soft
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.rows import label
-from benchmarks.shapes import CALLS, PLAIN, SEARCHES, SHAPES, STEPS, Shape
+from benchmarks.shapes import CALLS, PLAIN, RESIDUALS, SEARCHES, SHAPES, STEPS, Shape
 
 OFFSETS = (0.0, 10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
@@ -90,6 +90,13 @@ def quantize(run: Run) -> Iterator[Task]:
         yield run.timed(cases.quantize_forward(shape, run.device))
         for gradient in ("straight_through", "rotation"):
             yield run.timed(cases.quantize_backward(shape, run.device, gradient))
+
+
+def residual(run: Run) -> Iterator[Task]:
+    for shape in run.sized({run.device: list(RESIDUALS)}):
+        number = RESIDUALS[shape.N(run.device), shape.D, shape.K]
+        for code_sums in (False, True):
+            yield run.timed(levels.residual_quantize(shape, run.device, number, code_sums))
 
 
 def assignments(run: Run) -> Iterator[Task]:
@@ -179,7 +186,5 @@ def memory(run: Run) -> Iterator[Task]:
         yield Task(f"memory of {op}", partial(growth.memory, op, run.device, run.quick))
 
 
-STAGES = {
-    stage.__name__: stage
-    for stage in (search, statistics, quantize, assignments, steps, kernels, plain, exactness, growing, memory)
-}
+PARTS = search, statistics, quantize, residual, assignments, steps, kernels, plain, exactness, growing, memory
+STAGES = {stage.__name__: stage for stage in PARTS}

@@ -75,3 +75,5 @@ CALLS = [(75, 128, 1024), (13, 256, 2048), (256, 8, 16384), (1, 256, 2048)]
 STEPS = {"cpu": [(32768, 128, 1024)], "cuda": [(2**20, 64, 512), (2**20, 128, 1024)]}
 # Those of plain PyTorch: products that take all the time, and comparisons that do.
 PLAIN = [(4096, 256, 1024), (32768, 64, 512), (65536, 64, 1024), (2048, 8, 16384)]
+# Levels of residual quantizers: of EnCodec, DAC, Mimi, and semantic IDs.
+RESIDUALS = {(32768, 128, 1024): 8, (32768, 8, 1024): 9, (8192, 256, 2048): 32, (4096, 32, 256): 3}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vqops
-from benchmarks import baselines, cases, modules, soft
+from benchmarks import baselines, cases, levels, modules, soft
 from benchmarks.baselines import Unavailable
 from benchmarks.shapes import SEARCHES, SHAPES, Shape
 
@@ -38,6 +38,7 @@ SUMS = [*implementations("code_sums"), *baselines.SUMS]
 UPDATE = [*implementations("ema_update_"), "PyTorch"]
 FORWARD = [*implementations("quantize"), "PyTorch, addmm + argmin"]
 BACKWARD = [*implementations("quantize_backward"), "PyTorch"]
+LEVELS = [*implementations("residual_quantize"), "vqops.quantize a level", "searches alone"]
 ROTATION = every(cases.quantize_backward, gradient="rotation")
 STEPS = ["vqops", *baselines.STEPS]
 EVALUATION = ["vqops", "addmm + argmin + lookup", "vector-quantize-pytorch"]
@@ -51,6 +52,7 @@ TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
     ("quantize-forward", every(cases.quantize_forward), FORWARD, cases.STATISTICS, DTYPES),
     ("quantize-backward-straight_through", every(cases.quantize_backward), BACKWARD, cases.STATISTICS, FLOAT32),
     ("quantize-backward-rotation", ROTATION, BACKWARD, cases.STATISTICS, FLOAT32),
+    ("residual_quantize", every(levels.residual_quantize, levels=4), LEVELS, ("EnCodec", "DAC", "RQ-VAE"), FLOAT32),
     ("VectorQuantize-training", modules.training_step, STEPS, modules.STEPS, FLOAT32),
     *((op, partial(soft.assignments, op), ["vqops", "PyTorch, cdist"], cases.STATISTICS, FLOAT32) for op in soft.OPS),
     ("VectorQuantize-evaluation", modules.evaluation, EVALUATION, modules.STEPS, FLOAT32),

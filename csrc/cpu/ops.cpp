@@ -299,11 +299,17 @@ std::tuple<Tensor, Tensor> residual_quantize_backward(
                         indices.dim() == 3 && indices.size(0) == H && indices.size(1) == N && indices.size(2) == Q &&
                         indices.scalar_type() == ScalarType::Long,
                     op, ": sizes must add up to the codes, and indices be int64 [H, N, Q]");
+    const auto is = [](const OptionalTensor& t, const std::vector<int64_t>& shape) {
+        return !t || (t->dim() == int64_t(shape.size()) && std::equal(shape.begin(), shape.end(), t->sizes().begin()));
+    };
+    STD_TORCH_CHECK(is(grad_quantized, {H, N, x.size(2)}) && is(grad_error, {H, Q}), op,
+                    ": gradients must have the shapes of quantized [H, N, D] and error [H, Q]");
     const int64_t* chosen = static_cast<const int64_t*>(indices.const_data_ptr());
-    for (int64_t i = 0; i < H * N * Q; i++) {
-        const bool right = chosen[i] >= -1 && chosen[i] < sizes[i % Q];
-        check_index(op, right ? -1 : i / Q, sizes[i % Q]);
-    }
+    for (int64_t row = 0; row < H * N; row++)
+        for (int64_t l = 0; l < Q; l++) {
+            const int64_t k = chosen[row * Q + l];
+            if (k < -1 || k >= sizes[l]) check_index(op, row, sizes[l]);
+        }
     const Rows quantized = grad_quantized ? rows_of(op, *grad_quantized) : Rows{};
     const Rows error = grad_error ? rows_of(op, *grad_error) : Rows{};
     Tensor grad_x = new_or_unused(x, x_needed), grad_codebooks = new_or_unused(codebooks, codebooks_needed);

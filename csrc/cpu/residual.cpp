@@ -1,6 +1,6 @@
 // Residual quantization: a task takes some rows through all levels, while what is left of them stays in cache.
 //
-// One task: one or a few runs of 256 rows, or a piece of one where there are few. Per level it searches its rows in the
+// One task: at most eight runs of 256 rows, or a piece of one where there are few. Per level it searches its rows in the
 // blocks of the screening pass (screen.h) and takes their codes off, so that a codebook comes from memory once per
 // level and task. Read: x once. Written: quantized, indices and one error per level and run, each once.
 // Few rows without preparations are searched level by level by all threads together.
@@ -18,29 +18,54 @@
 namespace vqops {
 namespace {
 
-// One error per row, level after level, of some rows of one run; and their sums.
-struct RunErrors {
-    static int64_t size(const ResidualInputs& in) { return in.Q() * kRun; }
+constexpr int64_t kTasksPerThread = 4;   // so that threads end together
+constexpr int64_t kRunsPerTask = 8;      // a codebook comes from memory once for all rows of a task: 2 to 5 % over one
+constexpr int64_t kTaskBytes = 2 << 20;  // of what is left of them
 
-    static void add(const ResidualInputs& in, const double* errors, int64_t count, double* sums) {
-        for (int64_t l = 0; l < in.running; l++)
-            for (int64_t i = 0; i < count; i++) sums[l] += errors[l * kRun + i];
+// How the rows of a head are cut: in groups of runs, and a group in tasks.
+struct Cut {
+    Cut(const ResidualInputs& in, int64_t threads) {
+        const int64_t wanted = kTasksPerThread * threads, runs = in.H * ((in.N + kRun - 1) / kRun);
+        const int64_t fitting = kTaskBytes / (kRun * in.D * bytes_of(in.real()));
+        group = kRun * std::clamp<int64_t>(std::min(fitting, runs / wanted), 1, kRunsPerTask);
+        groups = (in.N + group - 1) / group;
+        const int64_t pieces = (wanted + runs - 1) / std::max<int64_t>(runs, 1);
+        task = std::min(group, round_up((group + pieces - 1) / pieces, instructions().tile));
+        per_group = (group + task - 1) / task;
     }
+
+    int64_t group, task;        // rows of each
+    int64_t groups, per_group;  // groups of a head, tasks of a group
 };
 
-// How the rows are cut into tasks.
-struct Tasks {
-    Tasks(const ResidualInputs& in, int64_t threads) : runs((in.N + kRun - 1) / kRun) {
-        const int64_t tile = instructions().tile, wanted = kTasksPerThread * threads;
-        const int64_t pieces = in.H * runs >= wanted ? 1 : (wanted + in.H * runs - 1) / std::max<int64_t>(in.H * runs, 1);
-        rows = pieces == 1 ? kRun : std::min<int64_t>(kRun, round_up((kRun + pieces - 1) / pieces, tile));
-        per_run = (kRun + rows - 1) / rows;
+// The errors of rows, [Q, group], and their sums.
+class Errors {
+public:
+    Errors(const ResidualInputs& in, int64_t group)
+        : in_(in), group_(group), runs_((in.N + kRun - 1) / kRun), sums_(in.H * runs_ * in.Q()) {}
+
+    int64_t size() const { return in_.Q() * group_; }
+
+    // Those of rows n to n + count, of a group that begins with row n.
+    void add(int64_t h, int64_t n, int64_t count, const double* errors) {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t l = 0; l < in_.running; l++)
+                sums_[(h * runs_ + (n + i) / kRun) * in_.Q() + l] += errors[l * group_ + i];
     }
 
-    static constexpr int64_t kTasksPerThread = 4;
-    int64_t runs;     // of a head
-    int64_t per_run;  // tasks of a run
-    int64_t rows;     // of a task
+    void write(void* error) const {
+        for (int64_t h = 0; h < in_.H; h++)
+            for (int64_t l = 0; l < in_.Q(); l++) {
+                double sum = 0;
+                for (int64_t r = 0; r < runs_; r++) sum += sums_[(h * runs_ + r) * in_.Q() + l];
+                write_value(error, in_.real(), h * in_.Q() + l, sum);
+            }
+    }
+
+private:
+    const ResidualInputs& in_;
+    const int64_t group_, runs_;
+    std::vector<double> sums_;
 };
 
 // What a task needs of its thread.
@@ -50,10 +75,12 @@ public:
     Worker(const ResidualInputs& in, const ResidualResult& result, int64_t rows)
         : in_(in), result_(result), left_(in, rows), shape_{1, rows, 0, in.D, in.cosine}, x_(left_.as_rows()),
           codebook_(in.levels[0].codebook), mask_(left_.mask()), found_{left_.indices(), 1, nullptr, nullptr},
-          block_(rows_of_block(in.D, rows)), screen_(shape_, x_, codebook_, mask_, found_, block_) {}
+          most_(rows_of_block(in.D, rows)), screen_(shape_, x_, codebook_, mask_, found_, most_) {}
 
-    // Rows [begin, end) of head h through all levels; errors as RunErrors has them.
-    void run(int64_t h, int64_t begin, int64_t end, double* errors) {
+    // Rows [begin, end) of head h through all levels; the errors of a level are `stride` from those of the next.
+    void run(int64_t h, int64_t begin, int64_t end, double* errors, int64_t stride) {
+        const int64_t count = end - begin, blocks = (count + most_ - 1) / most_;
+        const int64_t block = std::min(most_, round_up((count + blocks - 1) / blocks, instructions().tile));
         left_.read(h, begin, end);
         for (int64_t l = 0; l < in_.running; l++) {
             const Level& level = in_.levels[l];
@@ -61,9 +88,8 @@ public:
             codebook_ = level.codebook.from(h, 0);
             const char* memory = static_cast<const char*>(level.packed) + h * Packed::bytes(level.K, in_.D);
             const Packed packed(memory, level.K, in_.D);
-            for (int64_t i = 0; i < end - begin; i += block_)
-                screen_.run(0, i, std::min(i + block_, end - begin), packed);
-            left_.take_off(codebook_, l, result_.indices, errors + l * kRun);
+            for (int64_t i = 0; i < count; i += block) screen_.run(0, i, std::min(i + block, count), packed);
+            left_.take_off(codebook_, l, result_.indices, errors + l * stride);
         }
         left_.write(result_);
     }
@@ -77,46 +103,37 @@ private:
     Rows x_, codebook_;
     RowMask mask_;
     SearchResult found_;
-    const int64_t block_;
+    const int64_t most_;
     Screen screen_;
 };
 
-void write_errors(const ResidualInputs& in, const std::vector<double>& sums, int64_t runs, void* error) {
-    for (int64_t h = 0; h < in.H; h++)
-        for (int64_t l = 0; l < in.Q(); l++) {
-            double sum = 0;
-            for (int64_t r = 0; r < runs; r++) sum += sums[(h * runs + r) * in.Q() + l];
-            write_value(error, in.real(), h * in.Q() + l, sum);
-        }
-}
-
 template <class T>
 void many(const ResidualInputs& in, const ResidualResult& result, const Parallel& parallel) {
-    const Tasks cut(in, parallel.threads);
-    const int64_t tasks = in.H * cut.runs * cut.per_run, Q = in.Q();
-    std::vector<double> sums(in.H * cut.runs * Q);
-    // Of runs that several threads share, which are few.
-    std::vector<double> shared(cut.per_run > 1 ? in.H * cut.runs * RunErrors::size(in) : 0);
+    const Cut cut(in, parallel.threads);
+    const int64_t groups = in.H * cut.groups, tasks = groups * cut.per_group;
+    const bool shared = cut.per_group > 1;
+    Errors sums(in, cut.group);
+    std::vector<double> of_all(shared ? groups * sums.size() : 0);  // groups that threads share are few
+    const auto rows_from = [&](int64_t n) { return std::min(cut.group, in.N - n); };
     std::atomic<int64_t> next{0};
     parallel.over(std::min<int64_t>(parallel.threads, tasks), [&](int64_t, int64_t) {
         const DefaultFloatMode mode;
-        Worker<T> worker(in, result, cut.rows);
-        std::vector<double> own(cut.per_run > 1 ? 0 : RunErrors::size(in));
-        for (int64_t task; (task = next++) < tasks;) {
-            const int64_t run = task / cut.per_run, h = run / cut.runs, first = run % cut.runs * kRun;
-            const int64_t offset = task % cut.per_run * cut.rows, last = std::min(first + kRun, in.N);
-            const int64_t begin = first + offset, end = std::min(begin + cut.rows, last);
+        Worker<T> worker(in, result, cut.task);
+        std::vector<double> own(shared ? 0 : sums.size());
+        for (int64_t number; (number = next++) < tasks;) {
+            const int64_t group = number / cut.per_group, h = group / cut.groups, n = group % cut.groups * cut.group;
+            const int64_t begin = number % cut.per_group * cut.task, end = std::min(begin + cut.task, rows_from(n));
             if (begin >= end) continue;
-            double* errors = cut.per_run > 1 ? &shared[run * RunErrors::size(in)] : own.data();
-            worker.run(h, begin, end, errors + offset);
-            if (cut.per_run == 1) RunErrors::add(in, errors, end - begin, &sums[run * Q]);
+            double* errors = shared ? &of_all[group * sums.size()] : own.data();
+            worker.run(h, n + begin, n + end, errors + begin, cut.group);
+            if (!shared) sums.add(h, n, end, errors);
         }
     });
-    for (int64_t run = 0; run < in.H * cut.runs && cut.per_run > 1; run++) {
-        const int64_t count = std::min<int64_t>(kRun, in.N - run % cut.runs * kRun);
-        RunErrors::add(in, &shared[run * RunErrors::size(in)], count, &sums[run * Q]);
+    for (int64_t group = 0; shared && group < groups; group++) {
+        const int64_t n = group % cut.groups * cut.group;
+        sums.add(group / cut.groups, n, rows_from(n), &of_all[group * sums.size()]);
     }
-    write_errors(in, sums, cut.runs, result.error);
+    sums.write(result.error);
 }
 
 // At most kUnpreparedRows.
@@ -125,7 +142,8 @@ void few(const ResidualInputs& in, const ResidualResult& result, const Parallel&
     static_assert(kUnpreparedRows <= kRun);
     const DefaultFloatMode mode;
     LevelRows<T> left(in, in.N);
-    std::vector<double> errors(RunErrors::size(in)), sums(in.H * in.Q());
+    Errors sums(in, kRun);
+    std::vector<double> errors(sums.size());
     for (int64_t h = 0; h < in.H; h++) {
         left.read(h, 0, in.N);
         for (int64_t l = 0; l < in.running; l++) {
@@ -138,9 +156,9 @@ void few(const ResidualInputs& in, const ResidualResult& result, const Parallel&
             left.take_off(codebook, l, result.indices, &errors[l * kRun]);
         }
         left.write(result);
-        RunErrors::add(in, errors.data(), in.N, &sums[h * in.Q()]);
+        sums.add(h, 0, in.N, errors.data());
     }
-    write_errors(in, sums, 1, result.error);
+    sums.write(result.error);
 }
 
 template <class T>

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, cases, compare, correctness, growth, memory, modules, soft
+from benchmarks import baselines, cases, compare, correctness, growth, levels, memory, modules, soft
 from benchmarks.__main__ import main
 from benchmarks.measure import measure
 from benchmarks.rows import folder_of
@@ -58,6 +58,7 @@ def test_a_run_writes_whole_rows(tmp_path, capsys):
         cases.quantize_forward,
         cases.quantize_backward,
         lambda *given: cases.quantize_backward(*given, "rotation"),
+        partial(levels.residual_quantize, levels=3, code_sums=True),
         modules.training_step,
         modules.evaluation,
         *(partial(soft.assignments, op) for op in soft.OPS),

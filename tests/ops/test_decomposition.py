@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from promises import INDICES, ORDER
+from torch.testing import assert_close
 
 import vqops
 from vqops import reference
@@ -47,6 +48,21 @@ def test_decides_as_the_reference(K, D, dtype, metric):
             ORDER.same(distances, far, equal_nan=True)
 
 
+@pytest.mark.parametrize("metric, normalize", [("euclidean", True), ("cosine", True), ("cosine", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_levels_are_those_of_the_reference(dtype, metric, normalize):
+    """But for the order in which errors add up."""
+    for N in (0, 90):
+        x, c = vectors(dtype, 65, 9, N)
+        codebooks = [c, c[:, :5] / 2, c[:, 4:12]]
+        for levels in (None, torch.tensor(2)):
+            options = torch.rand(2, N) > 0.2, levels, metric, "none", True, True, 0.0, normalize
+            found = decomposition.residual_quantize(x, codebooks, *options)
+            expected = reference.residual_quantize(x, codebooks, *options)
+            ORDER.same([*found[:2], *found[3:]], [*expected[:2], *expected[3:]], equal_nan=True)
+            assert_close(found[2], expected[2], equal_nan=True)
+
+
 def test_no_code_that_is_finite():
     x, c = torch.randn(1, 4, 2), torch.full((1, 70, 2), math.nan)
     INDICES.same(decomposition.nearest(x, c), torch.full((1, 4), -1))
@@ -62,12 +78,13 @@ def test_a_code_whose_distance_overflows_is_one():
     INDICES.same(decomposition.nearest_topk(x, c, 3)[0], torch.tensor([[[1, 2, -1]]]))
 
 
-@pytest.mark.parametrize("name", ["nearest", "nearest_topk", "quantize"])
+@pytest.mark.parametrize("name", ["nearest", "nearest_topk", "quantize", "residual_quantize"])
 def test_only_an_export_to_onnx_gets_it(name, monkeypatch):
     calls = {
         "nearest": lambda x: vqops.nearest(x, c),
         "nearest_topk": lambda x: vqops.nearest_topk(x, c, 2),
         "quantize": lambda x: tuple(vqops.quantize(x, c)),
+        "residual_quantize": lambda x: tuple(vqops.residual_quantize(x, [c, c / 2])[:3]),
     }
     c = torch.randn(9, 4)
     module = torch.nn.Module()

@@ -51,6 +51,8 @@ def test_searches(case):
         vqops.nearest_topk(arguments[0], arguments[1], 1, *arguments[2:])
     with pytest.raises(error, match=f"quantize: .*{message}"):
         vqops.quantize(*arguments[:3], None, *arguments[3:])
+    with pytest.raises(error, match=f"residual_quantize: .*{message}"):
+        vqops.residual_quantize(arguments[0], [arguments[1]], arguments[2], None, arguments[3])
     if arguments[2] is None:
         with pytest.raises(error, match=f"search_statistics: .*{message}"):
             vqops.search_statistics(arguments[0], arguments[1], arguments[3])
@@ -119,6 +121,67 @@ OTHERS = {
     ),
     "k above K": (lambda: vqops.nearest_topk(x, c, 4), ValueError, r"k must be from 1 to min\(K=3, 32\), got 4"),
     "gradient": (lambda: vqops.quantize(x, c, gradient="ste"), ValueError, "gradient must be one of .*got 'ste'"),
+    "no level": (
+        lambda: vqops.residual_quantize(x, []),
+        ValueError,
+        "residual_quantize: codebooks must have from 1 to 64 levels, got 0",
+    ),
+    "one codebook for all levels": (
+        lambda: vqops.residual_quantize(x, c),
+        ValueError,
+        r"residual_quantize: codebooks must be \[Q, K, D\] or a list of codebooks, got \[3, 4\]",
+    ),
+    "a preparation for all levels": (
+        lambda: vqops.residual_quantize(x, vqops.prepare(c)),
+        TypeError,
+        r"codebooks must be a tensor \[Q, K, D\] or a list of codebooks, got PreparedCodebook",
+    ),
+    "D of a level": (
+        lambda: vqops.residual_quantize(x, [c, torch.zeros(3, 5)]),
+        ValueError,
+        "residual_quantize: codebook has D=5, x has D=4",
+    ),
+    "dtypes of levels": (
+        lambda: vqops.residual_quantize(x, [c, c.double()]),
+        ValueError,
+        r"one dtype and number of axes, got torch.float32 \[3, 4\] for level 0, torch.float64 \[3, 4\] for level 1",
+    ),
+    "axes of levels": (
+        lambda: vqops.residual_quantize(heads_x, [heads_c, c]),
+        ValueError,
+        r"one dtype and number of axes, got torch.float32 \[2, 3, 4\] for level 0, torch.float32 \[3, 4\] for level 1",
+    ),
+    "more levels than codebooks": (
+        lambda: vqops.residual_quantize(x, [c], levels=2),
+        ValueError,
+        "residual_quantize: levels must be from 0 to the number of codebooks, 1, got 2",
+    ),
+    "negative levels": (lambda: vqops.residual_quantize(x, [c], levels=-1), ValueError, "levels must be from .*got -1"),
+    "levels of floats": (
+        lambda: vqops.residual_quantize(x, [c], levels=1.0),
+        TypeError,
+        "levels must be an int or an int64 tensor, got float",
+    ),
+    "a tensor of float levels": (
+        lambda: vqops.residual_quantize(x, [c], levels=torch.ones(())),
+        TypeError,
+        "levels must be an int or an int64 tensor, got torch.float32",
+    ),
+    "several levels": (
+        lambda: vqops.residual_quantize(x, [c], levels=torch.ones(2, dtype=torch.int64)),
+        ValueError,
+        r"residual_quantize: levels must have shape \(\) = \[\], got \[2\]",
+    ),
+    "levels elsewhere": (
+        lambda: vqops.residual_quantize(x, [c], levels=torch.ones((), dtype=torch.int64, device="meta")),
+        ValueError,
+        "residual_quantize: levels is on meta, x is on cpu",
+    ),
+    "gradient of levels": (
+        lambda: vqops.residual_quantize(x, [c], gradient="ste"),
+        ValueError,
+        "residual_quantize: gradient must be one of .*got 'ste'",
+    ),
     "shape of the weight": (
         lambda: vqops.quantize(x, c, weight=torch.ones(4)),
         ValueError,
@@ -215,6 +278,17 @@ def test_compiled_kernels_check_for_themselves():
         lambda: ops.code_sums(rows, torch.full((1, 5), 3), 3),
         lambda: ops.nearest(rows, torch.zeros(1, 3, 4), None, "euclidean", torch.zeros(8, dtype=torch.uint8)),
         lambda: ops.nearest(rows.long(), torch.zeros(1, 3, 4)),
+        lambda: ops.residual_quantize(rows, []),
+        lambda: ops.residual_quantize(rows, [torch.zeros(1, 3, 4), torch.zeros(1, 3, 5)]),
+        lambda: ops.residual_quantize(rows, [torch.zeros(1, 3, 4), torch.zeros(1, 3, 4).double()]),
+        lambda: ops.residual_quantize(rows, [torch.zeros(1, 3, 4)], None, torch.ones(())),
+        lambda: ops.residual_quantize(rows.repeat(1, 50, 1), [torch.zeros(1, 3, 4)], prepared=[torch.zeros(8).byte()]),
+        lambda: ops.residual_quantize(rows, [torch.zeros(1, 3, 4)], prepared=[]),
+        lambda: ops.residual_quantize_backward(rows, None, rows, rows, [4], torch.zeros(1, 5, 1).long()),
+        lambda: ops.residual_quantize_backward(rows, None, rows, rows, [5], torch.full((1, 5, 1), 5)),
+        lambda: ops.residual_quantize_backward(rows, None, rows, rows, [5], torch.zeros(1, 5, 2).long()),
+        lambda: ops.residual_quantize_backward(rows[:, :4], None, rows, rows, [5], torch.zeros(1, 5, 1).long()),
+        lambda: ops.residual_quantize_backward(None, rows, rows, rows, [5], torch.zeros(1, 5, 1).long()),
     ):
         with pytest.raises(RuntimeError) as refused:
             wrong()

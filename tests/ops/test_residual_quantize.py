@@ -2,19 +2,39 @@
 
 import pytest
 import torch
-from promises import COPIES, INDICES, ORDER
+from memory import LargestTemporaries
+from promises import COPIES, INDICES, ORDER, REPEATS
 from torch.testing import assert_close
 
 import vqops
-from vqops.check.inputs import INF, NAN
+from vqops import pytorch, reference
+from vqops.check.inputs import INF, NAN, SEARCHES
 from vqops.dispatch import library
+
+WAYS = (("euclidean", True), ("cosine", True), ("cosine", False))  # the metric, and normalize
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+TINY = 1e-6
+
+
+def having_the_op(implementation):
+    if not library.has("residual_quantize", implementation.name):
+        pytest.skip(f"no kernel of {implementation.name}")
+    return implementation
 
 
 @pytest.fixture
 def implementation(implementation):
-    if not library.has("residual_quantize", implementation.name):
-        pytest.skip(f"no kernel of {implementation.name}")
-    return implementation
+    return having_the_op(implementation)
+
+
+@pytest.fixture
+def kernel(kernel):
+    return having_the_op(kernel)
+
+
+def on_cpu(found):
+    """All results, one behind the other."""
+    return [t.cpu() for field in found for t in (field if isinstance(field, list) else [field])]
 
 
 def test_by_hand(implementation):
@@ -76,8 +96,8 @@ def loop(implementation, x, codebooks, mask=None, metric="euclidean", normalize=
     return total.to(x.dtype), torch.stack(indices, -1), torch.stack(errors, -1), [*counts], [*sums]
 
 
-@pytest.mark.parametrize("metric, normalize", [("euclidean", True), ("cosine", True), ("cosine", False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric, normalize", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_levels_one_by_one(implementation, dtype, metric, normalize):
     for heads, sizes in (((), (9, 5, 17)), ((2,), (3, 1, 40))):
         x = torch.randn(*heads, 600, 6).to(dtype)
@@ -94,10 +114,350 @@ def test_the_levels_one_by_one(implementation, dtype, metric, normalize):
             ORDER.same(found.sums, sums)
 
 
-def test_preparations_take_the_place_of_the_codebooks(implementation):
-    x, codebooks = torch.randn(300, 6), [torch.randn(K, 6) for K in (9, 5)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("N", [1, 40, 300])
+def test_preparations_take_the_place_of_the_codebooks(implementation, N, dtype):
+    x, codebooks = torch.randn(N, 64, dtype=dtype), [torch.randn(K, 64) for K in (9, 5)]
     prepared = [implementation.prepare(codebook) for codebook in codebooks]
     found = implementation.residual_quantize(x, prepared)
     ORDER.same(found, implementation.residual_quantize(x, codebooks))
     with pytest.raises(TypeError, match="residual_quantize: all codebooks must be prepared or none, got 1 of 2"):
         vqops.residual_quantize(x, [prepared[0], codebooks[1]], implementation=implementation.name)
+
+
+@pytest.mark.parametrize("metric, normalize", WAYS)
+@pytest.mark.parametrize("case", SEARCHES)
+def test_forward(kernel, case, metric, normalize):
+    """To the last bit, also of the errors' sums."""
+    x, c = SEARCHES[case]()
+    codebooks = [c, c.flip(1) / 2, c[:, : max(1, c.shape[1] // 3)] / 4, torch.zeros_like(c)]
+    mask = torch.rand(x.shape[:2]) > 0.1
+    for kept, levels in ((None, None), (mask, 3)):
+        how = {"metric": metric, "normalize": normalize, "levels": levels, "code_sums": True}
+        found = kernel.residual_quantize(x, codebooks, kept, **how)
+        expected = vqops.residual_quantize(x, codebooks, kept, **how, implementation="reference")
+        ORDER.same(on_cpu(found), on_cpu(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("N", [0, 1, 96, 97, 255, 256, 257, 1500, 3000])
+def test_errors_add_up_in_runs(kernel, N):
+    """However rows are cut into blocks: the order is one."""
+    x, codebooks = torch.randn(2, N, 3), [torch.randn(2, K, 3) for K in (20, 5)]
+    found = kernel.residual_quantize(x, codebooks, code_sums=True)
+    expected = vqops.residual_quantize(x, codebooks, code_sums=True, implementation="reference")
+    ORDER.same(on_cpu(found), on_cpu(expected))
+
+
+def test_the_sum_of_an_error_is_in_float64(implementation):
+    """One far row, then many whose errors a float32 sum would lose."""
+    x = torch.full((3000, 1), 1.0)
+    x[0] = 2.0**14
+    found = implementation.residual_quantize(x, [torch.zeros(1, 1)])
+    assert found.error.item() == torch.tensor(2.0**28 + 2999).item()
+
+
+@pytest.mark.parametrize("codebook_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_types(kernel, dtype, codebook_dtype):
+    x, codebooks = torch.randn(2, 300, 6).to(dtype), [torch.randn(2, K, 6).to(codebook_dtype) for K in (9, 4)]
+    found = kernel.residual_quantize(x, codebooks, code_sums=True)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    types = [dtype, torch.int64, real, torch.int64, torch.int64, torch.float32, torch.float32]
+    assert [t.dtype for t in on_cpu(found)] == types
+    expected = vqops.residual_quantize(x, codebooks, code_sums=True, implementation="reference")
+    ORDER.same(on_cpu(found), on_cpu(expected))
+
+
+def test_residuals_are_float32_whatever_x_is(implementation):
+    """In bfloat16, 1.0078125 - 1.0 - 0.0078125 would not be 0 after a second code of 7 bits less."""
+    x = torch.tensor([[1.0 + 2.0**-7]], dtype=torch.bfloat16)
+    codebooks = [torch.tensor([[1.0 + 2.0**-20]]), torch.tensor([[2.0**-7], [2.0**-7 - 2.0**-20]])]
+    found = implementation.residual_quantize(x, codebooks)
+    assert found.indices.tolist() == [[0, 1]] and found.error[1] == 0
+    assert_close(found.error[0].item(), (2.0**-7 - 2.0**-20) ** 2)
+
+
+def test_codes_of_float64_are_taken_off_in_float64(implementation):
+    x = torch.tensor([[1.0]])
+    codebooks = [torch.tensor([[1.0 - 2.0**-40]], dtype=torch.float64)]
+    codebooks.append(torch.tensor([[0.0], [2.0**-40]], dtype=torch.float64))
+    assert implementation.residual_quantize(x, codebooks).indices.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("N", [20, 700])
+def test_rows_and_codes_of_any_strides(implementation, N):
+    x = torch.randn(3, 6, 2 * N)[..., ::2].mT
+    codebooks = [torch.randn(6, 3, 10).permute(1, 2, 0), torch.randn(3, 8, 12)[:, ::2, ::2]]
+    mask = (torch.rand(N, 3) > 0.3).mT
+    found = implementation.residual_quantize(x, codebooks, mask, code_sums=True)
+    plain = [t.contiguous() for t in (x, *codebooks, mask)]
+    expected = implementation.residual_quantize(plain[0], plain[1:3], plain[3], code_sums=True)
+    ORDER.same(on_cpu(found), on_cpu(expected))
+
+
+@pytest.mark.parametrize("N", [30, 300])
+def test_rows_in_any_axes(implementation, N):
+    x, codebooks = torch.randn(2, N, 3, 5), torch.randn(4, 7, 5)
+    mask = torch.rand(2, N, 3) > 0.5
+    found = implementation.residual_quantize(x, codebooks, mask)
+    assert found.quantized.shape == x.shape and found.indices.shape == (2, N, 3, 4) and found.error.shape == (4,)
+    flat = implementation.residual_quantize(x.view(-1, 5), list(codebooks), mask.view(-1))
+    ORDER.same([found.quantized.view(-1, 5), found.indices.view(-1, 4), found.error], list(flat[:3]))
+
+
+@pytest.mark.parametrize("N", [50, 600])
+@pytest.mark.parametrize("levels", range(5))
+def test_levels_that_run(implementation, N, levels):
+    """The first ones alone give the same codes, and nothing of the others is there. A tensor may name more."""
+    x, codebooks = torch.randn(N, 4), [torch.randn(6, 4) / 2**level for level in range(4)]
+    given = torch.tensor(levels if levels < 4 else 9, device=implementation.device)
+    found = implementation.residual_quantize(x, codebooks, levels=given, code_sums=True)
+    INDICES.same(found.indices[:, levels:], torch.full_like(found.indices[:, levels:], -1))
+    assert not found.error[levels:].any()
+    assert not any(t.any() for t in [*found.counts[levels:], *found.sums[levels:]])
+    if levels == 0:
+        assert not found.quantized.any()
+    else:
+        first = implementation.residual_quantize(x, codebooks[:levels], code_sums=True)
+        COPIES.same(found.quantized, first.quantized)
+        INDICES.same(found.indices[:, :levels], first.indices)
+        ORDER.same([found.error[:levels], *found.sums[:levels]], [first.error, *first.sums])
+
+
+def test_many_levels(implementation):
+    x, codebooks = torch.randn(400, 3), torch.randn(64, 4, 3) / 2 ** torch.arange(64.0)[:, None, None].clamp_max(20)
+    found = implementation.residual_quantize(x, codebooks)
+    INDICES.same(found.indices, loop(implementation, x, codebooks)[1])
+    with pytest.raises(ValueError, match="codebooks must have from 1 to 64 levels, got 65"):
+        implementation.residual_quantize(x, torch.zeros(65, 4, 3))
+
+
+@pytest.mark.parametrize("N", [60, 400])
+def test_a_row_that_is_lost_at_a_level(implementation, N):
+    """At the second level no code is finite: rows stay in the statistics of the first."""
+    x, codebooks = torch.randn(N, 3), [torch.randn(5, 3), torch.full((2, 3), NAN), torch.randn(5, 3)]
+    mask = torch.arange(N) != 1
+    found = implementation.residual_quantize(x, codebooks, mask, code_sums=True)
+    assert (found.indices[mask, 0] >= 0).all() and (found.indices[:, 1:] == -1).all()
+    assert found.quantized[mask].isnan().all() and not found.quantized[~mask].any()
+    assert found.error[0].isfinite() and found.error[1:].isnan().all()
+    assert [int(t.sum()) for t in found.counts] == [N - 1, 0, 0]
+
+
+@pytest.mark.parametrize("N", [40, 300, 5000])
+def test_the_same_from_any_number_of_threads(N):
+    x, codebooks = torch.randn(2, N, 7), [torch.randn(2, K, 7) for K in (40, 9, 40)]
+    leaves, threads, results = [x, *codebooks], torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            given = [t.clone().requires_grad_() for t in leaves]
+            found = vqops.residual_quantize(given[0], given[1:], gradient="rotation", codebook_error_scale=1.0)
+            gradients = torch.autograd.grad(found.quantized.square().sum() + found.error.sum(), given)
+            results.append([*on_cpu(found), *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        ORDER.same(result, results[0])
+
+
+# Gradients
+
+
+def defined(x, codebooks, indices, mask, levels, units, gradient, per_level, scale):
+    """quantized and errors with the gradients that are promised, out of differentiable torch functions."""
+    rest, through, codes, errors = x, 0, 0, []
+    for level, c in enumerate(codebooks):
+        q = c.gather(1, indices[..., level].clamp_min(0).unsqueeze(-1).expand(*indices.shape[:2], x.shape[-1]))
+        start = rest / rest.norm(dim=-1, keepdim=True).clamp_min(TINY) if units else rest
+        code = q.detach()
+        to_x, to_codes = (start - code).square().sum(-1), (start.detach() - q).square().sum(-1)
+        error = to_x + scale * (to_codes - to_codes.detach())
+        errors.append(error.masked_fill(~mask, 0).sum(-1) * (level < levels))
+        if level < levels:
+            through = through + turned(start, code, gradient)
+            codes = codes + code
+            rest = rest - code
+    passed = through if per_level else turned(x, codes, gradient)
+    quantized = codes + passed - passed.detach()
+    return quantized.masked_fill(~mask.unsqueeze(-1), 0), torch.stack(errors, -1)
+
+
+def turned(start, code, gradient):
+    """R x |q| / |x|, R the rotation that takes x to q: equations of arXiv 2410.06424, section 4.2."""
+    if gradient != "rotation":
+        return start if gradient == "straight_through" else 0 * start
+    a = start.detach()
+    u, v = a / a.norm(dim=-1, keepdim=True), code / code.norm(dim=-1, keepdim=True)
+    w = torch.nn.functional.normalize(u + v, dim=-1)
+    both = start - 2 * (start * w).sum(-1, keepdim=True) * w + 2 * (start * u).sum(-1, keepdim=True) * v
+    return both * (code.norm(dim=-1, keepdim=True) / a.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+@pytest.mark.parametrize("per_level", [True, False])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
+@pytest.mark.parametrize("metric, normalize", WAYS)
+def test_gradients_are_as_defined(implementation, metric, normalize, gradient, per_level, levels):
+    leaves = [torch.randn(2, K, 5, dtype=torch.float64) for K in (300, 9, 4, 6)]
+    mask = torch.rand(2, 300) > 0.2
+    ours, theirs = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    options = {"metric": metric, "gradient": gradient, "per_level": per_level, "normalize": normalize}
+    found = implementation.residual_quantize(ours[0], ours[1:], mask, levels, codebook_error_scale=0.5, **options)
+    units, running = metric == "cosine" and normalize, levels or 3
+    expected = defined(theirs[0], theirs[1:], found.indices.cpu(), mask, running, units, gradient, per_level, 0.5)
+    near = {"atol": 1e-9, "rtol": 1e-9}
+    assert_close(found.quantized.cpu(), expected[0].detach(), **near)
+    assert_close(found.error.cpu(), expected[1].detach(), **near)
+    g, e = torch.randn_like(leaves[0]), torch.randn(2, 3, dtype=torch.float64)
+    torch.autograd.backward([found.quantized, found.error], [implementation.put(g), implementation.put(e)])
+    torch.autograd.backward(expected, [g, e])
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a.grad, torch.zeros_like(b) if b.grad is None else b.grad, **near)
+
+
+@pytest.mark.parametrize("per_level", [True, False])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("metric, normalize", WAYS)
+@pytest.mark.parametrize("case", SEARCHES)
+def test_backward(kernel, case, metric, normalize, gradient, per_level):
+    """No further from float64 than twice the reference, which computes in float32 as well."""
+    x, c = SEARCHES[case]()
+    typical = c.nan_to_num(0, 0, 0).abs().median()  # codes of any direction: a turn by half a circle is ill-conditioned
+    codebooks = [c, *(torch.randn(len(c), K, c.shape[2]) * typical for K in (9, 1))]
+    sizes, old, mask = [t.shape[1] for t in codebooks], torch.cat(codebooks, 1), torch.rand(x.shape[:2]) > 0.1
+    indices = reference.residual_quantize(x, codebooks, mask, None, metric)[1]
+    g, e = torch.randn(x.shape), torch.randn(len(x), 3)
+    options = (metric, gradient, per_level, 0.5, normalize, True, True)
+    op = getattr(torch.ops.vqops, f"residual_quantize_backward_{kernel.name}")
+    found = op(*map(kernel.put, (g, e, x, old, sizes, indices, mask, None)), *options)
+    same = reference.residual_quantize_backward(g, e, x, old, sizes, indices, mask, None, *options)
+    wide = (g.double(), e.double(), x.double(), old.double(), sizes, indices, mask, None)
+    truth = reference.residual_quantize_backward(*wide, *options)
+    for name, a, b, t in zip(("x", "codebooks"), found, same, truth, strict=True):
+        a = a.cpu()
+        assert (a.isnan() == b.isnan()).all(), name
+        usable = b.isfinite() & t.isfinite() & (t.abs() < 1e36)
+        largest = t.where(usable, 0).abs().flatten(1 if name == "codebooks" else 2).amax(-1) if t.numel() else t
+        allowed = 2 * (b.double() - t).abs() + 4e-6 * largest.reshape(*largest.shape, *[1] * (3 - largest.dim())) + 1e-6
+        assert ((a.double() - t).abs() <= allowed)[usable].all(), name
+
+
+@pytest.mark.parametrize("codebook_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_have_the_dtypes_of_their_values(implementation, dtype, codebook_dtype):
+    leaves = [torch.randn(2, 50, 6).to(dtype), *(torch.randn(2, K, 6).to(codebook_dtype) for K in (9, 4))]
+    given, wide = ([t.clone().to(d or t.dtype).requires_grad_() for t in leaves] for d in (None, torch.float64))
+    results = []
+    for x, *codebooks in (given, wide):
+        found = implementation.residual_quantize(x, codebooks, gradient="rotation", codebook_error_scale=1.0)
+        results.append(torch.autograd.grad(found.quantized.sum() + found.error.sum(), [x, *codebooks]))
+    coarsest = max(torch.finfo(t.dtype).eps for t in leaves)
+    for leaf, found, expected in zip(leaves, *results, strict=True):
+        assert found.dtype == leaf.dtype
+        assert_close(found.double(), expected, atol=8 * coarsest * float(expected.abs().max()), rtol=8 * coarsest)
+
+
+def test_the_codebook_gradients_add_in_the_order_of_code_sums(kernel):
+    x, codebooks = torch.randn(1, 3000, 6), [torch.randn(1, K, 6) for K in (3, 2)]
+    indices, e = reference.residual_quantize(x, codebooks)[1], torch.randn(1, 2)
+    given = None, e, x, torch.cat(codebooks, 1), [3, 2], indices, None, None
+    options = ("euclidean", "none", True, 0.5, True, False, True)
+    op = getattr(torch.ops.vqops, f"residual_quantize_backward_{kernel.name}")
+    found = op(*map(kernel.put, given), *options)[1]
+    ORDER.same(found.cpu(), reference.residual_quantize_backward(*given, *options)[1])
+
+
+def test_gradients_of_rows_without_a_code(implementation):
+    x = torch.tensor([[1.0, 2], [NAN, 0], [INF, 1], [5, 5]], requires_grad=True)
+    codebooks = [torch.tensor([[1.0, 1], [4, 4]], requires_grad=True), torch.tensor([[0.0, 1]], requires_grad=True)]
+    mask = torch.tensor([True, True, True, False])
+    found = implementation.residual_quantize(x, codebooks, mask, codebook_error_scale=1.0)
+    g = implementation.put(torch.arange(8.0).view(4, 2))
+    torch.autograd.backward([found.quantized, found.error], [g, implementation.put(torch.ones(2))])
+    assert x.grad[0].tolist() == [2 * 0 + 0, 2 * 1 + 2] and x.grad[1:3].isnan().all() and not x.grad[3].any()
+    assert [c.grad.tolist() for c in codebooks] == [[[0, -2], [0, 0]], [[0, 0]]]
+
+
+def test_unused_gradients_are_not_computed(implementation):
+    x, codebooks = torch.randn(20, 4, requires_grad=True), [torch.randn(5, 4), torch.randn(3, 4)]
+    implementation.residual_quantize(x, codebooks).quantized.sum().backward()
+    COPIES.same(x.grad, torch.full((20, 4), 2.0))
+    x.grad = None
+    found = implementation.residual_quantize(x, codebooks)
+    found.error[1].backward()
+    assert_close(x.grad, 2 * (x - found.quantized.cpu()).detach())
+    frozen = implementation.residual_quantize(x.detach(), [codebooks[0], codebooks[1].requires_grad_()])
+    frozen.error.sum().backward()
+    assert codebooks[1].grad is None or not codebooks[1].grad.any()
+    assert [t.requires_grad for t in on_cpu(frozen)] == [True, False, True]
+
+
+def test_one_codebook_may_learn_alone(implementation):
+    x, codebooks = torch.randn(50, 4), [torch.randn(5, 4), torch.randn(3, 4, requires_grad=True)]
+    found = implementation.residual_quantize(x, codebooks, codebook_error_scale=1.0)
+    found.error.sum().backward()
+    rest = x - codebooks[0][found.indices[:, 0].cpu()]
+    picked = codebooks[1][found.indices[:, 1].cpu()]
+    (expected,) = torch.autograd.grad((rest - picked).square().sum(), codebooks[1])
+    assert_close(codebooks[1].grad, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_an_update_between_forward_and_backward(backend, gradient):
+    """The backward is that of the codebooks which quantized, whatever has become of them."""
+    x, old = torch.randn(1, 60, 4), [torch.randn(1, 7, 4), torch.randn(1, 3, 4)]
+
+    def loss_of(x, codebooks, sizes, averages, levels):
+        found = vqops.residual_quantize(x, codebooks, levels=levels, gradient=gradient, code_sums=True)
+        with torch.no_grad():
+            for state in zip(sizes, averages, codebooks, found.counts, found.sums, strict=True):
+                vqops.ema_update_(*state, 0.0)
+        return (found.quantized * torch.arange(4.0)).sum() + found.error.sum()
+
+    compiled = loss_of if backend == "eager" else torch.compile(loss_of, backend=backend, fullgraph=True)
+    for levels in (2, 1):  # in one graph
+        given, codebooks = x.clone().requires_grad_(), [t.clone() for t in old]
+        state = [torch.ones(t.shape[:2]) for t in old], [t.clone() for t in old]
+        with torch.compiler.set_stance("default" if levels == 2 else "fail_on_recompile"):
+            compiled(given, codebooks, *state, torch.tensor(levels)).backward()
+        assert (codebooks[0] != old[0]).any()
+        indices = reference.residual_quantize(x, old, None, torch.tensor(levels))[1]
+        g, given_back = torch.arange(4.0).expand(1, 60, 4), (torch.cat(old, 1), [7, 3], indices, None)
+        options = torch.tensor(levels), "euclidean", gradient
+        expected, _ = reference.residual_quantize_backward(g, torch.ones(1, 2), x, *given_back, *options)
+        assert_close(given.grad, expected)
+
+
+def test_second_derivatives_are_an_error(implementation):
+    x = torch.randn(5, 3, requires_grad=True)
+    found = implementation.residual_quantize(x, torch.randn(2, 4, 3))
+    (g,) = torch.autograd.grad(found.error.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="residual_quantize_backward: the gradient of a gradient"):
+        g.sum().backward()
+
+
+def test_without_gradients_nothing_is_kept():
+    """No copy of the codebooks, and the same results."""
+    x, codebooks = torch.randn(1, 300, 4), [torch.randn(1, 9, 4), torch.randn(1, 5, 4)]
+    options = None, None, "euclidean", "none", True, False, 0.0, True, False
+    found = torch.ops.vqops.residual_quantize(x, codebooks, *options)
+    assert found[5].shape == (0,)
+    REPEATS.same(found[:3], torch.ops.vqops.residual_quantize(x, codebooks)[:3])
+    with pytest.raises(RuntimeError, match="residual_quantize: a gradient is needed, so call it with snapshot=True"):
+        torch.ops.vqops.residual_quantize(x.requires_grad_(), codebooks, *options)
+
+
+@pytest.mark.parametrize("module", [reference, pytorch], ids=["reference", "pytorch"])
+def test_memory_does_not_grow_with_levels(module):
+    """But for the indices."""
+    N, D, K = 4000, 16, 500
+    x, codebooks = torch.randn(1, N, D), torch.randn(8, 1, K, D)
+    most = []
+    for levels in (2, 8):
+        with LargestTemporaries() as memory:
+            module.residual_quantize(x, list(codebooks[:levels]), snapshot=False)
+        most.append(memory.most)
+    assert N * D * 4 < most[0] <= 64 * 2**20
+    assert most[1] - most[0] <= 6 * 8 * N

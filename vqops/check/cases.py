@@ -46,9 +46,10 @@ class Case:
     loose: dict[str, float] = field(default_factory=dict)  # of results that may differ, by how much of the largest
     plain: bool = True  # few rows are left open: "pytorch" has room for them where it may not wait
     in_order: bool = True  # under torch.use_deterministic_algorithms, which also poisons fresh memory
+    composed: bool = False  # of other ops, where there is a GPU
 
     def concerns(self, implementation: str, kind: str) -> bool:
-        return True
+        return not self.composed or implementation == "pytorch" or (implementation, kind) == ("compiled", "cpu")
 
     def judge(self, implementation: str, device: torch.device, small: bool) -> dict:
         """Runs it twice, and once more from a CUDA graph; `wrong` has what differs, by result."""
@@ -266,6 +267,16 @@ def gradients(ops: Ops, passing: str, metric: str, normalize: bool, g, g_error, 
     return dict(zip(("gradient of x", "gradient of codes"), found, strict=True))
 
 
+def levels(ops: Ops, metric: str, **given) -> dict:
+    found = ops.residual_quantize(**given, metric=metric, code_sums=True)
+    return {**found._asdict(), "counts": torch.cat(found.counts, 1), "sums": torch.cat(found.sums, 1)}
+
+
+def gradients_of_levels(ops: Ops, passing: str, metric: str, **given) -> dict:
+    found = ops.op("residual_quantize_backward")(*given.values(), None, metric, passing, True, 1.0, True, True, True)
+    return dict(zip(("gradient of x", "gradient of codes"), found, strict=True))
+
+
 def to_quantize(dtype: torch.dtype, small: bool) -> dict:
     """Two heads, rows left out, weights. In half precision the codes as well."""
     H, N, D, K = 2, SMALL if small else 5000, 48, 100
@@ -294,6 +305,22 @@ def to_turn_back(dtype: torch.dtype, small: bool) -> dict:
     return given | {"x": x, "codebook": codebook, "indices": indices, "mask": indices >= 0}
 
 
+def to_quantize_again(small: bool) -> dict:
+    """Four levels of two heads, rows left out."""
+    H, N, D, K = 2, SMALL if small else 5000, 48, 100
+    x, codebook = normal(H, N, K, D)
+    codebooks = torch.stack([codebook.roll(level, 1) / 2**level for level in range(4)])
+    return {"x": x, "codebooks": codebooks, "mask": torch.rand(H, N) > 0.1}
+
+
+def to_turn_back_again(small: bool) -> dict:
+    H, N, D, sizes = 2, SMALL if small else 5000, 64, [100, 30, 100]
+    x, codebooks = normal(H, N, sum(sizes), D)
+    indices = torch.stack([torch.randint(K, (H, N)) for K in sizes], -1)
+    given = {"g": torch.randn(H, N, D), "g_error": torch.randn(H, len(sizes)), "x": x, "codebooks": codebooks}
+    return given | {"sizes": sizes, "indices": indices, "mask": torch.rand(H, N) > 0.1}
+
+
 HALVES = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}  # an element in the last bits, relative to the largest
 WAYS = {metric: {"metric": metric, "normalize": True} for metric in METRICS}
 WAYS["cosine of rows as given"] = {"metric": "cosine", "normalize": False}
@@ -306,6 +333,13 @@ def of_the_other_ops() -> list[Case]:
     for metric in METRICS:
         loose = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
         found.append(Case(f"ema_update_ {metric}", "ema_update_", to_update, partial(updates, metric=metric), loose))
+    for metric in METRICS:
+        op, call, loose = "residual_quantize", partial(levels, metric=metric), {"error": 1e-5, "sums": 1e-5}
+        found.append(Case(f"{op} {metric}", op, to_quantize_again, call, loose, composed=True))
+        for passing in ("straight_through", "rotation"):
+            op, call = "residual_quantize_backward", partial(gradients_of_levels, passing=passing, metric=metric)
+            loose = dict.fromkeys(("gradient of x", "gradient of codes"), 1e-4)
+            found.append(Case(f"{op} {passing} {metric}", op, to_turn_back_again, call, loose, composed=True))
     for dtype, in_order in MODES:
         mode = str(dtype).removeprefix("torch.") + (" in order" if in_order else " atomic")
         for weighted in (False, True):

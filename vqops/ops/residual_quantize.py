@@ -11,6 +11,7 @@ from vqops.dispatch.library import Autograd, Implementation, define, select, wit
 from vqops.ops.checks import GRADIENTS, Gradient, Metric, check_choice, check_device, check_search, check_shape
 from vqops.ops.heads import with_heads
 from vqops.ops.search import PreparedCodebook, unpack
+from vqops.pytorch import decomposition
 
 LARGEST_Q = 64
 
@@ -279,4 +280,5 @@ define(
         reference.residual_quantize, find_nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums
     ),
     autograd=Autograd(save_for_backward, backward, "residual_quantize_backward"),
+    decomposition=decomposition.residual_quantize,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqops.reference.distance import TINY, root
 from vqops.reference.quantize import to_codes
+from vqops.reference.residual import codes_and_rest, rows_of_level
 from vqops.reference.search import distances_of
 
 CODES = 64  # of one step
@@ -161,3 +162,38 @@ def quantize(
         counts, sums = torch.ops.vqops.code_sums(start.to(sums.dtype), indices, codebook.shape[1], weight)
     old = codebook.clone() if snapshot else codebook.new_empty(0)
     return quantized, indices, error.to(torch.promote_types(x.dtype, torch.float32)), counts, sums, old
+
+
+def residual_quantize(
+    x: Tensor,  # [H, N, D]
+    codebooks: list[Tensor],  # Q of [H, K_q, D]
+    mask: Tensor | None = None,  # [H, N] bool
+    levels: Tensor | None = None,  # () int64
+    metric: str = "euclidean",
+    gradient: str = "straight_through",
+    per_level: bool = True,
+    with_sums: bool = False,
+    codebook_error_scale: float = 0.0,
+    normalize: bool = True,
+    snapshot: bool = True,
+    prepared: list[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """`vqops.reference.residual_quantize`, with all rows at once, whose errors add up in float64 in any order."""
+    real = torch.promote_types(x.dtype, torch.float32)
+    rest, total, indices, errors, counted = x.to(real), torch.zeros_like(x, dtype=real), [], [], []
+    for level, codebook in enumerate(codebooks):
+        kept = rows_of_level(mask, levels, level, x)
+        chosen = nearest(rest, codebook, kept, metric)
+        units = metric == "cosine" and normalize
+        start = rest.double() / norm(rest).clamp_min(TINY).unsqueeze(-1) if units else rest
+        if with_sums:
+            counted.append(torch.ops.vqops.code_sums(start.to(torch.float32), chosen, codebook.shape[1]))
+        codes, rest, error = codes_and_rest(rest, start, codebook, chosen, kept, squared_distance)
+        total = total + codes
+        indices.append(chosen)
+        errors.append(error.sum(-1).to(real))
+    counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
+    if with_sums:
+        counts, sums = (torch.cat(parts, 1) for parts in zip(*counted, strict=True))
+    old = torch.cat(codebooks, 1) if snapshot else codebooks[0].new_empty(0)
+    return total.to(x.dtype), torch.stack(indices, -1), torch.stack(errors, -1), counts, sums, old

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vqops.reference.blocks import row_blocks
 from vqops.reference.code_sums import RUN, add_rows, code_sums
-from vqops.reference.distance import unit
+from vqops.reference.distance import squared_error, unit
 from vqops.reference.quantize import to_codes
 from vqops.reference.quantize_backward import quantize_backward, rotate_back
 from vqops.reference.search import nearest
@@ -32,10 +32,11 @@ def codes_and_rest(
     codebook: Tensor,  # [H, K, D]
     indices: Tensor,  # [H, N]
     mask: Tensor | None,  # [H, N] bool
+    square: Callable[[Tensor, Tensor], Tensor] = squared_error,
 ) -> tuple[Tensor, Tensor, Tensor]:  # codes, what they leave [H, N, D] of rest's dtype, error [H, N] float64
     """A subtraction in float64, rounded once: between float32 values it is that of float32, to the bit."""
     wide = rest.double()
-    codes, error = to_codes(wide, start, codebook, indices, mask)
+    codes, error = to_codes(wide, start, codebook, indices, mask, square)
     return codes.to(rest.dtype), (wide - codes).to(rest.dtype), error
 
 

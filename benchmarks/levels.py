@@ -1,14 +1,16 @@
-"""Cases of residual quantization: all levels as one op beside the same levels one by one, and their searches alone."""
+"""Cases of residual quantization: all levels as one op beside the same levels one by one, and their searches alone;
+steps and evaluations of ResidualVQ."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import vqops
-from benchmarks import correctness
-from benchmarks.baselines import Call
-from benchmarks.cases import Case, by_name
+from benchmarks import baselines, correctness
+from benchmarks.baselines import Call, leaf
+from benchmarks.cases import DECAY, Case, by_name, gradient_in
 from benchmarks.shapes import Shape
 
 SHRINKS = 0.7  # a code, made of what is left of a row: a level leaves less than the one before
@@ -38,16 +40,102 @@ def residual_quantize(shape: Shape, device: str, levels: int, code_sums: bool = 
                 indices.append(found.indices)
             return torch.stack(indices, -1)
 
-        def searches() -> Tensor:
-            return torch.stack([vqops.nearest(*each) for each in zip(rests, codebooks, strict=True)], -1)
-
         work = 2.0 * N * D * K * levels
         methods = {"vqops": call} | (by_name(("residual_quantize",), device, call, work) if every else {})
-        return methods | {"vqops.quantize a level": lambda: one_by_one, "searches alone": lambda: searches}, check
+        return methods | {"vqops.quantize a level": lambda: one_by_one, "searches alone": lambda: partial(searches, rests, codebooks)}, check
 
     work = {"gemm": 2.0 * N * D * K * levels, "copy": 2 * 4 * N * D + 4 * levels * K * D + 8 * levels * N}
     facts = {"levels": levels, "sums": code_sums}
     return Case("residual_quantize", shape, device, build, work, facts=facts)
+
+
+def searches(rests: list[Tensor], codebooks: list[Tensor]) -> Tensor:
+    return torch.stack([vqops.nearest(*each) for each in zip(rests, codebooks, strict=True)], -1)
+
+
+def of_codes(make: Callable[..., torch.nn.Module], shape: Shape, codebooks: list[Tensor], **options):
+    """A ResidualVQ of either package with these codes."""
+    sizes = {"dim": shape.D, "codebook_size": shape.K, "num_quantizers": len(codebooks)}
+    quantizer = make(**sizes, **options).to(codebooks[0].device)
+    for layer, codebook in zip(quantizer.layers, codebooks, strict=True):
+        baselines.load_codes(layer, codebook)
+    return quantizer
+
+
+def packages() -> dict[str, Callable[..., torch.nn.Module]]:
+    def incumbent(**options):
+        return baselines.imported("vector_quantize_pytorch", "vector-quantize-pytorch").ResidualVQ(**options)
+
+    return {"vqops": vqops.ResidualVQ, "vector-quantize-pytorch": incumbent}
+
+
+def training_step(shape: Shape, device: str, levels: int) -> Case:
+    """ResidualVQ with rotations, the default: forward, EMA updates and backward, output and losses."""
+    N, D, K = shape.N(device), shape.D, shape.K
+
+    def build():
+        x, codebooks, rests = data(shape, device, levels)
+        count = max(1, len(x[correctness.checked_rows(x, codebooks[0])]) // levels)
+        exact = vqops.residual_quantize(x[:count], codebooks, implementation="reference").indices
+
+        def check(indices: Tensor) -> dict:  # of the first step: the codes have moved by the later ones
+            return {"wrong": int((indices[:count] != exact).any(1).sum()), "checked": count}
+
+        def module(make) -> Call:
+            quantizer, given, grad = of_codes(make, shape, codebooks, decay=DECAY), leaf(x[None]), gradient_in(x[None])
+
+            def step():
+                given.grad = None
+                quantized, indices, losses = quantizer(given)
+                torch.autograd.backward([quantized, losses.sum()], [grad, None])
+                return indices[0]
+
+            return step
+
+        methods = {name: partial(module, make) for name, make in packages().items()}
+        return methods | {"searches alone": lambda: partial(searches, rests, codebooks)}, check
+
+    work = {"gemm": 2.0 * N * D * K * levels, "copy": 2 * 4 * N * D + 8 * levels * N}
+    return Case("residual training step", shape, device, build, work, direction="both", facts={"levels": levels})
+
+
+def evaluation(shape: Shape, device: str, levels: int) -> Case:
+    """ResidualVQ in eval. By hand: the fewest operations that find, look up and subtract codes."""
+
+    def build():
+        x, codebooks, _ = data(shape, device, levels)
+        exact = vqops.residual_quantize(x, codebooks, implementation="reference").indices
+
+        def check(found: Tensor) -> dict:
+            return {"wrong": int((found != exact).any(1).sum()), "checked": len(x)}
+
+        def module(make) -> Call:
+            quantizer = of_codes(make, shape, codebooks).eval()
+
+            @torch.no_grad()
+            def call():
+                return quantizer(x[None])[1][0]
+
+            return call
+
+        def by_hand() -> Call:
+            halves = [baselines.half_squares(codebook) for codebook in codebooks]
+
+            def call():
+                rest, total, indices = x, torch.zeros_like(x), []
+                for codebook, half in zip(codebooks, halves, strict=True):
+                    indices.append(baselines.addmm_argmin(rest, codebook, half))
+                    code = codebook[indices[-1]]
+                    rest, total = rest - code, total + code
+                return torch.stack(indices, -1)
+
+            return call
+
+        ours, theirs = (partial(module, make) for make in packages().values())
+        return {"vqops": ours, "addmm + argmin + lookup": by_hand, "vector-quantize-pytorch": theirs}, check
+
+    work = {"gemm": 2.0 * shape.N(device) * shape.D * shape.K * levels, "copy": 4 * levels * shape.K * shape.D}
+    return Case("residual evaluation", shape, device, build, work, facts={"levels": levels})
 
 
 def data(shape: Shape, device: str, levels: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:

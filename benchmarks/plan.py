@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from benchmarks import cases, growth, levels, modules, soft
+from benchmarks import cases, codecs, growth, levels, modules, soft
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.rows import label
-from benchmarks.shapes import CALLS, PLAIN, RESIDUALS, SEARCHES, SHAPES, STEPS, Shape
+from benchmarks.shapes import CALLS, LEVEL_CALLS, LEVEL_STEPS, PLAIN, RESIDUALS, SEARCHES, SHAPES, STEPS, Shape
 
 OFFSETS = (0.0, 10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
@@ -97,6 +97,12 @@ def residual(run: Run) -> Iterator[Task]:
         number = RESIDUALS[shape.N(run.device), shape.D, shape.K]
         for code_sums in (False, True):
             yield run.timed(levels.residual_quantize(shape, run.device, number, code_sums))
+    for size, number in (list(LEVEL_STEPS.items())[-1:] if run.quick else LEVEL_STEPS.items()):
+        yield run.timed(levels.training_step(Shape.of(*size), run.device, number))
+    for size, number in LEVEL_CALLS.items():
+        yield run.timed(levels.evaluation(Shape.of(*size), run.device, number))
+    for name in codecs.CODECS:
+        yield run.timed(codecs.codec(name, run.device))
 
 
 def assignments(run: Run) -> Iterator[Task]:

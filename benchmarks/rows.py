@@ -12,9 +12,10 @@ from statistics import quantiles
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("vqops", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "flash-kmeans", "triton")
+PACKAGES = ("vqops", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "flash-kmeans", "transformers")
+PACKAGES += ("triton",)
 LABEL = ("op", "shape", "axis", "N", "D", "K", "dtype", "direction", "gradient", "indices", "offset", "spread")
-LABEL += ("method", "threads")
+LABEL += ("levels", "sums", "model", "method", "threads")
 
 
 def label(row: dict) -> str:

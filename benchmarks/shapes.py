@@ -77,3 +77,6 @@ STEPS = {"cpu": [(32768, 128, 1024)], "cuda": [(2**20, 64, 512), (2**20, 128, 10
 PLAIN = [(4096, 256, 1024), (32768, 64, 512), (65536, 64, 1024), (2048, 8, 16384)]
 # Levels of residual quantizers: of EnCodec, DAC, Mimi, and semantic IDs.
 RESIDUALS = {(32768, 128, 1024): 8, (32768, 8, 1024): 9, (8192, 256, 2048): 32, (4096, 32, 256): 3}
+# Of their steps: fewer rows of Mimi, since its peer keeps matrices of all levels. In use: a second, and a single frame.
+LEVEL_STEPS = {(32768, 128, 1024): 8, (32768, 8, 1024): 9, (1024, 256, 2048): 32, (4096, 32, 256): 3}
+LEVEL_CALLS = {(75, 128, 1024): 8, (87, 8, 1024): 9, (13, 256, 2048): 32, (1, 256, 2048): 32}

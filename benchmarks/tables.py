@@ -44,7 +44,7 @@ def by_case(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         if "p50_ms" in row:
-            key = ("op", "shape", "N", "D", "K", "dtype", "direction", "gradient", "indices")
+            key = ("op", "shape", "N", "D", "K", "dtype", "direction", "gradient", "indices", "levels", "sums", "model")
             cases.setdefault(tuple(row.get(name) for name in key), {})[row["method"]] = row
     return cases
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vqops
-from benchmarks import baselines, cases, levels, modules, soft
+from benchmarks import baselines, cases, codecs, levels, modules, soft
 from benchmarks.baselines import Unavailable
 from benchmarks.shapes import SEARCHES, SHAPES, Shape
 
@@ -39,6 +39,8 @@ UPDATE = [*implementations("ema_update_"), "PyTorch"]
 FORWARD = [*implementations("quantize"), "PyTorch, addmm + argmin"]
 BACKWARD = [*implementations("quantize_backward"), "PyTorch"]
 LEVELS = [*implementations("residual_quantize"), "vqops.quantize a level", "searches alone"]
+STEP_OF_LEVELS = ["vqops", "searches alone", "vector-quantize-pytorch"]
+CODEC = ["vqops", "transformers"]
 ROTATION = every(cases.quantize_backward, gradient="rotation")
 STEPS = ["vqops", *baselines.STEPS]
 EVALUATION = ["vqops", "addmm + argmin + lookup", "vector-quantize-pytorch"]
@@ -53,6 +55,9 @@ TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
     ("quantize-backward-straight_through", every(cases.quantize_backward), BACKWARD, cases.STATISTICS, FLOAT32),
     ("quantize-backward-rotation", ROTATION, BACKWARD, cases.STATISTICS, FLOAT32),
     ("residual_quantize", every(levels.residual_quantize, levels=4), LEVELS, ("EnCodec", "DAC", "RQ-VAE"), FLOAT32),
+    ("ResidualVQ-training", partial(levels.training_step, levels=4), STEP_OF_LEVELS, ("EnCodec", "RQ-VAE"), FLOAT32),
+    ("ResidualVQ-evaluation", partial(levels.evaluation, levels=4), EVALUATION, ("EnCodec", "RQ-VAE"), FLOAT32),
+    *((f"codec-{name}", lambda *_, name=name: codecs.codec(name, DEVICE), CODEC, ("",), FLOAT32) for name in codecs.CODECS),
     ("VectorQuantize-training", modules.training_step, STEPS, modules.STEPS, FLOAT32),
     *((op, partial(soft.assignments, op), ["vqops", "PyTorch, cdist"], cases.STATISTICS, FLOAT32) for op in soft.OPS),
     ("VectorQuantize-evaluation", modules.evaluation, EVALUATION, modules.STEPS, FLOAT32),

@@ -9,15 +9,19 @@ from vqops.ops.quantize import Quantized, quantize
 from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest, nearest_topk, prepare, search_statistics
 from vqops.ops.soft_codes import soft_codes
+from vqops.quantizers.hierarchical_vq import HierarchicalVQ
 from vqops.quantizers.interface.losses import LossBreakdown
+from vqops.quantizers.random_projection_quantizer import RandomProjectionQuantizer
 from vqops.quantizers.vector_quantize import VectorQuantize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HierarchicalVQ",
     "LossBreakdown",
     "PreparedCodebook",
     "Quantized",
+    "RandomProjectionQuantizer",
     "VectorQuantize",
     "assignment_entropy",
     "code_sums",

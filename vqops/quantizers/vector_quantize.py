@@ -381,7 +381,7 @@ class VectorQuantize(Calls, Decoding, InPlaceOptimizer, Settings, Updating, With
             given = rows if self.training else rows.detach()
             passing = self._passing(temperature)
             drawn = temperature if self.stochastic_sample_codes else None
-            how = {"gradient": passing.of_search, "learn": learning, "temperature": drawn}
+            how = {"gradient": passing.of_search(), "learn": learning, "temperature": drawn}
             if topk is None:
                 found = codebook(given, searched, row_mask, collect=collect, **how)
             else:

@@ -345,6 +345,7 @@ def test_deterministic():
     ORDER.same(twin.state_dict(), vq.state_dict())
 
 
+@pytest.mark.slow
 def test_the_page_about_it(capsys):
     page = Path(__file__).parents[2] / "docs/var.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

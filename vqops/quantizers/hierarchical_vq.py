@@ -194,7 +194,7 @@ class HierarchicalVQ(nn.Module):
         positions = layout.positions(x)
         mask = layout.mask(x, mask if mask is None else mask.to(x.device), lens if lens is None else lens.to(x.device))
         if indices is not None:
-            indices = self._indices(indices, x.shape[0], x.device)
+            indices = self._indices(indices, x.shape[0])
             if len(indices) < self.num_levels:
                 raise ValueError(f"{self.owner}: indices must be of all {self.num_levels} levels, got {len(indices)}")
         with nullcontext() if torch.compiler.is_compiling() else self._restored_on_failure():
@@ -266,16 +266,13 @@ class HierarchicalVQ(nn.Module):
         """What the levels would find only after the first have been updated."""
         if 0 in x.shape[1:]:
             raise ValueError(f"{self.owner}: x must have at least one position, got {list(x.shape)}")
-        phi = self.choose_phi(0)
-        weight = phi.conv.weight
+        phi, weight = self.choose_phi(0), self.choose_phi(0).conv.weight
         check_device(self.owner, x, codebook=self.get_vq(0)._codebook.embed, convolution=weight)
         cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
         if phi.ratio > 0 and x.dtype != weight.dtype and not cast:
             raise TypeError(f"{self.owner}: x must be {weight.dtype} as the convolutions are, got {x.dtype}")
 
-    def _indices(
-        self, indices: Sequence[Tensor], batch: int | None = None, device: torch.device | None = None
-    ) -> list[Tensor]:
+    def _indices(self, indices: Sequence[Tensor], batch: int | None = None) -> list[Tensor]:
         """The caller's indices of the first levels, as int64, after all checks."""
         if not isinstance(indices, (list, tuple)) or not all(isinstance(each, Tensor) for each in indices):
             raise TypeError(f"{self.owner}: indices must be a list or tuple of tensors, got {type(indices).__name__}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hierarchy import AXES, CODES, DIM, FIXED, batch, step
-from promises import COPIES, INDICES, ORDER, UNCHANGED
+from promises import COPIES, INDICES, REPEATS, UNCHANGED
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -142,6 +142,36 @@ def test_copies_and_pickles(shared):
         INDICES.same(list(twin.eval()(x)[1]), list(vq.eval()(x)[1]))
         twin.train()(x)
     assert not any("seed" in name for name in vq.state_dict())
+
+
+def test_a_module_without_memory_that_is_assigned_its_state():
+    source = HierarchicalVQ(**(FIXED | SMALL)).eval()
+    with torch.device("meta"):
+        vq = HierarchicalVQ(**SMALL, nested_dropout=1.0)
+    vq.load_state_dict(source.state_dict(), assign=True)
+    x = batch((8,))
+    INDICES.same(list(vq.eval()(x)[1]), list(source(x)[1]))
+    assert vq.train()(x, return_cutoff=True)[3] < 2
+
+
+def test_export_in_eval():
+    positions, options = AXES["image"]
+    vq = HierarchicalVQ(**(FIXED | options)).eval()
+    axes = ({0: torch.export.Dim("b", min=2, max=64)},)
+    program = torch.export.export(vq, (batch(positions),), dynamic_shapes=axes)
+    x = batch(positions, b=5)
+    output, indices, _ = program.module()(x)
+    INDICES.same(list(indices), list(vq(x)[1]))
+    assert_close(output, vq(x)[0])
+
+
+def test_drawn_codes():
+    vq = HierarchicalVQ(**(FIXED | SMALL), stochastic_sample_codes=True, decay=1.0)
+    x = batch((8,), b=40)
+    nearest = vq.eval()(x)[1]
+    INDICES.same(list(vq.train()(x, sample_codebook_temp=0.0)[1]), list(nearest))
+    drawn = vq(x, sample_codebook_temp=100.0)[1]
+    assert (drawn[2] != nearest[2]).float().mean() > 0.8 and len(drawn[2].unique()) == CODES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -342,7 +372,7 @@ def test_deterministic():
     for module in (vq, twin):
         torch.manual_seed(3)
         module(x)
-    ORDER.same(twin.state_dict(), vq.state_dict())
+    REPEATS.same(twin.state_dict(), vq.state_dict())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Cases of the codecs in `transformers`, with random weights: their quantizers as they are, and with our search in them."""
+"""Cases of the codecs in `transformers`, with random weights: their quantizers as they are, and with our search."""
 
 from collections.abc import Callable
 from copy import deepcopy

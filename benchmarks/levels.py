@@ -42,7 +42,8 @@ def residual_quantize(shape: Shape, device: str, levels: int, code_sums: bool = 
 
         work = 2.0 * N * D * K * levels
         methods = {"vqops": call} | (by_name(("residual_quantize",), device, call, work) if every else {})
-        return methods | {"vqops.quantize a level": lambda: one_by_one, "searches alone": lambda: partial(searches, rests, codebooks)}, check
+        methods["vqops.quantize a level"] = lambda: one_by_one
+        return methods | {"searches alone": lambda: partial(searches, rests, codebooks)}, check
 
     work = {"gemm": 2.0 * N * D * K * levels, "copy": 2 * 4 * N * D + 4 * levels * K * D + 8 * levels * N}
     facts = {"levels": levels, "sums": code_sums}

@@ -57,7 +57,7 @@ TABLE: list[tuple[str, Callable, list[str], tuple[str, ...], tuple]] = [
     ("residual_quantize", every(levels.residual_quantize, levels=4), LEVELS, ("EnCodec", "DAC", "RQ-VAE"), FLOAT32),
     ("ResidualVQ-training", partial(levels.training_step, levels=4), STEP_OF_LEVELS, ("EnCodec", "RQ-VAE"), FLOAT32),
     ("ResidualVQ-evaluation", partial(levels.evaluation, levels=4), EVALUATION, ("EnCodec", "RQ-VAE"), FLOAT32),
-    *((f"codec-{name}", lambda *_, name=name: codecs.codec(name, DEVICE), CODEC, ("",), FLOAT32) for name in codecs.CODECS),
+    *((f"codec-{name}", partial(codecs.codec, name), CODEC, ("",), FLOAT32) for name in codecs.CODECS),
     ("VectorQuantize-training", modules.training_step, STEPS, modules.STEPS, FLOAT32),
     *((op, partial(soft.assignments, op), ["vqops", "PyTorch, cdist"], cases.STATISTICS, FLOAT32) for op in soft.OPS),
     ("VectorQuantize-evaluation", modules.evaluation, EVALUATION, modules.STEPS, FLOAT32),

@@ -11,7 +11,9 @@ from vqops.ops.sample import sample, sample_topk
 from vqops.ops.search import PreparedCodebook, nearest, nearest_topk, prepare, search_statistics
 from vqops.ops.soft_codes import soft_codes
 from vqops.quantizers.grouped_residual_vq import GroupedResidualVQ
+from vqops.quantizers.hierarchical_vq import HierarchicalVQ
 from vqops.quantizers.interface.losses import LossBreakdown
+from vqops.quantizers.random_projection_quantizer import RandomProjectionQuantizer
 from vqops.quantizers.residual_vq import ResidualVQ
 from vqops.quantizers.vector_quantize import VectorQuantize
 
@@ -19,9 +21,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GroupedResidualVQ",
+    "HierarchicalVQ",
     "LossBreakdown",
     "PreparedCodebook",
     "Quantized",
+    "RandomProjectionQuantizer",
     "ResidualQuantized",
     "ResidualVQ",
     "VectorQuantize",

@@ -44,7 +44,6 @@ def samples():
         ],
         "keep_prepared_": [(x, c, *memory, "euclidean")],
         "check_first_run_": [(c, "VectorQuantize")],
-        "draw_levels_": [(torch.zeros(2, dtype=torch.int64), x, 2, 3, 1, True)],
         "code_cross_entropy": [(strided, c, indices, "euclidean"), (*learnable, indices, "cosine")],
         "code_cross_entropy_backward": [
             (torch.randn(2, 20), x, c, indices, total, "euclidean", True, True),
@@ -89,7 +88,7 @@ def samples():
 
 SAMPLES = samples()
 SOFT = ("assignment_entropy", "code_cross_entropy", "soft_codes")
-WITHOUT_KERNELS = {"check_first_run_", "draw_levels_", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT)}
+WITHOUT_KERNELS = {"check_first_run_", "sample_topk", *SOFT, *(f"{name}_backward" for name in SOFT)}
 
 
 def test_every_op_has_samples():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from waiting import NoSynchronisation
 
-from vqops import VectorQuantize
+from vqops import HierarchicalVQ, VectorQuantize
 from vqops.quantizers.interface import layout as layout_module
 
 MASK = torch.tensor([True, False, True, True, True]).repeat(2, 5, 1)
@@ -62,3 +62,15 @@ def test_the_host_never_waits(name, training, monkeypatch):
         bool(loss.sum() > 0)
     with pytest.raises(AssertionError), NoSynchronisation():
         x[x > 0]
+
+
+@pytest.mark.parametrize("shared_codebook", [True, False])
+def test_the_host_waits_for_no_level(shared_codebook):
+    options = {"dim": 4, "codebook_size": 8, "scales": (1, 2, 4), "accept_image_fmap": True}
+    vq = HierarchicalVQ(**options, nested_dropout=0.5, share_quant_resi=0, shared_codebook=shared_codebook)
+    x = torch.randn(9, 4, 5, 5, requires_grad=True)
+    vq(x.detach())  # k-means
+    with NoSynchronisation():
+        for training in (True, True, True, False):
+            output, _, loss = vq.train(training)(x, mask=MASK.view(2, 5, 5)[:1].expand(9, 5, 5))
+            (output.sum() + loss).backward()

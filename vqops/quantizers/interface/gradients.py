@@ -23,7 +23,6 @@ class Passing(NamedTuple):
     variance: Tensor | None = None  # (), of the noise in the direction
     more: Tensor | None = None  # ()
 
-    @property
     def of_search(self) -> Gradient:
         return "none" if self.kind in ("soft", "directional") else self.kind
 

@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
     @property
     def axes(self) -> str:
-        names = {2: "h, w", 3: "d, h, w", None: "..."}[self.spatial]
+        names = {1: "n", 2: "h, w", 3: "d, h, w", None: "..."}[self.spatial]
         return f"[b, dim, {names}]" if self.features_second else f"[b, {names}, dim]"
 
     def check_input(self, x: Tensor) -> None:

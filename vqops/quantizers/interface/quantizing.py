@@ -108,7 +108,7 @@ class Quantizing(InPlaceOptimizer, WithLosses):
         given = rows if self.training else rows.detach()
         passing = self._passing(call.temperature)
         drawn = call.temperature if self.stochastic_sample_codes else None
-        how = {"gradient": passing.of_search, "learn": learning, "temperature": drawn}
+        how = {"gradient": passing.of_search(), "learn": learning, "temperature": drawn}
         collects = self._collects(call)
         if call.topk is None:
             found = codebook(given, searched, mask, collect=collects, **how)

@@ -5,32 +5,25 @@ import random
 import torch
 from torch import Tensor
 
-from vqops.dispatch.library import define
-from vqops.quantizers.codebook.ranks import num_ranks, rank, sum_over_ranks
-
-SEEDS = 10_000
+from vqops.quantizers.codebook.shared_seeds import SharedSeeds
 
 
 class LevelDropout:
-    """From cutoff_index + 1 to num_quantizers levels, rounded up to a multiple of multiple_of.
-
-    One process draws a seed a step from the generator of the CPU, as vector-quantize-pytorch does. Ranks agree once, in
-    the first step, on a key, and count steps from there.
-    """
+    """From cutoff_index + 1 to num_quantizers levels, rounded up to a multiple of multiple_of."""
 
     def __init__(self, num_quantizers: int, cutoff_index: int, multiple_of: int, sync: bool):
         self.range = cutoff_index, num_quantizers, multiple_of
         self.sync = sync
-        self.state = torch.zeros(2, dtype=torch.int64, device="cpu")  # key + 1, or 0 before there is one; steps
+        self.seeds = SharedSeeds()
 
     def draw(self, x: Tensor, seed: int | None = None) -> int | Tensor:
         """The number of levels; in a compiled graph as a tensor () on the device of x."""
         if seed is not None:
             return levels_of(seed, *self.range)
+        drawn = self.seeds.draw(x.device, self.sync)
         if not torch.compiler.is_compiling():
-            return drawn(self.state, x, *self.range, self.sync)
-        levels = torch.ops.vqops.draw_levels_(self.state, x.detach(), *self.range, self.sync)
-        return levels.to(x.device, non_blocking=True)
+            return levels_of(int(drawn), *self.range)
+        return used_levels(drawn, *self.range).to(x.device, non_blocking=True)
 
 
 def levels_of(seed: int, cutoff_index: int, num_quantizers: int, multiple_of: int) -> int:
@@ -38,31 +31,12 @@ def levels_of(seed: int, cutoff_index: int, num_quantizers: int, multiple_of: in
     return min(-(-(last + 1) // multiple_of) * multiple_of, num_quantizers)
 
 
-def drawn(state: Tensor, x: Tensor, cutoff_index: int, num_quantizers: int, multiple_of: int, sync: bool) -> int:
-    seed = torch.randint(0, SEEDS, (), device="cpu") if num_ranks(sync) == 1 or state[0] == 0 else None
-    if num_ranks(sync) > 1:
-        if seed is not None:
-            mine = (seed * (rank() == 0)).to(x.device)
-            state[0] = sum_over_ranks(mine, dtype=torch.float64)[0].cpu().long() + 1
-        seed = state[0] * SEEDS + state[1]
-        state[1] += 1
-    return levels_of(int(seed), cutoff_index, num_quantizers, multiple_of)
+# An op, so that a compiled graph draws at every step; on the host alone, so that it is none of those that select.
+@torch.library.custom_op("vqops::used_levels", mutates_args=())
+def used_levels(seed: Tensor, cutoff_index: int, num_quantizers: int, multiple_of: int) -> Tensor:  # int64 ()
+    return torch.tensor(levels_of(int(seed), cutoff_index, num_quantizers, multiple_of))
 
 
-def draw_levels_(
-    state: Tensor, x: Tensor, cutoff_index: int, num_quantizers: int, multiple_of: int, sync: bool
-) -> Tensor:
-    levels = drawn(state, x, cutoff_index, num_quantizers, multiple_of, sync)
-    return torch.tensor(levels, dtype=torch.int64, device="cpu")
-
-
-def fake_draw_levels_(state, x, cutoff_index, num_quantizers, multiple_of, sync):
-    return torch.empty((), dtype=torch.int64, device="cpu")
-
-
-define(
-    "draw_levels_",
-    "(Tensor(a!) state, Tensor x, int cutoff_index, int num_quantizers, int multiple_of, bool sync) -> Tensor",
-    fake_draw_levels_,
-    everywhere=draw_levels_,
-)
+@used_levels.register_fake
+def fake_used_levels(seed, cutoff_index, num_quantizers, multiple_of):
+    return torch.empty_like(seed)

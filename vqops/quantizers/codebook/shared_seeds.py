@@ -1,0 +1,27 @@
+"""Seeds of what training steps draw on the host, the same on all ranks."""
+
+import torch
+from torch import Tensor
+
+from vqops.quantizers.codebook.ranks import num_ranks, sum_over_ranks
+
+
+class SharedSeeds:
+    """A seed for each training step, on the host, the same on all ranks.
+
+    One process draws it from torch's generator of the CPU. Several agree on a first one, by one collective and the only
+    wait for the device, and then each counts on by itself.
+    """
+
+    def __init__(self):
+        self.last: Tensor | None = None  # int64 () on the CPU
+
+    def draw(self, device: torch.device, sync: bool) -> Tensor:  # int64 () on the CPU
+        if num_ranks(sync) == 1:
+            return torch.randint(10_000, (), device="cpu")
+        if self.last is None:
+            (first,) = sum_over_ranks(torch.randint(2**31, (), device=device), dtype=torch.int64)
+            self.last = first.cpu()
+        else:
+            self.last = self.last + 1
+        return self.last.clone()

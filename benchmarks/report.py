@@ -33,9 +33,10 @@ from benchmarks.tables import (
 ROOT = Path(__file__).parents[1]
 PAGES = ("benchmarks.md", "cpu.md", "gpu.md")
 # Of docs/benchmarks.md.
-STAGES = ("search", "statistics", "quantize", "assignments", "steps", "exactness", "growing", "memory")
+STAGES = ("search", "statistics", "quantize", "residual", "assignments", "steps", "exactness", "growing", "memory")
 MARKED = re.compile(r"(<!-- benchmarks:([\w-]+)(?: of ([\w-]+))? -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 NAMED = ("machine", "cpu-kernels", "gpu-kernels", "gpu-run")  # blocks whose text names the machine
+PARTS_OF_OURS = ("no quantizer", "searches alone", "vqops.quantize a level")
 FIXED_COST_MS = 1.0  # a search below this is mostly the call itself
 FIGURES = {"search": ("search", draw_search), "growth": ("growing", draw_growth), "memory": ("memory", draw_memory)}
 
@@ -148,6 +149,28 @@ def assignments(machine: Machine, figures: str) -> str:
     return table(["op", *SIZE, "vqops ms: p50 (p20-p80)", "PyTorch", "vqops MB", "PyTorch MB"], lines)
 
 
+def residual(machine: Machine, figures: str) -> str:
+    """The op, and ResidualVQ in training and in use."""
+    parts = []
+    for title, op, more in (
+        ("The op:", "residual_quantize", lambda row: ["yes" if row["sums"] else "no"]),
+        ("A training step of `ResidualVQ`:", "residual training step", lambda row: []),
+        ("`ResidualVQ` in eval:", "residual evaluation", lambda row: []),
+    ):
+        heads = ["levels", *SIZE, *(["sums"] if op == "residual_quantize" else [])]
+        found = by_case(machine.rows("residual", op))
+        if found:
+            describe = lambda row, more=more: [str(row["levels"]), *size(row), *more(row)]  # noqa: E731
+            parts.append(f"{title}\n\n{peer_columns(found, heads, describe)}")
+    return "\n\n".join(parts)
+
+
+def codec(machine: Machine, figures: str) -> str:
+    heads = ["quantizer of", "levels", "frames", "D", "K"]
+    describe = lambda row: [row["model"], str(row["levels"]), *size(row)[1:]]  # noqa: E731
+    return peer_columns(by_case(machine.rows("residual", "codec")), heads, describe)
+
+
 def step(machine: Machine, figures: str) -> str:
     return peer_columns(by_case(machine.rows("steps", "training step")), SIZE, size)
 
@@ -232,10 +255,10 @@ def losses(machine: Machine, figures: str) -> str:
     lines = []
     if not machine.rows("search"):
         return ""
-    for stage in ("search", "statistics", "quantize", "assignments", "steps", "growing"):
+    for stage in ("search", "statistics", "quantize", "residual", "assignments", "steps", "growing"):
         for found in by_case(machine.rows(stage)).values():
             for name, row in found.items():
-                if name in OURS or name == "no quantizer" or row.get("times_vqops", 1) >= 1:
+                if name in OURS or name in PARTS_OF_OURS or row.get("times_vqops", 1) >= 1:
                     continue
                 milliseconds = f"{number(row['p50_ms'])} against {number(found['vqops']['p50_ms'])} ms"
                 op = ", ".join([row["op"], *variant(row)])
@@ -337,7 +360,7 @@ BLOCKS: dict[str, Callable[[Machine, str], str]] = {
     block.__name__: block
     for block in (
         *(bounds, shapes, search, dtypes, statistics, quantize, assignments, step, system, evaluation),
-        *(plain, exactness, growth, threads, memory, losses),
+        *(residual, codec, plain, exactness, growth, threads, memory, losses),
     )
 } | {
     "machine": measured,

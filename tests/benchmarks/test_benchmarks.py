@@ -59,6 +59,8 @@ def test_a_run_writes_whole_rows(tmp_path, capsys):
         cases.quantize_backward,
         lambda *given: cases.quantize_backward(*given, "rotation"),
         partial(levels.residual_quantize, levels=3, code_sums=True),
+        partial(levels.training_step, levels=3),
+        partial(levels.evaluation, levels=3),
         modules.training_step,
         modules.evaluation,
         *(partial(soft.assignments, op) for op in soft.OPS),

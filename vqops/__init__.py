@@ -1,5 +1,8 @@
 """Vector quantization for PyTorch: exact, fused ops and the modules built on them."""
 
+from vqops.clustering.ids import unique_ids
+from vqops.clustering.residual_kmeans import residual_kmeans
+from vqops.clustering.result import ResidualKMeans
 from vqops.dispatch.choice import use_implementation
 from vqops.dispatch.library import implementations
 from vqops.ops.code_sums import code_sums
@@ -18,6 +21,7 @@ __all__ = [
     "LossBreakdown",
     "PreparedCodebook",
     "Quantized",
+    "ResidualKMeans",
     "VectorQuantize",
     "assignment_entropy",
     "code_sums",
@@ -27,9 +31,11 @@ __all__ = [
     "nearest_topk",
     "prepare",
     "quantize",
+    "residual_kmeans",
     "sample",
     "sample_topk",
     "search_statistics",
     "soft_codes",
+    "unique_ids",
     "use_implementation",
 ]

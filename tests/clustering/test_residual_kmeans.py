@@ -200,8 +200,8 @@ def test_batches_hold_the_memory():
         residual_kmeans(x, [8], iters=3, batch_size=256)
     assert memory.most - x.nbytes < x.nbytes / 4  # views of x are counted as x
     with LargestTemporaries() as memory:
-        residual_kmeans(torch.randn(20000, 4), [1024], iters=2, balanced=True)
-    assert memory.most < 20000 * 1024 * 4 / 2
+        residual_kmeans(torch.randn(20000, 4), [512], iters=2, balanced=True)
+    assert memory.most < 20000 * 512 * 4 / 2
 
 
 def test_rows_from_a_file(tmp_path):

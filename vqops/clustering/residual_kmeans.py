@@ -33,7 +33,7 @@ def residual_kmeans(
 
     r_1 = x,  codebooks[l] = k-means(r_l),  i_l = the cluster of r_l,  r_{l+1} = r_l - codebooks[l][i_l]
 
-    Each level starts from greedy k-means++ among 16 K random rows and runs Lloyd's algorithm until no index changes, at
+    Each level starts from greedy k-means++ among 8 K random rows and runs Lloyd's algorithm until no index changes, at
     most `iters` iterations. Clusters without rows are moved to rows far from their codes. Searches are exact
     (`nearest`), means are added in float64, nothing is of size N x K. The codes are float32, for float64 x float64.
 
@@ -43,7 +43,7 @@ def residual_kmeans(
     assignment; `encode` of the same rows takes the nearest code, and is not bound to the capacity.
 
     batch_size: mini-batch k-means (Sculley 2010) with batches in a random order, `iters` passes at most. Of x, which
-    may be on the CPU or mapped from a file, batch_size rows at a time are on `device` (16 K for the start). A pass that
+    may be on the CPU or mapped from a file, batch_size rows at a time are on `device` (8 K for the start). A pass that
     improves the error by less than 0.1 % is the last.
 
     Rows that are masked or hold a NaN or Inf take no part and have index -1; a row whose residual overflows has -1 from

@@ -1,50 +1,73 @@
 """Codes to start from, and those that empty clusters take: rows far from the codes that are there."""
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vqops.clustering.means import square_distances
-
-ROWS_PER_CODE = 16  # among which a code is chosen: all rows would take N D K operations one code after the other
+ROWS_PER_CODE = 8  # among which a code is chosen: all rows would take N D K operations one code after the other
+TRIALS = 3
+CHUNK = 128
 
 
 def first_codes(x: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:  # [N, D] -> [K, D]
-    """Greedy k-means++: the first code is a row of x at random, each further one the best of 2 + ln K rows drawn with a
-    probability in proportion to |x - c|^2, c their nearest code so far. Codes are equal only where x has fewer distinct
-    rows. Source: Arthur and Vassilvitskii, k-means++, 2007.
+    """Greedy k-means++: the first code is a row of x at random, each further one the best of 3 rows drawn with
+    probabilities in proportion to |x - c|^2, c their nearest code so far. Codes are equal only where x has fewer
+    distinct rows. Source: Arthur and Vassilvitskii, k-means++, 2007.
     """
     row = torch.randint(len(x), (1,), generator=generator, device=x.device)
-    first = x[row]
-    return torch.cat([first, add_codes(x, square_distances(x, first), num_codes - 1, generator)[0]])
+    scaled = to_scale(x)[0]
+    rows, _ = spread(scaled, distances_between(scaled, row).squeeze(0), num_codes - 1, generator)
+    return x[torch.cat([row, rows])]
 
 
-def far_codes(x: Tensor, distances: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def far_codes(x: Tensor, squares: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`count` rows to be codes, and which of them are any better than the codes that are there.
 
-    x [N, D], distances [N] of the rows to their codes -> [count, D], [count] bool. Candidates are drawn with a
-    probability in proportion to their distance; of these each code is chosen as in `first_codes`.
+    x [N, D], squares [N] float64 of the distances of the rows to their codes -> [count, D], [count] bool. Candidates
+    are drawn with probabilities in proportion to the squares; of these each code is chosen as in `first_codes`.
     """
-    keys = distances / exponential(len(x), distances, generator)
-    rows = keys.sort(descending=True, stable=True).indices[: ROWS_PER_CODE * count]
-    return add_codes(x[rows], distances[rows], count, generator)
+    keys = squares / exponential(squares, generator)
+    some = keys.sort(descending=True, stable=True).indices[: ROWS_PER_CODE * count]
+    scaled, scale = to_scale(x[some])
+    rows, apart = spread(scaled, squares[some].sqrt() / scale, count, generator)
+    return x[some[rows]], apart
 
 
-def add_codes(x: Tensor, distances: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Greedy k-means++ from distances [N] on: `count` rows, and which were at a distance from all codes before them."""
-    codes, apart = x.new_empty(count, x.shape[1]), torch.empty(count, dtype=torch.bool, device=x.device)
-    trials = 2 + int(math.log(count + 1))
+def spread(
+    x: Tensor,  # [N, D]
+    near: Tensor,  # [N] float64, the distance of each row to its nearest code
+    count: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # [count] int64, [count] bool
+    """The numbers of `count` rows, and which were at a distance from all codes before them."""
+    chosen, apart = torch.zeros(count, dtype=torch.int64, device=x.device), near.new_zeros(count, dtype=torch.bool)
     for k in range(count):
-        # The largest of w / e, e exponential, is a draw with probabilities w, and needs no sum in any order.
-        rows = [(distances / exponential(len(x), distances, generator)).argmax() for _ in range(trials)]
-        left = torch.stack([torch.minimum(distances, square_distances(x, x[row])) for row in rows])
-        best = left.sum(1).argmin()
-        row = torch.stack(rows)[best]
-        codes[k], apart[k], distances = x[row], distances[row] > 0, left[best]
-    return codes, apart
+        # The largest of w / e, e exponential, are draws with probabilities w, and need no sum in any order.
+        squares = near.square()
+        rows = (squares / exponential(squares, generator)).topk(min(TRIALS, len(x))).indices
+        left = torch.minimum(near, distances_between(x, rows))
+        best = sum_of_each(left.square()).argmin()
+        row = rows[best]
+        apart[k] = near[row] > 0
+        chosen[k] = row.where(apart[k], 0)
+        near = left[best]
+    return chosen, apart
 
 
-def exponential(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.empty(size, dtype=torch.float64, device=like.device).exponential_(generator=generator)
-    return drawn.clamp_min_(torch.finfo(torch.float64).tiny)
+def to_scale(x: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]
+    """x / s and s, float64, so that no square overflows, nor underflows unless others are much larger."""
+    s = x.abs().amax().double().clamp_min(torch.finfo(torch.float64).tiny)
+    return (x / s).to(x.dtype), s
+
+
+def distances_between(x: Tensor, rows: Tensor) -> Tensor:  # [N, D], [k] -> [k, N] float64, 0 for equal vectors
+    return torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist").double()
+
+
+def sum_of_each(values: Tensor) -> Tensor:  # [k, N] -> [k]
+    """In an order that does not depend on the number of threads."""
+    return F.pad(values, (0, -values.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK)).sum(-1).sum(-1)
+
+
+def exponential(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.empty_like(like).exponential_(generator=generator).clamp_min_(torch.finfo(like.dtype).tiny)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from memory import LargestTemporaries
 from promises import COPIES, INDICES, REPEATS
+from sklearn.cluster import KMeans
 from torch.testing import assert_close
 
 from vqops import residual_kmeans
@@ -185,6 +186,13 @@ def test_clusters_that_lose_their_rows_are_moved():
     codes, _ = lloyd(x, start, 100, generator())
     indices = torch.cdist(x, codes).argmin(1)
     assert len(indices.unique()) == 8
+
+
+@pytest.mark.parametrize("clumps", [1, 30])
+def test_no_worse_than_scikit_learn(clumps):
+    x = mixture(3000, 8, clumps)
+    inertia = KMeans(30, n_init=1, random_state=0).fit(x.numpy()).inertia_
+    assert residual_kmeans(x, [30]).error[0] < 1.1 * inertia / 3000  # both end in some local optimum
 
 
 @pytest.mark.parametrize("sizes", [[16], [32, 16]])

@@ -3,7 +3,10 @@
 import math
 
 import torch
+from promises import COPIES, INDICES
 
+from vqops import nearest
+from vqops.clustering.lloyd import better_start, lloyd
 from vqops.clustering.means import square_distances
 from vqops.clustering.start import far_codes, first_codes
 
@@ -30,6 +33,21 @@ def test_every_clump_has_a_code():
     for seed in range(5):
         nearest = torch.cdist(centres, first_codes(x, 30, generator(seed))).amin(1)
         assert nearest.max() < 20
+
+
+def test_the_better_start_is_taken():
+    centres = 100 * torch.eye(16)
+    x = (centres[:, None] + torch.randn(8, 16)).flatten(0, 1)[torch.randperm(128)]
+    INDICES.same(torch.cdist(centres, better_start(x, 16, generator())).argmin(1).sort().values, torch.arange(16))
+    taken = set()
+    for seed in range(10):
+        x = torch.randn(40, 2)  # neither start is always the better
+        starts = x[:5], first_codes(x, 5, generator(seed))
+        errors = [square_distances(x, c[nearest(x, c)]).sum() for c in (lloyd(x, s, 5, generator())[0] for s in starts)]
+        best = int(errors[1] <= errors[0])
+        COPIES.same(better_start(x, 5, generator(seed)), starts[best])
+        taken.add(best)
+    assert taken == {0, 1}
 
 
 def test_far_codes_are_far_and_distinct():

@@ -6,10 +6,29 @@ import torch
 from torch import Tensor
 
 from vqops.clustering.means import means_of, square_distances, sums_of, total_of
-from vqops.clustering.start import far_codes
+from vqops.clustering.start import ROWS_PER_CODE, far_codes, first_codes
 from vqops.ops.search import nearest, nearest_topk
 
-LEAST_GAIN = 1e-3  # of a pass of mini-batches, as a share of the error before it
+LEAST_GAIN = 1e-4  # of a pass of mini-batches, as a share of the error before it
+ROWS_PER_TRIAL = 32  # rows of the sample per code
+TRIED = 5  # iterations from each start
+
+
+def better_start(sample: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:  # [n, D] -> [K, D]
+    """Greedy k-means++ or random rows, whichever is the better after 5 iterations on the sample, whose rows are in a
+    random order.
+
+    Where there are clusters k-means++ finds a third less of error. In many dimensions without clusters, as what several
+    levels leave, it is drawn to rows near the mean and ends up to 4 % worse.
+    """
+    greedy = first_codes(sample[: ROWS_PER_CODE * num_codes], num_codes, generator)
+    if len(sample) <= num_codes:
+        return greedy
+    starts, errors = (sample[:num_codes], greedy), []
+    for start in starts:
+        codes, _ = lloyd(sample, start, TRIED, generator)
+        errors.append(total_of(square_distances(sample, codes[nearest(sample, codes)])))
+    return starts[int(errors[1] <= errors[0])].clone()
 
 
 def lloyd(x: Tensor, codes: Tensor, iters: int, generator: torch.Generator) -> tuple[Tensor, int]:  # [N, D], [K, D]
@@ -40,7 +59,7 @@ def mini_batches(
     generator: torch.Generator,
 ) -> tuple[Tensor, int]:
     """Mini-batch k-means, and the passes it took: at most `iters`, until one improves the mean error by less than
-    0.1 %. Each batch moves its codes to the mean of all rows that they have had,
+    0.01 %. Each batch moves its codes to the mean of all rows that they have had,
 
         codes[k] += (sum of its rows - their number codes[k]) / seen[k],
 

@@ -1,18 +1,20 @@
 """Codes to start from, and those that empty clusters take: rows far from the codes that are there."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_PER_CODE = 8  # among which a code is chosen: all rows would take N D K operations one code after the other
-TRIALS = 3
-CHUNK = 128
+CHUNK = 128  # values summed before the sums are
+BLOCK = 1 << 20  # differences at a time
 
 
 def first_codes(x: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:  # [N, D] -> [K, D]
-    """Greedy k-means++: the first code is a row of x at random, each further one the best of 3 rows drawn with
-    probabilities in proportion to |x - c|^2, c their nearest code so far. Codes are equal only where x has fewer
-    distinct rows. Source: Arthur and Vassilvitskii, k-means++, 2007.
+    """Greedy k-means++: the first code is a row of x at random, each further one the best of 2 + ln K rows drawn
+    with probabilities in proportion to |x - c|^2, c their nearest code so far. Codes are equal only where x has
+    fewer distinct rows. Source: Arthur and Vassilvitskii, k-means++, 2007.
     """
     row = torch.randint(len(x), (1,), generator=generator, device=x.device)
     scaled = to_scale(x)[0]
@@ -41,10 +43,11 @@ def spread(
 ) -> tuple[Tensor, Tensor]:  # [count] int64, [count] bool
     """The numbers of `count` rows, and which were at a distance from all codes before them."""
     chosen, apart = torch.zeros(count, dtype=torch.int64, device=x.device), near.new_zeros(count, dtype=torch.bool)
+    trials = min(2 + int(math.log(count + 1)), len(x))
     for k in range(count):
         # The largest of w / e, e exponential, are draws with probabilities w, and need no sum in any order.
         squares = near.square()
-        rows = (squares / exponential(squares, generator)).topk(min(TRIALS, len(x))).indices
+        rows = (squares / exponential(squares, generator)).topk(trials).indices
         left = torch.minimum(near, distances_between(x, rows))
         best = sum_of_each(left.square()).argmin()
         row = rows[best]
@@ -61,7 +64,8 @@ def to_scale(x: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]
 
 
 def distances_between(x: Tensor, rows: Tensor) -> Tensor:  # [N, D], [k] -> [k, N] float64, 0 for equal vectors
-    return torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist").double()
+    codes = x[rows].unsqueeze(1)
+    return torch.cat([(block - codes).norm(dim=-1) for block in x.split(max(1, BLOCK // codes.numel()))], 1).double()
 
 
 def sum_of_each(values: Tensor) -> Tensor:  # [k, N] -> [k]

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from vqops.clustering.means import means_of, square_distances, sums_of, total_of
-from vqops.clustering.start import ROWS_PER_CODE, far_codes, first_codes
+from vqops.clustering.start import LEAST_ROWS, ROWS_PER_CODE, far_codes, first_codes
 from vqops.ops.search import nearest, nearest_topk
 
 LEAST_GAIN = 1e-4  # of a pass of mini-batches, as a share of the error before it
-ROWS_PER_TRIAL = 32  # rows of the sample per code
 TRIED = 5  # iterations from each start
+
+
+def sample_size(num_codes: int) -> int:
+    """Rows among which `better_start` looks."""
+    return 4 * max(ROWS_PER_CODE * num_codes, LEAST_ROWS)
 
 
 def better_start(sample: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:  # [n, D] -> [K, D]
@@ -21,7 +25,7 @@ def better_start(sample: Tensor, num_codes: int, generator: torch.Generator) -> 
     Where there are clusters k-means++ finds a third less of error. In many dimensions without clusters, as what several
     levels leave, it is drawn to rows near the mean and ends up to 4 % worse.
     """
-    greedy = first_codes(sample[: ROWS_PER_CODE * num_codes], num_codes, generator)
+    greedy = first_codes(sample[: max(ROWS_PER_CODE * num_codes, LEAST_ROWS)], num_codes, generator)
     if len(sample) <= num_codes:
         return greedy
     starts, errors = (sample[:num_codes], greedy), []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqops.clustering.balanced import balanced_kmeans
 from vqops.clustering.ids import collisions
-from vqops.clustering.lloyd import ROWS_PER_TRIAL, better_start, lloyd, mini_batches
+from vqops.clustering.lloyd import better_start, lloyd, mini_batches, sample_size
 from vqops.clustering.result import ResidualKMeans, check_count, check_mask
 from vqops.clustering.rows import Rows
 from vqops.ops.checks import check_floating
@@ -32,10 +32,10 @@ def residual_kmeans(
 
     r_1 = x,  codebooks[l] = k-means(r_l),  i_l = the cluster of r_l,  r_{l+1} = r_l - codebooks[l][i_l]
 
-    Each level starts from greedy k-means++ among 8 K random rows or from K random rows, whichever goes further in a
-    trial on 32 K, and runs Lloyd's algorithm until no index changes, at most `iters` iterations. Clusters without rows
-    are moved to rows far from their codes. Searches are exact (`nearest`), means are added in float64, nothing is of
-    size N x K. The codes are float32, for float64 x float64.
+    Each level starts from greedy k-means++ among max(8 K, 4096) random rows or from K random rows, whichever goes
+    further in a trial on 4 times as many, and runs Lloyd's algorithm until no index changes, at most `iters`
+    iterations. Clusters without rows are moved to rows far from their codes. Searches are exact (`nearest`), means are
+    added in float64, nothing is of size N x K. The codes are float32, for float64 x float64.
 
     balanced: no cluster of a level holds more than ceil(N / K) rows, as in OneRec (arXiv 2502.18965). Prices that rise
     with the rows that prefer a cluster move its borders, then rows take clusters in rounds over the 32 nearest codes
@@ -43,8 +43,8 @@ def residual_kmeans(
     assignment; `encode` of the same rows takes the nearest code, and is not bound to the capacity.
 
     batch_size: mini-batch k-means (Sculley 2010) with batches in a random order, `iters` passes at most. Of x, which
-    may be on the CPU or mapped from a file, batch_size rows at a time are on `device` (32 K for the start). A pass that
-    improves the error by less than 0.01 % is the last.
+    may be on the CPU or mapped from a file, batch_size rows at a time are on `device`, but for the rows of the start. A
+    pass that improves the error by less than 0.01 % is the last.
 
     Rows that are masked or hold a NaN or Inf take no part and have index -1; a row whose residual overflows has -1 from
     there on. With fewer distinct rows than codes, codes are equal or unused, and a warning says so. The same seed gives
@@ -92,7 +92,7 @@ def cluster(
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor | None, int]:
     """The codes [K, D] of a level, the clusters of its finite rows if they are not the nearest, and the iterations."""
-    some = torch.randperm(len(rows), generator=order, device=rows.x.device)[: ROWS_PER_TRIAL * num_codes]
+    some = torch.randperm(len(rows), generator=order, device=rows.x.device)[: sample_size(num_codes)]
     sample = rows.finite(some)
     if len(sample) == 0:  # all that is left has overflowed
         return torch.zeros(num_codes, rows.x.shape[1], dtype=rows.real, device=rows.device), None, 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS_PER_CODE = 8  # among which a code is chosen: all rows would take N D K operations one code after the other
+ROWS_PER_CODE, LEAST_ROWS = 8, 4096  # among which codes are chosen: all rows would take N D K operations in K steps
 CHUNK = 128  # values summed before the sums are
 BLOCK = 1 << 20  # differences at a time
 

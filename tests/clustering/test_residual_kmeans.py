@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from torch.testing import assert_close
 
 from vqops import residual_kmeans
-from vqops.clustering.lloyd import lloyd
+from vqops.clustering.lloyd import lloyd, mini_batches
 from vqops.clustering.start import first_codes
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -159,6 +159,15 @@ def test_a_residual_that_overflows(options):
     assert all(codes.isfinite().all() for codes in found.codebooks)
 
 
+@pytest.mark.parametrize("options", [{}, {"balanced": True}, {"batch_size": 3}], ids=str)
+def test_all_residuals_overflow(options):
+    x = torch.full((4, 4), 3e38).fill_diagonal_(-3e38)  # x - mean has a -4.5e38 in each row
+    with pytest.warns(UserWarning, match="of the K=2 codes of level 1 only 0 are in use"):
+        found = residual_kmeans(x, [1, 2], **options)
+    assert found.indices.tolist() == [[0, -1]] * 4 and found.error[1].isnan()
+    INDICES.same(found.encode(x), found.indices)
+
+
 @pytest.mark.parametrize("rows, sizes", [(3, [8]), (1, [4, 4]), (3, [2, 8])])
 @pytest.mark.parametrize("options", [{}, {"balanced": True}, {"batch_size": 2}], ids=str)
 def test_fewer_rows_than_codes(rows, sizes, options):
@@ -193,6 +202,21 @@ def test_no_worse_than_scikit_learn(clumps):
     x = mixture(3000, 8, clumps)
     inertia = KMeans(30, n_init=1, random_state=0).fit(x.numpy()).inertia_
     assert residual_kmeans(x, [30]).error[0] < 1.1 * inertia / 3000  # both end in some local optimum
+
+
+def test_mini_batches_by_hand():
+    def passes():
+        yield torch.tensor([[1.0], [9.0]])
+        yield torch.tensor([[3.0]])
+
+    start = torch.tensor([[0.0], [10.0]])
+    codes, took = mini_batches(passes, start, 1, generator())
+    assert codes.tolist() == [[2.0], [9.0]] and took == 1  # 0 -> 1 -> 1 + (3 - 1) / 2
+    codes, took = mini_batches(passes, start, 2, generator())
+    # A row of the first pass now counts half: 2 -> 2 + (1 - 2) / 2 -> 1.5 + (3 - 1.5) / 3.
+    assert codes.tolist() == [[2.0], [9.0]] and took == 2
+    codes, _ = mini_batches(passes, torch.tensor([[0.0], [10.0], [99.0]]), 1, generator())
+    assert codes[2].item() == 3.0  # no row: moved to one of the last batch
 
 
 @pytest.mark.parametrize("sizes", [[16], [32, 16]])

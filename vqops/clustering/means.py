@@ -18,9 +18,13 @@ def sums_of(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]
         if x.device.type == "cpu":
             sums.index_add_(0, of, rows.double())
         else:
-            lengths = torch.bincount(of, minlength=num_codes)
-            sums += torch.segment_reduce(rows[of.argsort(stable=True)].double(), "sum", lengths=lengths, axis=0)
+            sums += segment_sums(rows.double(), of, num_codes)
     return counts, sums
+
+
+def segment_sums(x: Tensor, indices: Tensor, num_codes: int) -> Tensor:  # [N, D], [N] -> [K, D]
+    lengths = torch.bincount(indices, minlength=num_codes)
+    return torch.segment_reduce(x[indices.argsort(stable=True)], "sum", lengths=lengths, axis=0)
 
 
 def means_of(x: Tensor, indices: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # [N, D], [N], [K, D]
@@ -36,7 +40,7 @@ def means_of(x: Tensor, indices: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]
 
 def total_of(values: Tensor) -> Tensor:  # [N, ...] -> [...] float64
     """The sum over rows."""
-    flat = values.reshape(len(values), -1)
+    flat = values.unsqueeze(-1).flatten(1)
     return sums_of(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device), 1)[1].view(values.shape[1:])
 
 

@@ -75,10 +75,10 @@ def residual_kmeans(
         iterations.append(took)
 
     indices = rows.all_indices()
-    rate, distinct = collisions(indices)
-    error, variance = torch.stack(errors), rows.variance()
+    rate, distinct = (t.cpu() for t in collisions(indices))
+    error, variance = torch.stack(errors).cpu(), rows.variance().cpu()
     explained = torch.where(variance > 0, 1 - error / variance, torch.ones_like(error))
-    usage = torch.tensor(usage, dtype=torch.float64, device=device)
+    usage = torch.tensor(usage, dtype=torch.float64)
     return ResidualKMeans(rows.codebooks, indices, rate, distinct, usage, error, explained, iterations)
 
 

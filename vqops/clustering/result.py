@@ -12,10 +12,13 @@ from vqops.ops.search import nearest, prepare
 
 @dataclass(frozen=True, eq=False)
 class ResidualKMeans:
-    """Codes of Q levels, the IDs of the rows they were learned from, and how good these are, level by level."""
+    """Codes of Q levels, the IDs of the rows they were learned from, and how good these are, level by level.
+
+    The codes are on the device of the fit, the indices on that of x, the figures on the CPU.
+    """
 
     codebooks: list[Tensor]  # [K_l, D] each, float32 (float64 for float64 x)
-    indices: Tensor  # [N, Q] int64, on the device of x; -1 for rows that took no part
+    indices: Tensor  # [N, Q] int64; -1 for rows that took no part
     collision_rate: Tensor  # [Q] float64, share of rows whose indices up to the level another row has, too
     num_unique: Tensor  # [Q] int64, distinct IDs up to the level
     usage: Tensor  # [Q] float64, share of the codes that have rows

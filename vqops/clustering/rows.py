@@ -42,7 +42,8 @@ class Rows:
 
     def finite(self, numbers: Tensor) -> Tensor:
         rows = self.residual(numbers)
-        return rows[rows.isfinite().all(-1)]
+        finite = rows.isfinite().all(-1)
+        return rows if finite.all() else rows[finite]
 
     def all(self) -> Tensor:
         return torch.arange(len(self), device=self.x.device)
@@ -61,7 +62,7 @@ class Rows:
     def add_level(self, codes: Tensor, assigned: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Take the codes as the next level, with the indices of the finite rows if a search is not to find them.
 
-        Returns the mean of |residual|^2 after it, float64, and which codes have rows [K].
+        Returns the mean of |residual|^2 after it, float64, NaN without a row, and which codes have rows [K].
         """
         prepared, found = prepare(codes), []
         total, used = 0, torch.zeros(len(codes), dtype=torch.bool, device=self.device)
@@ -81,7 +82,7 @@ class Rows:
             found.append(indices.to(self.x.device))
         self.codebooks.append(codes)
         self.indices.append(torch.cat(found))
-        return total / (self.indices[-1] >= 0).sum().clamp_min(1).to(self.device), used
+        return total / (self.indices[-1] >= 0).sum().to(self.device), used
 
     def all_indices(self) -> Tensor:  # [N, Q], -1 for the rows that take no part
         indices = torch.full((len(self.x), len(self.indices)), -1, device=self.x.device)

@@ -207,14 +207,18 @@ def test_no_worse_than_scikit_learn(clumps):
 def test_mini_batches_by_hand():
     def passes():
         yield torch.tensor([[1.0], [9.0]])
-        yield torch.tensor([[3.0]])
+        yield torch.tensor([[last.pop()]])
 
+    last = [3.0]
     start = torch.tensor([[0.0], [10.0]])
     codes, took = mini_batches(passes, start, 1, generator())
     assert codes.tolist() == [[2.0], [9.0]] and took == 1  # 0 -> 1 -> 1 + (3 - 1) / 2
+    last = [5.0, 3.0]
     codes, took = mini_batches(passes, start, 2, generator())
-    # A row of the first pass now counts half: 2 -> 2 + (1 - 2) / 2 -> 1.5 + (3 - 1.5) / 3.
-    assert codes.tolist() == [[2.0], [9.0]] and took == 2
+    # A row of the first pass now counts half: 2 -> 2 + (1 - 2) / 2 -> 1.5 + (5 - 1.5) / 3.
+    assert_close(codes, torch.tensor([[8 / 3], [9.0]]))
+    assert took == 2
+    last = [3.0]
     codes, _ = mini_batches(passes, torch.tensor([[0.0], [10.0], [99.0]]), 1, generator())
     assert codes[2].item() == 3.0  # no row: moved to one of the last batch
 

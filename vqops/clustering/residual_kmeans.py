@@ -37,9 +37,9 @@ def residual_kmeans(
     iterations. Clusters without rows are moved to rows far from their codes. Searches are exact (`nearest`), means are
     added in float64, nothing is of size N x K. The codes are float32, for float64 x float64.
 
-    balanced: no cluster of a level holds more than ceil(N / K) rows, as in OneRec (arXiv 2502.18965). Prices that rise
-    with the rows that prefer a cluster move its borders, then rows take clusters in rounds over the 32 nearest codes
-    with room, first those that lose most by the next (`vqops.clustering.balanced`). `indices` are the balanced
+    balanced: no cluster of a level holds more than ceil(N / K) rows, as in OneRec (arXiv 2502.18965). Prices by auction
+    move the borders of clusters that too many rows prefer, then rows take clusters in rounds over their 32 nearest
+    codes with room, first those that lose most by the next (`vqops.clustering.balanced`). `indices` are the balanced
     assignment; `encode` of the same rows takes the nearest code, and is not bound to the capacity.
 
     batch_size: mini-batch k-means (Sculley 2010) with batches in a random order, `iters` passes at most. Of x, which

@@ -1,5 +1,8 @@
 """Vector quantization for PyTorch: exact, fused ops and the modules built on them."""
 
+from vqops.clustering.ids import unique_ids
+from vqops.clustering.residual_kmeans import residual_kmeans
+from vqops.clustering.result import ResidualKMeans
 from vqops.dispatch.choice import use_implementation
 from vqops.dispatch.library import implementations
 from vqops.ops.code_sums import code_sums
@@ -26,6 +29,7 @@ __all__ = [
     "PreparedCodebook",
     "Quantized",
     "RandomProjectionQuantizer",
+    "ResidualKMeans",
     "ResidualQuantized",
     "ResidualVQ",
     "VectorQuantize",
@@ -37,10 +41,12 @@ __all__ = [
     "nearest_topk",
     "prepare",
     "quantize",
+    "residual_kmeans",
     "residual_quantize",
     "sample",
     "sample_topk",
     "search_statistics",
     "soft_codes",
+    "unique_ids",
     "use_implementation",
 ]

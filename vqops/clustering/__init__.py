@@ -1,0 +1,1 @@
+"""Residual k-means, the codes it learns, and the IDs of rows that come of them."""

@@ -84,6 +84,28 @@ def train(name: str, rank: int | None) -> dict:
     return vq.state_dict() | {"collectives": len(collectives), "used": torch.stack(used)}
 
 
+def train_after_failures(rank: int) -> torch.Tensor:
+    """The levels of each step, on ranks of which one fails before a collective and tries again."""
+    torch.manual_seed(rank)
+    vq, used = vqops.ResidualVQ(**SIZES | {"num_quantizers": 8, "quantize_dropout": True, "codebook_dim": 3}), []
+    forward = vq.project_out.forward
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    for step in range(8):
+        x = torch.randn(20, DIM)
+        if rank == 1 and step in (0, 3):
+            vq.project_out.forward = fail
+            with pytest.raises(RuntimeError, match="out of memory"):
+                vq(x)
+            vq.project_out.forward = forward
+            with pytest.raises(ValueError):
+                vq(x, mask=torch.ones(3, dtype=torch.bool))
+        used.append((vq(x)[1][0] >= 0).sum())
+    return torch.stack(used)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The states of the two ranks, by case."""
@@ -92,6 +114,12 @@ def ranks(tmp_path_factory):
 
 def of_codes(states: dict) -> dict:
     return {key: value for key, value in states.items() if key not in ("collectives", "used")}
+
+
+def test_a_step_that_failed_on_one_rank_is_no_step(ranks):
+    levels = [states["levels after failures"] for states in ranks]
+    INDICES.same(*levels)
+    assert len(levels[0].unique()) > 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,7 +141,7 @@ def test_ranks_use_the_same_levels(ranks, name):
 
 def test_one_collective_a_step(ranks):
     """With dead codes, a second one of a few numbers: which rows there are."""
-    collectives = {name: states["collectives"] for name, states in ranks[0].items()}
+    collectives = {name: ranks[0][name]["collectives"] for name in CASES | AGREED}
     assert collectives["plain"] == collectives["dropout of groups"] == 1
     for name in ("dead codes", "shared", "beam", "groups", "dropout"):
         assert collectives[name] == 2
@@ -122,5 +150,6 @@ def test_one_collective_a_step(ranks):
 if __name__ == "__main__":
     folder, rank = sys.argv[1], int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    torch.save({name: train(name, rank) for name in CASES | AGREED}, f"{folder}/{rank}.pt")
+    states = {name: train(name, rank) for name in CASES | AGREED}
+    torch.save(states | {"levels after failures": train_after_failures(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -96,7 +96,7 @@ def test_masks(way, metric, padding):
 
 @pytest.mark.parametrize("options", [{}, {"codebook_dim": 4}, {"quant_grad_frac": 0.5}, LEARNABLE], ids=str)
 def test_beam_search(options):
-    """Learnable codes stay between the steps; averages theirs moves within a step too, by all paths at once."""
+    """Of one step from one state: theirs then moves the averages of the first level alone."""
     weights = [1.0, 0.5, 2.0, 1.0]
     options = SIZES | options | {"beam_size": 3, "eval_beam_size": 5, "beam_score_quantizer_weights": weights}
     theirs, ours = pair("ResidualVQ", **options)

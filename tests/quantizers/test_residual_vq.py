@@ -16,6 +16,7 @@ import vqops
 from vqops import GroupedResidualVQ, ResidualVQ
 from vqops.quantizers.codebook import codebook as codebook_module
 from vqops.quantizers.codebook import moved, steps
+from vqops.quantizers.residual import level_dropout
 
 DIM, CODES, LEVELS = 6, 16, 3
 SIZES = {"dim": DIM, "codebook_size": CODES, "num_quantizers": LEVELS}
@@ -26,6 +27,7 @@ WAYS = {
     "in turn": IN_TURN,
     "shared": {"shared_codebook": True},
     "beam": {"beam_size": 2},
+    "implicit": {"implicit_neural_codebook": True},
     "learnable": {"learnable_codebook": True, "ema_update": False},
     "cosine": {"use_cosine_sim": True},
     "projected": {"codebook_dim": 4},
@@ -57,13 +59,14 @@ def test_by_hand():
     assert_close(vq.layers[0].codebook[1], torch.tensor([(4 * 0.8 + 8.25 * 0.2) / (0.8 + 2 * 0.2)]), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("way", ["together", "in turn"])
+@pytest.mark.parametrize("way", ["together", "in turn", "beam"])
 @pytest.mark.parametrize("rotation_trick", [True, False])
 def test_the_gradient_of_the_output_once(rotation_trick, way, monkeypatch):
     """Through the sum, as if one quantizer had chosen it."""
     if way == "in turn":
         monkeypatch.setattr("vqops.quantizers.residual_vq.fits", lambda *_: False)
-    vq = residual_vq(gradient_per_level=False, rotation_trick=rotation_trick, commitment_weight=0.0)
+    beam = {"beam_size": 3} if way == "beam" else {}
+    vq = residual_vq(gradient_per_level=False, rotation_trick=rotation_trick, commitment_weight=0.0, **beam)
     x = torch.randn(2, 10, DIM, requires_grad=True)
     mask = torch.rand(2, 10) < 0.7
     quantized = vq(x, mask=mask)[0]
@@ -252,6 +255,29 @@ def test_a_step_of_implicit_codes_holds_no_codes_of_each_row():
     assert max(kept) <= x.numel()
 
 
+def test_a_beam_of_losses_that_overflow_prefers_paths_to_places_without_a_code():
+    vq = ResidualVQ(**SIZES | {"codebook_size": 5, "beam_size": 4}).eval()
+    for layer in vq.layers:
+        layer._codebook.embed[:, 2:] = torch.inf
+        layer._codebook.embed[:, :2] *= 1e25
+    _, indices, _ = vq(1e25 * torch.randn(1, 8, DIM))
+    assert ((indices >= 0) & (indices < 2)).all()
+
+
+def test_dead_codes_of_a_beam_of_implicit_codes_restart_from_what_was_left():
+    options = {"implicit_neural_codebook": True, "threshold_ema_dead_code": 2, "num_quantizers": 2}
+    vq = residual_vq("beam", **options)
+    vq.layers[1]._codebook.cluster_size.zero_()
+    x = torch.randn(1, 30, DIM)
+    first = copy.deepcopy(vq)
+    _, indices, _ = vq(x)
+    rest = x[0] - first.get_codes_from_indices(indices)[0, 0]
+    dead = vq.layers[1]._codebook.cluster_size[0] == 2
+    assert dead.sum() > 5
+    codes = vq.layers[1].codebook[dead].detach()
+    assert torch.cdist(codes.double(), rest.detach().double()).amin(1).max() < 1e-5
+
+
 # Dropout of levels
 
 
@@ -268,9 +294,28 @@ def test_dropout_uses_every_number_of_levels():
             assert any((value != before[f"layers.{level}.{name}"]).any() for name, value in now) == (level < used)
         seen.add(used)
     assert seen == set(range(3, 9))
-    vq.quantize_dropout_multiple_of, vq.level_dropout.range = 4, (2, 8, 4)
+    vq.quantize_dropout_multiple_of = 4
     assert {int((vq(x)[1][0, 0] >= 0).sum()) for _ in range(60)} == {4, 8}
     assert (vq.eval()(x)[1] >= 0).all()
+
+
+@pytest.mark.parametrize("way", ["together", "in turn"])
+def test_levels_that_are_dropped_keep_what_waits(way):
+    """Codes that were set in place, and sums that wait for the next update."""
+    vq = residual_vq(way, quantize_dropout=True, num_quantizers=4)
+    seed = next(s for s in range(99) if level_dropout.levels_of(s, 0, 4, 1) == 2)
+    vq.layers[3](torch.randn(1, 10, DIM), accum_ema_update=True)
+    vq.layers[3]._codebook.embed += 1
+    before = state(vq.layers[3])
+    vq(torch.randn(1, 10, DIM), rand_quantize_dropout_fixed_seed=seed)
+    UNCHANGED.same(vq.layers[3].state_dict(), before)
+    assert vq.layers[3]._codebook.pending is not None
+
+
+def test_the_first_step_with_k_means_uses_all_levels():
+    vq = residual_vq(quantize_dropout=True, kmeans_init=True)
+    assert (vq(torch.randn(1, 50, DIM))[1] >= 0).all()
+    assert len({int((vq(torch.randn(1, 50, DIM))[1] >= 0).sum()) for _ in range(30)}) == LEVELS
 
 
 def test_groups_drop_the_same_levels():
@@ -361,6 +406,11 @@ def test_an_optimizer_in_place_moves_a_shared_codebook_once():
     assert_close(vq.layers[0].codebook, codes - 0.5 * expected.grad)
 
 
+    codes = vq.layers[0].codebook.detach().clone()
+    vq(x, freeze_codebook=True)
+    COPIES.same(vq.layers[0].codebook.detach(), codes)
+
+
 # State
 
 
@@ -368,10 +418,42 @@ def fail(*_, **__):
     raise RuntimeError("lost rank")
 
 
+def test_a_failure_of_the_last_level_takes_the_others_back(monkeypatch):
+    vq = residual_vq(threshold_ema_dead_code=2)
+    vq(torch.randn(2, 9, DIM))
+    before, real, calls = state(vq), codebook_module.ema_update_, []
+
+    def fail_later(*arguments, **keywords):
+        calls.append(1)
+        return (fail if len(calls) == LEVELS else real)(*arguments, **keywords)
+
+    monkeypatch.setattr(codebook_module, "ema_update_", fail_later)
+    with pytest.raises(RuntimeError, match="lost rank"):
+        vq(torch.randn(2, 9, DIM))
+    assert len(calls) == LEVELS
+    UNCHANGED.same(vq.state_dict(), before)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_failed_step_of_an_optimizer_in_place_is_none(shared, make, monkeypatch):
+    options = {"learnable_codebook": True, "ema_update": False, "in_place_codebook_optimizer": partial(make, lr=0.1)}
+    vq = residual_vq(shared_codebook=shared, **options)
+    twin, x = residual_vq(shared_codebook=shared, **options), torch.randn(1, 20, DIM)
+    twin.load_state_dict(vq.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(vq.layers[1], "_searched", fail)
+        with pytest.raises(RuntimeError, match="lost rank"):
+            vq(x)
+    UNCHANGED.same(vq.state_dict(), twin.state_dict())
+    vq(x), twin(x)
+    UNCHANGED.same(vq.state_dict(), twin.state_dict())
+
+
 @pytest.mark.parametrize("lost", ["sum_over_ranks", "ema_update_", "choose_rows", "project_out"])
 @every_way
 def test_a_failed_call_leaves_every_level(way, lost, monkeypatch):
-    if lost == "ema_update_" and way == "learnable":
+    if lost == "ema_update_" and way in ("learnable", "implicit"):
         lost = "sum_over_ranks"
     vq = residual_vq(way, codebook_dim=4, threshold_ema_dead_code=2, kmeans_init=True)
     for first in (True, False):
@@ -482,13 +564,44 @@ def test_a_frozen_constructor_stays_frozen():
     assert any((value != before[name]).any() for name, value in vq.state_dict().items())
 
 
+def test_a_module_made_without_memory():
+    """Whatever of it is in no state_dict."""
+    options = {"beam_size": 3, "beam_score_quantizer_weights": [1.0, 2.0, 0.3]}
+    vq, x = residual_vq(**options).eval(), torch.randn(1, 20, DIM)
+    expected = vq(x)
+    for assign in (True, False):
+        with torch.device("meta"):
+            twin = residual_vq(**options).eval()
+        if not assign:
+            twin.to_empty(device="cpu")
+        twin.load_state_dict(vq.state_dict(), assign=assign)
+        for a, b in zip(twin(x), expected, strict=True):
+            COPIES.same(a, b)
+
+
+def test_vmap():
+    vq, x = residual_vq().eval(), torch.randn(3, 2, 10, DIM)
+    found = torch.vmap(vq)(x)
+    for i in range(3):
+        for a, b in zip(found, vq(x[i]), strict=True):
+            assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int32])
+@pytest.mark.parametrize("codebook_dim", [DIM, 4])
+def test_indices_of_any_integer_dtype_decode(codebook_dim, dtype):
+    vq = residual_vq(codebook_dim=codebook_dim).eval()
+    quantized, indices, _ = vq(torch.randn(2, 10, DIM))
+    assert_close(vq.get_output_from_indices(indices.to(dtype)), quantized)
+
+
 # Refusals
 
 WRONG = {
     "codebook_size is one number": {"num_quantizers": None},
     "codebook_size must be num_quantizers=3 numbers, got 2": {"codebook_size": (4, 5)},
     "heads must be 1, got 2": {"heads": 2},
-    r"quantize_dropout_cutoff_index must be in \[0, num_quantizers=3\), got 3": {
+    r"quantize_dropout_cutoff_index must be an integer in \[0, num_quantizers=3\), got 3": {
         "quantize_dropout": True,
         "quantize_dropout_cutoff_index": 3,
     },
@@ -501,7 +614,13 @@ WRONG = {
         "shared_codebook": True,
         "codebook_size": (4, 5, 6),
     },
-    "gradient_per_level=False needs quant_grad_frac=0": {"gradient_per_level": False, "quant_grad_frac": 0.5},
+    "beam_score_quantizer_weights must be finite and at least 0": {"beam_score_quantizer_weights": [1, -1, 2]},
+    "gradient_per_level=False needs quant_grad_frac=0, got 0.5": {"gradient_per_level": False, "quant_grad_frac": 0.5},
+    "gradient_per_level=False needs route_gradients_to_input=True, got False": {
+        "gradient_per_level": False,
+        "route_gradients_to_input": False,
+        "learnable_codebook": True,
+    },
 }
 
 

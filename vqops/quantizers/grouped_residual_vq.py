@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from vqops.ops.checks import check_floating
 from vqops.quantizers.codebook.steps import take_steps_
-from vqops.quantizers.interface.failure import joined
 from vqops.quantizers.options.checks import check_counts
-from vqops.quantizers.residual_vq import ResidualVQ
+from vqops.quantizers.residual_vq import ResidualVQ, joined_unless_compiling
 
 
 class GroupedResidualVQ(nn.Module):
@@ -35,6 +34,8 @@ class GroupedResidualVQ(nn.Module):
         self.accept_image_fmap = accept_image_fmap
         kwargs |= {"dim": dim // groups, "accept_image_fmap": accept_image_fmap}
         self.rvqs = nn.ModuleList(ResidualVQ(**kwargs) for _ in range(groups))
+        for number, rvq in enumerate(self.rvqs):
+            rvq.owner = f"{self.owner}, group {number}"
 
     @property
     def codebooks(self) -> Tensor | tuple[tuple[Tensor, ...], ...]:  # [groups, Q, K, D], or tuples if the sizes differ
@@ -65,20 +66,20 @@ class GroupedResidualVQ(nn.Module):
         check_floating(self.owner, x=x)
         if x.dim() < 2 or x.shape[self.split_dim] != self.dim:
             raise ValueError(f"{self.owner}: x must have dim={self.dim} in axis {self.split_dim}, got {list(x.shape)}")
-        if indices is not None and len(indices) != self.groups:
-            raise ValueError(f"{self.owner}: indices must be those of groups={self.groups}, got {len(indices)}")
-        parts = x.chunk(self.groups, self.split_dim)
-        targets = [None] * self.groups if indices is None else indices
-        levels = None if indices is not None else self.rvqs[0]._levels(x, rand_quantize_dropout_fixed_seed)
-        kept = [rvq._kept_on_failure(part, freeze_codebook) for rvq, part in zip(self.rvqs, parts, strict=True)]
-        with joined(kept):
-            how = return_all_codes, sample_codebook_temp, freeze_codebook, beam_size, levels, lens
-            every = zip(self.rvqs, parts, targets, strict=True)
-            found = [rvq._quantize(part, mask, target, *how) for rvq, part, target in every]
+        targets = [None] * self.groups if indices is None else self._of_each(indices)
+        asked = return_all_codes, sample_codebook_temp, freeze_codebook, beam_size, lens
+        first, parts = self.rvqs[0], x.chunk(self.groups, self.split_dim)
+        every = list(zip(self.rvqs, parts, targets, strict=True))
+        requests = [rvq._request(part, mask, target, *asked) for rvq, part, target in every]
+        kept = [rvq._kept_on_failure(request) for rvq, request in zip(self.rvqs, requests, strict=True)]
+        with joined_unless_compiling([context for contexts in kept for context in contexts]):
+            levels = first._levels(parts[0], requests[0], rand_quantize_dropout_fixed_seed)
+            each = zip(self.rvqs, parts, requests, strict=True)
+            found = [rvq._quantize(part, request, levels) for rvq, part, request in each]
             quantized, *others = zip(*(one.results for one in found), strict=True)
             take_steps_([step for one in found for step in one.steps])
-            for rvq in self.rvqs:
-                rvq._optimize_shared()
+            for rvq, request in zip(self.rvqs, requests, strict=True):
+                rvq._optimize_shared(request)
         quantized = torch.cat(quantized, self.split_dim)
         if indices is not None:
             return quantized, torch.stack(others[0]).sum()
@@ -86,17 +87,20 @@ class GroupedResidualVQ(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of indices [groups, b, ..., q]: [groups, Q, b, ..., D], as ResidualVQ gives them."""
-        return torch.stack([rvq.get_codes_from_indices(one) for rvq, one in self._of_groups(indices)])
+        parts = zip(self.rvqs, self._of_each(indices), strict=True)
+        return torch.stack([rvq.get_codes_from_indices(one) for rvq, one in parts])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The quantized vectors of indices [groups, b, ..., q], as ResidualVQ gives them."""
-        parts = [rvq.get_output_from_indices(one) for rvq, one in self._of_groups(indices)]
-        return torch.cat(parts, self.split_dim)
+        parts = zip(self.rvqs, self._of_each(indices), strict=True)
+        return torch.cat([rvq.get_output_from_indices(one) for rvq, one in parts], self.split_dim)
 
-    def _of_groups(self, indices: Tensor) -> list[tuple[ResidualVQ, Tensor]]:
+    def _of_each(self, indices: Tensor | Sequence[Tensor]) -> list:
+        if not isinstance(indices, Tensor | Sequence):
+            raise TypeError(f"{self.owner}: indices must be a tensor or a sequence, got {type(indices).__name__}")
         if len(indices) != self.groups:
             raise ValueError(f"{self.owner}: indices must be those of groups={self.groups}, got {len(indices)}")
-        return list(zip(self.rvqs, indices, strict=True))
+        return list(indices)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, groups={self.groups}"

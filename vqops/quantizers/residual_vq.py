@@ -1,26 +1,40 @@
 """ResidualVQ: a sequence of quantizers, each of what the ones before have left."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vqops.ops.checks import check_device
-from vqops.ops.search import LARGEST_K
+from vqops.quantizers.codebook.failure import joined
+from vqops.quantizers.codebook.shared_seeds import SharedSeeds
 from vqops.quantizers.codebook.steps import Step, take_steps_
-from vqops.quantizers.interface.failure import joined
 from vqops.quantizers.interface.gradients import towards
 from vqops.quantizers.interface.layout import Layout
+from vqops.quantizers.interface.quantizing import Call
 from vqops.quantizers.options.checks import as_number, check_counts, check_fraction, check_not_both
 from vqops.quantizers.residual.beam import quantize_by_beam
+from vqops.quantizers.residual.decoding import LevelDecoding
 from vqops.quantizers.residual.gradient import with_gradient_once
-from vqops.quantizers.residual.implicit_codebook import ImplicitCodes, moved_codes
-from vqops.quantizers.residual.level_dropout import LevelDropout
+from vqops.quantizers.residual.implicit_codebook import ImplicitCodes
+from vqops.quantizers.residual.level_dropout import draw_levels
 from vqops.quantizers.residual.levels import Quantized, Way, quantize_in_turn
+from vqops.quantizers.residual.options import beam_of, check_cutoff, check_gradient_once, score_weights, sizes_of
 from vqops.quantizers.residual.together import fits, quantize_together
 from vqops.quantizers.vector_quantize import VectorQuantize
+
+
+class Request(NamedTuple):
+    """What a forward was asked for, after all checks."""
+
+    positions: tuple[int, ...]
+    mask: Tensor | None  # bool [*positions]
+    targets: Tensor | None  # [1, N, Q]
+    beam: int | None
+    calls: list[Call]  # of the levels
+    return_all_codes: bool
 
 
 class Residual(NamedTuple):
@@ -30,7 +44,7 @@ class Residual(NamedTuple):
     steps: list[Step]
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(LevelDecoding):
     """Replace each vector by a sum of codes: each level quantizes what the levels before have left.
 
         r_0 = z,  e_l = argmin_k |r_l - c_lk|^2,  r_{l+1} = r_l - c of level l,  output = sum over l of c of level l
@@ -53,7 +67,8 @@ class ResidualVQ(nn.Module):
         heads: must be 1.
         quantize_dropout: each training step uses the first levels only, of a number drawn from
             quantize_dropout_cutoff_index + 1 to Q and rounded up to a multiple of quantize_dropout_multiple_of, the
-            same on all ranks; the others give index -1 and loss 0, and learn nothing.
+            same on all ranks; the others give index -1 and loss 0, and learn nothing. The step whose k-means gives the
+            levels their codes uses all. With beams it is no part of one compiled graph.
         accept_image_fmap, accept_3d_fmap, channel_last: the axes of the input, as VectorQuantize has them.
         implicit_neural_codebook: QINCo (arXiv 2401.14732): from the second level on a network (`mlps`) moves the codes,
             given the sum of the codes so far; the codes are learnable. All codes of a block of rows are made at a time,
@@ -114,16 +129,12 @@ class ResidualVQ(nn.Module):
         check_counts(owner, quantize_dropout_multiple_of=quantize_dropout_multiple_of)
         if heads != 1:
             raise ValueError(f"{owner}: heads must be 1, got {heads}; GroupedResidualVQ quantizes parts of a vector")
-        if not 0 <= quantize_dropout_cutoff_index < (count if quantize_dropout else float("inf")):
-            raise ValueError(
-                f"{owner}: quantize_dropout_cutoff_index must be in [0, num_quantizers={count}), "
-                f"got {quantize_dropout_cutoff_index}"
-            )
+        check_cutoff(owner, quantize_dropout_cutoff_index, count if quantize_dropout else float("inf"))
         quant_grad_frac = as_number(owner, "quant_grad_frac", quant_grad_frac)
         check_fraction(owner, quant_grad_frac=quant_grad_frac)
         check_not_both(owner, accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)
-        if not gradient_per_level and (diveq or quant_grad_frac > 0):
-            raise ValueError(f"{owner}: gradient_per_level=False needs quant_grad_frac=0 and diveq=False")
+        if not gradient_per_level:
+            check_gradient_once(owner, diveq, quant_grad_frac, vq_kwargs)
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"{owner}: shared_codebook needs levels of one size, got codebook_size={list(sizes)}")
         if beam_size is None and eval_beam_size is not None:
@@ -151,9 +162,9 @@ class ResidualVQ(nn.Module):
         self.accept_image_fmap = accept_image_fmap
         self.accept_3d_fmap = accept_3d_fmap
         self.implicit_neural_codebook = implicit_neural_codebook
-        self.beam_size = self._checked_beam(beam_size, "beam_size")
-        eval_beam_size = self._checked_beam(eval_beam_size, "eval_beam_size")
-        self.eval_beam_size = self.beam_size if eval_beam_size is None else eval_beam_size
+        self.beam_size = beam_of(owner, "beam_size", beam_size)
+        self.eval_beam_size = beam_of(owner, "eval_beam_size", beam_size if eval_beam_size is None else eval_beam_size)
+        self.beam_score_weights = score_weights(owner, beam_score_quantizer_weights, count)
         self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.gradient_per_level = gradient_per_level
@@ -167,29 +178,13 @@ class ResidualVQ(nn.Module):
             for layer in self.layers[1:]:
                 layer._codebook = self.layers[0]._codebook
                 layer.in_place_codebook_optimizer = self.layers[0].in_place_codebook_optimizer
-        if self.layers[0].heads != 1:
-            raise ValueError(f"{owner}: heads must be 1")
+        for layer in self.layers:
+            layer.owner = layer._codebook.owner = owner
         self.mlps = None
         if implicit_neural_codebook:
             kwargs = {"l2norm_output": self.layers[0].use_cosine_sim, **(mlp_kwargs or {})}
             self.mlps = nn.ModuleList(ImplicitCodes(codebook_dim, **kwargs) for _ in range(count - 1))
-        weights = [1.0] * count if beam_score_quantizer_weights is None else list(beam_score_quantizer_weights)
-        if len(weights) != count:
-            raise ValueError(
-                f"{owner}: beam_score_quantizer_weights must be num_quantizers={count} numbers, got {len(weights)}"
-            )
-        self.register_buffer("beam_score_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
-        cutoff, multiple = quantize_dropout_cutoff_index, quantize_dropout_multiple_of
-        self.level_dropout = LevelDropout(count, cutoff, multiple, self.layers[0]._codebook.sync)
-
-    @property
-    def codebook_size(self) -> int:
-        return self.layers[0].codebook_size
-
-    @property
-    def codebooks(self) -> Tensor | tuple[Tensor, ...]:  # [Q, K, D], or Q of [K, D] if the sizes differ
-        codebooks = tuple(layer.codebook for layer in self.layers)
-        return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
+        self.seeds = SharedSeeds()
 
     @property
     def vq_is_ema_updating(self) -> bool:
@@ -226,7 +221,8 @@ class ResidualVQ(nn.Module):
             indices: integers, shaped as returned, or a list of those of each level. The result is then (quantized, the
                 sum of the levels' mean cross entropies of these codes); -1 is left out. Levels go on from their nearest
                 codes, not from these.
-            return_all_codes: a fourth value, the codes [Q, b, ..., D] that add up to the output (before `project_out`).
+            return_all_codes: a fourth value, the codes [Q, b, ..., D], which add up to the output before `project_out`,
+                diveq and the values at masked positions.
             beam_size: instead of the constructor's, for this call.
             rand_quantize_dropout_fixed_seed: of quantize_dropout, instead of one that is drawn.
 
@@ -241,25 +237,15 @@ class ResidualVQ(nn.Module):
 
         Raises as VectorQuantize does, before any change.
         """
-        given = mask, indices, return_all_codes, sample_codebook_temp, freeze_codebook, beam_size
-        with self._kept_on_failure(x, freeze_codebook):
-            levels = None if indices is not None else self._levels(x, rand_quantize_dropout_fixed_seed)
-            found = self._quantize(x, *given, levels, lens)
+        asked = mask, indices, return_all_codes, sample_codebook_temp, freeze_codebook, beam_size, lens
+        request = self._request(x, *asked)
+        with joined_unless_compiling(self._kept_on_failure(request)):
+            found = self._quantize(x, request, self._levels(x, request, rand_quantize_dropout_fixed_seed))
             take_steps_(found.steps)
-            self._optimize_shared()
+            self._optimize_shared(request)
         return found.results
 
-    def _levels(self, x: Tensor, seed: int | None) -> int | Tensor | None:
-        """How many a step uses, if not all."""
-        return self.level_dropout.draw(x, seed) if self.training and self.quantize_dropout else None
-
-    def _kept_on_failure(self, x: Tensor, freeze_codebook: bool | None) -> AbstractContextManager:
-        """Of all levels (interface/quantizing.py)."""
-        self._layout.check_input(x)
-        check_device(self.owner, x, codebook=self.layers[0]._codebook.embed)
-        return joined(layer._kept_on_failure(layer._call(x, None, None, freeze_codebook)) for layer in self.layers)
-
-    def _quantize(
+    def _request(
         self,
         x: Tensor,
         mask: Tensor | None,
@@ -268,44 +254,67 @@ class ResidualVQ(nn.Module):
         temperature: Tensor | float | None,
         freeze_codebook: bool | None,
         beam_size: int | None,
-        levels: int | Tensor | None,  # how many are used; None: all
         lens: Tensor | None,
-    ) -> Residual:
-        layout, training, way = self._layout, self.training, self._way
-        mask = layout.mask(x, mask, lens)
-        positions, row_mask = layout.positions(x), layout.mask_rows(mask)
+    ) -> Request:
+        owner, layout = self.owner, self._layout
+        layout.check_input(x)
+        for layer in self.layers:
+            check_device(owner, x, codebook=layer._codebook.embed)
+        mask, positions = layout.mask(x, mask, lens), layout.positions(x)
         targets = None if indices is None else self._targets(indices, positions)
-        beam = self.beam_size if training else self.eval_beam_size
-        beam = beam if beam_size is None else self._checked_beam(beam_size, "beam_size")
-        if beam == 1:
-            beam = None
+        beam = self.beam_size if self.training else self.eval_beam_size
+        beam = beam if beam_size is None else beam_of(owner, "beam_size", beam_size)
+        beam = None if beam == 1 else beam
         if beam is not None and targets is not None:
-            raise ValueError(f"{self.owner}: indices and beam search can't both be asked for")
-        levels = self.num_quantizers if levels is None else levels
+            raise ValueError(f"{owner}: indices and beam search can't both be asked for")
+        if not self.gradient_per_level and any(layer.numbers.positive["sync_update_v"] for layer in self.layers):
+            raise ValueError(f"{owner}: gradient_per_level=False needs sync_update_v=0")
         calls = [layer._call(x, beam, temperature, freeze_codebook) for layer in self.layers]
+        return Request(positions, mask, targets, beam, calls, return_all_codes)
 
-        rows = layout.rows(x, self.project_in, mask)
-        if beam is not None:
-            found = quantize_by_beam(way, rows, row_mask, positions, calls, int(levels), self.beam_score_weights)
-        elif targets is None and fits(way, calls):
+    def _kept_on_failure(self, request: Request) -> list[AbstractContextManager]:
+        """For a call that changes something before all that can fail is done."""
+        if self.training or request.beam is not None:
+            for layer in self.layers:
+                layer.numbers.follow_(layer._codebook.embed)
+        each = zip(self.layers[:1] if self.shared_codebook else self.layers, request.calls, strict=False)
+        kept = [layer._kept_on_failure(call._replace(topk=None)) for layer, call in each]
+        return [*kept, self.seeds.taken_back_on_failure()]
+
+    def _levels(self, x: Tensor, request: Request, seed: int | None) -> int | Tensor:
+        """How many are used. All where one has no codes yet, so that k-means has the same first batch for each."""
+        dropped = self.training and self.quantize_dropout and request.targets is None
+        if not dropped or not all(layer._codebook.knows_its_codes() for layer in self.layers):
+            return self.num_quantizers
+        if seed is not None and not isinstance(seed, int):
+            kind = type(seed).__name__
+            raise TypeError(f"{self.owner}: rand_quantize_dropout_fixed_seed must be an integer, got {kind}")
+        cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
+        return draw_levels(self.seeds, x, seed, cutoff, self.num_quantizers, multiple, self.layers[0]._codebook.sync)
+
+    def _quantize(self, x: Tensor, request: Request, levels: int | Tensor) -> Residual:
+        layout, way, calls, mask = self._layout, self._way, request.calls, request.mask
+        rows, row_mask = layout.rows(x, self.project_in, mask), layout.mask_rows(mask)
+        given = rows, row_mask, request.positions, calls
+        if request.beam is not None:
+            found = quantize_by_beam(way, *given, int(levels), self.beam_score_weights)
+        elif request.targets is None and fits(way, calls):
             found = quantize_together(way, rows, row_mask, calls, levels, self.gradient_per_level)
         else:
-            found = quantize_in_turn(way, rows, row_mask, positions, calls, levels, targets)
-            found = self._with_gradient_once(found, rows, row_mask)
-        results = self._results(x, rows, mask, positions, found, targets is not None, return_all_codes)
-        return Residual(results, found.steps)
+            found = quantize_in_turn(way, *given, levels, request.targets)
+        if not self.gradient_per_level and self.training:
+            rotates = self.layers[0].rotation_trick
+            found = found._replace(quantized=with_gradient_once(found.quantized, rows, row_mask, rotates))
+        return Residual(self._results(x, rows, found, request), found.steps)
 
     def _results(
         self,
         x: Tensor,
         rows: Tensor,  # [1, N, D]
-        mask: Tensor | None,  # bool [*positions]
-        positions: tuple[int, ...],
         found: Quantized,
-        entropy: bool,
-        return_all_codes: bool,
+        request: Request,
     ) -> tuple[Tensor, ...]:
-        layout, quantized = self._layout, found.quantized
+        layout, quantized, mask, positions = self._layout, found.quantized, request.mask, request.positions
         if self.diveq and self.training:
             given = rows.to(quantized.dtype)
             if mask is not None:
@@ -313,23 +322,16 @@ class ResidualVQ(nn.Module):
             quantized = towards(given, quantized, self.layers[0].numbers["directional_reparam_variance"])
         quantized = self.project_out(layout.rows_back(quantized.to(rows.dtype), positions))
         quantized = layout.output(quantized, mask, x, self.return_zeros_for_masked_padding)
-        if entropy:
+        if request.targets is not None:
             return quantized, found.losses
         chosen = found.indices.view(*positions, self.num_quantizers)
         results = quantized, chosen, found.losses
-        return (*results, self.get_codes_from_indices(chosen)) if return_all_codes else results
+        return (*results, self.get_codes_from_indices(chosen)) if request.return_all_codes else results
 
-    def _with_gradient_once(self, found: Quantized, rows: Tensor, mask: Tensor | None) -> Quantized:
-        if self.gradient_per_level or not self.training:
-            return found
-        rotates = self.layers[0].rotation_trick
-        return found._replace(quantized=with_gradient_once(found.quantized, rows, mask, rotates))
-
-    def _optimize_shared(self) -> None:
+    def _optimize_shared(self, request: Request) -> None:
         """The step that the levels of a shared codebook have left to the end."""
-        first = self.layers[0]
-        if self.shared_codebook and self.training and first.in_place_codebook_optimizer is not None:
-            first.update_in_place_optimizer()
+        if self.shared_codebook and self.layers[0]._optimizes(request.calls[0]):
+            self.layers[0].update_in_place_optimizer()
 
     def _targets(self, indices: Tensor | Sequence[Tensor], positions: tuple[int, ...]) -> Tensor:  # [1, N, Q]
         if not isinstance(indices, Tensor):
@@ -337,64 +339,12 @@ class ResidualVQ(nn.Module):
         expected = [*positions, self.num_quantizers]
         if list(indices.shape) != expected:
             raise ValueError(f"{self.owner}: indices must have shape {expected}, got {list(indices.shape)}")
-        every = zip(indices.unbind(-1), self.codebook_sizes, strict=True)
-        return torch.stack([self._layout.indices(one, size, positions) for one, size in every], -1).flatten(0, -2)[None]
-
-    def _checked_beam(self, beam_size: int | None, name: str) -> int | None:
-        if beam_size is None:
-            return None
-        check_counts(self.owner, **{name: beam_size})
-        if beam_size > LARGEST_K:
-            raise ValueError(f"{self.owner}: {name} must be at most {LARGEST_K}, got {beam_size}")
-        return beam_size
-
-    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes of indices [b, ..., q], q at most Q: [Q, b, ..., D], zeros for -1 and for levels from q on."""
-        given = indices.shape[-1] if indices.dim() else 0
-        if not 1 <= given <= self.num_quantizers:
-            raise ValueError(
-                f"{self.owner}: indices must end in an axis of 1 to num_quantizers={self.num_quantizers} levels, "
-                f"got {list(indices.shape)}"
-            )
-        codes: list[Tensor] = []
-        condition = None
-        for layer, network, level in zip(self.layers, self._way.networks, indices.unbind(-1), strict=False):
-            level = self._layout.indices(level, layer.codebook_size)
-            rows = layer._codebook.codes_at(level.reshape(1, -1))
-            rows = moved_codes(rows, condition, network).masked_fill((level < 0).view(1, -1, 1), 0)
-            condition = rows if condition is None else condition + rows
-            codes.append(rows.view(*level.shape, rows.shape[-1]))
-        codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - given)
-        return torch.stack(codes)
-
-    def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """The quantized vectors that forward returned with these indices, if the codes are the same.
-
-        Fewer levels give a coarser output; -1 adds nothing, and vectors of nothing but -1 are zeros.
-        """
-        total = torch.zeros(())
-        for codes in self.get_codes_from_indices(indices):
-            total = total.to(codes) + codes
-        if self.has_projections:
-            total = self.project_out(total.to(self.project_out.weight.dtype))
-            total = total.masked_fill((indices < 0).all(-1, keepdim=True), 0)
-        return self._layout.features_back(total)
+        return torch.stack(self._checked_indices(indices), -1).flatten(0, -2)[None]
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_quantizers={self.num_quantizers}"
 
 
-def sizes_of(owner: str, codebook_size: int | Sequence[int], num_quantizers: int | None) -> tuple[int, ...]:
-    if num_quantizers is not None:
-        check_counts(owner, num_quantizers=num_quantizers)
-    if not isinstance(codebook_size, Sequence):
-        if num_quantizers is None:
-            raise ValueError(f"{owner}: num_quantizers is needed where codebook_size is one number")
-        check_counts(owner, codebook_size=codebook_size)
-        return (codebook_size,) * num_quantizers
-    sizes = tuple(codebook_size)
-    if not sizes or (num_quantizers is not None and len(sizes) != num_quantizers):
-        raise ValueError(f"{owner}: codebook_size must be num_quantizers={num_quantizers} numbers, got {len(sizes)}")
-    for size in sizes:
-        check_counts(owner, codebook_size=size)
-    return sizes
+def joined_unless_compiling(contexts: list[AbstractContextManager]) -> AbstractContextManager:
+    """A compiled graph follows no stack of contexts; in one nothing is taken back."""
+    return nullcontext() if torch.compiler.is_compiling() else joined(contexts)

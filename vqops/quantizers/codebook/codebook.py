@@ -216,6 +216,12 @@ class Codebook(nn.Module):
                 )
         self.initialise_(x, mask)
 
+    def knows_its_codes(self) -> bool:
+        """Whether a batch or a loaded state has decided the codes; in a compiled graph False may be True."""
+        if not self.is_initted and self.host_may_read():
+            self.is_initted = bool(self.initted)
+        return self.is_initted
+
     def host_may_read(self) -> bool:
         return not (torch.compiler.is_compiling() or self.initted.is_meta or is_fake(self.initted))
 

@@ -36,9 +36,11 @@ class MovedCodes(Searched):
 
     def topk(self, x: Tensor, k: int, mask: Tensor | None) -> Tensor:
         N, found = x.shape[1], []
+        if N == 0:
+            return torch.empty(x.shape[0], 0, k, dtype=torch.int64, device=x.device)
         size = max(1, BLOCK_VALUES // self.codes.numel())
         # A graph would hold the loop as often as there are blocks, and be of one N.
-        starts, size = ((0,), N) if torch.compiler.is_compiling() else (range(0, max(N, 1), size), size)
+        starts, size = ((0,), N) if torch.compiler.is_compiling() else (range(0, N, size), size)
         with torch.no_grad():
             for start in starts:
                 rows = slice(start, start + size)

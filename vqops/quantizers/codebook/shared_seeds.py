@@ -1,5 +1,7 @@
 """Seeds of what training steps draw on the host, the same on all ranks."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,14 @@ class SharedSeeds:
         else:
             self.last = self.last + 1
         return self.last.clone()
+
+    @contextmanager
+    def taken_back_on_failure(self):
+        """A step that fails on one rank is no step: its next one draws the same seed again."""
+        before = self.last
+        try:
+            yield
+        except BaseException:
+            if self.last is not before:
+                self.last = self.last - 1  # not to None: the ranks have agreed
+            raise

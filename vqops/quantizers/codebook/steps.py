@@ -1,6 +1,7 @@
 """The step of codebooks that a batch makes: of one, or of all levels of a residual quantizer together."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
+from vqops.quantizers.codebook.failure import joined
 from vqops.quantizers.codebook.random_rows import Choice, choose_rows, rows_at
 from vqops.quantizers.codebook.ranks import num_ranks, sum_over_ranks
 
@@ -46,12 +48,13 @@ def take_steps_(steps: Sequence[Step]) -> None:
 def with_pending(steps: Sequence[Step]) -> list[Step]:
     """The steps with sums of rows `as_codes`, and those that waited; without those that say nothing."""
     waiting = {step.codebook: step.codebook.pending for step in steps}
+    had = {codebook for codebook, pending in waiting.items() if pending is not None}
     told = []
     for step in steps:
         counts, sums = step.counts, step.codebook.sums_of_codes(step.counts, step.sums)
         if (before := waiting.pop(step.codebook, None)) is not None:
             counts, sums = counts + before[0], sums + before[1]
-        elif step.valid.shape[1] == 0 and num_ranks(step.codebook.sync) == 1:
+        elif step.valid.shape[1] == 0 and num_ranks(step.codebook.sync) == 1 and step.codebook not in had:
             continue
         told.append(step._replace(counts=counts, sums=sums))
     return told
@@ -68,11 +71,16 @@ def move_(steps: Sequence[Step]) -> None:
     summed = sum_over_ranks(*counts, *sums, *vectors, dtype=torch.float32, sync=sync)
     counts, sums, vectors = summed[: len(steps)], summed[len(steps) : 2 * len(steps)], summed[2 * len(steps) :]
     scales = [scale_of(*one) for one in zip(steps, counts, sums, strict=True)]
-    for step, *statistics in zip(steps, counts, sums, scales, strict=True):
-        step.codebook.average_(*statistics, step.moves)
-        step.codebook.pending = None
-    for step, choice, vector in zip(replacing, chosen, vectors, strict=True):
-        step.codebook.replace_dead_(vector, choice.distinct)
+    # One codebook moves by one op that does all or nothing; of several, some would have moved when one fails.
+    books = {step.codebook for step in steps}
+    several = len(books) > 1 and not torch.compiler.is_compiling()
+    with joined([book.restored_on_failure() for book in books]) if several else nullcontext():
+        for step, *statistics in zip(steps, counts, sums, scales, strict=True):
+            step.codebook.average_(*statistics, step.moves)
+        for step, choice, vector in zip(replacing, chosen, vectors, strict=True):
+            step.codebook.replace_dead_(vector, choice.distinct)
+    for book in books:
+        book.pending = None
 
 
 def vectors_of(step: Step, choice: Choice) -> Tensor:  # [H, K, D] float32, zero where another rank has the row

@@ -67,4 +67,6 @@ class Calls(nn.Module):
             return self.numbers["sample_codebook_temp"] if positive else None
         if not isinstance(given, Tensor) and given == 0:
             return None
-        return torch.as_tensor(given, dtype=torch.float32, device=x.device)
+        if isinstance(given, Tensor):
+            return given.to(x.device, torch.float32)
+        return torch.full((), given, dtype=torch.float32, device=x.device)  # without a wait

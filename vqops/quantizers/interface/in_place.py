@@ -1,5 +1,8 @@
 """The optimizer that moves a learnable codebook within forward."""
 
+from contextlib import contextmanager
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +32,19 @@ class InPlaceOptimizer(nn.Module):
         if not self.manual_in_place_optimizer_update:
             self.update_in_place_optimizer()
         return loss.detach()
+
+    @contextmanager
+    def _optimizer_kept_on_failure(self):
+        """Its state, and the gradients of its parameters."""
+        parameters, state = list(self._codebook.parameters()), deepcopy(self.in_place_codebook_optimizer.state_dict())
+        grads = [p.grad if p.grad is None else p.grad.clone() for p in parameters]
+        try:
+            yield
+        except BaseException:
+            self.in_place_codebook_optimizer.load_state_dict(state)
+            for p, grad in zip(parameters, grads, strict=True):
+                p.grad = grad
+            raise
 
     @torch.no_grad()
     def update_in_place_optimizer(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vqops.ops.checkpointing import check_first_run
 from vqops.quantizers.codebook.codebook import UpdateWeight
+from vqops.quantizers.codebook.failure import joined
 from vqops.quantizers.codebook.moved import MovedCodes
 from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
 from vqops.quantizers.codebook.steps import Step, step_of
@@ -82,8 +83,10 @@ class Quantizing(InPlaceOptimizer, WithLosses):
         changes = self._observes(call) or self._optimizes(call)
         if changes or self._collects(call):
             check_first_run(codebook.embed.detach(), self.owner)
-        safe = (codebook.is_initted and not changes) or torch.compiler.is_compiling()
-        return nullcontext() if safe else codebook.restored_on_failure()
+        if (codebook.is_initted and not changes) or torch.compiler.is_compiling():
+            return nullcontext()
+        kept = [codebook.restored_on_failure()]
+        return joined([*kept, self._optimizer_kept_on_failure()] if self._optimizes(call) else kept)
 
     def _quantize(
         self,

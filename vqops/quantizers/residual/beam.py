@@ -8,6 +8,7 @@ from torch import Tensor
 from vqops.quantizers.codebook.random_rows import rows_at
 from vqops.quantizers.codebook.steps import Step, step_of
 from vqops.quantizers.interface.quantizing import Call
+from vqops.quantizers.residual.implicit_codebook import moved_codes
 from vqops.quantizers.residual.levels import Quantized, Way, of_one_codebook
 
 
@@ -18,7 +19,7 @@ def quantize_by_beam(
     positions: tuple[int, ...],
     calls: Sequence[Call],  # with topk, the width of the beam
     levels: int,
-    weights: Tensor,  # [Q], of the levels' losses in the score
+    weights: Sequence[float],  # of the levels' losses in the score
 ) -> Quantized:
     """After each level the topk best paths of a row go on, after the last the best one is taken.
 
@@ -39,8 +40,10 @@ def quantize_by_beam(
         k = found.indices.shape[-1]
         quantized, chosen = found.quantized.view(N, paths, k, D), found.indices.view(N, paths, k)
         loss = found.loss.view(N, paths, k)
-        scores = scores.unsqueeze(-1) - weights[level] * loss
-        # A place without a code is no path, but for a row that has none at all.
+        scores = scores.unsqueeze(-1).expand(N, paths, k)
+        if weights[level] > 0:
+            # A loss that overflows is a bad path, but a path; a place without a code is none.
+            scores = (scores - weights[level] * loss).clamp_min(torch.finfo(loss.dtype).min)
         scores = scores.masked_fill(chosen < 0, -torch.inf).flatten(1)
         residual = (residual.unsqueeze(2) - way.passed_on(quantized)).flatten(1, 2)
         total = (total.unsqueeze(2) + quantized).flatten(1, 2)
@@ -73,10 +76,12 @@ def at_paths(t: Tensor, best: Tensor) -> Tensor:  # [N, paths, ...], [N, width] 
 def path_steps(way: Way, rows: Tensor, indices: Tensor, calls: Sequence[Call]) -> list[Step]:
     """The steps of the codes, by the paths that were taken."""
     residual, inputs, steps = rows.to(torch.promote_types(rows.dtype, torch.float32)), [], []
+    total = torch.zeros_like(residual)
     for level, chosen in enumerate(indices.unbind(-1)):
         codebook = way.layers[level]._codebook
         if way.layers[level]._collects(calls[level]._replace(topk=None)):
             inputs.append(residual)
             steps.append(step_of(codebook, residual, *codebook.statistics(residual, chosen)))
-        residual = residual - codebook.codes_at(chosen)
+        codes = moved_codes(codebook.codes_at(chosen), total, way.networks[level])
+        residual, total = residual - codes, total + codes
     return of_one_codebook(steps, lambda level, row: rows_at(inputs[level], row)) if way.shared else steps

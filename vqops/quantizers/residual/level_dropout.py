@@ -8,22 +8,20 @@ from torch import Tensor
 from vqops.quantizers.codebook.shared_seeds import SharedSeeds
 
 
-class LevelDropout:
-    """From cutoff_index + 1 to num_quantizers levels, rounded up to a multiple of multiple_of."""
-
-    def __init__(self, num_quantizers: int, cutoff_index: int, multiple_of: int, sync: bool):
-        self.range = cutoff_index, num_quantizers, multiple_of
-        self.sync = sync
-        self.seeds = SharedSeeds()
-
-    def draw(self, x: Tensor, seed: int | None = None) -> int | Tensor:
-        """The number of levels; in a compiled graph as a tensor () on the device of x."""
-        if seed is not None:
-            return levels_of(seed, *self.range)
-        drawn = self.seeds.draw(x.device, self.sync)
-        if not torch.compiler.is_compiling():
-            return levels_of(int(drawn), *self.range)
-        return used_levels(drawn, *self.range).to(x.device, non_blocking=True)
+def draw_levels(
+    seeds: SharedSeeds,
+    x: Tensor,
+    seed: int | None,  # None: the next of seeds
+    cutoff_index: int,
+    num_quantizers: int,
+    multiple_of: int,
+    sync: bool,
+) -> int | Tensor:
+    """From cutoff_index + 1 to num_quantizers, rounded up to a multiple; in a compiled graph a tensor () beside x."""
+    drawn = seeds.draw(x.device, sync) if seed is None else torch.tensor(seed, device="cpu")
+    if not torch.compiler.is_compiling():
+        return levels_of(int(drawn), cutoff_index, num_quantizers, multiple_of)
+    return used_levels(drawn, cutoff_index, num_quantizers, multiple_of).to(x.device, non_blocking=True)
 
 
 def levels_of(seed: int, cutoff_index: int, num_quantizers: int, multiple_of: int) -> int:

@@ -65,7 +65,8 @@ def quantize_in_turn(
         call = way.of_level(level, call, total)
         goal = None if targets is None else targets[..., level]
         found = layer._quantize(residual, kept, positions, call, goal)
-        inputs.append(residual.detach())
+        if way.shared and layer._codebook.replaces_dead:
+            inputs.append(residual.detach())
         indices.append(found.indices)
         losses.append(torch.where(level < levels, found.loss, 0) if isinstance(levels, Tensor) else found.loss)
         steps += [] if found.step is None else [found.step]

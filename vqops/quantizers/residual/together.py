@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def fits(way: Way, calls: Sequence[Call]) -> bool:
     return (
         len(way.layers) <= LARGEST_Q
         and way.networks[-1] is None
+        and torch._C._functorch.maybe_current_level() is None  # vmap has no rule for lists of tensors
         and (way.quant_grad_frac == 0 or not first.training)
         and all(is_plain(layer, call) for layer, call in zip(way.layers, calls, strict=True))
         and all(alike(layer, call, first, calls[0]) for layer, call in zip(way.layers, calls, strict=True))
@@ -47,7 +49,8 @@ def is_plain(layer: VectorQuantize, call: Call) -> bool:
 
 def alike(layer: VectorQuantize, call: Call, other: VectorQuantize, other_call: Call) -> bool:
     return (
-        layer.rotation_trick == other.rotation_trick
+        layer.training == other.training
+        and layer.rotation_trick == other.rotation_trick
         and call.learning == other_call.learning
         and layer._collects(call) == other._collects(other_call)
         and layer._codebook.moved_by_error == other._codebook.moved_by_error
@@ -72,8 +75,9 @@ def quantize_together(
     searched = [book.searched(call.learning, given) for book in books]
     prepared = [one.prepared for one in searched]
     packed = None if None in prepared else [one.packed for one in prepared]
+    used = len(books) if isinstance(levels, Tensor) else levels
     if not isinstance(levels, Tensor):
-        levels = None if levels == len(books) else torch.tensor(levels, device=rows.device)
+        levels = None if used == len(books) else torch.full((), used, device=rows.device)  # without a wait
     gradient = "none" if not training else "rotation" if first.rotation_trick else "straight_through"
     collects = first._collects(call)
     found = residual_quantize_rows(
@@ -89,7 +93,8 @@ def quantize_together(
         float(call.learning and books[0].moved_by_error),
     )
     losses = losses_of(way.layers, found.error[0], rows, mask, D)
-    steps = steps_of(way, rows.detach(), found.indices, found.counts, found.sums) if collects else []
+    statistics = found.indices, found.counts, found.sums
+    steps = steps_of(way, rows.detach(), *statistics, used) if collects else []
     return Quantized(found.quantized, found.indices, losses, steps)
 
 
@@ -98,23 +103,25 @@ def losses_of(layers: Sequence[VectorQuantize], error: Tensor, rows: Tensor, mas
     if not layers[0].training:
         return torch.zeros_like(error)
     count = max(rows.shape[1], 1) if mask is None else mask.sum().clamp_min(1)
-    weights = [layer.numbers["commitment_weight"] for layer in layers]
-    committed = [layer._commits for layer in layers]
-    losses = error / count / D * torch.stack(weights)
-    if not all(committed):
-        losses = losses.where(torch.tensor(committed, device=losses.device), torch.zeros_like(losses))
+    weighted = zip(layers, error.unbind(), strict=True)
+    losses = torch.stack(
+        [
+            level / count / D * layer.numbers["commitment_weight"] if layer._commits else torch.zeros_like(level)
+            for layer, level in weighted
+        ]
+    )
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not losses.requires_grad:
         losses.requires_grad_()
     return losses
 
 
-def steps_of(way: Way, rows: Tensor, indices: Tensor, counts: Tensor, sums: Tensor) -> list[Step]:
+def steps_of(way: Way, rows: Tensor, indices: Tensor, counts: Tensor, sums: Tensor, used: int) -> list[Step]:
     books = [layer._codebook for layer in way.layers]
     sizes = [book.codebook_size for book in books]
     residuals = partial(residuals_at, rows, [book.embed.detach() for book in books], indices)
     steps = []
     every = zip(books, counts.split(sizes, 1), sums.split(sizes, 1), indices.unbind(-1), strict=True)
-    for level, (book, count, total, chosen) in enumerate(every):
+    for level, (book, count, total, chosen) in enumerate(islice(every, used)):
         moves = book.averages() and not book.manual_ema_update
         rows_at = partial(residuals, level) if book.replaces_dead else None
         steps.append(Step(book, count, total, chosen >= 0, rows_at, moves))

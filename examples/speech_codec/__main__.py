@@ -13,13 +13,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.speech_codec.data import Clip, DataError, load, split
+from examples.speech_codec.data import Clip, DataError, load, middles, split
 from examples.speech_codec.measures import magnitudes, si_snr, stft_distance
-from examples.speech_codec.model import Codec, bitrate, decode, encode
+from examples.speech_codec.model import Codec, bitrate, decode, encode, hop
 from examples.speech_codec.training import train
 
 MEASURED_CLIPS = 300  # at most, and of each
-MEASURED_SECONDS = 10
+MEASURED_SECONDS = 10  # in the middle
 SHOWN_SECONDS = 3
 
 
@@ -60,14 +60,18 @@ def positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> Measured:
+    segment = int(args.segment * args.rate)
+    if segment < hop():
+        raise DataError(f"--segment {args.segment}: {segment} samples, fewer than the {hop()} of a frame")
     train_clips, held_out = split(load(args.data, args.rate), args.held_out_speaker, args.seed)
     for clips, name in ((train_clips, "to train on"), (held_out, "held out")):
         seconds = sum(len(clip.audio) for clip in clips) / args.rate
         print(f"{len(clips)} clips {name}, {seconds / 60:.1f} minutes")
+    pieces = middles(held_out[:: -(-len(held_out) // MEASURED_CLIPS)], MEASURED_SECONDS * args.rate)
     torch.manual_seed(args.seed)
     model = Codec(args.channels, levels=args.levels, codes=args.codes)
-    train(model, train_clips, args.steps, args.batch_size, int(args.segment * args.rate), args.seed)
-    measured = measure(model, held_out[:: -(-len(held_out) // MEASURED_CLIPS)], args.rate, args.codes)
+    train(model, train_clips, args.steps, args.batch_size, segment, args.seed)
+    measured = measure(model, pieces, args.codes)
     print(table(measured, args.codes, args.rate))
     args.out.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), args.out / "codec.pt")
@@ -76,10 +80,10 @@ def run(args: argparse.Namespace) -> Measured:
     return measured
 
 
-def measure(model: Codec, clips: list[Clip], rate: int, codes: int) -> Measured:
+def measure(model: Codec, pieces: list[np.ndarray], codes: int) -> Measured:  # float32 [samples] each
     snrs, distances, counts = [], [], torch.zeros(model.quantizer.num_quantizers, codes)
-    for clip in clips:
-        audio = torch.from_numpy(clip.audio)[None, : MEASURED_SECONDS * rate]
+    for piece in pieces:
+        audio = torch.from_numpy(piece)[None]
         indices = encode(model, audio)
         found = by_levels(model, indices)[:, : audio.shape[-1]]
         snrs.append(si_snr(found, audio))

@@ -59,6 +59,15 @@ def split(clips: list[Clip], speaker: str | None, seed: int) -> tuple[list[Clip]
     return parts
 
 
+def middles(clips: list[Clip], samples: int) -> list[np.ndarray]:  # [<= samples] each
+    """Of those that are not silent there."""
+    cut = [clip.audio[max(0, len(clip.audio) - samples) // 2 :][:samples] for clip in clips]
+    heard = [audio for audio in cut if audio.std() > 0.01 * LOUDNESS]
+    if not heard:
+        raise DataError(f"all of the held-out clips are silent in their middle, {samples} samples long")
+    return heard
+
+
 def from_folder(folder: Path, rate: int) -> list[Clip]:
     """Every audio file in the folder and below; a file's speaker is the first folder on the way to it."""
     clips, became = [], defaultdict(list)

@@ -3,6 +3,7 @@
 After SEANet (arXiv 2009.02095), SoundStream (2107.03312) and DAC (2306.06546), small enough for a CPU.
 """
 
+from itertools import pairwise
 from math import log2, prod
 
 import torch
@@ -22,8 +23,8 @@ class Codec(nn.Module):
         super().__init__()
         widths = [channels * 2**stage for stage in range(len(STRIDES) + 1)]
         down, up = [], []
-        for width, wider, stride in zip(widths, widths[1:], STRIDES, strict=False):
-            units = [ResidualUnit(wider, dilation) for _ in "ab" for dilation in (1, 3)]
+        for (width, wider), stride in zip(pairwise(widths), STRIDES, strict=True):
+            units = [ResidualUnit(wider, dilation) for dilation in (1, 3, 1, 3)]
             down += [nn.ELU(), downsample(width, wider, stride), *units[:2]]
             up = [*units[2:], nn.ELU(), upsample(wider, width, stride), *up]
         scale = nn.BatchNorm1d(latent, affine=False)  # without it latents and codes can shrink to nothing together
@@ -33,7 +34,7 @@ class Codec(nn.Module):
             dim=latent,
             num_quantizers=levels,
             codebook_size=codes,
-            kmeans_init=True,  # of the first batch: B * samples / 80 vectors, at least as many as codes
+            kmeans_init=True,  # of the B * frames vectors of a first batch; best if more than codes
             threshold_ema_dead_code=1,
             decay=0.95,
             rotation_trick=False,

@@ -17,7 +17,7 @@ import soundfile
 
 from examples.speech_codec import data
 from examples.speech_codec.__main__ import by_levels, main, table
-from examples.speech_codec.data import LOUDNESS, Clip, DataError, load, split, synthetic
+from examples.speech_codec.data import LOUDNESS, Clip, DataError, load, middles, split, synthetic
 from examples.speech_codec.measures import FLOOR, magnitudes, si_snr, stft_distance
 from examples.speech_codec.model import Codec, bitrate, decode, encode, hop
 
@@ -205,6 +205,16 @@ def test_a_tenth_is_held_out_by_the_seed():
         split(clips[:1], None, 0)
 
 
+def test_middles_leave_out_silent_ones():
+    pause = np.concatenate([tone(100), np.zeros(50, np.float32), tone(100)])
+    clips = [Clip("", audio, "", None) for audio in (pause, tone(30), tone(101))]
+    short, cut = middles(clips, 40)
+    COPIES.same(short, tone(30))
+    COPIES.same(cut, tone(101)[30:70])
+    with pytest.raises(DataError, match="silent"):
+        middles(clips[:1], 40)
+
+
 def test_synthetic_clips_are_speech_like():
     clips = synthetic(8000)
     assert len({clip.audio.tobytes() for clip in clips}) == 20
@@ -262,6 +272,7 @@ def test_a_run_on_an_npz(tmp_path, capsys):
         (["--data", "."], "no readable file that ends in .wav"),
         (["--held-out-speaker", "ann"], "--held-out-speaker ann: not among the speakers"),
         (["--levels", "0"], "argument --levels"),
+        (["--segment", "0.005"], "--segment 0.005: 40 samples, fewer than the 80 of a frame"),
     ],
 )
 def test_a_run_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):

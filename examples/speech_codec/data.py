@@ -1,5 +1,7 @@
 """Speech from a folder, an .npz file or a synthesis: clips of one rate and loudness, some of them held out."""
 
+import zipfile
+import zlib
 from collections import defaultdict
 from itertools import pairwise
 from math import gcd
@@ -105,19 +107,22 @@ def from_npz(path: Path, rate: int) -> list[Clip]:
     try:
         with np.load(path) as file:
             fields = {name: file[name] for name in ("audio", "offsets", "digit", "speaker", "index")}
-            names = file["speakers"] if "speakers" in file else np.arange(fields["speaker"].max() + 1).astype(str)
-    except (OSError, ValueError, KeyError) as error:
+            names = file.get("speakers", [])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"--data {path}: {error}") from error
+    for name, field in fields.items():
+        kinds = "int16" if name == "audio" else "integers"
+        if field.ndim != 1 or field.dtype.kind not in "iu" or (name == "audio" and field.dtype != np.int16):
+            raise DataError(f"--data {path}: {name} must be {kinds} in a row, got {field.dtype} {list(field.shape)}")
     audio, offsets = fields["audio"], fields["offsets"]
-    if audio.dtype != np.int16 or audio.ndim != 1:
-        raise DataError(f"--data {path}: audio must be int16 [samples], got {audio.dtype} {list(audio.shape)}")
     if len({len(offsets) - 1, *(len(fields[name]) for name in ("digit", "speaker", "index"))}) > 1:
         raise DataError(f"--data {path}: offsets must be one longer than digit, speaker and index")
     if offsets[0] < 0 or offsets[-1] > len(audio) or (np.diff(offsets) < 0).any():
         raise DataError(f"--data {path}: offsets must rise from 0 to at most the {len(audio)} samples of audio")
     clips = []
     for k, (start, end) in enumerate(pairwise(offsets)):
-        speaker, index = str(names[fields["speaker"][k]]), int(fields["index"][k])
+        number, index = int(fields["speaker"][k]), int(fields["index"][k])
+        speaker = str(names[number]) if 0 <= number < len(names) else str(number)
         name = f"{fields['digit'][k]}_{speaker}_{index}"
         try:
             samples = resampled(audio[start:end].astype(np.float32) / 32768, NPZ_RATE, rate)

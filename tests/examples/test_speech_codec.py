@@ -113,7 +113,15 @@ def test_a_model_in_training_does_not_encode():
 
 @pytest.mark.parametrize(
     "subtype, tolerance",
-    [("PCM_U8", 2e-2), ("PCM_16", 1e-4), ("PCM_24", 1e-6), ("PCM_32", 1e-6), ("FLOAT", 1e-6), ("DOUBLE", 1e-6)],
+    [
+        ("PCM_U8", 2e-2),
+        ("PCM_16", 1e-4),
+        ("PCM_24", 1e-6),
+        ("PCM_32", 1e-6),
+        ("FLOAT", 1e-6),
+        ("DOUBLE", 1e-6),
+        ("ULAW", 1e-2),
+    ],
 )
 def test_wav_formats(tmp_path, subtype, tolerance):
     soundfile.write(tmp_path / "a.wav", tone(), 8000, subtype)
@@ -144,13 +152,14 @@ def test_what_is_no_speech_is_left_out_by_name(tmp_path, capsys):
     soundfile.write(tmp_path / "silent.wav", np.full(4000, 0.5, np.float32), 8000)
     soundfile.write(tmp_path / "nan.wav", np.full(4000, np.nan, np.float32), 8000, "FLOAT")
     soundfile.write(tmp_path / "good.wav", tone(), 8000)
+    (tmp_path / "folder.wav").mkdir()
     (tmp_path / "notes.txt").write_text("no sound")
     assert [clip.name for clip in load(tmp_path, 8000)] == ["good.wav"]
     said = capsys.readouterr().out
-    for name in ("broken.wav: not readable", "empty.wav: not readable", "no_samples.wav: no samples"):
-        assert f"left out {name}" in said
-    assert "left out silent.wav: silent" in said
-    assert "left out nan.wav: NaN" in said
+    for name in ("broken", "empty", "folder"):
+        assert f"left out {name}.wav: not readable" in said
+    for name, why in {"no_samples": "no samples", "silent": "silent", "nan": "NaN"}.items():
+        assert f"left out {name}.wav: {why}" in said
     assert "notes" not in said
 
 
@@ -183,16 +192,26 @@ def test_npz_holds_out_the_first_repetitions_or_a_speaker(tmp_path):
     "changes, message",
     [
         ({"index": None}, "index"),
-        ({"audio": np.zeros(64000, np.float32)}, "int16"),
+        ({"audio": np.zeros(64000, np.float32)}, "audio must be int16 in a row, got float32"),
+        ({"offsets": 3200.0 * np.arange(21)}, "offsets must be integers in a row, got float64"),
+        ({"digit": np.full((20, 1), 7)}, r"digit must be integers in a row, got int64 \[20, 1\]"),
         ({"audio": np.zeros(64000, np.int16)}, "no clip"),
         ({"offsets": 3200 * np.arange(20)}, "one longer"),
         ({"offsets": np.arange(21) * 3201}, "offsets"),
     ],
-    ids=["field missing", "dtype", "silent", "lengths", "beyond the end"],
+    ids=["field missing", "dtype", "offsets in floats", "axes", "silent", "lengths", "beyond the end"],
 )
 def test_other_npz_files_are_refused(tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         load(npz(tmp_path / "x.npz", **changes), 8000)
+
+
+@pytest.mark.parametrize("kept", [0, 40, 1000])
+def test_a_cut_npz_is_refused(tmp_path, kept):
+    path = npz(tmp_path / "x.npz")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"x\.npz"):
+        load(path, 8000)
 
 
 def test_a_tenth_is_held_out_by_the_seed():

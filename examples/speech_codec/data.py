@@ -48,7 +48,8 @@ def split(clips: list[Clip], speaker: str | None, seed: int) -> tuple[list[Clip]
     if speaker is not None:
         speakers = sorted({clip.speaker for clip in clips})
         if speaker not in speakers:
-            raise DataError(f"--held-out-speaker {speaker}: not among the speakers {', '.join(speakers)}")
+            known = ", ".join(filter(None, speakers)) or "(none: no subfolders)"
+            raise DataError(f"--held-out-speaker {speaker}: not among the speakers {known}")
         chosen = [clip.speaker == speaker for clip in clips]
     elif all(clip.index is not None for clip in clips):
         chosen = [clip.index < HELD_OUT_INDEX for clip in clips]
@@ -119,6 +120,8 @@ def from_npz(path: Path, rate: int) -> list[Clip]:
         raise DataError(f"--data {path}: offsets must be one longer than digit, speaker and index")
     if offsets[0] < 0 or offsets[-1] > len(audio) or (np.diff(offsets) < 0).any():
         raise DataError(f"--data {path}: offsets must rise from 0 to at most the {len(audio)} samples of audio")
+    if rate != NPZ_RATE:
+        print(f"{path.name}: resampled from {NPZ_RATE} to {rate} Hz")
     clips = []
     for k, (start, end) in enumerate(pairwise(offsets)):
         number, index = int(fields["speaker"][k]), int(fields["index"][k])
@@ -147,7 +150,8 @@ def normalized(audio: np.ndarray) -> np.ndarray:
         raise DataError("no samples")
     if not np.isfinite(audio).all():
         raise DataError("NaN or Inf among the samples")
-    audio = audio - audio.mean(dtype=np.float64)
+    audio = audio.astype(np.float64)
+    audio -= audio.mean()
     loudness = np.sqrt(np.square(audio).mean())
     if loudness < 1e-5:
         raise DataError("silent")

@@ -151,7 +151,7 @@ def test_what_is_no_speech_is_left_out_by_name(tmp_path, capsys):
     soundfile.write(tmp_path / "no_samples.wav", np.zeros(0, np.float32), 8000)
     soundfile.write(tmp_path / "silent.wav", np.full(4000, 0.5, np.float32), 8000)
     soundfile.write(tmp_path / "nan.wav", np.full(4000, np.nan, np.float32), 8000, "FLOAT")
-    soundfile.write(tmp_path / "good.wav", tone(), 8000)
+    soundfile.write(tmp_path / "good.wav", 1e30 * tone(), 8000, "FLOAT")
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "notes.txt").write_text("no sound")
     assert [clip.name for clip in load(tmp_path, 8000)] == ["good.wav"]
@@ -289,7 +289,7 @@ def test_a_run_on_an_npz(tmp_path, capsys):
     [
         (["--data", "nowhere"], "--data nowhere: neither a folder nor an .npz file"),
         (["--data", "."], "no readable file that ends in .wav"),
-        (["--held-out-speaker", "ann"], "--held-out-speaker ann: not among the speakers"),
+        (["--held-out-speaker", "ann"], "--held-out-speaker ann: not among the speakers (none"),
         (["--levels", "0"], "argument --levels"),
         (["--segment", "0.005"], "--segment 0.005: 40 samples, fewer than the 80 of a frame"),
     ],

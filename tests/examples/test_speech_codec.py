@@ -291,6 +291,7 @@ def test_a_run_on_an_npz(tmp_path, capsys):
         (["--data", "."], "no readable file that ends in .wav"),
         (["--held-out-speaker", "ann"], "--held-out-speaker ann: not among the speakers (none"),
         (["--levels", "0"], "argument --levels"),
+        (["--segment", "30"], "144000 samples to train on, fewer than a segment of 240000"),
         (["--segment", "0.005"], "--segment 0.005: 40 samples, fewer than the 80 of a frame"),
     ],
 )

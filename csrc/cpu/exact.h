@@ -39,6 +39,28 @@ VQOPS_INLINE double squared_distance_of_floats(const float* x, const float* c, i
     return add_lanes(sum);
 }
 
+// The same, and the code leaves the row: rest -= code, total += code.
+VQOPS_INLINE double take_off_code(float* rest, float* total, const float* code, int64_t D) {
+    Lanes sum = {};
+    int64_t i = 0;
+    for (; i + 8 <= D; i += 8) {
+        const FloatLanes r = *reinterpret_cast<const FloatLanes*>(rest + i);
+        const FloatLanes c = *reinterpret_cast<const FloatLanes*>(code + i);
+        const Lanes e = __builtin_convertvector(r, Lanes) - __builtin_convertvector(c, Lanes);
+        sum += e * e;
+        *reinterpret_cast<FloatLanes*>(rest + i) = r - c;
+        *reinterpret_cast<FloatLanes*>(total + i) += c;
+    }
+    Lanes e = {};
+    for (int64_t j = i; j < D; j++) {
+        e[j - i] = double(rest[j]) - double(code[j]);
+        rest[j] -= code[j];
+        total[j] += code[j];
+    }
+    sum += e * e;
+    return add_lanes(sum);
+}
+
 VQOPS_INLINE double dot(const double* x, const double* c, int64_t padded) {
     Lanes sum = {};
     for (int64_t i = 0; i < padded; i += 8) {

@@ -123,6 +123,7 @@ struct Instructions {
     int group;  // codes that `unprepared` takes together
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*exact_distance)(const float* x, const float* c, int64_t D);
+    double (*take_off)(float* rest, float* total, const float* code, int64_t D);  // of rest and code, as they were
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
     void (*add_rows)(const RowSums& task);

@@ -48,9 +48,12 @@ public:
 
     // Those of rows n to n + count, of a group that begins with row n.
     void add(int64_t h, int64_t n, int64_t count, const double* errors) {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t l = 0; l < in_.running; l++)
-                sums_[(h * runs_ + (n + i) / kRun) * in_.Q() + l] += errors[l * group_ + i];
+        for (int64_t first = 0; first < count; first += kRun)
+            for (int64_t l = 0; l < in_.running; l++) {
+                double sum = 0;
+                for (int64_t i = first; i < std::min(first + kRun, count); i++) sum += errors[l * group_ + i];
+                sums_[(h * runs_ + (n + first) / kRun) * in_.Q() + l] = sum;
+            }
     }
 
     void write(void* error) const {
@@ -73,7 +76,7 @@ template <class T>
 class Worker {
 public:
     Worker(const ResidualInputs& in, const ResidualResult& result, int64_t rows)
-        : in_(in), result_(result), left_(in, rows), shape_{1, rows, 0, in.D, in.cosine}, x_(left_.as_rows()),
+        : in_(in), left_(in, result, rows), shape_{1, rows, 0, in.D, in.cosine}, x_(left_.as_rows()),
           codebook_(in.levels[0].codebook), mask_(left_.mask()), found_{left_.indices(), 1, nullptr, nullptr},
           most_(rows_of_block(in.D, rows)), screen_(shape_, x_, codebook_, mask_, found_, most_) {}
 
@@ -89,14 +92,13 @@ public:
             const char* memory = static_cast<const char*>(level.packed) + h * Packed::bytes(level.K, in_.D);
             const Packed packed(memory, level.K, in_.D);
             for (int64_t i = 0; i < count; i += block) screen_.run(0, i, std::min(i + block, count), packed);
-            left_.take_off(codebook_, l, result_.indices, errors + l * stride);
+            left_.take_off(codebook_, l, errors + l * stride);
         }
-        left_.write(result_);
+        left_.write();
     }
 
 private:
     const ResidualInputs& in_;
-    const ResidualResult& result_;
     LevelRows<T> left_;
     // As the screening pass sees a level: K and the codes change.
     SearchShape shape_;
@@ -141,7 +143,7 @@ template <class T>
 void few(const ResidualInputs& in, const ResidualResult& result, const Parallel& parallel) {
     static_assert(kUnpreparedRows <= kRun);
     const DefaultFloatMode mode;
-    LevelRows<T> left(in, in.N);
+    LevelRows<T> left(in, result, in.N);
     Errors sums(in, kRun);
     std::vector<double> errors(sums.size());
     for (int64_t h = 0; h < in.H; h++) {
@@ -153,9 +155,9 @@ void few(const ResidualInputs& in, const ResidualResult& result, const Parallel&
             if (memory) memory += h * Packed::bytes(level.K, in.D);
             search({1, in.N, level.K, in.D, in.cosine}, left.as_rows(), codebook, left.mask(), memory,
                    {left.indices(), 1, nullptr, nullptr}, parallel);
-            left.take_off(codebook, l, result.indices, &errors[l * kRun]);
+            left.take_off(codebook, l, &errors[l * kRun]);
         }
-        left.write(result);
+        left.write();
         sums.add(h, 0, in.N, errors.data());
     }
     sums.write(result.error);

@@ -35,9 +35,11 @@ static inline void subtract_code(T* rest, const Rows& codebook, int64_t k, int64
 template <class T>
 class LevelRows {
 public:
-    LevelRows(const ResidualInputs& in, int64_t rows)
-        : in_(in), D(in.D), rest_(new T[rows * D]), total_(new T[rows * D]), kept_(new bool[rows]),
-          chosen_(new int64_t[rows]), start_(D), code_(D) {}
+    LevelRows(const ResidualInputs& in, const ResidualResult& result, int64_t rows)
+        : in_(in), result_(result), D(in.D), rest_(new T[rows * D]), kept_(new bool[rows]),
+          chosen_(new int64_t[rows]), start_(D), code_(D) {
+        if (in.x.dtype != in.real()) wide_.reset(new T[rows * D]);
+    }
 
     Rows as_rows() const { return {rest_.get(), in_.real(), 0, D, 1}; }
     RowMask mask() const { return {kept_.get(), 0, 1}; }
@@ -50,13 +52,14 @@ public:
             kept_[i] = in_.mask.keeps(h, begin + i);
             read_row(in_.x, h, begin + i, D, &rest_[i * D]);
         }
-        std::fill_n(total_.get(), count_ * D, T(0));
+        total_ = wide_ ? wide_.get() : static_cast<T*>(result_.quantized) + (h * in_.N + begin) * D;
+        std::fill_n(total_, count_ * D, T(0));
     }
 
     // Takes off each row the code that `indices()` says, and writes that and its error. A row without a code is NaN.
-    void take_off(const Rows& codebook, int64_t level, int64_t* indices, double* errors) {
+    void take_off(const Rows& codebook, int64_t level, double* errors) {
         const bool floats = std::is_same_v<T, float> && !in_.units && codebook.has_float_rows();
-        int64_t* out = indices + (h_ * in_.N + begin_) * in_.Q() + level;
+        int64_t* out = result_.indices + (h_ * in_.N + begin_) * in_.Q() + level;
         for (int64_t i = 0; i < count_; i++, out += in_.Q()) {
             const int64_t k = *out = chosen_[i];
             T *rest = &rest_[i * D], *total = &total_[i * D];
@@ -64,36 +67,33 @@ public:
                 errors[i] = kept_[i] ? NAN : 0;
                 if (kept_[i]) std::fill_n(rest, D, T(NAN)), std::fill_n(total, D, T(NAN));
             } else if (floats) {
-                errors[i] = take_off(reinterpret_cast<float*>(rest), reinterpret_cast<float*>(total),
-                                     codebook.floats(0, k));
+                errors[i] = set_.take_off(reinterpret_cast<float*>(rest), reinterpret_cast<float*>(total),
+                                          codebook.floats(0, k), D);
             } else {
                 read_row(codebook, 0, k, D, code_.data);
                 std::copy(rest, rest + D, start_.data);
                 if (in_.units) start_.to_unit(D);
-                errors[i] = instructions().exact_cost(start_.data, code_.data, code_.padded, false);
+                errors[i] = set_.exact_cost(start_.data, code_.data, code_.padded, false);
                 for (int64_t j = 0; j < D; j++) total[j] += T(code_.data[j]);
                 subtract(rest, code_.data, D);
             }
         }
     }
 
-    void write(const ResidualResult& result) {
-        for (int64_t i = 0; i < count_; i++)
-            write_row(result.quantized, in_.x.dtype, h_ * in_.N + begin_ + i, D, &total_[i * D]);
+    // The sums of codes, as x is.
+    void write() {
+        for (int64_t i = 0; wide_ && i < count_; i++)
+            write_row(result_.quantized, in_.x.dtype, h_ * in_.N + begin_ + i, D, &wide_[i * D]);
     }
 
 private:
-    double take_off(float* __restrict rest, float* __restrict total, const float* __restrict code) {
-        const double error = instructions().exact_distance(rest, code, D);
-        for (int64_t i = 0; i < D; i++) total[i] += code[i];
-        subtract(rest, code, D);
-        return error;
-    }
-
     const ResidualInputs& in_;
+    const ResidualResult& result_;
+    const Instructions& set_ = instructions();
     const int64_t D;
     int64_t h_ = 0, begin_ = 0, count_ = 0;
-    std::unique_ptr<T[]> rest_, total_;
+    std::unique_ptr<T[]> rest_, wide_;
+    T* total_ = nullptr;  // in place, or wider than x
     std::unique_ptr<bool[]> kept_;
     std::unique_ptr<int64_t[]> chosen_;
     AlignedRow start_, code_;

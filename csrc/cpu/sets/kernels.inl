@@ -212,6 +212,10 @@ struct Kernels {
         return cost_of(x, c, padded, cosine);
     }
 
+    static double take_off(float* rest, float* total, const float* code, int64_t D) {
+        return take_off_code(rest, total, code, D);
+    }
+
     static double exact_distance(const float* x, const float* c, int64_t D) {
         return squared_distance_of_floats(x, c, D);
     }
@@ -265,6 +269,7 @@ struct Kernels {
             .group = group,
             .exact_cost = exact_cost,
             .exact_distance = exact_distance,
+            .take_off = take_off,
             .dot = exact_dot,
             .measure = measure,
             .add_rows = add_rows,

@@ -187,3 +187,20 @@ def test_the_page_about_it(tmp_path, monkeypatch):
     found = {}
     exec(block, found)
     assert [found[name].shape for name in ("quantized", "indices", "loss")] == [(3, 100, 64), (3, 100), ()]
+
+
+def test_levels_that_the_model_is_told():
+    """`residual_quantize`, with as many levels as a tensor says."""
+    codebooks, module = [torch.randn(40, 4), torch.randn(9, 4) / 2], nn.Module()
+    module.forward = lambda x, levels: tuple(vqops.residual_quantize(x, codebooks, levels=levels)[:3])
+    x, levels = torch.randn(30, 4), torch.tensor(2)
+    free = {"x": {0: torch.export.Dim.DYNAMIC}, "levels": None}
+    program = torch.export.export(module, (x, levels), dynamic_shapes=free)
+    _, run = exported(module, {"x": x, "levels": levels}, program=program)
+    for N, number in ((30, 2), (77, 1), (5, 0)):
+        x, levels = torch.randn(N, 4), torch.tensor(number)
+        quantized, indices, error = run(x=x, levels=levels)
+        expected = vqops.residual_quantize(x, codebooks, levels=levels)
+        INDICES.same(indices, expected.indices)
+        COPIES.same(quantized, expected.quantized)
+        assert_close(error, expected.error)

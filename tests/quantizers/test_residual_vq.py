@@ -428,7 +428,8 @@ def test_a_failure_of_the_last_level_takes_the_others_back(monkeypatch):
         return (fail if len(calls) == LEVELS else real)(*arguments, **keywords)
 
     monkeypatch.setattr(codebook_module, "ema_update_", fail_later)
-    with pytest.raises(RuntimeError, match="lost rank"):
+    # The compiled op needs no memory that it could not get.
+    with vqops.use_implementation("pytorch"), pytest.raises(RuntimeError, match="lost rank"):
         vq(torch.randn(2, 9, DIM))
     assert len(calls) == LEVELS
     UNCHANGED.same(vq.state_dict(), before)

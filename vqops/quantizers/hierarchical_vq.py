@@ -291,6 +291,7 @@ class HierarchicalVQ(nn.Module):
     def _restored_on_failure(self):
         """For a call that has updated some levels before another fails."""
         with ExitStack() as stack:
+            stack.enter_context(self.seeds.taken_back_on_failure())
             for quantizer in [self.vq] if self.vqs is None else self.vqs:
                 if self.training or not quantizer._codebook.is_initted:
                     stack.enter_context(quantizer._codebook.restored_on_failure())

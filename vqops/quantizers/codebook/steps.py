@@ -1,13 +1,14 @@
 """The step of codebooks that a batch makes: of one, or of all levels of a residual quantizer together."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vqops.dispatch.library import resolve
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
 from vqops.quantizers.codebook.failure import joined
 from vqops.quantizers.codebook.random_rows import Choice, choose_rows, rows_at
@@ -71,16 +72,23 @@ def move_(steps: Sequence[Step]) -> None:
     summed = sum_over_ranks(*counts, *sums, *vectors, dtype=torch.float32, sync=sync)
     counts, sums, vectors = summed[: len(steps)], summed[len(steps) : 2 * len(steps)], summed[2 * len(steps) :]
     scales = [scale_of(*one) for one in zip(steps, counts, sums, strict=True)]
-    # One codebook moves by one op that does all or nothing; of several, some would have moved when one fails.
     books = {step.codebook for step in steps}
-    several = len(books) > 1 and not torch.compiler.is_compiling()
-    with joined([book.restored_on_failure() for book in books]) if several else nullcontext():
+    with restored_if_one_fails(books):
         for step, *statistics in zip(steps, counts, sums, scales, strict=True):
             step.codebook.average_(*statistics, step.moves)
         for step, choice, vector in zip(replacing, chosen, vectors, strict=True):
             step.codebook.replace_dead_(vector, choice.distinct)
     for book in books:
         book.pending = None
+
+
+def restored_if_one_fails(books: set[Codebook]) -> AbstractContextManager:
+    """One codebook moves by an op that does all or nothing; of several, some would have moved when one has no memory.
+    The compiled one on a CPU needs none, and copies would take as long as the step where codes outnumber rows."""
+    on_cpu = all(book.embed.device.type == "cpu" for book in books) and resolve(None) in (None, "compiled")
+    if len(books) == 1 or on_cpu or torch.compiler.is_compiling():
+        return nullcontext()
+    return joined([book.restored_on_failure() for book in books])
 
 
 def vectors_of(step: Step, choice: Choice) -> Tensor:  # [H, K, D] float32, zero where another rank has the row

@@ -6,7 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "contract.h"
 #include "tensors.h"
@@ -84,6 +87,33 @@ inline Tensor snapshot_of(const Tensor& codebook, bool wanted) {
     Tensor copy = new_or_unused(codebook, wanted);
     if (wanted) torch::stable::copy_(copy, codebook);
     return copy;
+}
+
+// [H, sum K, D], a level behind the other.
+inline Tensor joined(const Tensor& like, const std::vector<Tensor>& codebooks, int64_t K) {
+    Tensor all = torch::stable::new_empty(like, {like.size(0), K, like.size(2)});
+    int64_t first = 0;
+    for (const Tensor& codebook : codebooks) {
+        Tensor part = torch::stable::narrow(all, 1, first, codebook.size(1));
+        torch::stable::copy_(part, codebook);
+        first += codebook.size(1);
+    }
+    return all;
+}
+
+inline void check_level_gradients(const char* op, const OptionalTensor& grad_quantized,
+                                  const OptionalTensor& grad_error, const Tensor& x, const Tensor& codebooks,
+                                  const std::vector<int64_t>& sizes, const Tensor& indices) {
+    const int64_t H = x.size(0), N = x.size(1), Q = int64_t(sizes.size());
+    STD_TORCH_CHECK(std::accumulate(sizes.begin(), sizes.end(), int64_t(0)) == codebooks.size(1) &&
+                        indices.dim() == 3 && indices.size(0) == H && indices.size(1) == N && indices.size(2) == Q &&
+                        indices.scalar_type() == ScalarType::Long,
+                    op, ": sizes must add up to the codes, and indices be int64 [H, N, Q]");
+    const auto is = [](const OptionalTensor& t, const std::vector<int64_t>& shape) {
+        return !t || (t->dim() == int64_t(shape.size()) && std::equal(shape.begin(), shape.end(), t->sizes().begin()));
+    };
+    STD_TORCH_CHECK(is(grad_quantized, {H, N, x.size(2)}) && is(grad_error, {H, Q}), op,
+                    ": gradients must have the shapes of quantized [H, N, D] and error [H, Q]");
 }
 
 inline float* float_data(const char* op, const Tensor& t, const char* name) {

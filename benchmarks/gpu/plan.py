@@ -45,6 +45,7 @@ WGMMA = [name for name in CASES if re.fullmatch(r"nearest \d+ x (64|128|200|256|
 SANITIZED = [  # each kernel once, and where it shares its work with others
     *("ema_update_ euclidean", "code_sums float32 in order", "code_sums float32 atomic"),
     *("quantize cosine float32 in order", "quantize_backward rotation euclidean float32 atomic"),
+    *("residual_quantize cosine", "residual_quantize_backward rotation cosine atomic"),
     *("nearest heads", "nearest duplicates", "nearest 300 x 256 x 3000"),
     *("nearest 4096 x 8 x 3000", "nearest 4096 x 64 x 3000", "nearest 4096 x 700 x 3000"),
     *("nearest_topk 300 x 8 x 3000", "nearest_topk duplicates", "sample 300 x 8 x 3000", "sample duplicates"),

@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
-#include <numeric>
 
 namespace vqops {
 namespace {
@@ -227,18 +226,6 @@ int64_t running_levels(const char* op, const OptionalTensor& levels, int64_t Q) 
     return std::clamp<int64_t>(*static_cast<const int64_t*>(levels->const_data_ptr()), 0, Q);
 }
 
-// [H, sum K, D], a level behind the other.
-Tensor joined(const Tensor& like, const std::vector<Tensor>& codebooks, int64_t K) {
-    Tensor all = torch::stable::new_empty(like, {like.size(0), K, like.size(2)});
-    int64_t first = 0;
-    for (const Tensor& codebook : codebooks) {
-        Tensor part = torch::stable::narrow(all, 1, first, codebook.size(1));
-        torch::stable::copy_(part, codebook);
-        first += codebook.size(1);
-    }
-    return all;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(
     const Tensor& x, std::vector<Tensor> codebooks, OptionalTensor mask, OptionalTensor levels, std::string metric,
     std::string, bool, bool with_sums, double, bool normalize, bool snapshot,
@@ -293,17 +280,9 @@ std::tuple<Tensor, Tensor> residual_quantize_backward(
     const char* op = "residual_quantize_backward";
     const bool cosine = is_cosine(op, metric);
     check_search_arguments(op, x, codebooks, mask);
+    check_level_gradients(op, grad_quantized, grad_error, x, codebooks, sizes, given);
     const Tensor indices = torch::stable::contiguous(given);
     const int64_t H = x.size(0), N = x.size(1), Q = int64_t(sizes.size());
-    STD_TORCH_CHECK(std::accumulate(sizes.begin(), sizes.end(), int64_t(0)) == codebooks.size(1) &&
-                        indices.dim() == 3 && indices.size(0) == H && indices.size(1) == N && indices.size(2) == Q &&
-                        indices.scalar_type() == ScalarType::Long,
-                    op, ": sizes must add up to the codes, and indices be int64 [H, N, Q]");
-    const auto is = [](const OptionalTensor& t, const std::vector<int64_t>& shape) {
-        return !t || (t->dim() == int64_t(shape.size()) && std::equal(shape.begin(), shape.end(), t->sizes().begin()));
-    };
-    STD_TORCH_CHECK(is(grad_quantized, {H, N, x.size(2)}) && is(grad_error, {H, Q}), op,
-                    ": gradients must have the shapes of quantized [H, N, D] and error [H, Q]");
     const int64_t* chosen = static_cast<const int64_t*>(indices.const_data_ptr());
     for (int64_t row = 0; row < H * N; row++)
         for (int64_t l = 0; l < Q; l++) {

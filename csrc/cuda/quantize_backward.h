@@ -29,14 +29,126 @@ struct BackwardInputs {
 // State of a row that its passes share.
 template <class Real>
 struct RowState {
-    int64_t h, n, k;
-    bool kept;            // neither masked nor beyond the last row
-    bool turned;          // by the rotation
-    Real norm;            // max(|x|, 1e-6), which a unit is divided by
-    Real x_norm, q_norm;  // of the row as quantized, and of its code
-    Real scale;           // |q| / |x|, at most kLargestScale
+    int64_t x, code, incoming;  // where its columns are; code -1: it has none
+    bool kept;                  // neither masked nor beyond the last row
+    bool turned;                // by the rotation
+    Real norm;                  // max(|x|, 1e-6), which a unit is divided by
+    Real x_norm, q_norm;        // of the row as quantized, and of its code
+    Real scale;                 // |q| / |x|, at most kLargestScale
     Real along_w, along_v;
+    Real along;  // of the gradient of a unit, along it
     Real error;  // gradient of the row's error
+};
+
+// The passes over rows and their codes that give the gradient of x, by L neighbouring threads per row. `at` has the
+// columns: at.x(place, i), at.code(place, i), at.incoming(place, i).
+template <class At, class Real, int L>
+struct RowPasses {
+    At at;
+    int64_t D;
+    bool units, passes, rotation, errors;  // passes: the gradient of quantized does; rotation: turned
+
+    VQOPS_HOST_DEVICE Real start(const RowState<Real>& row, int64_t i) const {
+        const Real value = at.x(row.x, i);
+        return units ? value / row.norm : value;
+    }
+    VQOPS_HOST_DEVICE Real code(const RowState<Real>& row, int64_t i) const {
+        return row.code < 0 ? Real(NAN) : at.code(row.code, i);
+    }
+
+    // u + v of the rotation that takes u = x / |x| to v = q / |q| (arXiv 2410.06424, section 4.2).
+    VQOPS_HOST_DEVICE Real u(const RowState<Real>& row, int64_t i) const { return start(row, i) / row.x_norm; }
+    VQOPS_HOST_DEVICE Real v(const RowState<Real>& row, int64_t i) const { return code(row, i) / row.q_norm; }
+
+    // The gradient of start(row, i).
+    VQOPS_HOST_DEVICE Real of_start(const RowState<Real>& row, int64_t i) const {
+        Real g = 0;
+        if (passes) {
+            g = at.incoming(row.incoming, i);
+            if (row.turned) g = (g - row.along_w * (u(row, i) + v(row, i)) + row.along_v * u(row, i)) * row.scale;
+        }
+        return errors ? g + 2 * (start(row, i) - code(row, i)) * row.error : g;
+    }
+
+    // That of x, of a row that is kept.
+    VQOPS_HOST_DEVICE Real of_x(const RowState<Real>& row, int64_t i) const {
+        const Real g = of_start(row, i);
+        return units ? (g - row.along * start(row, i)) / row.norm : g;
+    }
+
+    // Lengths of rows and codes.
+    template <class Block, class States>
+    VQOPS_HOST_DEVICE void lengths(Block& block, States& rows) const {
+        const Real smallest = Real(kSmallestNorm);
+        auto a = block.template registers<Real>(), b = block.template registers<Real>();
+        block.for_threads([&](int t) {
+            RowState<Real>& row = rows[t];
+            a[t] = b[t] = 0;
+            for (int64_t d = t % L; d < D && row.kept; d += L) {
+                if (units || rotation) {
+                    const Real x = at.x(row.x, d);
+                    a[t] += x * x;
+                }
+                if (rotation) b[t] += code(row, d) * code(row, d);
+            }
+        });
+        block.template shuffle_sum<L>(a);
+        block.template shuffle_sum<L>(b);
+        block.for_threads([&](int t) {
+            RowState<Real>& row = rows[t];
+            const Real length = std::sqrt(a[t]);
+            row.norm = length > smallest || length != length ? length : smallest;
+            row.x_norm = units ? length / row.norm : length;
+            if (row.x_norm < smallest) row.x_norm = smallest;
+            row.q_norm = std::sqrt(b[t]);
+            row.scale = row.q_norm / row.x_norm;
+            if (row.scale > Real(kLargestScale)) row.scale = Real(kLargestScale);
+            // A vector of length 0 has no direction. NaN is no length, and stays NaN.
+            row.turned = rotation && !(length <= smallest || row.q_norm <= smallest);
+        });
+    }
+
+    // What of_x takes, after lengths().
+    template <class Block, class States>
+    VQOPS_HOST_DEVICE void directions(Block& block, States& rows) const {
+        const Real smallest = Real(kSmallestNorm);
+        auto a = block.template registers<Real>(), b = block.template registers<Real>(),
+             c = block.template registers<Real>();
+        block.for_threads([&](int t) {
+            const RowState<Real>& row = rows[t];
+            a[t] = b[t] = c[t] = 0;
+            for (int64_t d = t % L; d < D && row.kept && row.turned; d += L) {
+                const Real g = at.incoming(row.incoming, d), along = v(row, d), w = u(row, d) + along;
+                a[t] += w * w, b[t] += w * g, c[t] += along * g;
+            }
+        });
+        if (rotation) {
+            block.template shuffle_sum<L>(a);
+            block.template shuffle_sum<L>(b);
+            block.template shuffle_sum<L>(c);
+        }
+        block.for_threads([&](int t) {
+            RowState<Real>& row = rows[t];
+            const Real w_norm = std::sqrt(a[t]) < smallest ? smallest : std::sqrt(a[t]);
+            row.along_w = 2 * b[t] / (w_norm * w_norm), row.along_v = 2 * c[t];
+            a[t] = 0;
+            for (int64_t d = t % L; d < D && row.kept && units; d += L) a[t] += start(row, d) * of_start(row, d);
+        });
+        if (units) block.template shuffle_sum<L>(a);
+        block.for_threads([&](int t) {
+            RowState<Real>& row = rows[t];
+            row.along = row.norm > smallest ? a[t] : Real(0);
+        });
+    }
+};
+
+template <class T, class Real>
+struct GivenColumns {
+    const BackwardInputs<T, Real>& in;
+
+    VQOPS_HOST_DEVICE Real x(int64_t place, int64_t i) const { return Real(in.x.at(place, i)); }
+    VQOPS_HOST_DEVICE Real code(int64_t place, int64_t i) const { return Real(in.codebook.at(place, i)); }
+    VQOPS_HOST_DEVICE Real incoming(int64_t place, int64_t i) const { return Real(in.quantized.at(place, i)); }
 };
 
 template <class T, class Real, int L>
@@ -50,100 +162,34 @@ struct RowGradient {
     size_t shared_bytes() const { return 0; }
     int64_t blocks() const { return (in.H * in.N + kRows - 1) / kRows; }
 
-    VQOPS_HOST_DEVICE Real start(const RowState<Real>& row, int64_t i) const {
-        const Real value = Real(in.x.at(in.x.offset(row.h, row.n), i));
-        return in.units ? value / row.norm : value;
-    }
-    VQOPS_HOST_DEVICE Real code(const RowState<Real>& row, int64_t i) const {
-        return row.k < 0 ? Real(NAN) : Real(in.codebook.at(in.codebook.offset(row.h, row.k), i));
-    }
-    VQOPS_HOST_DEVICE Real incoming(const RowState<Real>& row, int64_t i) const {
-        return Real(in.quantized.at(in.quantized.offset(row.h, row.n), i));
-    }
-
-    // u + v of the rotation that takes u = x / |x| to v = q / |q| (arXiv 2410.06424, section 4.2).
-    VQOPS_HOST_DEVICE Real u(const RowState<Real>& row, int64_t i) const { return start(row, i) / row.x_norm; }
-    VQOPS_HOST_DEVICE Real v(const RowState<Real>& row, int64_t i) const { return code(row, i) / row.q_norm; }
-
-    // The gradient of start(row, i).
-    VQOPS_HOST_DEVICE Real outgoing(const RowState<Real>& row, int64_t i) const {
-        Real g = 0;
-        if (in.quantized.data && in.passing != Passing::none) {
-            g = incoming(row, i);
-            if (row.turned) g = (g - row.along_w * (u(row, i) + v(row, i)) + row.along_v * u(row, i)) * row.scale;
-        }
-        return in.error.data ? g + 2 * (start(row, i) - code(row, i)) * row.error : g;
-    }
-
     template <class Block>
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
-        const bool rotation = grad_x && in.quantized.data && in.passing == Passing::rotation;
-        const Real smallest = Real(kSmallestNorm);
+        const bool passes = in.quantized.data && in.passing != Passing::none, errors = in.error.data;
+        const bool rotation = grad_x && passes && in.passing == Passing::rotation;
+        const RowPasses<GivenColumns<T, Real>, Real, L> gradient = {{in}, in.D, in.units, passes, rotation, errors};
+        const auto row_of = [&](int t) { return block.index * kRows + t / L; };
         auto rows = block.template registers<RowState<Real>>();
-        auto a = block.template registers<Real>(), b = block.template registers<Real>(),
-             c = block.template registers<Real>();
         block.for_threads([&](int t) {
             RowState<Real>& row = rows[t];
-            const int64_t i = block.index * kRows + t / L;
-            const bool exists = i < in.H * in.N;
-            row.h = exists ? uint32_t(i) / uint32_t(in.N) : 0, row.n = exists ? i - row.h * in.N : 0;
-            row.kept = exists && in.mask.keeps(row.h, row.n);
-            row.k = row.kept ? in.indices.at(row.h, row.n) : -1;
-            row.error = row.kept && in.error.data ? Real(in.error.at(in.error.offset(row.h, row.n), 0)) : 0;
-            a[t] = b[t] = 0;
-            row.norm = 1;
-            for (int64_t d = t % L; d < in.D && row.kept; d += L) {
-                if (in.units || rotation) {
-                    const Real x = Real(in.x.at(in.x.offset(row.h, row.n), d));
-                    a[t] += x * x;
-                }
-                if (rotation) b[t] += code(row, d) * code(row, d);
-            }
+            const bool exists = row_of(t) < in.H * in.N;
+            const int64_t h = exists ? uint32_t(row_of(t)) / uint32_t(in.N) : 0, n = exists ? row_of(t) - h * in.N : 0;
+            row.kept = exists && in.mask.keeps(h, n);
+            const int64_t k = row.kept ? in.indices.at(h, n) : -1;
+            row.x = in.x.offset(h, n), row.incoming = in.quantized.offset(h, n);
+            row.code = k < 0 ? -1 : in.codebook.offset(h, k);
+            row.error = row.kept && in.error.data ? Real(in.error.at(in.error.offset(h, n), 0)) : 0;
         });
-        block.template shuffle_sum<L>(a);
-        block.template shuffle_sum<L>(b);
+        gradient.lengths(block, rows);
         block.for_threads([&](int t) {
-            RowState<Real>& row = rows[t];
-            const Real length = std::sqrt(a[t]);
-            row.norm = length > smallest || length != length ? length : smallest;
-            row.x_norm = in.units ? length / row.norm : length;
-            if (row.x_norm < smallest) row.x_norm = smallest;
-            row.q_norm = std::sqrt(b[t]);
-            row.scale = row.q_norm / row.x_norm;
-            if (row.scale > Real(kLargestScale)) row.scale = Real(kLargestScale);
-            // A vector of length 0 has no direction. NaN is no length, and stays NaN.
-            row.turned = rotation && !(length <= smallest || row.q_norm <= smallest);
-            a[t] = b[t] = c[t] = 0;
-            for (int64_t d = t % L; d < in.D && row.kept && row.turned; d += L) {
-                const Real g = incoming(row, d), along = v(row, d), w = u(row, d) + along;
-                a[t] += w * w, b[t] += w * g, c[t] += along * g;
-            }
-            if (inverse && row.kept && t % L == 0) inverse[row.h * in.N + row.n] = 1 / row.norm;
+            if (inverse && rows[t].kept && t % L == 0) inverse[row_of(t)] = 1 / rows[t].norm;
         });
         if (!grad_x) return;
-        if (rotation) {
-            block.template shuffle_sum<L>(a);
-            block.template shuffle_sum<L>(b);
-            block.template shuffle_sum<L>(c);
-        }
-        block.for_threads([&](int t) {
-            RowState<Real>& row = rows[t];
-            const Real w_norm = std::sqrt(a[t]) < smallest ? smallest : std::sqrt(a[t]);
-            row.along_w = 2 * b[t] / (w_norm * w_norm), row.along_v = 2 * c[t];
-            a[t] = 0;
-            for (int64_t d = t % L; d < in.D && row.kept && in.units; d += L) a[t] += start(row, d) * outgoing(row, d);
-        });
-        if (in.units) block.template shuffle_sum<L>(a);
+        gradient.directions(block, rows);
         block.for_threads([&](int t) {
             const RowState<Real>& row = rows[t];
-            if (block.index * kRows + t / L >= in.H * in.N) return;
-            const Real along = row.norm > smallest ? a[t] : Real(0);
-            for (int64_t d = t % L; d < in.D; d += L) {
-                Real g = 0;
-                if (row.kept) g = outgoing(row, d);
-                if (row.kept && in.units) g = (g - along * start(row, d)) / row.norm;
-                grad_x[(row.h * in.N + row.n) * in.D + d] = rounded<T>(g);
-            }
+            if (row_of(t) >= in.H * in.N) return;
+            for (int64_t d = t % L; d < in.D; d += L)
+                grad_x[row_of(t) * in.D + d] = rounded<T>(row.kept ? gradient.of_x(row, d) : Real(0));
         });
     }
 };

@@ -17,7 +17,10 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 SCREENS, TOPKS, PROBES = 4 * 8, 4 * 4, 8  # dtypes of x, and depths
 MULTIPLY = {"6ScreenI": SCREENS, "10ScreenTopkI": TOPKS, "18TensorCoreProductsI": PROBES}  # kernels, and how many
 OPS = ("ema_update_", "nearest", "nearest_topk", "prepare", "search_statistics")
-SUMS = ("code_sums", "quantize", "quantize_backward")  # of which there are two kernels
+SUMS = (  # of which there are two kernels
+    *("code_sums", "quantize", "quantize_backward"),
+    *("residual_quantize", "residual_quantize_backward"),
+)
 REGISTERED = """
 import json, vqops
 from vqops.dispatch.library import COMPILED

@@ -203,7 +203,7 @@ def test_under_sanitizers():
     found = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names]
     flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"
     environment = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "CXX": "g++", "CXXFLAGS": flags}
-    names = ("test_kernels.py", "test_sums.py", "test_search.py", "test_products.py")
+    names = ("test_kernels.py", "test_residual.py", "test_sums.py", "test_search.py", "test_products.py")
     files = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "ascending", "-p", "no:cacheprovider", *files]
     folder = Path(__file__).parent

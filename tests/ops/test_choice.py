@@ -210,6 +210,7 @@ def test_calls():
     x, c = torch.zeros(2, 20, 5, dtype=BF16), torch.zeros(2, 7, 5)
     assert choice.call_of({"x": x, "codebook": c, "mask": None}) == Call(5, 7, 40, (BF16, F32))
     assert choice.call_of({"codebook": c}) == Call(5, 7, None, (F32,))
+    assert choice.call_of({"x": x, "codebooks": [c, c[:, :3]], "mask": None}) == Call(5, 7, 40, (BF16, F32))
     assert choice.call_of({"x": x, "indices": None, "num_codes": 9}) == Call(5, 9, 40, (BF16,))
     assert choice.call_of({"cluster_size": None, "embed_avg": c, "embed": None}) == Call(5, 7, None, (F32,))
 
@@ -361,6 +362,20 @@ def test_a_preparation_of_another_kernel_is_left_alone(on_stage, monkeypatch):
     took = on_stage(Regime("nearest", "compiled"), row("prepare"))
     INDICES.same(vqops.nearest(x, vqops.prepare(c)), expected)
     assert took == ["prepare: triton"]
+
+
+def test_preparations_of_levels_are_used_by_who_made_them(monkeypatch):
+    x, c, calls = torch.randn(1, 40, 6), torch.randn(1, 30, 6), []
+    table = [Regime("residual_quantize", "reference")]
+    monkeypatch.setattr(choice, "table", lambda device: Table(tuple(table), "record"))
+    monkeypatch.setattr(library, "available", lambda name, device: ["pytorch", "reference"])
+    monkeypatch.setattr(ops, "residual_quantize_reference", lambda *given: calls.append(given[-1]))
+    run, packed = library.by_regime("residual_quantize", lambda *given: calls.append(given[-1])), [vqops.prepare(c[0])]
+    how = None, None, "euclidean", "straight_through", True, False, 0.0, True, False
+    run(x, [c], *how, packed)
+    table.append(Regime("prepare", "reference"))
+    run(x, [c], *how, packed)
+    assert calls == [None, packed]
 
 
 def test_quantize_in_pytorch_searches_by_the_regime_of_the_search(on_stage):

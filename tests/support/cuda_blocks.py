@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vqops import reference
+
 NATIVE, CSRC = Path(__file__).parents[1] / "cuda_emulated/native", Path(__file__).parents[2] / "csrc"
 SOURCES = [NATIVE / f"cuda_{name}.cpp" for name in ("search", "blocks")]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the order of csrc/tensors.h
@@ -39,6 +41,14 @@ class EmaState(ctypes.Structure):
         *[(name, P) for name in ("size", "average", "codes", "counts", "weighted", "sums", "weight", "decay", "total")],
         ("eps", ctypes.c_float),
         ("cosine", ctypes.c_bool),
+    ]
+
+
+class Levels(ctypes.Structure):
+    _fields_ = [
+        *[(name, L) for name in "HNDQ"],
+        *[(name, P) for name in ("sizes", "indices", "levels")],
+        *[(name, I) for name in ("passing", "per_level", "units")],
     ]
 
 
@@ -147,6 +157,67 @@ class Kernels:
             PASSING.index(passing), F(scale), pointer(grad_x), pointer(grad_codebook),
         )  # fmt: skip
         return grad_x, None if grad_codebook is None else grad_codebook.to(codebook.dtype)
+
+
+    def residual_quantize(
+        self, x, codebooks, mask=None, levels=None, metric="euclidean", with_sums=False, normalize=True
+    ):
+        """As residual.cu launches them, with the searches of the reference; and what the last level but one leaves."""
+        (H, N, D), Q, real, units = x.shape, len(codebooks), error_type(x), metric == "cosine" and normalize
+        quantized, rest = torch.full(x.shape, 7, dtype=x.dtype), torch.full(x.shape, torch.nan, dtype=real)
+        total = quantized if real == x.dtype else rest.clone()
+        indices, errors = torch.full((H, N, Q), -7), torch.full((H, Q, N), 7, dtype=torch.float64)
+        square = torch.full((H, N), torch.nan, dtype=torch.float64) if units else None
+        kept = None if levels is None else torch.ones(H, N, dtype=torch.bool)
+        on, next_level = (mask_of(mask), pointer(levels)), (pointer(square), pointer(kept))
+        if units or kept is not None:
+            self.library.first_level(self.descending, *map(L, (H, N, D)), rows(x), *on, *next_level)
+        counted = []
+        for level, codebook in enumerate(codebooks):
+            left, K = x if level == 0 else rest, codebook.shape[1]
+            chosen = reference.nearest(left, codebook, mask if kept is None else kept, metric)
+            if with_sums:
+                counts, sums = torch.full((H, K), -7), torch.full((H, K, D), torch.nan)
+                self.library.sum_level(
+                    self.descending, self.sorted, *map(L, (H, N, K, D)), rows(left), pointer(square),
+                    indices_of(chosen, K), pointer(sums), pointer(counts),
+                )  # fmt: skip
+                counted.append((counts, sums))
+            self.library.take_off(
+                self.descending, *map(L, (H, N, D, Q, level)), rows(x), rows(codebook), indices_of(chosen, K), *on,
+                *map(pointer, (rest, total, quantized, indices, errors)), *next_level,
+            )  # fmt: skip
+        error = torch.full((H, Q), 7, dtype=real)
+        self.library.add_errors(
+            self.descending, *map(L, (H * Q, N)), pointer(errors), pointer(error), DTYPES.index(real)
+        )  # fmt: skip
+        counts, sums = (torch.cat(parts, 1) for parts in zip(*counted, strict=True)) if with_sums else (None, None)
+        return quantized, indices, error, counts, sums, rest
+
+    def residual_quantize_backward(
+        self, grad_quantized, grad_error, x, codebooks, sizes, indices, mask, levels, metric, passing, per_level, scale,
+        normalize, _, codebooks_needed,
+    ):  # fmt: skip
+        (H, N, D), Q, real = x.shape, len(sizes), error_type(x)
+        grad_x, of_levels = torch.full(x.shape, 7, dtype=x.dtype), torch.tensor(sizes)
+        arrays = map(pointer, (of_levels, indices, levels))
+        units = metric == "cosine" and normalize
+        given = ctypes.byref(Levels(H, N, D, Q, *arrays, PASSING.index(passing), per_level, units))
+        self.library.gradient_of_levels(
+            self.descending, given, rows(grad_quantized), rows(grad_error), rows(x), rows(codebooks), mask_of(mask),
+            pointer(grad_x),
+        )  # fmt: skip
+        if not codebooks_needed:
+            return grad_x, None
+        rest, parts, x = torch.full(x.shape, torch.nan, dtype=real), [], x.to(real)
+        dtype = codebooks.dtype if self.sorted else torch.promote_types(real, codebooks.dtype)
+        for level, K in enumerate(sizes):
+            parts.append(torch.full((H, K, D), 7, dtype=dtype))
+            self.library.gradient_of_level(
+                self.descending, self.sorted, given, L(level), F(scale), rows(grad_error), rows(x), rows(codebooks),
+                mask_of(mask), pointer(rest), pointer(parts[-1]),
+            )  # fmt: skip
+        return grad_x, torch.cat(parts, 1).to(codebooks.dtype)
 
 
 class GatherCases:

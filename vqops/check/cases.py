@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -46,10 +47,10 @@ class Case:
     loose: dict[str, float] = field(default_factory=dict)  # of results that may differ, by how much of the largest
     plain: bool = True  # few rows are left open: "pytorch" has room for them where it may not wait
     in_order: bool = True  # under torch.use_deterministic_algorithms, which also poisons fresh memory
-    composed: bool = False  # of other ops, where there is a GPU
+    composed: bool = False  # of other ops, in Triton
 
     def concerns(self, implementation: str, kind: str) -> bool:
-        return not self.composed or implementation == "pytorch" or (implementation, kind) == ("compiled", "cpu")
+        return not self.composed or implementation != "triton"
 
     def judge(self, implementation: str, device: torch.device, small: bool) -> dict:
         """Runs it twice, and once more from a CUDA graph; `wrong` has what differs, by result."""
@@ -333,13 +334,14 @@ def of_the_other_ops() -> list[Case]:
     for metric in METRICS:
         loose = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
         found.append(Case(f"ema_update_ {metric}", "ema_update_", to_update, partial(updates, metric=metric), loose))
-    for metric in METRICS:
+    for metric, in_order in product(METRICS, (True, False)):
+        on, how = {"composed": True, "in_order": in_order}, metric if in_order else f"{metric} atomic"
         op, call, loose = "residual_quantize", partial(levels, metric=metric), {"error": 1e-5, "sums": 1e-5}
-        found.append(Case(f"{op} {metric}", op, to_quantize_again, call, loose, composed=True))
+        found.append(Case(f"{op} {how}", op, to_quantize_again, call, loose, **on))
         for passing in ("straight_through", "rotation"):
             op, call = "residual_quantize_backward", partial(gradients_of_levels, passing=passing, metric=metric)
             loose = dict.fromkeys(("gradient of x", "gradient of codes"), 1e-4)
-            found.append(Case(f"{op} {passing} {metric}", op, to_turn_back_again, call, loose, composed=True))
+            found.append(Case(f"{op} {passing} {how}", op, to_turn_back_again, call, loose, **on))
     for dtype, in_order in MODES:
         mode = str(dtype).removeprefix("torch.") + (" in order" if in_order else " atomic")
         for weighted in (False, True):

@@ -51,11 +51,11 @@ SHAPES = {
 }
 # Each op that is timed, with those that follow it: a packed codebook is of who searches.
 DECIDES = {
-    "quantize": ("prepare", "nearest", "search_statistics", "quantize"),
+    "quantize": ("prepare", "nearest", "search_statistics", "quantize", "residual_quantize"),
     "nearest_topk": ("nearest_topk",),
     "sample": ("sample",),
     "code_sums": ("code_sums",),
-    "quantize_backward": ("quantize_backward",),
+    "quantize_backward": ("quantize_backward", "residual_quantize_backward"),
     "ema_update_": ("ema_update_",),
 }
 OPS = tuple(DECIDES)

@@ -111,14 +111,20 @@ def choose(rows: Iterable[Regime], op: str, call: Call, built: Callable[[str], b
     return next((row.implementation for row in found), "pytorch")
 
 
+def codes_of(arguments: dict) -> Tensor | None:
+    """The codebook of an op, the first one of those of levels."""
+    given = (arguments[name] for name in ("codebook", "codebooks", "embed_avg") if name in arguments)
+    codes = next(given, None)
+    return codes[0] if isinstance(codes, list | tuple) else codes
+
+
 def tensors_of(arguments: dict) -> list[Tensor]:
-    x, codes = arguments.get("x"), arguments.get("codebook", arguments.get("embed_avg"))
-    return [tensor for tensor in (x, codes) if isinstance(tensor, Tensor)]
+    return [tensor for tensor in (arguments.get("x"), codes_of(arguments)) if isinstance(tensor, Tensor)]
 
 
 def call_of(arguments: dict) -> Call:
     """The call of an op, from its arguments by name."""
-    x, codes = arguments.get("x"), arguments.get("codebook", arguments.get("embed_avg"))
+    x, codes = arguments.get("x"), codes_of(arguments)
     D = (codes if x is None else x).shape[-1]
     K = arguments.get("num_codes") if codes is None else codes.shape[-2]
     N = None if x is None else x.shape[0] * x.shape[1]

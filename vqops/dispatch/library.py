@@ -177,8 +177,10 @@ def by_regime(name: str, fallback: Callable, composed: bool = False) -> Callable
         if chosen == "pytorch" and composed:
             return fallback(*arguments)
         # A preparation has the layout of who made it; to others it is as if there were none.
-        if given.get("prepared") is not None and chosen != default_on_cuda("prepare", {"codebook": given["codebook"]}):
-            given["prepared"] = None
+        if given.get("prepared") is not None:
+            codebook = choice.codes_of(given)
+            if chosen != default_on_cuda("prepare", {"codebook": codebook}):
+                given["prepared"] = None
         return (fallback if chosen == "pytorch" else getattr(torch.ops.vqops, f"{name}_{chosen}"))(*given.values())
 
     return run

@@ -4,6 +4,8 @@
 #include "../../../csrc/cuda/ema.h"
 #include "../../../csrc/cuda/gather.h"
 #include "../../../csrc/cuda/quantize_backward.h"
+#include "../../../csrc/cuda/residual.h"
+#include "../../../csrc/cuda/residual_backward.h"
 #include "emulator.h"
 
 using namespace vqops;
@@ -90,4 +92,100 @@ EXPORT void quantize_backward(int descending, int sorted, int64_t H, int64_t N, 
         if (wide) run(typed, double());
         else run(typed, float());
     });
+}
+
+// Before the first level of residual quantization; `square` null without units, `kept` without `levels`.
+EXPORT void first_level(int descending, int64_t H, int64_t N, int64_t D, const Rows* x, const RowMask* mask,
+                        const int64_t* levels, double* square, bool* kept) {
+    const Emulator device = {descending != 0};
+    with_type(x->dtype, [&](auto zero) {
+        using T = decltype(zero);
+        device.launch(FirstLevel<T>{{H, N}, D, x->as<T>(), *mask, {levels}, {square, kept}});
+    });
+}
+
+EXPORT void take_off(int descending, int64_t H, int64_t N, int64_t D, int64_t Q, int64_t level, const Rows* x,
+                     const Rows* codebook, const Indices* chosen, const RowMask* mask, const int64_t* levels,
+                     void* rest, void* total, void* quantized, int64_t* indices, double* error, double* square,
+                     bool* kept) {
+    const Emulator device = {descending != 0};
+    with_type(x->dtype, [&](auto zero) {
+        using T = decltype(zero);
+        using Real = typename ErrorOf<T>::type;
+        device.launch(TakeOff<T>{{H, N}, D, Q, level, x->as<T>(), *codebook, *chosen, *mask, {levels},
+                                 static_cast<Real*>(rest), static_cast<Real*>(total), static_cast<T*>(quantized),
+                                 indices, error, {square, kept}});
+    });
+}
+
+EXPORT void add_errors(int descending, int64_t groups, int64_t N, const double* errors, void* sums, int dtype) {
+    const Emulator device = {descending != 0};
+    std::vector<double> partial(groups * runs_of(N), NAN);
+    add_errors(device, errors, groups, N, partial.data(), sums, DType(dtype));
+}
+
+EXPORT void sum_level(int descending, int sorted, int64_t H, int64_t N, int64_t K, int64_t D, const Rows* x,
+                      const double* square, const Indices* chosen, float* sums, Count* counts) {
+    const Space<float> space({H, N, K, *chosen}, sorted, D, D, sums, DType::float32, counts, nullptr);
+    const Emulator device = {descending != 0};
+    with_type(x->dtype, [&](auto zero) { sum_level(device, x->as<decltype(zero)>(), square, space.out); });
+}
+
+namespace {
+
+// `sizes` and pointers as residual_quantize_backward has them.
+struct Levels {
+    int64_t H, N, D, Q;
+    const int64_t *sizes, *indices, *levels;
+    int passing, per_level, units;
+};
+
+template <class T>
+LevelsInputs<T> inputs_of(const Levels& all, const Rows& x, const Rows& quantized, const Rows& error,
+                          const Rows& codebooks, const RowMask& mask) {
+    LevelsInputs<T> in = {all.H, all.N, all.D, all.Q, x.as<T>(), quantized.as<T>(), error, codebooks, {}, all.indices,
+                          mask, {all.levels}, Passing(all.passing), all.per_level != 0, all.units != 0};
+    std::partial_sum(all.sizes, all.sizes + all.Q, in.first + 1);
+    return in;
+}
+
+}  // namespace
+
+EXPORT void gradient_of_levels(int descending, const Levels* levels, const Rows* quantized, const Rows* error,
+                               const Rows* x, const Rows* codebooks, const RowMask* mask, void* grad_x) {
+    const Emulator device = {descending != 0};
+    std::vector<float> memory;
+    const auto allocate = [&](size_t bytes) {
+        memory.assign(bytes / sizeof(float), NAN);
+        return reinterpret_cast<char*>(memory.data());
+    };
+    with_type(x->dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const auto in = inputs_of<T>(*levels, *x, *quantized, *error, *codebooks, *mask);
+        if (x->dtype == DType::float64 || codebooks->dtype == DType::float64)
+            gradient_of_levels<double>(device, in, static_cast<T*>(grad_x), allocate);
+        else if constexpr (!std::is_same_v<T, double>)
+            gradient_of_levels<float>(device, in, static_cast<T*>(grad_x), allocate);
+    });
+}
+
+// x is float32 or float64; grad_codebook as in quantize_backward.
+EXPORT void gradient_of_level(int descending, int sorted, const Levels* levels, int64_t level, double scale,
+                              const Rows* error, const Rows* x, const Rows* codebooks, const RowMask* mask, void* rest,
+                              void* grad_codebook) {
+    const Emulator device = {descending != 0};
+    const bool wide = x->dtype == DType::float64 || codebooks->dtype == DType::float64;
+    const auto run = [&](auto left, auto reals) {
+        using Rest = decltype(left);
+        using Real = decltype(reals);
+        const auto in = inputs_of<Rest>(*levels, *x, {}, *error, *codebooks, *mask);
+        const DType dtype = sorted ? codebooks->dtype : wide ? DType::float64 : DType::float32;
+        const Space<Real> space({in.H, in.N, levels->sizes[level], in.of_level(level)}, sorted, in.D, in.D,
+                                grad_codebook, dtype, nullptr, nullptr);
+        std::vector<Real> inverse(in.H * in.N, NAN);
+        gradient_of_level(device, in, level, scale, space.out, inverse.data(), static_cast<Rest*>(rest));
+    };
+    if (x->dtype == DType::float64) run(double(), double());
+    else if (wide) run(float(), double());
+    else run(float(), float());
 }

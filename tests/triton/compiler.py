@@ -99,7 +99,17 @@ def main(architecture: int, wanted: str) -> None:
 
 
 def calls() -> dict:
-    from vqops.triton_kernels import code_sums, ema, products, quantize, quantize_backward, sample, search
+    from vqops.triton_kernels import (
+        code_sums,
+        ema,
+        products,
+        quantize,
+        quantize_backward,
+        residual,
+        residual_backward,
+        sample,
+        search,
+    )
 
     def tensors(D, dtype=torch.float32, H=1, N=64, K=512):
         return torch.zeros(H, N, D, dtype=dtype), torch.zeros(H, K, D)
@@ -138,6 +148,21 @@ def calls() -> dict:
             torch.tensor(0.9),
         )
         cases[f"ema_update_, {metric}"] = partial(ema.ema_update_, *state, metric=metric)
+    depth, ways = torch.tensor(2), [("straight_through", True), ("rotation", True), ("rotation", False)]
+    for D, dtype in ((8, torch.bfloat16), (64, torch.float32), (64, torch.float64), (300, torch.float16)):
+        x, codebook = tensors(D, dtype, H=2)
+        for metric in ("euclidean", "cosine"):
+            of_levels = x, [codebook] * 3, mask, depth, metric, "none", True, True
+            cases[f"residual_quantize, D={D}, {dtype}, {metric}"] = partial(residual.residual_quantize, *of_levels)
+    indices_of_levels, of_levels = torch.zeros(1, 64, 2, dtype=torch.int64), torch.zeros(1, 2)
+    for metric in ("euclidean", "cosine"):
+        for gradient, per_level in ways:
+            for D, dtype in ((8, torch.bfloat16), (64, torch.float32), (64, torch.float64), (2048, torch.float32)):
+                rows, codes = tensors(D, dtype)
+                arguments = rows, of_levels, rows, codes, [256, 256], indices_of_levels, None, depth, metric
+                arguments += gradient, per_level, 1.0, True, True, True
+                name = f"residual_quantize_backward, D={D}, {dtype}, {gradient}{'' if per_level else ' once'}, {metric}"
+                cases[name] = partial(residual_backward.residual_quantize_backward, *arguments)
     for D in (8, 64, 300):
         weight = None if D == 8 else error
         cases[f"code_sums, atomic, D={D}"] = partial(code_sums.atomic, tensors(D)[0], indices, 512, weight)

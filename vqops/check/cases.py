@@ -46,10 +46,10 @@ class Case:
     loose: dict[str, float] = field(default_factory=dict)  # of results that may differ, by how much of the largest
     plain: bool = True  # few rows are left open: "pytorch" has room for them where it may not wait
     in_order: bool = True  # under torch.use_deterministic_algorithms, which also poisons fresh memory
-    composed: bool = False  # of other ops, where there is a GPU
+    composed: bool = False  # of other ops, in CUDA C++
 
     def concerns(self, implementation: str, kind: str) -> bool:
-        return not self.composed or implementation == "pytorch" or (implementation, kind) == ("compiled", "cpu")
+        return not self.composed or (implementation, kind) != ("compiled", "cuda")
 
     def judge(self, implementation: str, device: torch.device, small: bool) -> dict:
         """Runs it twice, and once more from a CUDA graph; `wrong` has what differs, by result."""

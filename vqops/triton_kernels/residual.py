@@ -27,7 +27,7 @@ def less(rest, q):
     return (rest.to(tl.float64) - q).to(rest.dtype) if q.dtype == tl.float64 else rest - q.to(rest.dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "N", "Q", "level", "mask_h_stride"])
+@triton.jit(do_not_specialize=["rows", "N", "Q", "level", "mask_h_stride", "mask_n_stride"])
 def take_off_kernel(
     x,  # [H, N, D], what the levels before have left
     codebook,  # [H, K, D]

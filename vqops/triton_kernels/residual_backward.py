@@ -19,7 +19,7 @@ from vqops.triton_kernels.residual import less, take_off
 from vqops.triton_kernels.strides import strides
 
 
-@triton.jit(do_not_specialize=["rows", "N", "Q", "e_h_stride", "e_q_stride", "mask_h_stride"])
+@triton.jit(do_not_specialize=["rows", "N", "Q", "e_h_stride", "e_q_stride", "mask_h_stride", "mask_n_stride"])
 def residual_backward_kernel(
     grad_quantized,  # [H, N, D], or None
     grad_error,  # [H, Q], or None
@@ -99,14 +99,15 @@ def starts_of(sizes, device):  # -> [Q] int64
 
 
 def codebook_gradients(grad_error, x, codebooks, indices, mask, levels, metric, scale, normalize):
-    """Of each level, as `quantize_backward` has them of what is left."""
+    """Of each level, as `quantize_backward` has them of what is left. Views are copied: Triton would compile anew for
+    one that does not start at a multiple of 16 bytes."""
     (H, N, D), Q = x.shape, len(codebooks)
     real = torch.promote_types(x.dtype, torch.float32)
     given, gradients = x, []
     rest = x.new_empty((H, N, D), dtype=real) if Q > 1 else None
     for level, codebook in enumerate(codebooks):
-        kept, chosen = rows_of_level(mask, levels, level, x), indices[..., level].contiguous()
-        e = grad_error[:, level, None].expand(H, N)
+        kept, e = rows_of_level(mask, levels, level, x), grad_error[:, level, None].repeat(1, N)
+        chosen, codebook = (t.clone(memory_format=torch.contiguous_format) for t in (indices[..., level], codebook))
         how = metric, "none", scale, normalize, False, True
         gradients.append(quantize_backward(None, e, given, codebook, chosen, None, *how)[1])
         if rest is not None:

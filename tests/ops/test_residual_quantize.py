@@ -46,7 +46,7 @@ def rows(implementation, number):
     return max(2, number // 12) if is_interpreted(implementation) else number
 
 
-def at_least_once(kernel, case):
+def rows_and_codes(kernel, case):
     """Searches of each kind are tested in test_search.py; the interpreter takes seconds for those of all levels."""
     if is_interpreted(kernel) and case not in INTERPRETED_SEARCHES:
         pytest.skip("in the interpreter some cases stand for all")
@@ -150,7 +150,7 @@ def test_preparations_take_the_place_of_the_codebooks(implementation, N, dtype):
 @pytest.mark.parametrize("case", SEARCHES)
 def test_forward(kernel, case, metric, normalize):
     """To the last bit, also of the errors' sums."""
-    x, c = at_least_once(kernel, case)
+    x, c = rows_and_codes(kernel, case)
     codebooks = [c, c.flip(1) / 2, c[:, : max(1, c.shape[1] // 3)] / 4, torch.zeros_like(c)]
     mask = torch.rand(x.shape[:2]) > 0.1
     for kept, levels in ((None, None), (mask, 3))[is_interpreted(kernel) :]:
@@ -346,7 +346,7 @@ def test_gradients_are_as_defined(implementation, metric, normalize, gradient, p
 @pytest.mark.parametrize("case", SEARCHES)
 def test_backward(kernel, case, metric, normalize, gradient, per_level):
     """No further from float64 than twice the reference, which computes in float32 as well."""
-    x, c = at_least_once(kernel, case)
+    x, c = rows_and_codes(kernel, case)
     typical = c.nan_to_num(0, 0, 0).abs().median()  # codes of any direction: a turn by half a circle is ill-conditioned
     codebooks = [c, *(torch.randn(len(c), K, c.shape[2]) * typical for K in (9, 1))]
     sizes, old, mask = [t.shape[1] for t in codebooks], torch.cat(codebooks, 1), torch.rand(x.shape[:2]) > 0.1

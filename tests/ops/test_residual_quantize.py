@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from implementations import INTERPRETED, Implementation
 from memory import LargestTemporaries
 from promises import COPIES, INDICES, ORDER, REPEATS
 from torch.testing import assert_close
@@ -14,6 +15,10 @@ from vqops.dispatch import library
 WAYS = (("euclidean", True), ("cosine", True), ("cosine", False))  # the metric, and normalize
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TINY = 1e-6
+INTERPRETED_SEARCHES = (
+    *("heads", "one_row", "one_code", "one_dimension", "no_rows", "deep", "denormal", "overflowing", "huge_rows"),
+    *("one_code_x_1e37", "duplicates", "zero_rows", "not_finite_rows", "not_finite_codes", "no_finite_code"),
+)
 
 
 def having_the_op(implementation):
@@ -30,6 +35,22 @@ def implementation(implementation):
 @pytest.fixture
 def kernel(kernel):
     return having_the_op(kernel)
+
+
+def is_interpreted(implementation):
+    return (implementation.name, implementation.device.type) == INTERPRETED
+
+
+def rows(implementation, number):
+    """Fewer in Triton's interpreter, where each costs milliseconds."""
+    return max(2, number // 12) if is_interpreted(implementation) else number
+
+
+def rows_and_codes(kernel, case):
+    """Searches of each kind are tested in test_search.py; the interpreter takes seconds for those of all levels."""
+    if is_interpreted(kernel) and case not in INTERPRETED_SEARCHES:
+        pytest.skip("in the interpreter some cases stand for all")
+    return SEARCHES[case]()
 
 
 def on_cpu(found):
@@ -100,7 +121,7 @@ def loop(implementation, x, codebooks, mask=None, metric="euclidean", normalize=
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_levels_one_by_one(implementation, dtype, metric, normalize):
     for heads, sizes in (((), (9, 5, 17)), ((2,), (3, 1, 40))):
-        x = torch.randn(*heads, 600, 6).to(dtype)
+        x = torch.randn(*heads, rows(implementation, 600), 6).to(dtype)
         codebooks = [torch.randn(*heads, K, 6) / 2**level for level, K in enumerate(sizes)]
         mask = torch.rand(x.shape[:-1]) > 0.3
         for kept in (None, mask):
@@ -129,10 +150,10 @@ def test_preparations_take_the_place_of_the_codebooks(implementation, N, dtype):
 @pytest.mark.parametrize("case", SEARCHES)
 def test_forward(kernel, case, metric, normalize):
     """To the last bit, also of the errors' sums."""
-    x, c = SEARCHES[case]()
+    x, c = rows_and_codes(kernel, case)
     codebooks = [c, c.flip(1) / 2, c[:, : max(1, c.shape[1] // 3)] / 4, torch.zeros_like(c)]
     mask = torch.rand(x.shape[:2]) > 0.1
-    for kept, levels in ((None, None), (mask, 3)):
+    for kept, levels in ((None, None), (mask, 3))[is_interpreted(kernel) :]:
         how = {"metric": metric, "normalize": normalize, "levels": levels, "code_sums": True}
         found = kernel.residual_quantize(x, codebooks, kept, **how)
         expected = vqops.residual_quantize(x, codebooks, kept, **how, implementation="reference")
@@ -186,6 +207,7 @@ def test_codes_of_float64_are_taken_off_in_float64(implementation):
 
 @pytest.mark.parametrize("N", [20, 700])
 def test_rows_and_codes_of_any_strides(implementation, N):
+    N = rows(implementation, N)
     x = torch.randn(3, 6, 2 * N)[..., ::2].mT
     codebooks = [torch.randn(6, 3, 10).permute(1, 2, 0), torch.randn(3, 8, 12)[:, ::2, ::2]]
     mask = (torch.rand(N, 3) > 0.3).mT
@@ -225,9 +247,10 @@ def test_levels_that_run(implementation, N, levels):
 
 
 def test_many_levels(implementation):
-    x, codebooks = torch.randn(400, 3), torch.randn(64, 4, 3) / 2 ** torch.arange(64.0)[:, None, None].clamp_max(20)
+    x = torch.randn(rows(implementation, 400), 3)
+    codebooks = torch.randn(64, 4, 3) / 2 ** torch.arange(64.0)[:, None, None].clamp_max(20)
     found = implementation.residual_quantize(x, codebooks)
-    INDICES.same(found.indices, loop(implementation, x, codebooks)[1])
+    INDICES.same(found.indices.cpu(), loop(Implementation("reference", "cpu"), x, codebooks)[1])
     with pytest.raises(ValueError, match="codebooks must have from 1 to 64 levels, got 65"):
         implementation.residual_quantize(x, torch.zeros(65, 4, 3))
 
@@ -299,8 +322,9 @@ def turned(start, code, gradient):
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation", "none"])
 @pytest.mark.parametrize("metric, normalize", WAYS)
 def test_gradients_are_as_defined(implementation, metric, normalize, gradient, per_level, levels):
-    leaves = [torch.randn(2, K, 5, dtype=torch.float64) for K in (300, 9, 4, 6)]
-    mask = torch.rand(2, 300) > 0.2
+    N = rows(implementation, 300)
+    leaves = [torch.randn(2, K, 5, dtype=torch.float64) for K in (N, 9, 4, 6)]
+    mask = torch.rand(2, N) > 0.2
     ours, theirs = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
     options = {"metric": metric, "gradient": gradient, "per_level": per_level, "normalize": normalize}
     found = implementation.residual_quantize(ours[0], ours[1:], mask, levels, codebook_error_scale=0.5, **options)
@@ -322,7 +346,7 @@ def test_gradients_are_as_defined(implementation, metric, normalize, gradient, p
 @pytest.mark.parametrize("case", SEARCHES)
 def test_backward(kernel, case, metric, normalize, gradient, per_level):
     """No further from float64 than twice the reference, which computes in float32 as well."""
-    x, c = SEARCHES[case]()
+    x, c = rows_and_codes(kernel, case)
     typical = c.nan_to_num(0, 0, 0).abs().median()  # codes of any direction: a turn by half a circle is ill-conditioned
     codebooks = [c, *(torch.randn(len(c), K, c.shape[2]) * typical for K in (9, 1))]
     sizes, old, mask = [t.shape[1] for t in codebooks], torch.cat(codebooks, 1), torch.rand(x.shape[:2]) > 0.1

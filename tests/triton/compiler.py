@@ -99,7 +99,17 @@ def main(architecture: int, wanted: str) -> None:
 
 
 def calls() -> dict:
-    from vqops.triton_kernels import code_sums, ema, products, quantize, quantize_backward, sample, search
+    from vqops.triton_kernels import (
+        code_sums,
+        ema,
+        products,
+        quantize,
+        quantize_backward,
+        residual,
+        residual_backward,
+        sample,
+        search,
+    )
 
     def tensors(D, dtype=torch.float32, H=1, N=64, K=512):
         return torch.zeros(H, N, D, dtype=dtype), torch.zeros(H, K, D)
@@ -138,6 +148,23 @@ def calls() -> dict:
             torch.tensor(0.9),
         )
         cases[f"ema_update_, {metric}"] = partial(ema.ema_update_, *state, metric=metric)
+    of_levels, errors = torch.zeros(2, 64, 3, dtype=torch.int64), torch.zeros(2, 3, 64, dtype=torch.float64)
+    for D, dtype in ((8, torch.bfloat16), (64, torch.float32), (64, torch.float64), (300, torch.float16)):
+        rows, codes = tensors(D, dtype, H=2)
+        rest = rows.double() if dtype == torch.float64 else rows.float()
+        for metric, norms in (("euclidean", None), ("cosine", errors[:, 0])):
+            arguments = rows, codes, of_levels[..., 0], mask, norms, rest, rest, rows, of_levels, errors, 3, 2
+            cases[f"residual_quantize, D={D}, {dtype}, {metric}"] = partial(residual.take_off, *arguments)
+    cases["residual_quantize, errors"] = partial(residual.sum_in_runs, errors, torch.float32)
+    ways = [(64, torch.float32, *way) for way in (("rotation", True), ("rotation", False), ("straight_through", True))]
+    ways += [(D, dtype, "rotation", True) for D, dtype in ((8, torch.bfloat16), (64, torch.float64), (2048, x.dtype))]
+    for D, dtype, gradient, per_level in ways:
+        rows, codes = tensors(D, dtype, H=2)
+        for metric in ("euclidean", "cosine"):
+            arguments = rows, errors[..., 0].float(), rows, codes, [200, 200, 112], of_levels, mask, torch.tensor(2)
+            arguments += metric, gradient, per_level, 1.0, True, True, gradient == "straight_through"
+            name = f"residual_quantize_backward, D={D}, {dtype}, {gradient}{'' if per_level else ' once'}, {metric}"
+            cases[name] = partial(residual_backward.residual_quantize_backward, *arguments)
     for D in (8, 64, 300):
         weight = None if D == 8 else error
         cases[f"code_sums, atomic, D={D}"] = partial(code_sums.atomic, tensors(D)[0], indices, 512, weight)
@@ -152,6 +179,10 @@ def calls() -> dict:
         code_sums.atomic(one, index, 1, row)
         arguments = one, row, one, one, index, None, "cosine", "rotation", 1.0, True, True, True
         quantize_backward.quantize_backward(*arguments)
+        two = torch.zeros(1, 1, 2)
+        residual.residual_quantize(one, [one] * 2, None, torch.tensor(1), "cosine", code_sums=True)
+        arguments = one, two[0], one, two.mT, [1, 1], two.long(), None, None, "cosine", "rotation", True, 1.0
+        residual_backward.residual_quantize_backward(*arguments, True, True, True)
         ema.ema_update_(row, one, one, row, one, torch.tensor(0.9), metric="cosine")
 
     cases["one of everything, cosine"] = ones

@@ -26,8 +26,7 @@ def run(code: str, **environment) -> str:
 
 def test_every_op_of_a_step_has_a_triton_implementation():
     soft = ("assignment_entropy", "code_cross_entropy", "soft_codes")
-    without = {"check_first_run_", "keep_prepared_", "sample_topk", "residual_quantize", "residual_quantize_backward"}
-    without |= {*soft, *(f"{name}_backward" for name in soft)}
+    without = {"check_first_run_", "keep_prepared_", "sample_topk", *soft, *(f"{name}_backward" for name in soft)}
     assert set(triton_kernels.MODULES) == set(library.OPS) - without
     for name, by_device in vqops.implementations().items():
         assert ("triton" in by_device["cuda"]) == (name not in without)

@@ -25,7 +25,7 @@ class Needed(Launches):
 
 
 def calls(N: int, K: int, H: int, D: int, masked: bool, metric: str):
-    from vqops.triton_kernels import code_sums, ema, quantize, quantize_backward, search
+    from vqops.triton_kernels import code_sums, ema, quantize, quantize_backward, residual, residual_backward, search
 
     x, codebook = torch.zeros(H, N, D), torch.zeros(H, K, D)
     size, error, indices = torch.zeros(H, K), torch.zeros(H, N), torch.zeros(H, N, dtype=torch.int64)
@@ -35,6 +35,10 @@ def calls(N: int, K: int, H: int, D: int, masked: bool, metric: str):
     search.nearest(x.double(), codebook, mask, metric)
     code_sums.atomic(x, indices, K, weight)
     quantize_backward.quantize_backward(x, error, x, codebook, indices, mask, metric, "rotation", 1.0, True, True, True)
+    levels = torch.tensor(2)
+    codes = residual.residual_quantize(x, [codebook] * 3, mask, levels, metric, code_sums=True)
+    back = x, error[:, :1].expand(H, 3), x, codes[5], [K] * 3, codes[1], mask, levels, metric, "rotation", True, 1.0
+    residual_backward.residual_quantize_backward(*back, True, True, True)
     ema.ema_update_(size, codebook, codebook, size, codebook, torch.tensor(0.9), weight=size, metric=metric)
 
 

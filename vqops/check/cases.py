@@ -47,10 +47,9 @@ class Case:
     loose: dict[str, float] = field(default_factory=dict)  # of results that may differ, by how much of the largest
     plain: bool = True  # few rows are left open: "pytorch" has room for them where it may not wait
     in_order: bool = True  # under torch.use_deterministic_algorithms, which also poisons fresh memory
-    composed: bool = False  # of other ops, in Triton
 
     def concerns(self, implementation: str, kind: str) -> bool:
-        return not self.composed or implementation != "triton"
+        return True
 
     def judge(self, implementation: str, device: torch.device, small: bool) -> dict:
         """Runs it twice, and once more from a CUDA graph; `wrong` has what differs, by result."""
@@ -335,13 +334,13 @@ def of_the_other_ops() -> list[Case]:
         loose = {"cluster sizes": 1e-6, "averages": 1e-6, "codes": 1e-5}
         found.append(Case(f"ema_update_ {metric}", "ema_update_", to_update, partial(updates, metric=metric), loose))
     for metric, in_order in product(METRICS, (True, False)):
-        on, how = {"composed": True, "in_order": in_order}, metric if in_order else f"{metric} atomic"
+        how = metric if in_order else f"{metric} atomic"
         op, call, loose = "residual_quantize", partial(levels, metric=metric), {"error": 1e-5, "sums": 1e-5}
-        found.append(Case(f"{op} {how}", op, to_quantize_again, call, loose, **on))
+        found.append(Case(f"{op} {how}", op, to_quantize_again, call, loose, in_order=in_order))
         for passing in ("straight_through", "rotation"):
             op, call = "residual_quantize_backward", partial(gradients_of_levels, passing=passing, metric=metric)
             loose = dict.fromkeys(("gradient of x", "gradient of codes"), 1e-4)
-            found.append(Case(f"{op} {passing} {how}", op, to_turn_back_again, call, loose, **on))
+            found.append(Case(f"{op} {passing} {how}", op, to_turn_back_again, call, loose, in_order=in_order))
     for dtype, in_order in MODES:
         mode = str(dtype).removeprefix("torch.") + (" in order" if in_order else " atomic")
         for weighted in (False, True):

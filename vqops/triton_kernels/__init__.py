@@ -27,6 +27,8 @@ MODULES = {
     "ema_update_": "ema",
     "quantize": "quantize",
     "quantize_backward": "quantize_backward",
+    "residual_quantize": "residual",
+    "residual_quantize_backward": "residual_backward",
 }
 
 

@@ -58,12 +58,15 @@ class Sizes(NamedTuple):
     values: int  # of rows rounded to fp16
     decide: int  # rows decided, each among up to 16 codes
     scan: tuple[int, int]  # rows and codes compared in float64
+    lanes: int  # rows that are walked eight dimensions at a time
     sample: Sample
 
 
-ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32), sample=Sample(16, 32, 16, 4, 4))
+ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32), lanes=64, sample=Sample(16, 32, 16, 4, 4))
 # An operation costs the same in the interpreter.
-INTERPRETED = Sizes(centre=128, codes=512, values=16384, decide=64, scan=(32, 128), sample=Sample(128, 128, 256, 64, 4))
+INTERPRETED = Sizes(
+    centre=128, codes=512, values=16384, decide=64, scan=(32, 128), lanes=1024, sample=Sample(128, 128, 256, 64, 4)
+)
 PROGRAMS_PER_PROCESSOR = 4  # of the kernels that walk a queue
 PROCESSORS_INTERPRETED = 3  # enough to share the codes of a row
 LEAST_TILES = 4  # of a part of the codes that few rows are screened against
@@ -95,6 +98,12 @@ def whole_rows(D: int, device: torch.device) -> tuple[int, int]:
     """Rows at a time, and the power of two that holds one, of kernels at memory speed that need rows whole."""
     width = max(16, 1 << (D - 1).bit_length())
     return max(1, sizes(device).values // width), width
+
+
+def walked_rows(D: int, wide: bool, device: torch.device) -> tuple[int, int]:
+    """The same for rows that walk through levels with their gradients, which take more registers, most in float64."""
+    rows, width = whole_rows(D, device)
+    return max(1, rows // (4 if wide else 2)), width
 
 
 def screen_blocks(D: int, device: torch.device) -> Screen:

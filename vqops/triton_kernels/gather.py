@@ -82,20 +82,26 @@ def gather_kernel(
     tl.store(error + row, total.to(error.dtype.element_ty), mask=inside)
 
 
+def norms_of(x):  # [H, N, D] -> [H, N] float64
+    H, N, D = x.shape
+    norms = x.new_empty((H, N), dtype=torch.float64)
+    with torch.cuda.device_of(x):
+        norms_kernel[(triton.cdiv(H * N, 64),)](
+            x, norms, H * N, N, D, *strides(x, 3), 64, num_warps=4, enable_fp_fusion=False
+        )
+    return norms
+
+
 def gather(x, codebook, indices, mask, units):
     """Quantized [H, N, D], error [H, N], and where rows become units their norms [H, N], else None."""
     H, N, D = x.shape
     quantized = x.new_empty((H, N, D))
     error = x.new_empty((H, N), dtype=torch.promote_types(x.dtype, torch.float32))
-    norms = x.new_empty((H, N), dtype=torch.float64) if units and indices.numel() else None
     if indices.numel() == 0:
-        return quantized, error, norms
+        return quantized, error, None
+    norms = norms_of(x) if units else None
     rows, step = tile(D, x.device)
     with torch.cuda.device_of(x):
-        if norms is not None:
-            norms_kernel[(triton.cdiv(H * N, 64),)](
-                x, norms, H * N, N, D, *strides(x, 3), 64, num_warps=4, enable_fp_fusion=False
-            )
         gather_kernel[(triton.cdiv(H * N, rows),)](
             x, codebook, indices, mask, norms, quantized, error, H * N, N, D, *strides(x, 3),
             *strides(codebook, 3), *strides(mask, 2), rows, step, num_warps=4, enable_fp_fusion=True,

@@ -31,6 +31,29 @@ def over(v, divisor):
     return v / divisor if v.dtype == tl.float64 else tl.div_rn(v, divisor)
 
 
+@triton.jit
+def turn_back(g, x, q, x_length):
+    """(|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of the
+    rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a direction, g itself."""
+    least = tl.full(x_length.shape, SMALLEST_NORM, g.dtype)
+    x_norm = tl.maximum(length(x), least)
+    q_norm = length(q)
+    u = over(x, x_norm)
+    v = over(q, tl.maximum(q_norm, least))
+    w = over(u + v, tl.maximum(length(u + v), least))
+    turned = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
+    scale = over(q_norm[:, None], x_norm)
+    scale = tl.where(scale > MOST, tl.full(scale.shape, MOST, g.dtype), scale)  # NaN stays NaN
+    return tl.where(((x_length <= least) | (q_norm <= least))[:, None], g, turned * scale)
+
+
+@triton.jit
+def through_division(g, unit, norm):
+    """The gradient of x from that of its unit, x / norm, norm = max(|x|, 1e-6)."""
+    along = tl.where(norm > tl.full(norm.shape, SMALLEST_NORM, g.dtype), tl.sum(unit * g, 1), 0.0)
+    return over(g - along[:, None] * unit, norm)
+
+
 @triton.jit(do_not_specialize=["rows", "N", "e_h_stride", "mask_h_stride"])
 def quantize_backward_kernel(
     grad_quantized,  # [H, N, D], or None
@@ -60,10 +83,9 @@ def quantize_backward_kernel(
     k = tl.load(indices + row, mask=inside, other=-1)
     i = tl.arange(0, BD).to(tl.int64)[None, :]
     there = keeps[:, None] & (i < D)
-    least = tl.full((A,), SMALLEST_NORM, real)
     given = tl.load(x + (h * h_stride + n * n_stride)[:, None] + i * i_stride, mask=there, other=0.0).to(real)
     x_length = length(given)
-    norm = tl.maximum(x_length, least)
+    norm = tl.maximum(x_length, tl.full((A,), SMALLEST_NORM, real))
     if UNITS:
         given = over(given, norm)
     coded = there & (k >= 0)[:, None]
@@ -74,18 +96,7 @@ def quantize_backward_kernel(
         at = grad_quantized + (h * g_h_stride + n * g_n_stride)[:, None] + i * g_i_stride
         g = tl.load(at, mask=there, other=0.0).to(real)
         if ROTATE:
-            # g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the
-            # transpose of the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a
-            # direction, g itself.
-            x_norm = tl.maximum(length(given), least)
-            q_norm = length(q)
-            u = over(given, x_norm)
-            v = over(q, tl.maximum(q_norm, least))
-            w = over(u + v, tl.maximum(length(u + v), least))
-            turned = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
-            scale = over(q_norm[:, None], x_norm)
-            scale = tl.where(scale > MOST, tl.full((A, 1), MOST, real), scale)  # NaN stays NaN
-            g = tl.where(((x_length <= least) | (q_norm <= least))[:, None], g, turned * scale)
+            g = turn_back(g, given, q, x_length)
     if grad_error is not None:
         factor = tl.load(grad_error + h * e_h_stride + n * e_n_stride, mask=keeps, other=0.0).to(real)
         difference = 2 * (given - q) * factor[:, None]
@@ -93,9 +104,8 @@ def quantize_backward_kernel(
         if pull is not None:
             tl.store(pull + row[:, None] * D + i, -difference, mask=coded)
     if grad_x is not None:
-        if UNITS:  # through x / max(|x|, 1e-6)
-            along = tl.where(norm > least, tl.sum(given * g, 1), 0.0)
-            g = over(g - along[:, None] * given, norm)
+        if UNITS:
+            g = through_division(g, given, norm)
         g = tl.where(keeps[:, None], g, 0.0)
         tl.store(grad_x + row[:, None] * D + i, stored_as(g, grad_x.dtype.element_ty), mask=inside[:, None] & (i < D))
 

@@ -354,7 +354,8 @@ def test_the_binary_came_along_or_is_built_there(monkeypatch, there, ending, row
 
 def test_requirements_name_every_peer():
     named = prepare.REQUIREMENTS.read_text()
-    brought = set(PACKAGES) - {"vqops", "triton", "numpy", "faiss-cpu", "scikit-learn"}  # there already, or for a CPU
+    there_or_for_a_cpu = {"vqops", "triton", "numpy", "faiss-cpu", "scikit-learn", "transformers"}
+    brought = set(PACKAGES) - there_or_for_a_cpu
     assert all(package in named for package in brought) and "platformdirs" in named
 
 

@@ -26,6 +26,7 @@ constexpr uint32_t kFirstStep = 0x9E3779B9, kSecondStep = 0xBB67AE85;  // of the
 // Ways of the gradient past the step of the quantizer.
 enum class Passing { none, straight_through, rotation };
 
+constexpr double kSmallestNorm = 1e-6;  // that a vector is divided by
 constexpr double kLargestScale = 1000;  // of a gradient that is turned
 
 }  // namespace vqops

@@ -5,12 +5,12 @@
 // vectors of eight; here eight threads, or one after another, take a partial sum each.
 #pragma once
 
+#include "contract.h"
 #include "host_device.h"
 
 namespace vqops {
 
 constexpr int kLanes = 8;
-constexpr double kSmallestNorm = 1e-6;  // that a vector is divided by
 
 VQOPS_HOST_DEVICE double add_square(double sum, double x, double c) {
     const double e = x - c;

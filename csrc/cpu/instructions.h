@@ -101,6 +101,12 @@ typedef void UnpreparedKernel(const float* x, int64_t rows, int64_t D, const flo
 UnpreparedKernel unprepared_portable, unprepared_avx2;
 constexpr int kGroupOfPortable = 4, kGroupOfAvx2 = 8;
 
+// sum += the gradient g of a code as its rotation passes it to x (row_gradient.h), and the error's, 2 (x - q) error.
+// left = x - q, unless it is null; it may be x.
+typedef void RotationKernel(const float* x, const float* q, const float* g, float error, int64_t D, float* sum,
+                            float* left);
+RotationKernel turn_back_portable, turn_back_avx2;
+
 struct Instructions {
     const char* name;
     int tile;    // rows per register tile of the screening pass,
@@ -124,6 +130,7 @@ struct Instructions {
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h
     double (*exact_distance)(const float* x, const float* c, int64_t D);
     double (*take_off)(float* rest, float* total, const float* code, int64_t D);  // of rest and code, as they were
+    RotationKernel* turn_back;
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
     void (*add_rows)(const RowSums& task);

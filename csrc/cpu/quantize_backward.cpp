@@ -10,8 +10,8 @@
 namespace vqops {
 namespace {
 
-// grad_x of rows [begin, end) that need no copy: straight-through, all of them float rows side by side.
-void run_straight(const SearchShape& shape, const BackwardInputs& in, float* grad_x, int64_t h, int64_t begin,
+// grad_x of rows [begin, end) that need no copy: all of them float rows side by side.
+void run_in_place(const SearchShape& shape, const BackwardInputs& in, float* grad_x, int64_t h, int64_t begin,
                   int64_t end) {
     const int64_t D = shape.D;
     for (int64_t n = begin; n < end; n++) {
@@ -22,16 +22,22 @@ void run_straight(const SearchShape& shape, const BackwardInputs& in, float* gra
         }
         const int64_t k = in.indices.given(h, n);
         const float *x = in.x.floats(h, n), *g = in.quantized->floats(h, n);
-        if (!in.error) {
+        const bool rotates = in.passing == Passing::rotation;
+        if (!in.error && !rotates) {
             std::copy(g, g + D, out);
             continue;
         }
-        const float factor = read_value<float>(*in.error, h, n);
+        const float factor = in.error ? read_value<float>(*in.error, h, n) : 0;
         if (k < 0) {
             std::fill(out, out + D, NAN);
             continue;
         }
         const float* q = in.codebook.floats(h, k);
+        if (rotates) {
+            std::fill(out, out + D, 0.0f);
+            instructions().turn_back(x, q, g, factor, D, out, nullptr);
+            continue;
+        }
         for (int64_t i = 0; i < D; i++) out[i] = g[i] + 2 * (x[i] - q[i]) * factor;
     }
 }
@@ -45,11 +51,11 @@ int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, vo
         const int64_t wrong = codes[h].count(in.indices, h, N);
         if (wrong >= 0) return h * N + wrong;
     }
-    const bool straight = in.passing == Passing::straight_through && in.quantized && in.quantized->has_float_rows() &&
+    const bool in_place = in.passing != Passing::none && in.quantized && in.quantized->has_float_rows() &&
                           in.x.has_float_rows() && in.codebook.has_float_rows() && !in.units;
     for (int64_t h = 0; h < H && grad_x; h++) {
         parallel.over(N, [&](int64_t begin, int64_t end) {
-            if (straight) return run_straight(shape, in, static_cast<float*>(grad_x), h, begin, end);
+            if (in_place) return run_in_place(shape, in, static_cast<float*>(grad_x), h, begin, end);
             RowGradient<T> row(shape, in, h);
             for (int64_t n = begin; n < end; n++) {
                 if (in.mask.keeps(h, n)) {

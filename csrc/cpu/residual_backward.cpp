@@ -59,7 +59,7 @@ private:
     void pass_once(int64_t n) {
         step_.passing = in_.passing;
         read_row(in_.x, h_, n, D, row_.x.data());
-        row_.length = std::sqrt(dot(row_.x.data(), row_.x.data(), D));
+        row_.length = INFINITY;
         std::copy(total_.begin(), total_.end(), row_.q.begin());
         row_.pass_back(0);
         for (int64_t i = 0; i < D; i++) sum_[i] += row_.g[i];
@@ -75,32 +75,34 @@ private:
     RowGradient<T> row_;
 };
 
-// The same of float rows that pass the gradient straight on: nothing but differences.
-class StraightGradient {
+// The same of float rows and codes: with nothing copied but the row.
+class FloatGradient {
 public:
-    StraightGradient(const LevelGradients& in, int64_t h)
-        : in_(in), h_(h), D(in.D), g_(D), rest_(D), sum_(D),
-          times_(!in.quantized || in.passing == Passing::none ? 0 : in.per_level ? in.running : 1) {}
+    FloatGradient(const LevelGradients& in, int64_t h)
+        : in_(in), h_(h), D(in.D), rotates_(in.passing == Passing::rotation && in.quantized), g_(D), rest_(D), sum_(D),
+          times_(!in.quantized || in.passing != Passing::straight_through ? 0 : in.per_level ? in.running : 1) {}
 
     static bool takes(const LevelGradients& in) {
-        return in.passing != Passing::rotation && !in.units && in.codebooks.has_float_rows() &&
-               in.x.dtype != DType::float64;
+        const bool once = in.passing == Passing::rotation && !in.per_level;
+        return !once && !in.units && in.codebooks.has_float_rows() && in.x.dtype != DType::float64;
     }
 
     const float* operator()(int64_t n) {
         std::fill(sum_.begin(), sum_.end(), 0.0f);
         if (!in_.mask.keeps(h_, n)) return sum_.data();
-        const float* g = times_ > 0 ? float_row(*in_.quantized, h_, n, D, g_.data()) : nullptr;
+        const float* g = in_.quantized ? float_row(*in_.quantized, h_, n, D, g_.data()) : nullptr;
         for (int64_t time = 0; time < times_; time++)
             for (int64_t i = 0; i < D; i++) sum_[i] += g[i];
-        if (!in_.error) return sum_.data();
+        if (!in_.error && !rotates_) return sum_.data();
         read_row(in_.x, h_, n, D, rest_.data());
         const int64_t* chosen = in_.indices + (h_ * in_.N + n) * in_.Q();
         int64_t first = 0;
         for (int64_t l = 0; l < in_.running; first += in_.sizes[l++]) {
             if (chosen[l] < 0) return std::fill(sum_.begin(), sum_.end(), NAN), sum_.data();
-            const float *code = in_.codebooks.floats(h_, first + chosen[l]), factor = read_value<float>(*in_.error, h_, l);
-            add_error(rest_.data(), code, factor, sum_.data());
+            const float* code = in_.codebooks.floats(h_, first + chosen[l]);
+            const float factor = in_.error ? read_value<float>(*in_.error, h_, l) : 0;
+            if (rotates_) set_.turn_back(rest_.data(), code, g, factor, D, sum_.data(), rest_.data());
+            else add_error(rest_.data(), code, factor, sum_.data());
         }
         return sum_.data();
     }
@@ -114,7 +116,9 @@ private:
     }
 
     const LevelGradients& in_;
+    const Instructions& set_ = instructions();
     const int64_t h_, D;
+    const bool rotates_;
     std::vector<float> g_, rest_, sum_;
     const int64_t times_;
 };
@@ -159,7 +163,7 @@ void to_codebooks(const LevelGradients& in, void* grad, const Parallel& parallel
 
 template <class T, class R>
 void run(const LevelGradients& in, void* grad_x, void* grad_codebooks, const Parallel& parallel) {
-    if (grad_x && StraightGradient::takes(in)) to_x<StraightGradient>(in, grad_x, parallel);
+    if (grad_x && FloatGradient::takes(in)) to_x<FloatGradient>(in, grad_x, parallel);
     else if (grad_x) to_x<LevelsGradient<T, R>>(in, grad_x, parallel);
     if (grad_codebooks) to_codebooks<T, R>(in, grad_codebooks, parallel);
 }

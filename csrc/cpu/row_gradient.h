@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "../distance.h"
+#include "instructions.h"
 #include "quantize_backward.h"
 
 namespace vqops {
@@ -31,10 +33,11 @@ public:
     void read(int64_t n) {
         const int64_t k = in_.indices.given(h, n);
         read_row(in_.x, h, n, D, x.data());
-        length = std::sqrt(dot(x.data(), x.data(), D));
-        norm = std::max(length, T(kSmallestNorm));
-        if (in_.units)
+        if (in_.units) {
+            length = std::sqrt(dot(x.data(), x.data(), D));
+            norm = std::max(length, T(kSmallestNorm));
             for (int64_t i = 0; i < D; i++) x[i] /= norm;
+        }
         if (k >= 0) read_row(in_.codebook, h, k, D, q.data());
         else std::fill(q.begin(), q.end(), T(NAN));
         if (in_.error) {
@@ -70,16 +73,22 @@ public:
     const BackwardInputs& in_;
     const SearchShape& shape_;
     const int64_t D, h;
-    T length = 0, norm = 0;  // |x| as given, and what a unit is divided by
+    T length = INFINITY, norm = 1;  // |x| as given where x is a unit of it, and what that was divided by
     std::vector<T> x, q, g, from_error, u, v, w;
 
 private:
     // g = (|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of
     // the rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a direction, g itself.
     void rotate_back() {
-        const T smallest = T(kSmallestNorm), q_norm = std::sqrt(dot(q.data(), q.data(), D));
-        if (length <= smallest || q_norm <= smallest) return;
-        const T x_norm = std::max(std::sqrt(dot(x.data(), x.data(), D)), smallest);
+        const T smallest = T(kSmallestNorm);
+        if (length <= smallest) return;
+        if constexpr (std::is_same_v<T, float>) {
+            std::fill(u.begin(), u.end(), 0.0f);
+            instructions().turn_back(x.data(), q.data(), g.data(), 0, D, u.data(), nullptr);
+            return g.swap(u);
+        }
+        const T x_norm = std::sqrt(dot(x.data(), x.data(), D)), q_norm = std::sqrt(dot(q.data(), q.data(), D));
+        if (x_norm <= smallest || q_norm <= smallest) return;
         for (int64_t i = 0; i < D; i++) {
             u[i] = x[i] / x_norm;
             v[i] = q[i] / q_norm;

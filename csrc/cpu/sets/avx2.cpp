@@ -28,6 +28,9 @@ struct Floats8 {
     VQOPS_INLINE Vector load_some(const float* p, int64_t n) {
         return _mm256_maskload_ps(p, __m256i(Mask{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(n)));
     }
+    VQOPS_INLINE void store_some(Vector v, float* p, int64_t n) {
+        _mm256_maskstore_ps(p, __m256i(Mask{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(n)), v);
+    }
 
     VQOPS_INLINE Vector sum_each(const Vector* v) {
         Vector half[2];
@@ -60,7 +63,12 @@ void unprepared_avx2(const float* x, int64_t rows, int64_t D, const float* code,
     Unprepared<Avx2>::compare(x, rows, D, code, code_stride, count, cosine, factor, threshold, first, offer);
 }
 
-constexpr Instructions avx2 = Kernels<Avx2>::table(unprepared_avx2, kGroupOfAvx2);
+void turn_back_avx2(const float* x, const float* q, const float* g, float error, int64_t D, float* sum,
+                    float* left) {
+    Rotating<Avx2>::turn_back(x, q, g, error, D, sum, left);
+}
+
+constexpr Instructions avx2 = Kernels<Avx2>::table(unprepared_avx2, kGroupOfAvx2, turn_back_avx2);
 
 }  // namespace vqops
 

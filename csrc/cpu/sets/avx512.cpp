@@ -18,7 +18,7 @@ struct Avx512 : FloatWords<Floats16> {
 
 }  // namespace
 
-constexpr Instructions avx512 = Kernels<Avx512>::table(unprepared_avx2, kGroupOfAvx2);
+constexpr Instructions avx512 = Kernels<Avx512>::table(unprepared_avx2, kGroupOfAvx2, turn_back_avx2);
 
 }  // namespace vqops
 

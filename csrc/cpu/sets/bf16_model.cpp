@@ -36,7 +36,8 @@ struct Bf16Model : PairWords<Floats4> {
 
 }  // namespace
 
-constexpr Instructions bf16_model = Kernels<Bf16Model>::table(unprepared_portable, kGroupOfPortable);
+constexpr Instructions bf16_model =
+    Kernels<Bf16Model>::table(unprepared_portable, kGroupOfPortable, turn_back_portable);
 
 }  // namespace vqops
 #endif

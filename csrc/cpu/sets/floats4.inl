@@ -23,6 +23,11 @@ struct Floats4 {
     VQOPS_INLINE Vector load_some(const float* p, int64_t n) {
         return Vector{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0};
     }
+    VQOPS_INLINE void store_some(Vector v, float* p, int64_t n) {
+        p[0] = v[0];
+        if (n > 1) p[1] = v[1];
+        if (n > 2) p[2] = v[2];
+    }
 
     VQOPS_INLINE Vector sum_each(const Vector* v) {
         const Vector ab = VQOPS_SHUFFLE(v[0], v[1], 0, 4, 2, 6) + VQOPS_SHUFFLE(v[0], v[1], 1, 5, 3, 7);

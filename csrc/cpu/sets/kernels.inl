@@ -251,7 +251,7 @@ struct Kernels {
         }
     }
 
-    static constexpr Instructions table(UnpreparedKernel unprepared, int group) {
+    static constexpr Instructions table(UnpreparedKernel unprepared, int group, RotationKernel turn_back) {
         return {
             .name = Set::kName,
             .tile = kTile,
@@ -270,6 +270,7 @@ struct Kernels {
             .exact_cost = exact_cost,
             .exact_distance = exact_distance,
             .take_off = take_off,
+            .turn_back = turn_back,
             .dot = exact_dot,
             .measure = measure,
             .add_rows = add_rows,
@@ -281,3 +282,4 @@ struct Kernels {
 };
 
 #include "unprepared.inl"
+#include "rotation.inl"

@@ -57,6 +57,11 @@ class Run:
         given = [min(sizes[self.device], key=math.prod)] if self.quick else sizes[self.device]
         return [shape for shape in (Shape.of(*size) for size in given) if self.shapes.search(shape.name)]
 
+    def leveled(self, sizes: dict[tuple[int, int, int], int]) -> list[tuple[Shape, int]]:
+        """With their numbers of levels."""
+        shapes = self.sized({self.device: list(sizes)})
+        return [(shape, sizes[shape.N(self.device), shape.D, shape.K]) for shape in shapes]
+
     def timed(
         self, case: cases.Case, compiled: bool = False, but: tuple[str, ...] = (), only: tuple[str, ...] = ()
     ) -> Task:
@@ -93,14 +98,13 @@ def quantize(run: Run) -> Iterator[Task]:
 
 
 def residual(run: Run) -> Iterator[Task]:
-    for shape in run.sized({run.device: list(RESIDUALS)}):
-        number = RESIDUALS[shape.N(run.device), shape.D, shape.K]
+    for shape, number in run.leveled(RESIDUALS):
         for code_sums in (False, True):
             yield run.timed(levels.residual_quantize(shape, run.device, number, code_sums))
-    for size, number in (list(LEVEL_STEPS.items())[-1:] if run.quick else LEVEL_STEPS.items()):
-        yield run.timed(levels.training_step(Shape.of(*size), run.device, number))
-    for size, number in LEVEL_CALLS.items():
-        yield run.timed(levels.evaluation(Shape.of(*size), run.device, number))
+    for shape, number in run.leveled(LEVEL_STEPS):
+        yield run.timed(levels.training_step(shape, run.device, number))
+    for shape, number in run.leveled(LEVEL_CALLS):
+        yield run.timed(levels.evaluation(shape, run.device, number))
     for name in codecs.CODECS:
         yield run.timed(codecs.codec(name, run.device))
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from vqops.ops.checks import check_floating
+from vqops.quantizers.codebook.failure import joined
 from vqops.quantizers.codebook.steps import take_steps_
 from vqops.quantizers.options.checks import check_counts
-from vqops.quantizers.residual_vq import ResidualVQ, joined_unless_compiling
+from vqops.quantizers.residual_vq import ResidualVQ
 
 
 class GroupedResidualVQ(nn.Module):
@@ -72,7 +73,7 @@ class GroupedResidualVQ(nn.Module):
         every = list(zip(self.rvqs, parts, targets, strict=True))
         requests = [rvq._request(part, mask, target, *asked) for rvq, part, target in every]
         kept = [rvq._kept_on_failure(request) for rvq, request in zip(self.rvqs, requests, strict=True)]
-        with joined_unless_compiling([context for contexts in kept for context in contexts]):
+        with joined([context for contexts in kept for context in contexts]):
             levels = first._levels(parts[0], requests[0], rand_quantize_dropout_fixed_seed)
             each = zip(self.rvqs, parts, requests, strict=True)
             found = [rvq._quantize(part, request, levels) for rvq, part, request in each]

@@ -1,7 +1,7 @@
 """ResidualVQ: a sequence of quantizers, each of what the ones before have left."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from vqops.quantizers.residual.decoding import LevelDecoding
 from vqops.quantizers.residual.gradient import with_gradient_once
 from vqops.quantizers.residual.implicit_codebook import ImplicitCodes
 from vqops.quantizers.residual.level_dropout import draw_levels
-from vqops.quantizers.residual.levels import Quantized, Way, quantize_in_turn
+from vqops.quantizers.residual.levels import Levels, Way, quantize_in_turn
 from vqops.quantizers.residual.options import beam_of, check_cutoff, check_gradient_once, score_weights, sizes_of
 from vqops.quantizers.residual.together import fits, quantize_together
 from vqops.quantizers.vector_quantize import VectorQuantize
@@ -37,7 +37,7 @@ class Request(NamedTuple):
     return_all_codes: bool
 
 
-class Residual(NamedTuple):
+class Outcome(NamedTuple):
     """A forward that has not moved its codebooks yet."""
 
     results: tuple[Tensor, ...]
@@ -239,7 +239,7 @@ class ResidualVQ(LevelDecoding):
         """
         asked = mask, indices, return_all_codes, sample_codebook_temp, freeze_codebook, beam_size, lens
         request = self._request(x, *asked)
-        with joined_unless_compiling(self._kept_on_failure(request)):
+        with joined(self._kept_on_failure(request)):
             found = self._quantize(x, request, self._levels(x, request, rand_quantize_dropout_fixed_seed))
             take_steps_(found.steps)
             self._optimize_shared(request)
@@ -292,26 +292,27 @@ class ResidualVQ(LevelDecoding):
         cutoff, multiple = self.quantize_dropout_cutoff_index, self.quantize_dropout_multiple_of
         return draw_levels(self.seeds, x, seed, cutoff, self.num_quantizers, multiple, self.layers[0]._codebook.sync)
 
-    def _quantize(self, x: Tensor, request: Request, levels: int | Tensor) -> Residual:
+    def _quantize(self, x: Tensor, request: Request, levels: int | Tensor) -> Outcome:
         layout, way, calls, mask = self._layout, self._way, request.calls, request.mask
         rows, row_mask = layout.rows(x, self.project_in, mask), layout.mask_rows(mask)
         given = rows, row_mask, request.positions, calls
+        if request.beam is None and request.targets is None and fits(way, calls):
+            found = quantize_together(way, rows, row_mask, calls, levels, self.gradient_per_level)
+            return Outcome(self._results(x, rows, found, request), found.steps)
         if request.beam is not None:
             found = quantize_by_beam(way, *given, int(levels), self.beam_score_weights)
-        elif request.targets is None and fits(way, calls):
-            found = quantize_together(way, rows, row_mask, calls, levels, self.gradient_per_level)
         else:
             found = quantize_in_turn(way, *given, levels, request.targets)
         if not self.gradient_per_level and self.training:
             rotates = self.layers[0].rotation_trick
             found = found._replace(quantized=with_gradient_once(found.quantized, rows, row_mask, rotates))
-        return Residual(self._results(x, rows, found, request), found.steps)
+        return Outcome(self._results(x, rows, found, request), found.steps)
 
     def _results(
         self,
         x: Tensor,
         rows: Tensor,  # [1, N, D]
-        found: Quantized,
+        found: Levels,
         request: Request,
     ) -> tuple[Tensor, ...]:
         layout, quantized, mask, positions = self._layout, found.quantized, request.mask, request.positions
@@ -343,8 +344,3 @@ class ResidualVQ(LevelDecoding):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_quantizers={self.num_quantizers}"
-
-
-def joined_unless_compiling(contexts: list[AbstractContextManager]) -> AbstractContextManager:
-    """A compiled graph follows no stack of contexts; in one nothing is taken back."""
-    return nullcontext() if torch.compiler.is_compiling() else joined(contexts)

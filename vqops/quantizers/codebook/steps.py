@@ -1,7 +1,7 @@
 """The step of codebooks that a batch makes: of one, or of all levels of a residual quantizer together."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple
 
@@ -86,9 +86,7 @@ def restored_if_one_fails(books: set[Codebook]) -> AbstractContextManager:
     """One codebook moves by an op that does all or nothing; of several, some would have moved when one has no memory.
     The compiled one on a CPU needs none, and copies would take as long as the step where codes outnumber rows."""
     on_cpu = all(book.embed.device.type == "cpu" for book in books) and resolve(None) in (None, "compiled")
-    if len(books) == 1 or on_cpu or torch.compiler.is_compiling():
-        return nullcontext()
-    return joined([book.restored_on_failure() for book in books])
+    return joined([] if len(books) == 1 or on_cpu else [book.restored_on_failure() for book in books])
 
 
 def vectors_of(step: Step, choice: Choice) -> Tensor:  # [H, K, D] float32, zero where another rank has the row
@@ -99,7 +97,7 @@ def vectors_of(step: Step, choice: Choice) -> Tensor:  # [H, K, D] float32, zero
 
 def step_of(
     codebook: Codebook,
-    x: Tensor,  # [H, N, D]
+    x: Tensor | Callable[[Tensor], Tensor],  # [H, N, D], or its rows at [H, K] -> [H, K, D]
     indices: Tensor,  # [H, N], -1 for the rows that take no part
     counts: Tensor,  # [H, K]
     sums: Tensor,  # [H, K, D]
@@ -109,7 +107,9 @@ def step_of(
 ) -> Step:
     """The step of a codebook that was searched with x."""
     moves = codebook.averages(ema_update) and not codebook.manual_ema_update
-    rows = partial(rows_at, codebook.as_codes(x)) if codebook.replaces_dead else None
+    rows = None
+    if codebook.replaces_dead:
+        rows = partial(rows_at, codebook.as_codes(x)) if isinstance(x, Tensor) else x
     return Step(codebook, counts, sums, indices >= 0, rows, moves, weight, accumulate)
 
 

@@ -9,7 +9,7 @@ from vqops.quantizers.codebook.random_rows import rows_at
 from vqops.quantizers.codebook.steps import Step, step_of
 from vqops.quantizers.interface.quantizing import Call
 from vqops.quantizers.residual.implicit_codebook import moved_codes
-from vqops.quantizers.residual.levels import Quantized, Way, of_one_codebook
+from vqops.quantizers.residual.levels import Levels, Way, of_one_codebook
 
 
 def quantize_by_beam(
@@ -20,7 +20,7 @@ def quantize_by_beam(
     calls: Sequence[Call],  # with topk, the width of the beam
     levels: int,
     weights: Sequence[float],  # of the levels' losses in the score
-) -> Quantized:
+) -> Levels:
     """After each level the topk best paths of a row go on, after the last the best one is taken.
 
     A path's score is minus the sum of its losses, weights[l] |r_l - c|^2 / D. The loss is the mean of those of the
@@ -60,7 +60,7 @@ def quantize_by_beam(
     steps = path_steps(way, rows, indices, calls)
     missing = count - levels
     indices = torch.cat([indices, indices.new_full((1, N, missing), -1)], -1)
-    return Quantized(total, indices, torch.cat([means, means.new_zeros(missing)]), steps)
+    return Levels(total, indices, torch.cat([means, means.new_zeros(missing)]), steps)
 
 
 def longer(paths: Tensor, chosen: Tensor) -> Tensor:  # [N, paths, l], [N, paths, k] -> [N, paths k, l + 1]

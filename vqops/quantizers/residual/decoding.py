@@ -31,15 +31,17 @@ class LevelDecoding(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codes of indices [b, ..., q], q at most Q: [Q, b, ..., D], zeros for -1 and for levels from q on."""
+        return self._codes_of(self._checked_indices(indices))
+
+    def _codes_of(self, indices: list[Tensor]) -> Tensor:  # of levels -> [Q, b, ..., D]
         codes: list[Tensor] = []
         condition = None
-        checked = self._checked_indices(indices)
-        for layer, network, level in zip(self.layers, self._way.networks, checked, strict=False):
+        for layer, network, level in zip(self.layers, self._way.networks, indices, strict=False):
             rows = layer._codebook.codes_at(level.reshape(1, -1))
             rows = moved_codes(rows, condition, network).masked_fill((level < 0).view(1, -1, 1), 0)
             condition = rows if condition is None else condition + rows
             codes.append(rows.view(*level.shape, rows.shape[-1]))
-        codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(checked))
+        codes += [torch.zeros_like(codes[0])] * (self.num_quantizers - len(indices))
         return torch.stack(codes)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
@@ -47,13 +49,13 @@ class LevelDecoding(nn.Module):
 
         Fewer levels give a coarser output; -1 adds nothing, and vectors of nothing but -1 are zeros.
         """
-        first, *others = self.get_codes_from_indices(indices)
-        total = first
+        levels = self._checked_indices(indices)
+        total, *others = self._codes_of(levels)
         for codes in others:
             total = total + codes
         if self.has_projections:
             total = self.project_out(total.to(self.project_out.weight.dtype))
-            missing = torch.stack([level < 0 for level in self._checked_indices(indices)]).all(0)
+            missing = (torch.stack(levels) < 0).all(0)
             total = total.masked_fill(missing.unsqueeze(-1), 0)
         return self._layout.features_back(total)
 

@@ -17,7 +17,7 @@ from vqops.quantizers.vector_quantize import VectorQuantize
 InputRows = Callable[[int, Tensor], Tensor]
 
 
-class Quantized(NamedTuple):
+class Levels(NamedTuple):
     """Rows quantized by all levels."""
 
     quantized: Tensor  # [1, N, D]
@@ -52,7 +52,7 @@ def quantize_in_turn(
     calls: Sequence[Call],
     levels: int | Tensor,  # how many are used
     targets: Tensor | None = None,  # [1, N, Q]
-) -> Quantized:
+) -> Levels:
     """r_0 = x, r_{l+1} = r_l - c of level l, in float32 (float64 for float64 x); quantized is the sum of all c."""
     count = len(way.layers)
     used = count if isinstance(levels, Tensor) else levels
@@ -78,7 +78,7 @@ def quantize_in_turn(
     else:
         losses = torch.stack(losses).sum()
     steps = of_one_codebook(steps, lambda level, row: rows_at(inputs[level], row)) if way.shared else steps
-    return Quantized(total, torch.stack(indices, -1), losses, steps)
+    return Levels(total, torch.stack(indices, -1), losses, steps)
 
 
 def of_one_codebook(steps: list[Step], input_rows: InputRows) -> list[Step]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from vqops.ops.residual_quantize import LARGEST_Q, residual_quantize_rows
 from vqops.quantizers.codebook.codebook import Codebook
 from vqops.quantizers.codebook.random_rows import rows_at
-from vqops.quantizers.codebook.steps import Step
+from vqops.quantizers.codebook.steps import Step, step_of
 from vqops.quantizers.interface.quantizing import Call
-from vqops.quantizers.residual.levels import Quantized, Way, of_one_codebook
+from vqops.quantizers.residual.levels import Levels, Way, of_one_codebook
 from vqops.quantizers.vector_quantize import VectorQuantize
 
 
@@ -65,14 +65,15 @@ def quantize_together(
     calls: Sequence[Call],
     levels: int | Tensor,
     per_level: bool,
-) -> Quantized:
+) -> Levels:
     """`quantize_in_turn` of layers that fit."""
     first, call, training = way.layers[0], calls[0], way.layers[0].training
     books, D = [layer._codebook for layer in way.layers], rows.shape[-1]
     for book in books:
         book.keep_float32_(numbers=training)
     given = rows if training else rows.detach()
-    searched = [book.searched(call.learning, given) for book in books]
+    once = {book: book.searched(call.learning, given) for book in dict.fromkeys(books)}
+    searched = [once[book] for book in books]
     prepared = [one.prepared for one in searched]
     packed = None if None in prepared else [one.packed for one in prepared]
     used = len(books) if isinstance(levels, Tensor) else levels
@@ -95,7 +96,7 @@ def quantize_together(
     losses = losses_of(way.layers, found.error[0], rows, mask, D)
     statistics = found.indices, found.counts, found.sums
     steps = steps_of(way, rows.detach(), *statistics, used) if collects else []
-    return Quantized(found.quantized, found.indices, losses, steps)
+    return Levels(found.quantized, found.indices, losses, steps)
 
 
 def losses_of(layers: Sequence[VectorQuantize], error: Tensor, rows: Tensor, mask: Tensor | None, D: int) -> Tensor:
@@ -122,9 +123,7 @@ def steps_of(way: Way, rows: Tensor, indices: Tensor, counts: Tensor, sums: Tens
     steps = []
     every = zip(books, counts.split(sizes, 1), sums.split(sizes, 1), indices.unbind(-1), strict=True)
     for level, (book, count, total, chosen) in enumerate(islice(every, used)):
-        moves = book.averages() and not book.manual_ema_update
-        rows_at = partial(residuals, level) if book.replaces_dead else None
-        steps.append(Step(book, count, total, chosen >= 0, rows_at, moves))
+        steps.append(step_of(book, partial(residuals, level), chosen, count, total))
     return of_one_codebook(steps, residuals) if way.shared else steps
 
 

@@ -248,8 +248,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(
         const Rows codes = rows_of(op, codebook);
         const SearchShape shape = {1, in.N, codebook.size(1), in.D, cosine};
         const void* memory = nullptr;
-        if (l < in.running && (prepared ? !is_direct(shape, rest, codes) : !is_unprepared(in.N, rest, codes))) {
-            held.push_back(prepared_or_new(op, codebook, prepared ? OptionalTensor((*prepared)[l]) : std::nullopt, metric));
+        const bool same = l > 0 && codes.data == in.levels.back().codebook.data && shape.K == in.levels.back().K;
+        if (same && !prepared) {  // a codebook that the levels share
+            memory = in.levels.back().packed;
+        } else if (l < in.running && (prepared ? !is_direct(shape, rest, codes) : !is_unprepared(in.N, rest, codes))) {
+            const OptionalTensor given = prepared ? OptionalTensor((*prepared)[l]) : std::nullopt;
+            held.push_back(prepared_or_new(op, codebook, given, metric));
             memory = held.back().const_data_ptr();
         }
         in.levels.push_back({codes, codebook.size(1), memory});

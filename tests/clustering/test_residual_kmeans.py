@@ -277,7 +277,7 @@ REFUSED = [
     ({"mask": torch.zeros(4)}, TypeError, "mask must be a bool tensor, True for the rows that take part, got torch.fl"),
     ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask must have shape [N] = [4], got [3]"),
     ({"sizes": 4}, TypeError, "sizes must be a sequence of ints, K of each level, got int"),
-    ({"sizes": []}, ValueError, "sizes must name a level at least, got []"),
+    ({"sizes": []}, ValueError, "sizes must name from 1 to 64 levels, got 0"),
     ({"sizes": [2, 0]}, ValueError, "sizes[1] must be at least 1, got 0"),
     ({"sizes": [2.0]}, TypeError, "sizes[0] must be an int, got float"),
     ({"iters": -1}, ValueError, "iters must be at least 0, got -1"),

@@ -146,6 +146,13 @@ def test_preparations_take_the_place_of_the_codebooks(implementation, N, dtype):
         vqops.residual_quantize(x, [prepared[0], codebooks[1]], implementation=implementation.name)
 
 
+def test_levels_that_share_a_codebook(implementation):
+    """Whichever of them are one tensor: as if each had its own."""
+    x, c, d = torch.randn(rows(implementation, 300), 20), torch.randn(9, 20), torch.randn(9, 20)
+    shared = implementation.residual_quantize(x, [c, c, d, c, c[:4]], code_sums=True)
+    ORDER.same(shared, implementation.residual_quantize(x, [c, c.clone(), d, c.clone(), c[:4].clone()], code_sums=True))
+
+
 @pytest.mark.parametrize("metric, normalize", WAYS)
 @pytest.mark.parametrize("case", SEARCHES)
 def test_forward(kernel, case, metric, normalize):

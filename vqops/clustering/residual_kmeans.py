@@ -12,6 +12,7 @@ from vqops.clustering.lloyd import better_start, lloyd, mini_batches, sample_siz
 from vqops.clustering.result import ResidualKMeans, check_count, check_mask
 from vqops.clustering.rows import Rows
 from vqops.ops.checks import check_floating
+from vqops.ops.residual_quantize import LARGEST_Q
 
 OP = "residual_kmeans"
 
@@ -112,8 +113,8 @@ def check_arguments(x, sizes, iters, balanced, seed, batch_size, mask) -> None:
         raise ValueError(f"{OP}: x must be [N, D] with a row and a dimension at least, got {list(x.shape)}")
     if not isinstance(sizes, Sequence) or isinstance(sizes, str):
         raise TypeError(f"{OP}: sizes must be a sequence of ints, K of each level, got {type(sizes).__name__}")
-    if len(sizes) == 0:
-        raise ValueError(f"{OP}: sizes must name a level at least, got {sizes!r}")
+    if not 1 <= len(sizes) <= LARGEST_Q:
+        raise ValueError(f"{OP}: sizes must name from 1 to {LARGEST_Q} levels, got {len(sizes)}")
     for level, size in enumerate(sizes):
         check_count(OP, f"sizes[{level}]", size, 1)
     check_count(OP, "iters", iters, 0)

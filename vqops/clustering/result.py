@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqops.clustering.rows import BLOCK, without
+from vqops.clustering.rows import BLOCK
 from vqops.ops.checks import check_device, check_floating, check_shape
-from vqops.ops.search import nearest, prepare
+from vqops.ops.residual_quantize import residual_quantize
+from vqops.ops.search import prepare
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +44,13 @@ class ResidualKMeans:
             raise ValueError(f"encode: x must be [N, D] with D={D}, got {list(x.shape)}")
         check_mask("encode", x, mask)
         check_count("encode", "batch_size", batch_size, 1)
-        device, real = self.codebooks[0].device, torch.promote_types(x.dtype, torch.float32)
-        levels = [(codes, prepare(codes)) for codes in self.codebooks]
-        blocks = []
+        device, levels = self.codebooks[0].device, [prepare(codes) for codes in self.codebooks]
+        blocks = [torch.empty(0, len(levels), dtype=torch.int64, device=x.device)]
         for start in range(0, len(x), batch_size):
-            rows = x[start : start + batch_size].detach().to(device, real)
+            rows = x[start : start + batch_size].detach().to(device)
             of = None if mask is None else mask[start : start + batch_size].to(device)
-            found = []
-            for codes, prepared in levels:
-                found.append(nearest(rows, prepared, of))
-                rows = without(rows, codes[found[-1]])
-            blocks.append(torch.stack(found, -1).to(x.device))
-        return torch.cat(blocks) if blocks else torch.empty(0, len(levels), dtype=torch.int64, device=x.device)
+            blocks.append(residual_quantize(rows, levels, of, gradient="none").indices.to(x.device))
+        return torch.cat(blocks)
 
 
 def check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:

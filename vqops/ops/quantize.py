@@ -1,6 +1,5 @@
 """Quantization in one op: search, gather, error and the sums for the EMA update, with the gradients of a bottleneck."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -179,6 +178,11 @@ def fake_backward(
     return grad_x, codebook.new_empty(codebook.shape if codebook_needed else 0)
 
 
+def of_other_ops(*arguments):
+    ops = torch.ops.vqops
+    return reference.quantize(*arguments, find_nearest=ops.nearest, sum_codes=ops.code_sums)
+
+
 define(
     "quantize_backward",
     "(Tensor? grad_quantized, Tensor? grad_error, Tensor x, Tensor codebook, Tensor indices, Tensor? mask=None, "
@@ -193,7 +197,7 @@ define(
     "str gradient='straight_through', bool code_sums=False, float codebook_error_scale=0.0, bool normalize=True, "
     "bool snapshot=True, Tensor? prepared=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake_quantize,
-    fallback=partial(reference.quantize, find_nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums),
+    fallback=of_other_ops,
     autograd=Autograd(save_for_backward, backward, "quantize_backward"),
     decomposition=decomposition.quantize,
 )

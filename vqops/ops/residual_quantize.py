@@ -1,6 +1,5 @@
 """Residual quantization in one op: all levels, each of which quantizes what the one before has left."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -259,6 +258,16 @@ def fake_backward(
     return grad_x, codebooks.new_empty(codebooks.shape if codebooks_needed else 0)
 
 
+def one_by_one(*arguments):
+    ops = torch.ops.vqops
+    return reference.residual_quantize(*arguments, find_nearest=ops.nearest, sum_codes=ops.code_sums)
+
+
+def backward_one_by_one(*arguments):
+    ops = torch.ops.vqops
+    return reference.residual_quantize_backward(*arguments, backward_of_level=ops.quantize_backward)
+
+
 define(
     "residual_quantize_backward",
     "(Tensor? grad_quantized, Tensor? grad_error, Tensor x, Tensor codebooks, int[] sizes, Tensor indices, "
@@ -266,7 +275,7 @@ define(
     "bool per_level=True, float codebook_error_scale=0.0, bool normalize=True, bool x_needed=True, "
     "bool codebooks_needed=False) -> (Tensor, Tensor)",
     fake_backward,
-    fallback=partial(reference.residual_quantize_backward, backward_of_level=torch.ops.vqops.quantize_backward),
+    fallback=backward_one_by_one,
     autograd=without_second_derivative("residual_quantize_backward"),
 )
 define(
@@ -276,9 +285,7 @@ define(
     "bool normalize=True, bool snapshot=True, Tensor[]? prepared=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake_residual_quantize,
-    fallback=partial(
-        reference.residual_quantize, find_nearest=torch.ops.vqops.nearest, sum_codes=torch.ops.vqops.code_sums
-    ),
+    fallback=one_by_one,
     autograd=Autograd(save_for_backward, backward, "residual_quantize_backward"),
     decomposition=decomposition.residual_quantize,
 )

@@ -19,7 +19,7 @@ def program(tmp_path_factory):
     target = tmp_path_factory.mktemp("native") / "kernels"
     flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-DVQOPS_BF16_MODEL"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [Path(__file__).with_name("native") / "kernels.cpp", *KERNELS]
+    sources = [*sorted(Path(__file__).with_name("native").glob("*.cpp")), *KERNELS]
     subprocess.run([compiler, *flags, "-Wno-psabi", *sources, "-o", target, "-pthread"], check=True)
     return target
 

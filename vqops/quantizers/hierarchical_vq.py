@@ -13,7 +13,7 @@ from vqops.quantizers.codebook.shared_seeds import SharedSeeds
 from vqops.quantizers.interface.layout import Layout
 from vqops.quantizers.interface.nested_dropout import nested_cutoff
 from vqops.quantizers.interface.scales import Phi, pooled, upsampled
-from vqops.quantizers.options.checks import as_number, check_counts, check_fraction, check_not_both
+from vqops.quantizers.options.checks import as_number, check_counts, check_fraction, check_not_both, level_sizes
 from vqops.quantizers.vector_quantize import VectorQuantize
 
 
@@ -85,7 +85,7 @@ class HierarchicalVQ(nn.Module):
         check_not_both(owner, accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)
         spatial_dims = 2 if accept_image_fmap else 3 if accept_3d_fmap else 1
         level_shapes = grids(owner, scales, spatial_dims)
-        codebook_sizes = sizes(owner, codebook_size, len(level_shapes), shared_codebook)
+        codebook_sizes = level_sizes(owner, codebook_size, len(level_shapes), shared_codebook)
         quant_resi = as_number(owner, "quant_resi", quant_resi)
         nested_dropout = as_number(owner, "nested_dropout", nested_dropout)
         check_fraction(owner, nested_dropout=nested_dropout)
@@ -319,14 +319,3 @@ def grids(owner: str, scales: Sequence[int | Sequence[int]], axes: int) -> tuple
         if any(a > b for a, b in zip(before, shape, strict=True)):
             raise ValueError(f"{owner}: scales must not shrink, got {before} before {shape} at level {level}")
     return shapes
-
-
-def sizes(owner: str, codebook_size: int | Sequence[int], levels: int, shared: bool) -> tuple[int, ...]:
-    given = tuple(codebook_size) if isinstance(codebook_size, Sequence) else (codebook_size,) * levels
-    if len(given) != levels:
-        raise ValueError(f"{owner}: codebook_size must be an integer or {levels} of them, got {codebook_size!r}")
-    for size in given:
-        check_counts(owner, codebook_size=size)
-    if shared and len(set(given)) > 1:
-        raise ValueError(f"{owner}: codebook_size must be one for all levels with shared_codebook, got {given}")
-    return given

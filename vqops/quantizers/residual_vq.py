@@ -14,14 +14,14 @@ from vqops.quantizers.codebook.steps import Step, take_steps_
 from vqops.quantizers.interface.gradients import towards
 from vqops.quantizers.interface.layout import Layout
 from vqops.quantizers.interface.quantizing import Call
-from vqops.quantizers.options.checks import as_number, check_counts, check_fraction, check_not_both
+from vqops.quantizers.options.checks import as_number, check_counts, check_fraction, check_not_both, level_sizes
 from vqops.quantizers.residual.beam import quantize_by_beam
 from vqops.quantizers.residual.decoding import LevelDecoding
 from vqops.quantizers.residual.gradient import with_gradient_once
 from vqops.quantizers.residual.implicit_codebook import ImplicitCodes
 from vqops.quantizers.residual.level_dropout import draw_levels
 from vqops.quantizers.residual.levels import Levels, Way, quantize_in_turn
-from vqops.quantizers.residual.options import beam_of, check_cutoff, check_gradient_once, score_weights, sizes_of
+from vqops.quantizers.residual.options import beam_of, check_cutoff, check_gradient_once, score_weights
 from vqops.quantizers.residual.together import fits, quantize_together
 from vqops.quantizers.vector_quantize import VectorQuantize
 
@@ -122,7 +122,9 @@ class ResidualVQ(LevelDecoding):
     ):
         super().__init__()
         owner = type(self).__name__
-        sizes = sizes_of(owner, codebook_size, num_quantizers)
+        if num_quantizers is not None:
+            check_counts(owner, num_quantizers=num_quantizers)
+        sizes = level_sizes(owner, codebook_size, num_quantizers, shared_codebook)
         count = len(sizes)
         codebook_dim = dim if codebook_dim is None else codebook_dim
         check_counts(owner, dim=dim, codebook_dim=codebook_dim)
@@ -135,8 +137,6 @@ class ResidualVQ(LevelDecoding):
         check_not_both(owner, accept_image_fmap=accept_image_fmap, accept_3d_fmap=accept_3d_fmap)
         if not gradient_per_level:
             check_gradient_once(owner, diveq, quant_grad_frac, vq_kwargs)
-        if shared_codebook and len(set(sizes)) > 1:
-            raise ValueError(f"{owner}: shared_codebook needs levels of one size, got codebook_size={list(sizes)}")
         if beam_size is None and eval_beam_size is not None:
             raise ValueError(f"{owner}: eval_beam_size needs beam_size")
         if diveq:

@@ -2,27 +2,23 @@
 // index checked against a plain double loop. Built and run by test_sanitizers.py.
 
 #include <cmath>
-#include <cstring>
-#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../../../csrc/cpu/codebook.h"
 #include "../../../csrc/cpu/row_buffer.h"
-#include "../../../csrc/distance.h"
 #include "../../../csrc/noise.h"
 #include "../../../csrc/cpu/ema.h"
 #include "../../../csrc/cpu/quantize_backward.h"
 #include "../../../csrc/cpu/gather.h"
 #include "../../../csrc/cpu/hash.h"
-#include "../../../csrc/cpu/residual.h"
-#include "../../../csrc/cpu/residual_backward.h"
 #include "../../../csrc/cpu/sample.h"
 #include "../../../csrc/cpu/search.h"
 #include "../../../csrc/cpu/sets/bf16_model.h"
 #include "../../../csrc/cpu/unprepared.h"
+#include "checks.h"
 
 using namespace vqops;
 
@@ -36,112 +32,6 @@ __attribute__((target("avx512f,avx512bf16"))) static float hardware_pair(float s
 #endif
 
 namespace {
-
-int failures = 0;
-
-void expect(bool holds, const char* what, const char* name, int64_t where) {
-    if (holds) return;
-    std::printf("%s: %s at %lld\n", name, what, static_cast<long long>(where));
-    failures++;
-}
-
-Parallel two_threads() {
-    return {2, [](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
-                const int64_t half = (size + 1) / 2;
-                std::thread other([&] { if (half < size) body(half, size); });
-                body(0, half);
-                other.join();
-            }};
-}
-
-// The arithmetic of csrc/distance.h over a vector.
-double exact_distance(const float* x, const float* c, int64_t D) {
-    double p[kLanes] = {};
-    for (int64_t i = 0; i < D; i++) p[i % kLanes] = add_square(p[i % kLanes], x[i], c[i]);
-    return tree(p);
-}
-
-double exact_product(const float* x, const float* c, int64_t D) {
-    double p[kLanes] = {};
-    for (int64_t i = 0; i < D; i++) p[i % kLanes] = add_product(p[i % kLanes], x[i], c[i]);
-    return tree(p);
-}
-
-double cost(const float* x, const float* c, int64_t D, bool cosine) {
-    return cosine ? cosine_cost(exact_product(x, c, D), exact_product(c, c, D)) : exact_distance(x, c, D);
-}
-
-bool finite(const float* row, int64_t D) {
-    for (int64_t i = 0; i < D; i++)
-        if (!std::isfinite(row[i])) return false;
-    return true;
-}
-
-struct Case {
-    const char* name;
-    int64_t H, N, K, D;
-    float x_scale, c_scale, offset;
-    int repeat;      // each code stands this many times, all but the first moved by
-    float spread;    // this much
-    bool specials;   // NaN, Inf, huge, zero and denormal rows and codes
-};
-
-// Three levels, of which the second has the codes of the first in the other order, and half of them: prepared or not,
-// against the arithmetic one by one; then sums and gradients.
-void levels(const Case& test, const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
-            const void* memory, const Parallel& parallel) {
-    const int64_t H = shape.H, N = shape.N, K = shape.K, D = shape.D, half = (K + 1) / 2, Q = 3;
-    Rows reversed = codebook;
-    reversed.data = codebook.floats(0, K - 1);
-    reversed.row_stride = -D;
-    std::vector<char> packed(H * Packed::bytes(half, D) + 64);
-    char* other = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(packed.data()) + 63) / 64 * 64);
-    for (int64_t h = 0; h < H; h++)
-        pack_codebook(reversed, h, half, D, shape.cosine, other + h * Packed::bytes(half, D), parallel);
-    const std::vector<Level> all = {{codebook, K, memory}, {reversed, half, other}, {codebook, K, memory}};
-    std::vector<int64_t> indices(H * N * Q), before, counts(H * (2 * K + half));
-    std::vector<float> quantized(H * N * D), error(H * Q), sums(counts.size() * D), grad_x(H * N * D);
-    const ResidualResult result = {quantized.data(), indices.data(), error.data()};
-    for (const bool prepared : {true, false}) {
-        if (!prepared && N > kUnpreparedRows) continue;
-        ResidualInputs in = {H, N, D, x, mask, all, Q, shape.cosine, shape.cosine};
-        for (Level& level : in.levels)
-            if (!prepared) level.packed = nullptr;
-        quantize_levels(in, result, parallel);
-        expect(prepared || indices == before, "levels without preparation", test.name, 0);
-        before = indices;
-        sum_levels(in, indices.data(), counts.data(), sums.data(), parallel);
-    }
-    for (int64_t h = 0; h < H; h++) {
-        for (int64_t n = 0; n < N; n++) {
-            std::vector<float> rest(x.floats(h, n), x.floats(h, n) + D);
-            for (int64_t l = 0; l < Q; l++) {
-                int64_t best = -1;
-                double least = INFINITY;
-                for (int64_t k = 0; mask.keeps(h, n) && finite(rest.data(), D) && k < all[l].K; k++) {
-                    const float* code = all[l].codebook.floats(h, k);
-                    if (!finite(code, D)) continue;
-                    const double value = cost(rest.data(), code, D, shape.cosine);
-                    if (best < 0 || value < least) best = k, least = value;
-                }
-                expect(indices[(h * N + n) * Q + l] == best, "wrong index of a level", test.name, n);
-                for (int64_t i = 0; i < D; i++) rest[i] = best < 0 ? NAN : rest[i] - all[l].codebook.floats(h, best)[i];
-            }
-        }
-    }
-    std::vector<float> codes(H * (2 * K + half) * D), grad_codes(codes.size());
-    for (int64_t h = 0; h < H; h++) {
-        float* to = &codes[h * (2 * K + half) * D];
-        for (const Level& level : all)
-            for (int64_t k = 0; k < level.K; k++, to += D) std::copy_n(level.codebook.floats(h, k), D, to);
-    }
-    const Rows g = {quantized.data(), DType::float32, N * D, D, 1}, e = {error.data(), DType::float32, Q, 1, 1};
-    const Rows joined = {codes.data(), DType::float32, (2 * K + half) * D, D, 1};
-    for (const Passing passing : {Passing::straight_through, Passing::rotation})
-        for (const bool per_level : {true, false})
-            levels_backward({H, N, D, &g, &e, x, joined, {K, half, K}, indices.data(), mask, 2, passing, per_level, 1.0,
-                             shape.cosine}, grad_x.data(), grad_codes.data(), parallel);
-}
 
 void run(const Case& test, bool cosine) {
     std::mt19937 random(7);

@@ -1,5 +1,6 @@
 """The options of quantizers: which values are allowed."""
 
+from collections.abc import Sequence
 from numbers import Integral
 
 
@@ -38,3 +39,20 @@ def check_not_both(owner: str, **values: bool) -> None:
 def check_needs(owner: str, option: str, given: bool, needed: str, there: bool) -> None:
     if given and not there:
         raise ValueError(f"{owner}: {option} needs {needed}")
+
+
+def level_sizes(
+    owner: str, codebook_size: int | Sequence[int], levels: int | None, shared_codebook: bool
+) -> tuple[int, ...]:
+    """The codebook_size of each level; without a number of levels there are as many as sizes."""
+    each = isinstance(codebook_size, Sequence)
+    if levels is None and not each:
+        raise ValueError(f"{owner}: num_quantizers is needed where codebook_size is one number")
+    sizes = tuple(codebook_size) if each else (codebook_size,) * levels
+    if not sizes or (levels is not None and len(sizes) != levels):
+        raise ValueError(f"{owner}: codebook_size must be an integer or {levels} of them, got {codebook_size!r}")
+    for size in sizes:
+        check_counts(owner, codebook_size=size)
+    if shared_codebook and len(set(sizes)) > 1:
+        raise ValueError(f"{owner}: codebook_size must be one for all levels with shared_codebook, got {sizes}")
+    return sizes

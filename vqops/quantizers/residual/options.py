@@ -9,23 +9,6 @@ from vqops.ops.search import LARGEST_K
 from vqops.quantizers.options.checks import as_number, check_counts
 
 
-def sizes_of(owner: str, codebook_size: int | Sequence[int], num_quantizers: int | None) -> tuple[int, ...]:
-    """Of each level."""
-    if num_quantizers is not None:
-        check_counts(owner, num_quantizers=num_quantizers)
-    if not isinstance(codebook_size, Sequence):
-        if num_quantizers is None:
-            raise ValueError(f"{owner}: num_quantizers is needed where codebook_size is one number")
-        check_counts(owner, codebook_size=codebook_size)
-        return (codebook_size,) * num_quantizers
-    sizes = tuple(codebook_size)
-    if not sizes or (num_quantizers is not None and len(sizes) != num_quantizers):
-        raise ValueError(f"{owner}: codebook_size must be num_quantizers={num_quantizers} numbers, got {len(sizes)}")
-    for size in sizes:
-        check_counts(owner, codebook_size=size)
-    return sizes
-
-
 def check_cutoff(owner: str, cutoff_index: int, num_quantizers: float) -> None:
     if not isinstance(cutoff_index, Integral) or not 0 <= cutoff_index < num_quantizers:
         raise ValueError(

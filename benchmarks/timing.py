@@ -1,8 +1,10 @@
-"""Side-by-side timing: every method once a round, so that what disturbs the machine disturbs all of them.
+"""Side-by-side timing: every method once a round, so that what disturbs the machine disturbs all of them; in another
+order each time, so that none has always the caches of the same one before it.
 
 One clock per device; it prepares a call and tells its seconds.
 """
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,10 +79,11 @@ def clock_of(device: str) -> Cpu | Cuda:
 
 def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
     """Seconds per call in each round for each method."""
-    seconds = {name: [] for name in timed}
+    seconds, order, shuffle = {name: [] for name in timed}, list(timed), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, method in timed.items():
-            seconds[name].append(method.seconds())
+        shuffle(order)
+        for name in order:
+            seconds[name].append(timed[name].seconds())
     return seconds
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import baselines, cases, compare, correctness, growth, levels, memory, modules, soft
+from benchmarks import baselines, cases, compare, correctness, growth, levels, memory, modules, soft, timing
 from benchmarks.__main__ import main
 from benchmarks.measure import measure
 from benchmarks.rows import folder_of
@@ -45,6 +45,14 @@ def test_a_run_writes_whole_rows(tmp_path, capsys):
     assert rows["ceiling: gemm"]["gflops"] > 0
     assert rows["flash-kmeans"]["left_out"] == "flash-kmeans needs a GPU"
     assert "flash-kmeans needs a GPU" in capsys.readouterr().out
+
+
+def test_a_round_times_each_method_once_in_an_order_of_its_own():
+    called, names, rounds = [], "abcd", 20
+    timed = {name: timing.Timed("stub", partial(lambda name: called.append(name) or 0.0, name), 0.0) for name in names}
+    assert timing.interleaved(timed, rounds) == {name: [0.0] * rounds for name in names}
+    orders = {tuple(called[start : start + len(names)]) for start in range(0, len(called), len(names))}
+    assert all(sorted(order) == list(names) for order in orders) and len(orders) > 5
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from benchmarks.baselines import Call, leaf
 from benchmarks.cases import DECAY, Case, by_name, gradient_in
 from benchmarks.shapes import Shape
 
+ROWS_A_CODE = 4  # at least, of which codes are made
 SHRINKS = 0.7  # a code, made of what is left of a row: a level leaves less than the one before
 
 
@@ -140,11 +141,13 @@ def evaluation(shape: Shape, device: str, levels: int) -> Case:
 
 
 def data(shape: Shape, device: str, levels: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Rows, a codebook a level of what is left there, and what is left."""
-    x, _ = shape.data(device)
-    generator, codebooks, rests = torch.Generator(device).manual_seed(2), [], [x]
+    """Rows, a codebook a level of what is left there, and what is left. Codes are of other rows where those are few, or
+    all codes would be copies of them."""
+    N = shape.N(device)
+    drawn, _ = Shape.of(max(N, ROWS_A_CODE * shape.K), shape.D, shape.K).data(device)
+    generator, codebooks, rests = torch.Generator(device).manual_seed(2), [], [drawn]
     for _ in range(levels):
-        some = torch.randint(len(x), (shape.K,), generator=generator, device=device)
+        some = torch.randperm(len(drawn), generator=generator, device=device)[: shape.K]
         codebooks.append(SHRINKS * rests[-1][some])
         rests.append(rests[-1] - codebooks[-1][vqops.nearest(rests[-1], codebooks[-1])])
-    return x, codebooks, rests[:-1]
+    return drawn[:N], codebooks, [rest[:N].clone() for rest in rests[:-1]]

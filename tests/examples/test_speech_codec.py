@@ -1,6 +1,7 @@
 """The speech codec: its measures by hand, the audio it takes and refuses, encoding and decoding, whole runs."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from examples.speech_codec.data import LOUDNESS, Clip, DataError, load, middles,
 from examples.speech_codec.measures import FLOOR, magnitudes, si_snr, stft_distance
 from examples.speech_codec.model import Codec, bitrate, decode, encode, hop
 
+ROOT = Path(__file__).parents[2]
 TINY = ["--steps=2", "--batch-size=4", "--segment=0.2", "--channels=4", "--levels=3", "--codes=8"]
 
 
@@ -282,6 +284,17 @@ def test_a_run_on_an_npz(tmp_path, capsys):
     data = str(npz(tmp_path / "x.npz"))
     measured = main([*TINY, "--data", data, "--held-out-speaker", "ann", "--out", str(tmp_path / "run")])
     check_run(tmp_path / "run", measured, capsys.readouterr().out)
+
+
+def test_the_page_about_it(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/speech_codec.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    main(["--steps=1", "--batch-size=4", "--segment=1", "--out", "runs/codec"])
+    found = {}
+    exec(block, found)
+    audio, indices = found["audio"], found["indices"]
+    assert indices.shape == (1, math.ceil(audio.shape[1] / hop()), 8)
+    assert found["coarse"].shape == (1, indices.shape[1] * hop())
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,9 @@ typedef void UnpreparedKernel(const float* x, int64_t rows, int64_t D, const flo
 UnpreparedKernel unprepared_portable, unprepared_avx2;
 constexpr int kGroupOfPortable = 4, kGroupOfAvx2 = 8;
 
-// sum += the gradient g of a code as its rotation passes it to x (row_gradient.h), and the error's, 2 (x - q) error.
-// left = x - q, unless it is null; it may be x.
-typedef void RotationKernel(const float* x, const float* q, const float* g, float error, int64_t D, float* sum,
+// sum += the gradient g of a code as its rotation passes it to x (row_gradient.h), and the error's, 2 (x - q) error,
+// unless that is null. left = x - q, unless it is null; it may be x.
+typedef void RotationKernel(const float* x, const float* q, const float* g, const float* error, int64_t D, float* sum,
                             float* left);
 RotationKernel turn_back_portable, turn_back_avx2;
 

@@ -14,6 +14,8 @@ namespace {
 void run_in_place(const SearchShape& shape, const BackwardInputs& in, float* grad_x, int64_t h, int64_t begin,
                   int64_t end) {
     const int64_t D = shape.D;
+    const bool rotates = in.passing == Passing::rotation;
+    const std::vector<float> none(D, NAN);  // in the place of a code
     for (int64_t n = begin; n < end; n++) {
         float* __restrict out = grad_x + (h * shape.N + n) * D;
         if (!in.mask.keeps(h, n)) {
@@ -22,20 +24,15 @@ void run_in_place(const SearchShape& shape, const BackwardInputs& in, float* gra
         }
         const int64_t k = in.indices.given(h, n);
         const float *x = in.x.floats(h, n), *g = in.quantized->floats(h, n);
-        const bool rotates = in.passing == Passing::rotation;
         if (!in.error && !rotates) {
             std::copy(g, g + D, out);
             continue;
         }
         const float factor = in.error ? read_value<float>(*in.error, h, n) : 0;
-        if (k < 0) {
-            std::fill(out, out + D, NAN);
-            continue;
-        }
-        const float* q = in.codebook.floats(h, k);
+        const float* q = k < 0 ? none.data() : in.codebook.floats(h, k);
         if (rotates) {
             std::fill(out, out + D, 0.0f);
-            instructions().turn_back(x, q, g, factor, D, out, nullptr);
+            instructions().turn_back(x, q, g, in.error ? &factor : nullptr, D, out, nullptr);
             continue;
         }
         for (int64_t i = 0; i < D; i++) out[i] = g[i] + 2 * (x[i] - q[i]) * factor;

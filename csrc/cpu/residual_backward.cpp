@@ -79,7 +79,7 @@ private:
 class FloatGradient {
 public:
     FloatGradient(const LevelGradients& in, int64_t h)
-        : in_(in), h_(h), D(in.D), rotates_(in.passing == Passing::rotation && in.quantized), g_(D), rest_(D), sum_(D),
+        : in_(in), h_(h), D(in.D), rotates_(in.passing == Passing::rotation && in.quantized), g_(D), rest_(D), sum_(D), none_(D, NAN),
           times_(!in.quantized || in.passing != Passing::straight_through ? 0 : in.per_level ? in.running : 1) {}
 
     static bool takes(const LevelGradients& in) {
@@ -98,10 +98,10 @@ public:
         const int64_t* chosen = in_.indices + (h_ * in_.N + n) * in_.Q();
         int64_t first = 0;
         for (int64_t l = 0; l < in_.running; first += in_.sizes[l++]) {
-            if (chosen[l] < 0) return std::fill(sum_.begin(), sum_.end(), NAN), sum_.data();
-            const float* code = in_.codebooks.floats(h_, first + chosen[l]);
+            const float* code = chosen[l] < 0 ? none_.data() : in_.codebooks.floats(h_, first + chosen[l]);
             const float factor = in_.error ? read_value<float>(*in_.error, h_, l) : 0;
-            if (rotates_) set_.turn_back(rest_.data(), code, g, factor, D, sum_.data(), rest_.data());
+            const float* error = in_.error ? &factor : nullptr;
+            if (rotates_) set_.turn_back(rest_.data(), code, g, error, D, sum_.data(), rest_.data());
             else add_error(rest_.data(), code, factor, sum_.data());
         }
         return sum_.data();
@@ -120,6 +120,7 @@ private:
     const int64_t h_, D;
     const bool rotates_;
     std::vector<float> g_, rest_, sum_;
+    const std::vector<float> none_;  // in the place of a code
     const int64_t times_;
 };
 

@@ -84,7 +84,7 @@ private:
         if (length <= smallest) return;
         if constexpr (std::is_same_v<T, float>) {
             std::fill(u.begin(), u.end(), 0.0f);
-            instructions().turn_back(x.data(), q.data(), g.data(), 0, D, u.data(), nullptr);
+            instructions().turn_back(x.data(), q.data(), g.data(), nullptr, D, u.data(), nullptr);
             return g.swap(u);
         }
         const T x_norm = std::sqrt(dot(x.data(), x.data(), D)), q_norm = std::sqrt(dot(q.data(), q.data(), D));

@@ -145,6 +145,20 @@ class TestQuantizeBackward:
         error = (found.double() - expected.double()).abs()
         assert (error <= (2 * torch.finfo(dtype).eps + 1e-5) * size + 6e-8).all()
 
+    @pytest.mark.parametrize("error", [None, 0.0, 2e38])
+    @pytest.mark.parametrize("code", [math.nan, 0.0, 0.1])
+    @pytest.mark.parametrize("passing", ["straight_through", "rotation"])
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    def test_without_a_code_or_a_direction(self, kernels, metric, passing, code, error):
+        x = torch.tensor([[[0.0, 0, 0], [1e-7, 0, 0], [1, 2, 0.5], [1, 2, math.inf], [math.nan, 0, 0]]])
+        g, c = torch.arange(15.0).view(1, 5, 3), torch.full((1, 1, 3), code)
+        e = None if error is None else torch.full((1, 5), error)
+        arguments = (g, e, x, c, reference.nearest(x, c, None, metric), None, metric, passing, 0.5, True, True)
+        ways = kernels.quantize_backward, reference.quantize_backward
+        for a, b in zip(*(way(*arguments, e is not None) for way in ways), strict=True):
+            if a is not None:
+                assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-5)
+
     def test_expanded_gradients_and_strides(self, kernels):
         x, c = torch.randn(8, 1, 90).permute(1, 2, 0), torch.randn(1, 5, 8)
         g, e = torch.randn(()).expand(x.shape), torch.randn(()).expand(1, 90)

@@ -184,6 +184,17 @@ class TestBackward:
                 self.check(kernels, x, codebooks, mask, None, metric, **on)
                 self.check(kernels, x, codebooks, mask, torch.tensor(2), metric, **on)
 
+    @pytest.mark.parametrize("passing", PASSING)
+    @pytest.mark.parametrize("metric, normalize", WAYS)
+    def test_without_a_code_or_a_direction(self, kernels, metric, normalize, passing):
+        x = torch.tensor([[[0.0, 0, 0], [1e-7, 0, 0], [1, 2, 0.5], [1, 2, math.inf], [math.nan, 0, 0]]])
+        for code in (math.nan, 0.0, 1.5):
+            codebooks = [torch.full((1, 1, 3), code), torch.tensor([[[0.5, 0.1, 0], [0, 0, 0]]])]
+            for number in range(8):
+                levels, error, per_level = torch.tensor(number % 2), number & 2 > 0, number & 4 > 0
+                on = {"normalize": normalize, "per_level": per_level, "error": error}
+                self.check(kernels, x, codebooks, None, levels, metric, passing, **on)
+
     def test_strides_and_expanded_gradients(self, kernels):
         x, c = torch.randn(8, 1, 90).permute(1, 2, 0), torch.randn(8, 1, 11).permute(1, 2, 0)
         _, indices, *_ = reference.residual_quantize(x, [c[:, :5], c[:, 5:]], snapshot=False)

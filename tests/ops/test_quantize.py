@@ -126,6 +126,19 @@ def test_backward(kernel, case, metric, normalize, gradient):
         assert ((a.double() - t).abs() <= allowed)[usable].all(), name
 
 
+@pytest.mark.parametrize("error", [None, 0.0, 2e38])
+@pytest.mark.parametrize("code", [[NAN, NAN, NAN], [0.0, 0, 0], [1.0, 2, 0.1]], ids=str)
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("metric, normalize", WAYS)
+def test_backward_without_a_code_or_a_direction(kernel, metric, normalize, gradient, code, error):
+    x, c = torch.tensor([[[0.0, 0, 0], [1e-7, 0, 0], [1, 2, 0.5], [1, 2, INF], [NAN, 0, 0]]]), torch.tensor([[code]])
+    g, e = torch.arange(15.0).view(1, 5, 3), None if error is None else torch.full((1, 5), error)
+    given = g, e, x, c, reference.nearest(x, c, None, metric), None
+    options = (metric, gradient, 0.5, normalize, True, True)
+    found = getattr(torch.ops.vqops, f"quantize_backward_{kernel.name}")(*map(kernel.put, given), *options)
+    assert_close([t.cpu() for t in found], list(reference.quantize_backward(*given, *options)), equal_nan=True)
+
+
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_rows_as_given_are_those_of_euclidean(implementation, metric, gradient):

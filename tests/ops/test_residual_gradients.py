@@ -91,6 +91,24 @@ def test_backward(kernel, case, metric, normalize, gradient, per_level):
         assert ((a.double() - t).abs() <= allowed)[usable].all(), name
 
 
+@pytest.mark.parametrize("error", [None, 2e38])
+@pytest.mark.parametrize("code", [[NAN, NAN, NAN], [0.0, 0, 0], [1.0, 2, 0.1]], ids=str)
+@pytest.mark.parametrize("per_level", [True, False])
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("metric, normalize", WAYS)
+def test_backward_without_a_code_or_a_direction(kernel, metric, normalize, gradient, per_level, code, error):
+    x = torch.tensor([[[0.0, 0, 0], [1e-7, 0, 0], [1, 2, 0.5], [1, 2, INF], [NAN, 0, 0]]])
+    codebooks = [torch.tensor([[code]]), torch.tensor([[[0.5, 0.1, 0], [0, 0, 0]]])]
+    g, e = torch.arange(15.0).view(1, 5, 3), None if error is None else torch.tensor([[error, 1.0]])
+    options = (metric, gradient, per_level, 0.5, normalize, True, True)
+    op = getattr(torch.ops.vqops, f"residual_quantize_backward_{kernel.name}")
+    for levels in map(torch.tensor, (0, 1, 2)):
+        indices = reference.residual_quantize(x, codebooks, None, levels, metric)[1]
+        given = g, e, x, torch.cat(codebooks, 1), [1, 2], indices, None, levels
+        expected = reference.residual_quantize_backward(*given, *options)
+        assert_close([t.cpu() for t in op(*map(kernel.put, given), *options)], list(expected), equal_nan=True)
+
+
 @pytest.mark.parametrize("codebook_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_have_the_dtypes_of_their_values(implementation, dtype, codebook_dtype):

@@ -150,6 +150,7 @@ def test_cross_entropy_of_given_indices(make, as_list):
 WRONG = {
     "codebook_size is one number": {"num_quantizers": None},
     r"codebook_size must be an integer or 3 of them, got \(4, 5\)": {"codebook_size": (4, 5)},
+    r"codebook_size must be an integer or one for each level, got \[\]": {"codebook_size": [], "num_quantizers": None},
     "heads must be 1, got 2": {"heads": 2},
     r"quantize_dropout_cutoff_index must be an integer in \[0, num_quantizers=3\), got 3": {
         "quantize_dropout": True,

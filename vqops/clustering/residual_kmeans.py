@@ -20,7 +20,7 @@ OP = "residual_kmeans"
 @torch.no_grad()
 def residual_kmeans(
     x: Tensor,  # [N, D]
-    sizes: Sequence[int],  # K of each level
+    sizes: Sequence[int],  # K of each of 1 to 64 levels
     iters: int = 50,
     balanced: bool = False,
     seed: int = 0,

@@ -25,6 +25,13 @@ def length(v):
 
 
 @triton.jit
+def divisor_of(norm):
+    """max(norm, 1e-6), where NaN stays NaN."""
+    least = tl.full(norm.shape, SMALLEST_NORM, norm.dtype)
+    return tl.where(norm < least, least, norm)
+
+
+@triton.jit
 def over(v, divisor):
     """v / divisor, correctly rounded: float32 division is approximate by default."""
     divisor = tl.broadcast_to(divisor[:, None], v.shape)
@@ -36,11 +43,11 @@ def turn_back(g, x, q, x_length):
     """(|q| / |x|) (g - 2 w (w.g) + 2 u (v.g)), u = x / |x|, v = q / |q|, w = (u + v) / |u + v|: the transpose of the
     rotation and scaling that takes x to q (arXiv 2410.06424, section 4.2). Without a direction, g itself."""
     least = tl.full(x_length.shape, SMALLEST_NORM, g.dtype)
-    x_norm = tl.maximum(length(x), least)
+    x_norm = divisor_of(length(x))
     q_norm = length(q)
     u = over(x, x_norm)
-    v = over(q, tl.maximum(q_norm, least))
-    w = over(u + v, tl.maximum(length(u + v), least))
+    v = over(q, divisor_of(q_norm))
+    w = over(u + v, divisor_of(length(u + v)))
     turned = g - 2 * tl.sum(w * g, 1)[:, None] * w + 2 * tl.sum(v * g, 1)[:, None] * u
     scale = over(q_norm[:, None], x_norm)
     scale = tl.where(scale > MOST, tl.full(scale.shape, MOST, g.dtype), scale)  # NaN stays NaN
@@ -85,7 +92,7 @@ def quantize_backward_kernel(
     there = keeps[:, None] & (i < D)
     given = tl.load(x + (h * h_stride + n * n_stride)[:, None] + i * i_stride, mask=there, other=0.0).to(real)
     x_length = length(given)
-    norm = tl.maximum(x_length, tl.full((A,), SMALLEST_NORM, real))
+    norm = divisor_of(x_length)
     if UNITS:
         given = over(given, norm)
     coded = there & (k >= 0)[:, None]

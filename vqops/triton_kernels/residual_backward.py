@@ -13,8 +13,15 @@ import triton.language as tl
 
 from vqops.reference.residual import rows_of_level
 from vqops.triton_kernels.blocks import walked_rows
-from vqops.triton_kernels.gather import SMALLEST_NORM, stored_as
-from vqops.triton_kernels.quantize_backward import length, over, quantize_backward, through_division, turn_back
+from vqops.triton_kernels.gather import stored_as
+from vqops.triton_kernels.quantize_backward import (
+    divisor_of,
+    length,
+    over,
+    quantize_backward,
+    through_division,
+    turn_back,
+)
 from vqops.triton_kernels.residual import less, take_off
 from vqops.triton_kernels.strides import strides
 
@@ -68,7 +75,7 @@ def residual_backward_kernel(
             given = rest.to(real)
             if UNITS or (ROTATE and PER_LEVEL):
                 x_length = length(given)
-                norm = tl.maximum(x_length, tl.full((A,), SMALLEST_NORM, real))
+                norm = divisor_of(x_length)
                 if UNITS:
                     given = over(given, norm)
                 if ROTATE and PER_LEVEL:

@@ -63,7 +63,7 @@ void unprepared_avx2(const float* x, int64_t rows, int64_t D, const float* code,
     Unprepared<Avx2>::compare(x, rows, D, code, code_stride, count, cosine, factor, threshold, first, offer);
 }
 
-void turn_back_avx2(const float* x, const float* q, const float* g, float error, int64_t D, float* sum,
+void turn_back_avx2(const float* x, const float* q, const float* g, const float* error, int64_t D, float* sum,
                     float* left) {
     Rotating<Avx2>::turn_back(x, q, g, error, D, sum, left);
 }

@@ -28,8 +28,8 @@ struct Rotating {
     }
 
     // A row in the first cache: its norms, then the products with u, v and w of row_gradient.h, then the result.
-    static void turn_back(const float* x, const float* q, const float* g, float error, int64_t D, float* sum,
-                          float* left) {
+    static void turn_back(const float* x, const float* q, const float* g, const float* error, int64_t D,
+                          float* sum, float* left) {
         const float smallest = float(kSmallestNorm);
         Vector xx = {}, qq = {};
         for (int64_t i = 0; i < D; i += kWidth) {
@@ -80,18 +80,20 @@ private:
     }
 
     template <Direction way>
-    VQOPS_INLINE void add(Products products, Norms norms, const float* x, const float* q, const float* g, float error,
-                          int64_t D, float* sum, float* left) {
+    VQOPS_INLINE void add(Products products, Norms norms, const float* x, const float* q, const float* g,
+                          const float* error, int64_t D, float* sum, float* left) {
         const float least = float(kSmallestNorm * kSmallestNorm), largest = float(kLargestScale);
         const float ratio = way == Direction::none ? 1 : norms.q / norms.x;
         const Vector along_w = Set::broadcast(2 * products.wg / (products.ww < least ? least : products.ww));
-        const Vector along_v = Set::broadcast(2 * products.vg), twice = Set::broadcast(2 * error);
+        const Vector along_v = Set::broadcast(2 * products.vg), two = Set::broadcast(2);
         const Vector factor = Set::broadcast(ratio > largest ? largest : ratio);
+        const Vector from_error = Set::broadcast(error ? *error : 0);
         for (int64_t i = 0; i < D; i += kWidth) {
             const Vector x_i = part(x, i, D), q_i = part(q, i, D);
             const Vector u = unit<way>(x_i, norms.x), w = u + unit<way>(q_i, norms.q);
             const Vector turned = (part(g, i, D) - along_w * w + along_v * u) * factor;
-            put(part(sum, i, D) + turned + (x_i - q_i) * twice, sum, i, D);
+            const Vector passed = part(sum, i, D) + turned;
+            put(error ? passed + two * (x_i - q_i) * from_error : passed, sum, i, D);
             if (left) put(x_i - q_i, left, i, D);
         }
     }

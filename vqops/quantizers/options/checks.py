@@ -49,7 +49,9 @@ def level_sizes(
     if levels is None and not each:
         raise ValueError(f"{owner}: num_quantizers is needed where codebook_size is one number")
     sizes = tuple(codebook_size) if each else (codebook_size,) * levels
-    if not sizes or (levels is not None and len(sizes) != levels):
+    if not sizes:
+        raise ValueError(f"{owner}: codebook_size must be an integer or one for each level, got {codebook_size!r}")
+    if levels is not None and len(sizes) != levels:
         raise ValueError(f"{owner}: codebook_size must be an integer or {levels} of them, got {codebook_size!r}")
     for size in sizes:
         check_counts(owner, codebook_size=size)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from cuda_blocks import DTYPES, GatherCases, Kernels
 from promises import ORDER, UNCHANGED
+from short_rows import short_rows
 from torch.testing import assert_close
 
 from vqops import reference
@@ -150,7 +151,7 @@ class TestQuantizeBackward:
     @pytest.mark.parametrize("passing", ["straight_through", "rotation"])
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
     def test_without_a_code_or_a_direction(self, kernels, metric, passing, code, error):
-        x = torch.tensor([[[0.0, 0, 0], [1e-7, 0, 0], [1, 2, 0.5], [1, 2, math.inf], [math.nan, 0, 0]]])
+        x = short_rows()
         g, c = torch.arange(15.0).view(1, 5, 3), torch.full((1, 1, 3), code)
         e = None if error is None else torch.full((1, 5), error)
         arguments = (g, e, x, c, reference.nearest(x, c, None, metric), None, metric, passing, 0.5, True, True)

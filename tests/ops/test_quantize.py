@@ -3,6 +3,7 @@
 import pytest
 import torch
 from promises import COPIES, INDICES, ORDER
+from short_rows import short_rows
 from torch.testing import assert_close
 
 import vqops
@@ -131,7 +132,7 @@ def test_backward(kernel, case, metric, normalize, gradient):
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 @pytest.mark.parametrize("metric, normalize", WAYS)
 def test_backward_without_a_code_or_a_direction(kernel, metric, normalize, gradient, code, error):
-    x, c = torch.tensor([[[0.0, 0, 0], [1e-7, 0, 0], [1, 2, 0.5], [1, 2, INF], [NAN, 0, 0]]]), torch.tensor([[code]])
+    x, c = short_rows(), torch.tensor([[code]])
     g, e = torch.arange(15.0).view(1, 5, 3), None if error is None else torch.full((1, 5), error)
     given = g, e, x, c, reference.nearest(x, c, None, metric), None
     options = (metric, gradient, 0.5, normalize, True, True)

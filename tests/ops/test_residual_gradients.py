@@ -4,6 +4,7 @@ import pytest
 import torch
 from levels import DTYPES, TINY, WAYS, on_cpu, rows, rows_and_codes
 from promises import COPIES, ORDER
+from short_rows import short_rows
 from torch.testing import assert_close
 
 import vqops
@@ -97,8 +98,7 @@ def test_backward(kernel, case, metric, normalize, gradient, per_level):
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 @pytest.mark.parametrize("metric, normalize", WAYS)
 def test_backward_without_a_code_or_a_direction(kernel, metric, normalize, gradient, per_level, code, error):
-    x = torch.tensor([[[0.0, 0, 0], [1e-7, 0, 0], [1, 2, 0.5], [1, 2, INF], [NAN, 0, 0]]])
-    codebooks = [torch.tensor([[code]]), torch.tensor([[[0.5, 0.1, 0], [0, 0, 0]]])]
+    x, codebooks = short_rows(), [torch.tensor([[code]]), torch.tensor([[[0.5, 0.1, 0], [0, 0, 0]]])]
     g, e = torch.arange(15.0).view(1, 5, 3), None if error is None else torch.tensor([[error, 1.0]])
     options = (metric, gradient, per_level, 0.5, normalize, True, True)
     op = getattr(torch.ops.vqops, f"residual_quantize_backward_{kernel.name}")

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from failures import PLACES, fail, failing
 from promises import COPIES, INDICES, UNCHANGED
 from quantizers import state
 from residual import DIM, LEVELS, every_way, residual_vq
@@ -14,11 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import vqops
 from vqops.quantizers.codebook import codebook as codebook_module
-from vqops.quantizers.codebook import steps
-
-
-def fail(*_, **__):
-    raise RuntimeError("lost rank")
 
 
 def test_a_failure_of_the_last_level_takes_the_others_back(monkeypatch):
@@ -54,21 +50,16 @@ def test_a_failed_step_of_an_optimizer_in_place_is_none(shared, make, monkeypatc
     UNCHANGED.same(vq.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("lost", ["sum_over_ranks", "ema_update_", "choose_rows", "project_out"])
+@pytest.mark.parametrize("lost", PLACES)
 @every_way
-def test_a_failed_call_leaves_every_level(way, lost, monkeypatch):
+def test_a_failed_call_leaves_every_level(way, lost):
     if lost == "ema_update_" and way in ("learnable", "implicit"):
         lost = "sum_over_ranks"
     vq = residual_vq(way, codebook_dim=4, threshold_ema_dead_code=2, kmeans_init=True)
     for first in (True, False):
         before = state(vq)
-        with monkeypatch.context() as patch:
-            if lost == "project_out":
-                patch.setattr(vq.project_out, "forward", fail)
-            else:
-                patch.setattr(codebook_module if lost == "ema_update_" else steps, lost, fail)
-            with pytest.raises(RuntimeError, match="lost rank"):
-                vq(torch.randn(2, 9, DIM))
+        with failing(vq, lost):
+            vq(torch.randn(2, 9, DIM))
         UNCHANGED.same(vq.state_dict(), before, equal_nan=True)
         if first:
             vq(torch.randn(2, 9, DIM))

@@ -1,5 +1,6 @@
 """The speech codec: its measures by hand, the audio it takes and refuses, encoding and decoding, whole runs."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 import soundfile
 
 from examples.speech_codec import data
-from examples.speech_codec.__main__ import by_levels, main, table
+from examples.speech_codec.__main__ import Measured, by_levels, main, table
 from examples.speech_codec.data import LOUDNESS, Clip, DataError, load, middles, split, synthetic
 from examples.speech_codec.measures import FLOOR, magnitudes, si_snr, stft_distance
 from examples.speech_codec.model import Codec, bitrate, decode, encode, hop
@@ -295,6 +296,15 @@ def test_the_page_about_it(tmp_path, monkeypatch):
     audio, indices = found["audio"], found["indices"]
     assert indices.shape == (1, math.ceil(audio.shape[1] / hop()), 8)
     assert found["coarse"].shape == (1, indices.shape[1] * hop())
+
+
+@pytest.mark.parametrize("name", ["spoken_digits", "synthetic"])
+def test_the_tables_of_the_page_are_recorded(name):
+    lines = (ROOT / f"benchmarks/results/speech_codec/{name}.jsonl").read_text().splitlines()
+    about, *levels = map(json.loads, lines)
+    assert {"command", "device", "threads", "versions", "commit"} <= about.keys()
+    measured = Measured(*(torch.tensor([row[field] for row in levels]) for field in Measured._fields))
+    assert table(measured, 256, 8000) in (ROOT / "docs/speech_codec.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from vqops.vqvae2.files.run_folder import check_output, writing_in
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.pictures.grids import write_png
-from vqops.vqvae2.training.progress import say
+from vqops.vqvae2.progress import say
 
 
 def reconstruct(options: ReconstructOptions) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich import get_console
-from rich.progress import Progress
 
 from vqops.vqvae2.data.batches import middles, validation_batches, window_of
 from vqops.vqvae2.data.images import Images
@@ -20,7 +18,7 @@ from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.prior.code_folder import META, Codes, CodesMeta, difference, read_meta
 from vqops.vqvae2.prior.options import ExtractOptions
 from vqops.vqvae2.training.processes import pick_device
-from vqops.vqvae2.training.progress import say
+from vqops.vqvae2.progress import Counting, say
 
 CHECKED_IMAGES, SAME_CODES = 16, 0.9
 MARK_EVERY = 5.0  # seconds between two notes of the progress
@@ -101,8 +99,7 @@ def write_codes(
     done = codes.meta.done
     rest = images.take(range(done, len(images)))
     marked = time.monotonic()
-    with Progress(transient=True, disable=not get_console().is_terminal) as bar:
-        task = bar.add_task("codes", total=len(images), completed=done)
+    with Counting("images", len(images), done) as counting:
         for pixels in validation_batches(rest, window, options.batch_size, options.num_workers):
             with torch.no_grad():
                 indices = model.encode(as_float(pixels.to(device)))
@@ -110,7 +107,7 @@ def write_codes(
                 raise InputError(f"the model finds no code for images {done} to {done + len(pixels) - 1}: not finite")
             codes.write(done, indices)
             done += len(pixels)
-            bar.update(task, completed=done)
+            counting.reach(done)
             if done == len(images) or time.monotonic() - marked > MARK_EVERY:
                 codes, marked = codes.mark(done), time.monotonic()
     return codes

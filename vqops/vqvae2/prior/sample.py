@@ -19,7 +19,7 @@ from vqops.vqvae2.prior.options import CompleteOptions, DrawOptions, SampleOptio
 from vqops.vqvae2.prior.sampling import draw_levels
 from vqops.vqvae2.prior.transformer import Prior
 from vqops.vqvae2.training.processes import pick_device
-from vqops.vqvae2.training.progress import say
+from vqops.vqvae2.progress import say
 
 GRID, GRID_COLUMNS = "grid.png", 8
 

@@ -30,7 +30,7 @@ from vqops.vqvae2.training.meters import CodeMeter, validate
 from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.processes import is_first, num_ranks, pick_device, process_group, rank
-from vqops.vqvae2.training.progress import Progress
+from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.resume import TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
 

@@ -21,8 +21,8 @@ from vqops.vqvae2.networks.vqvae2 import VQVAE2
 from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
-from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.progress import Progress, say
+from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.train import load_data, train
 
 NAMES = {

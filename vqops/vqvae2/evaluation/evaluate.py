@@ -28,8 +28,8 @@ from vqops.vqvae2.prior.sample import decoded
 from vqops.vqvae2.prior.sampling import draw_levels
 from vqops.vqvae2.prior.train_prior import bits_per_dim
 from vqops.vqvae2.prior.transformer import Prior, nats_per_code
-from vqops.vqvae2.training.processes import pick_device
 from vqops.vqvae2.progress import say
+from vqops.vqvae2.training.processes import pick_device
 
 SCALES = {
     "mse": "squared error per value, values in [0, 1], clamped; lower is better",

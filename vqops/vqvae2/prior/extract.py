@@ -17,8 +17,8 @@ from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.prior.code_folder import META, Codes, CodesMeta, difference, read_meta
 from vqops.vqvae2.prior.options import ExtractOptions
-from vqops.vqvae2.training.processes import pick_device
 from vqops.vqvae2.progress import Counting, say
+from vqops.vqvae2.training.processes import pick_device
 
 CHECKED_IMAGES, SAME_CODES = 16, 0.9
 MARK_EVERY = 5.0  # seconds between two notes of the progress

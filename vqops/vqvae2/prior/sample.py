@@ -18,8 +18,8 @@ from vqops.vqvae2.prior.checkpoint import load_priors
 from vqops.vqvae2.prior.options import CompleteOptions, DrawOptions, SampleOptions
 from vqops.vqvae2.prior.sampling import draw_levels
 from vqops.vqvae2.prior.transformer import Prior
-from vqops.vqvae2.training.processes import pick_device
 from vqops.vqvae2.progress import say
+from vqops.vqvae2.training.processes import pick_device
 
 GRID, GRID_COLUMNS = "grid.png", 8
 

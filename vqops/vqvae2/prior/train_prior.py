@@ -18,10 +18,10 @@ from vqops.vqvae2.prior.checkpoint import save_prior
 from vqops.vqvae2.prior.code_folder import Codes
 from vqops.vqvae2.prior.options import TrainPriorOptions
 from vqops.vqvae2.prior.transformer import Prior, PriorConfig, nats_per_code
+from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.loop import Training, run_steps
 from vqops.vqvae2.training.meters import Meter
 from vqops.vqvae2.training.processes import pick_device
-from vqops.vqvae2.progress import Progress
 
 
 def train_prior(options: TrainPriorOptions) -> Path:

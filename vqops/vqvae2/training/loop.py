@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.interruption import interruption
 from vqops.vqvae2.training.meters import Meter
 from vqops.vqvae2.training.optimization import learning_rate, set_learning_rate
 from vqops.vqvae2.training.processes import agree, is_first, num_ranks
-from vqops.vqvae2.progress import Progress
 
 ROW_EVERY = 10  # steps between two rows of metrics
 

@@ -25,12 +25,12 @@ from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float
 from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.curves import save_curves, training_panels
 from vqops.vqvae2.pictures.grids import save_reconstructions
+from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.loop import Training, run_steps
 from vqops.vqvae2.training.meters import CodeMeter, validate
 from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.processes import is_first, num_ranks, pick_device, process_group, rank
-from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.resume import TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
 

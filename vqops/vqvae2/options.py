@@ -25,6 +25,7 @@ class Check:
 Count = Annotated[int, Check("at least 1", lambda number: number >= 1)]
 CountOrZero = Annotated[int, Check("at least 0", lambda number: number >= 0)]
 Seed = Annotated[int, Check("at least 0 and below 2^63", lambda number: 0 <= number < 2**63)]
+Level = Annotated[int, Check("at least 0 and at most 255", lambda level: 0 <= level <= 255)]
 Positive = Annotated[float, Check("positive", lambda number: 0 < number < float("inf"))]
 NotNegative = Annotated[float, Check("at least 0", lambda number: 0 <= number < float("inf"))]
 Share = Annotated[float, Check("at least 0 and below 1", lambda number: 0 <= number < 1)]

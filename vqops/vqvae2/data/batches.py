@@ -4,7 +4,9 @@ Everything is a function of the seed and the number of the draw, so a run does n
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vqops.vqvae2.data.images import Images
+from vqops.vqvae2.errors import Field, InputError
 
 HELD_OUT_SHARE = 0.05
+FINGERPRINTED = 16  # images
 
 
 def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,6 +32,37 @@ def window_of(images: Images, image_size: int) -> tuple[int, int]:
     return min(image_size, images.largest[0]), min(image_size, images.largest[1])
 
 
+class Batches:
+    """Batches uint8 [B, C, *window] of crops, in an order of (image, draw) pairs; workers load them if there are any.
+
+    Iterating raises InputError, in one line, for an image that cannot be read, in whichever process it is met.
+    """
+
+    def __init__(self, crops: "Crops", order: Iterable[list[tuple[int, int | None]]], num_workers: int):
+        self.images, self.num_workers = crops.images, num_workers
+        self.loader = DataLoader(
+            crops,
+            batch_sampler=order,
+            num_workers=num_workers,
+            collate_fn=stack,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        try:
+            for batch in self.loader:
+                if isinstance(batch, InputError):  # not raised there: the loader would add the worker's traceback
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError("a process that loads images has ended: lower ", Field("num_workers"),
+                             f" {self.num_workers} ({reason})") from error  # fmt: skip
+
+
 def training_batches(
     images: Images,
     window: tuple[int, int],
@@ -37,43 +72,37 @@ def training_batches(
     num_workers: int,
     first_step: int = 0,
     part: tuple[int, int] = (0, 1),
-) -> DataLoader:  # of uint8 [batch_size // part[1], C, *window]
+) -> Batches:  # of uint8 [batch_size // part[1], C, *window]
     """Random crops, one batch a step; each epoch visits the images in a new order.
 
     The batches are those of steps first_step to steps - 1; of each, this is part[0] of part[1] consecutive ones.
     """
-    return DataLoader(
-        Crops(images, window, seed),
-        batch_sampler=ShuffledBatches(len(images), batch_size, steps, seed, first_step, part),
-        num_workers=num_workers,
-        collate_fn=stack,
-        worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
-        persistent_workers=num_workers > 0,
-    )
+    order = ShuffledBatches(len(images), batch_size, steps, seed, first_step, part)
+    return Batches(Crops(images, window, seed), order, num_workers)
 
 
 def validation_batches(
     images: Images, window: tuple[int, int], batch_size: int, num_workers: int, part: tuple[int, int] = (0, 1)
-) -> DataLoader:  # of uint8 [<= batch_size, C, *window]
+) -> Batches:  # of uint8 [<= batch_size, C, *window]
     """The middle of each image, in order; of the batches every part[1]-th, from part[0] on."""
-    return DataLoader(
-        Crops(images, window),
-        batch_sampler=[
-            [(index, None) for index in range(start, min(start + batch_size, len(images)))]
-            for start in range(part[0] * batch_size, len(images), part[1] * batch_size)
-        ],
-        num_workers=num_workers,
-        collate_fn=stack,
-        worker_init_fn=ignore_interrupt,
-        generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
-    )
+    return Batches(Crops(images, window), OrderedBatches(len(images), batch_size, part), num_workers)
 
 
 def middles(images: Images, window: tuple[int, int], positions: Sequence[int]) -> Tensor:  # uint8 [N, C, *window]
     """The middle of each of these images."""
     crops = Crops(images, window)
-    return stack([crops[(int(position), None)] for position in positions])
+    return stack([crops.cut(int(position), None) for position in positions])
+
+
+def fingerprint(images: Images, window: tuple[int, int]) -> dict[int, str]:
+    """What tells these images from others, wherever they lie: SHA-256 of the middles of 16 of them, by position.
+
+    One that cannot be read any more is left out.
+    """
+    crops = Crops(replace(images, replaces=False), window)
+    checked = np.unique(np.linspace(0, len(images) - 1, FINGERPRINTED, dtype=int)).tolist()
+    found = {position: crops[position, None] for position in checked}
+    return {at: sha256(pixels.tobytes()).hexdigest() for at, pixels in found.items() if isinstance(pixels, np.ndarray)}
 
 
 class Crops(Dataset):
@@ -82,8 +111,13 @@ class Crops(Dataset):
     def __init__(self, images: Images, window: tuple[int, int], seed: int = 0):
         self.images, self.window, self.seed = images, window, seed
 
-    def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray:  # uint8 [*window, C]
-        index, draw = item
+    def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray | InputError:
+        try:
+            return self.cut(*item)
+        except InputError as error:
+            return error
+
+    def cut(self, index: int, draw: int | None) -> np.ndarray:  # uint8 [*window, C]
         image = extended(self.images[index], self.window)
         room = [size - window for size, window in zip(image.shape[:2], self.window, strict=True)]
         if draw is None:
@@ -93,6 +127,21 @@ class Crops(Dataset):
         else:
             top, left = np.random.default_rng((self.seed, draw)).integers(0, room, endpoint=True)
         return image[top : top + self.window[0], left : left + self.window[1]]
+
+
+class OrderedBatches(Sampler):
+    """Batches of (image index, None), in order; of these every part[1]-th, from part[0] on."""
+
+    def __init__(self, num_images: int, batch_size: int, part: tuple[int, int]):
+        self.num_images, self.batch_size = num_images, batch_size
+        self.starts = range(part[0] * batch_size, num_images, part[1] * batch_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[tuple[int, None]]]:
+        for start in self.starts:
+            yield [(index, None) for index in range(start, min(start + self.batch_size, self.num_images))]
 
 
 class ShuffledBatches(Sampler):
@@ -125,12 +174,8 @@ class ShuffledBatches(Sampler):
         while True:
             order = random.permutation(self.num_images)
             skipped = min(max(first - draw, 0), self.num_images)
-            yield from enumerate_from(draw + skipped, order[skipped:].tolist())
+            yield from ((int(index), place) for place, index in enumerate(order[skipped:], draw + skipped))
             draw += self.num_images
-
-
-def enumerate_from(first: int, indices: list[int]) -> Iterator[tuple[int, int]]:
-    return ((index, draw) for draw, index in enumerate(indices, start=first))
 
 
 def extended(image: np.ndarray, window: tuple[int, int]) -> np.ndarray:  # [H, W, C]
@@ -139,10 +184,13 @@ def extended(image: np.ndarray, window: tuple[int, int]) -> np.ndarray:  # [H, W
     return np.pad(image, ((0, height), (0, width), (0, 0)), mode="reflect") if height or width else image
 
 
-def stack(images: Sequence[np.ndarray]) -> Tensor:  # uint8 [H, W, C] each; [B, C, H, W], channels last in memory
+def stack(images: Sequence[np.ndarray | InputError]) -> Tensor | InputError:
+    """Images uint8 [H, W, C] as [B, C, H, W], channels last in memory; or the first error among them."""
+    if error := next((image for image in images if isinstance(image, InputError)), None):
+        return error
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the run needs its workers until the step at hand is done."""
+def ignore_signals(worker: int) -> None:
+    """A signal reaches the whole process group; the run needs its workers until the step at hand is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,104 +1,108 @@
 """Images of any kind behind one interface: uint8 arrays [H, W, C] of one channel count, decoded when asked for."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
-from pathlib import Path
+from functools import cache
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from vqops.vqvae2.data.encoded import EncodedImage
 from vqops.vqvae2.errors import InputError
+from vqops.vqvae2.progress import say
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-GREY_MODES = ("1", "L", "LA", "I;16", "I", "F")
-ORIENTED_FORMATS, ORIENTATION = ("JPEG", "MPO", "TIFF", "WEBP"), 0x0112  # EXIF; 5 to 8 swap width and height
-KEPT_DECODED_BYTES = 2**30  # datasets up to here are decoded once and kept
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image file, or the bytes of one. Every method raises InputError, with the name, if it cannot be read."""
-
-    name: str
-    content: Path | bytes
-
-    @classmethod
-    def of_file(cls, path: Path) -> "EncodedImage":
-        return cls(str(path), path)
-
-    @contextmanager
-    def opened(self) -> Iterator[Image.Image]:
-        if isinstance(self.content, Path) and not self.content.is_file():
-            raise InputError(f"{self.name}: no such image file")
-        try:
-            with Image.open(self.content if isinstance(self.content, Path) else BytesIO(self.content)) as image:
-                yield image
-        except Exception as error:  # Pillow's formats raise what they like on corrupt data
-            raise InputError(f"{self.name}: not a readable image ({type(error).__name__}: {error})") from error
-
-    def header(self) -> tuple[int, int, int]:
-        """Height, width and number of channels (1 grey, 3 colour), without decoding the pixels."""
-        with self.opened() as image:
-            turned = image.format in ORIENTED_FORMATS and image.getexif().get(ORIENTATION, 1) >= 5
-            width, height = reversed(image.size) if turned else image.size
-            return height, width, 1 if image.mode in GREY_MODES else 3
-
-    def decode(self, channels: int) -> np.ndarray:  # uint8 [H, W, channels]
-        """The pixels, turned upright as EXIF says; transparency is dropped."""
-        with self.opened() as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"))
-        return pixels.reshape(*pixels.shape[:2], channels)
+WHITE = 255
+NAMED = 20  # images that cannot be read, on screen
+# What is wrong with an array of another dtype, and how it is put right.
+ADVICE = {
+    "f": ": floats have no known range; in [0, 1] it is (x * 255).round().astype('uint8')",
+    "u": ": 16 bits become 8 by (x / 257).round().astype('uint8')",
+    "b": ": booleans become 0 and 255 by x.astype('uint8') * 255",
+}
 
 
 @dataclass(frozen=True)
 class Images(Sequence):
-    """A sequence of uint8 images [H, W, channels], of one size or many."""
+    """A sequence of uint8 images [H, W, channels], of one size or many: some of the items of a source."""
 
-    items: Sequence  # an array [N, H, W, C], arrays [H, W, C], or EncodedImages
-    positions: Sequence[int]  # which items, in which order
+    items: Sequence  # of the source, all: an array [N, H, W, C], arrays [H, W, C], or EncodedImages
+    rows: Sequence[int]  # which items, in which order
     channels: int
     largest: tuple[int, int]  # largest height, largest width
+    background: int = WHITE  # grey level under transparency
+    names: Sequence[str] | None = None  # of all items, relative to the source
+    source: Any = None  # what else the source knows, such as labels
+    report: str = ""  # how many, of which kinds, and what was left out and why
+    bad: tuple[str, ...] = ()  # what was left out since it cannot be read, and the reasons
+    replaces: bool = False  # whether the next image stands in for one that cannot be read any more
 
     @classmethod
-    def of_array(cls, array: np.ndarray, name: str) -> "Images":  # uint8 [N, H, W, C] or [N, H, W]
-        """Raises InputError if the array is anything else; `name` says which in the message."""
-        shape = list(array.shape)
-        array = array[..., None] if array.ndim == 3 else array
+    def of_array(cls, array: np.ndarray, name: str, source: Any = None) -> "Images":
+        """Of uint8 [N, H, W, C] or [N, C, H, W] with C = 1 or 3 (channels last where it is both), or [N, H, W].
+
+        Raises InputError if the array is anything else; `name` says which in the message.
+        """
+        shape, order = list(array.shape), ""
+        if array.ndim == 3:
+            array = array[..., None]
+        elif array.ndim == 4 and shape[-1] not in (1, 3) and shape[1] in (1, 3):
+            array, order = np.moveaxis(array, 1, -1), ", channels first"
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-            allowed = "uint8 images [N, H, W, C] with C = 1 or 3, or [N, H, W]"
-            raise InputError(f"{name} must hold {allowed}, got {array.dtype} {shape}")
+            allowed = "uint8 images [N, H, W, C] or [N, C, H, W] with C = 1 or 3, or [N, H, W]"
+            advice = "" if array.dtype == np.uint8 else ADVICE.get(array.dtype.kind, "")
+            raise InputError(f"{name} must hold {allowed}, got {array.dtype} {shape}{advice}")
         if array.size == 0:
             raise InputError(f"{name} holds no image: its shape is {shape}")
-        return cls(array, range(len(array)), array.shape[-1], array.shape[1:3])
+        count, height, width, channels = array.shape
+        kind = "grey" if channels == 1 else "colour"
+        report = f"{name}: {count} images ({kind}, uint8 array{order}), {height} x {width} pixels"
+        return cls(array, range(count), channels, (height, width), source=source, report=report)
 
-    @classmethod
-    def of_encoded(cls, items: Sequence[EncodedImage], channels: int | None = None) -> "Images":
-        """Reads every header, and decodes and keeps all images if they are small enough together.
-
-        Without `channels`: 1 if all images are grey, else 3. Raises InputError for the first that cannot be read.
-        """
-        with ThreadPoolExecutor() as threads:
-            heights, widths, found = zip(*threads.map(EncodedImage.header, items), strict=True)
-            largest, channels = (max(heights), max(widths)), channels or max(found)
-            if channels * sum(map(int.__mul__, heights, widths)) <= KEPT_DECODED_BYTES:
-                items = list(threads.map(lambda item: item.decode(channels), items))
-        return cls(items, range(len(items)), channels, largest)
+    @property
+    def total(self) -> int:
+        """Items of the source, those that were left out among them."""
+        return len(self.items)
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> np.ndarray:  # uint8 [H, W, channels]
-        item = self.items[self.positions[index]]
-        return item.decode(self.channels) if isinstance(item, EncodedImage) else item
+        """Raises InputError if the image cannot be read any more; if it `replaces` such, only if none can be read."""
+        item = self.items[self.rows[index]]
+        if not isinstance(item, EncodedImage):
+            return item
+        try:
+            return item.decode(self.channels, self.background)
+        except InputError as error:
+            if not self.replaces:
+                raise
+            say_lost(str(error))
+            return self.after(index, error)
+
+    def after(self, index: int, error: InputError) -> np.ndarray:
+        """The next image, in the order of the source and from its start again, that can be read."""
+        for further in range(1, len(self)):
+            item = self.items[self.rows[(index + further) % len(self)]]
+            try:
+                return item.decode(self.channels, self.background) if isinstance(item, EncodedImage) else item
+            except InputError as also:
+                say_lost(str(also))
+        raise error
 
     def take(self, indices: Sequence[int]) -> "Images":
-        return replace(self, positions=[self.positions[index] for index in indices])
+        return replace(self, rows=np.asarray(self.rows)[np.asarray(indices, dtype=np.int64)])
+
+    @property
+    def used_names(self) -> list[str] | None:
+        return None if self.names is None else [self.names[row] for row in self.rows]
+
+    @property
+    def lines(self) -> list[str]:
+        """What a command says of its images: one line, and one for each that was left out since it cannot be read."""
+        more = [f"and {len(self.bad) - NAMED} more that cannot be read"] if len(self.bad) > NAMED else []
+        return [self.report, *(f"left out: {reason}" for reason in self.bad[:NAMED]), *more]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and its subfolders, sorted; hidden ones are left out."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+@cache  # once a process and image
+def say_lost(message: str) -> None:
+    say(f"{message}: the image after it takes its place")

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vqops.vqvae2.data.images import EncodedImage, Images
+from vqops.vqvae2.data.encoded import EncodedImage
+from vqops.vqvae2.data.images import Images
+from vqops.vqvae2.data.survey import Reading, of_encoded
 from vqops.vqvae2.errors import Field, InputError
 
 if TYPE_CHECKING:
@@ -41,11 +43,8 @@ def load_hugging_face(name: str, splits: tuple[str, ...]) -> "pa.Table":
     return loaded[split].data.table
 
 
-def images_in_column(table: "pa.Table", key: str | None, source: str, channels: int | None = None) -> Images:
-    """The images of column `key`, or of the only column that holds images; `source` names the table in errors.
-
-    Encoded images are decoded to `channels`, by default as many as they have.
-    """
+def images_in_column(table: "pa.Table", key: str | None, source: str, reading: Reading) -> Images:
+    """The images of column `key`, or of the only column that holds images; `source` names the table in errors."""
     if key is not None and key not in table.column_names:
         raise InputError(f"{source} has no column {key!r}, only {', '.join(table.column_names)}")
     fitting = [name for name in table.column_names if holds_images(storage_type(table.schema.field(name).type))]
@@ -62,7 +61,7 @@ def images_in_column(table: "pa.Table", key: str | None, source: str, channels: 
     kind = storage_type(table.schema.field(key).type)
     if is_list(kind):
         return Images.of_array(nested_lists(table.column(key), f"{source}[{key}]"), f"{source}[{key}]")
-    return Images.of_encoded(EncodedColumn(table.column(key), source), channels)
+    return of_encoded(EncodedColumn(table.column(key), source), source, reading)
 
 
 class EncodedColumn(Sequence):

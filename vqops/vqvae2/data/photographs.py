@@ -10,7 +10,8 @@ from importlib.resources import files
 import numpy as np
 from PIL import Image
 
-from vqops.vqvae2.data.images import EncodedImage, Images
+from vqops.vqvae2.data.encoded import EncodedImage
+from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.errors import Field, InputError
 
 TRAINING = ("astronaut.png", "coffee.png", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg", "motorcycle_left.png")

@@ -41,7 +41,11 @@ class EvaluateOptions(Options):
     data_key: str | None = None
     """Array or column of the images."""
     label_key: str | None = None
-    """Array or column of their labels, which --prior and --classifier-data use."""
+    """What their labels, which --prior and --classifier-data use, are called in --data or --labels."""
+    labels: Path | None = None
+    """A file of their labels, as of `vqops extract`."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, count and name them."""
     prior: tuple[Path, ...] = ()
     """Priors of `vqops train-prior`, one a level: their likelihood of the codes of the images is measured, and the
     classification accuracy score of their samples."""
@@ -51,7 +55,9 @@ class EvaluateOptions(Options):
     classifier_key: str | None = None
     """Array or column of these images."""
     classifier_label_key: str | None = None
-    """Array or column of their labels."""
+    """What their labels are called."""
+    classifier_labels: Path | None = None
+    """A file of their labels."""
     classifier_steps: Count = 500
     """Training steps of each classifier, of 64 images."""
     classifier_images: Count = 2000
@@ -72,7 +78,9 @@ class CompareOptions(SizeOptions, ImageOptions):
     out: Path
     """Folder for the runs, comparison.md and the pictures. It must be empty or new."""
     label_key: str | None = None
-    """Array or column of the labels of the validation images, for the picture of the latent space."""
+    """What the labels of the validation images are called, for the picture of the latent space."""
+    labels: Path | None = None
+    """A file of these labels, as of `vqops extract`."""
     bottleneck: tuple[Bottleneck, ...] = ("none", "gaussian", "gumbel", "vq")
     """The bottlenecks to compare."""
     levels: Literal[1, 2, 3] = field(default=1, kw_only=True)

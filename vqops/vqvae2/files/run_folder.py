@@ -13,7 +13,7 @@ from pathlib import Path
 from vqops.vqvae2.errors import InputError
 
 MODEL, METRICS, RECONSTRUCTIONS, CURVES = "model.safetensors", "metrics.jsonl", "reconstructions.png", "curves.png"
-CONFIG, TRAIN_STATE, TENSORBOARD = "config.toml", "train_state.pt", "tensorboard"
+CONFIG, TRAIN_STATE, TENSORBOARD, IMAGES = "config.toml", "train_state.pt", "tensorboard", "images.json"
 UNFINISHED = re.compile(r"\.\d+\..+")  # the names that `atomically` gives
 
 
@@ -38,7 +38,7 @@ def create(folder: Path | None) -> Path:
         folder = next_run() if folder is None else folder
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / METRICS, "")
-        for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE):  # of the run that is being overwritten
+        for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES):  # of the run that is being overwritten
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         remove_unfinished(folder)
@@ -101,6 +101,30 @@ def atomically(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with atomically(path) as temporary:
         temporary.write_text(text)
+
+
+def write_names(folder: Path, names: list[str] | None) -> None:
+    """Note which images, in which order, the run draws from, so that one that is lost or added later moves no other."""
+    if names is not None:
+        with writing_in(folder):
+            write_text(folder / IMAGES, json.dumps(names, indent=0) + "\n")
+
+
+def read_names(folder: Path) -> list[str] | None:
+    """The names that the run began with; None where its images have none, or an earlier version wrote none.
+
+    Raises InputError for a file that holds anything else.
+    """
+    path = folder / IMAGES
+    if not path.exists():
+        return None
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as names of images ({error})") from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} must be a list of names of images")
+    return names
 
 
 def append_row(folder: Path, row: dict[str, float]) -> None:

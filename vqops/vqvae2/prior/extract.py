@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from vqops.vqvae2.data.batches import middles, validation_batches, window_of
-from vqops.vqvae2.data.images import Images
+from vqops.vqvae2.data.images import WHITE, Images
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.data.sources import load_images
+from vqops.vqvae2.data.survey import Reading
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.files.run_folder import check_output, remove_unfinished, writing_in
+from vqops.vqvae2.files.run_folder import IMAGES, check_output, remove_unfinished, write_names, writing_in
 from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, training_options
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.prior.code_folder import META, Codes, CodesMeta, difference, read_meta
@@ -36,9 +37,14 @@ def extract(options: ExtractOptions) -> Path:
     if not model.config.discrete:
         reason = f" {model.config.bottleneck} has no codes to extract"
         raise InputError(f"{options.run}: a model with ", Field("bottleneck"), reason)
-    images = load_images(options.data, options.data_key, channels=model.config.image_channels)
-    labels, classes = load_labels(options.data, options.label_key, len(images))
-    image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size
+    training = training_options(path)
+    background = training.get("background", WHITE)
+    reading = Reading(model.config.image_channels, background, options.skip_bad_images)
+    images = load_images(options.data, options.data_key, reading=reading)
+    for line in images.lines:
+        say(line)
+    labels, classes = load_labels(options.data, images, options.labels, options.label_key)
+    image_size = training["image_size"] if options.image_size is None else options.image_size
     window = window_of(images, image_size)
     checked = np.unique(np.linspace(0, len(images) - 1, CHECKED_IMAGES, dtype=int))
     pixels = middles(images, window, checked)
@@ -55,7 +61,7 @@ def extract(options: ExtractOptions) -> Path:
         transform=f"middle crop {window[0]} x {window[1]}, uint8 / 255",
         classes=classes,
     )
-    codes = begun(options.out, meta, labels)
+    codes = begun(options.out, meta, labels, images.used_names)
     if 0 < codes.meta.done < len(images):
         say(f"{options.out}: {codes.meta.done} of {len(images)} images are there, going on")
     codes = write_codes(codes, model, images, window, options, device)
@@ -69,7 +75,7 @@ def extract(options: ExtractOptions) -> Path:
     return options.out
 
 
-def begun(folder: Path, meta: CodesMeta, labels: np.ndarray | None) -> Codes:
+def begun(folder: Path, meta: CodesMeta, labels: np.ndarray | None, names: list[str] | None) -> Codes:
     """The codes in the folder, or none so far; raises InputError if it holds anything else."""
     if (folder / META).exists():
         if different := difference(read_meta(folder), meta):
@@ -79,12 +85,13 @@ def begun(folder: Path, meta: CodesMeta, labels: np.ndarray | None) -> Codes:
     with writing_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
+        write_names(folder, names)
         return Codes.create(folder, meta, labels)
 
 
 def only_begun(folder: Path, meta: CodesMeta) -> bool:
     """Whether an extraction was killed here before it could write its meta.json."""
-    own = {f"{name}.npy" for name in meta.levels} | {"labels.npy"}
+    own = {f"{name}.npy" for name in meta.levels} | {"labels.npy", IMAGES}
     return all(path.name in own or path.name.startswith(".") for path in folder.iterdir())
 
 

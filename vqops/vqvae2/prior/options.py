@@ -21,7 +21,12 @@ class ExtractOptions(Options):
     data_key: str | None = None
     """Array or column of the images."""
     label_key: str | None = None
-    """Array of the .npz, or column of the .parquet file, with the labels: integers or names."""
+    """What the labels, integers or names, are called in --data: an array of the .npz, a column of the table, of the
+    labels.csv or metadata.csv in the folder, a field of the .tar, a key of CIFAR; or a column of --labels."""
+    labels: Path | None = None
+    """A file of labels: a .csv with a column of file names, an IDX file, a .npy, or a .npz with --label-key."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, count and name them."""
     image_size: Count | None = None
     """Take the middle of each image, of this size (default: the crop size of the training)."""
     batch_size: Count = 64

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from vqops.vqvae2.networks.vqvae2 import NetworkOptions
-from vqops.vqvae2.options import Count, CountOrZero, Device, NotNegative, Options, Positive, Seed, Share
+from vqops.vqvae2.options import Count, CountOrZero, Device, Level, NotNegative, Options, Positive, Seed, Share
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class ImageOptions(Options):
 
     data: str | None = None
     """Training images: a folder (searched recursively), a .npz or .npy file of uint8 images [N, H, W, C] or [N, H, W],
-    a .parquet file, or the name of a Hugging Face dataset. Without it: photographs that come with scikit-image."""
+    a .parquet or .tar file, an IDX file (MNIST), a CIFAR batch or folder, or the name of a Hugging Face dataset. Without
+    it: photographs that come with scikit-image."""
     data_key: str | None = None
     """Array of the .npz, or column of the table, with the training images. Default: the only one that holds images."""
     val_data: str | None = None
@@ -34,6 +35,11 @@ class ImageOptions(Options):
     """Array or column with the validation images, in --val-data if that is given, else in --data."""
     image_size: Count = 64
     """Train on random crops of this size; images that are no larger are used whole."""
+    background: Level = 255
+    """Grey level from 0 (black) to 255 (white) that transparent images are laid on."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be read, count and name them, instead of refusing to start. One that is lost later,
+    while the run trains, is named, and the image after it takes its place."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import TrainOptions
 
 # Fields that may differ between a run and its continuation: how long, where and how often, not what.
-MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "num_workers", "device", "out", *TRANSIENT)
+MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "num_workers", "device", "skip_bad_images", "out", *TRANSIENT)
 
 
 class TrainState:
@@ -59,8 +59,8 @@ class TrainState:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
         for name, here in self.about.items():
-            if (there := state["about"].get(name)) != here:
-                raise InputError(f"{path} was written with {name} {there}, now it is {here}")
+            if not same(there := state["about"].get(name, here), here):
+                raise InputError(f"{path} was written with {differing(name, there, here)}")
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -72,6 +72,17 @@ class TrainState:
         if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_random"])
         self.step = state["step"]
+
+
+def same(there: Any, here: Any) -> bool:
+    """Whether two descriptions are equal; of fingerprints, at those images that could be read both times."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return all(here[key] == value for key, value in there.items() if key in here)
+    return there == here
+
+
+def differing(name: str, there: Any, here: Any) -> str:
+    return f"other {name}" if isinstance(here, dict) else f"{name} {there}, now it is {here}"
 
 
 def continued(options: TrainOptions) -> TrainOptions:

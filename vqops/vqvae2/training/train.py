@@ -1,20 +1,22 @@
 """`vqops train`: a VQ-VAE-2 from images to a run folder."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from vqops import VectorQuantize
-from vqops.vqvae2.data.batches import hold_out, training_batches, validation_batches, window_of
+from vqops.vqvae2.data.batches import Batches, fingerprint, hold_out, training_batches, validation_batches, window_of
 from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.photographs import held_out_photographs, training_photographs
 from vqops.vqvae2.data.sources import load_images
+from vqops.vqvae2.data.survey import Reading
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import written
@@ -29,7 +31,7 @@ from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.loop import Training, run_steps
 from vqops.vqvae2.training.meters import CodeMeter, validate
 from vqops.vqvae2.training.optimization import WeightAverage
-from vqops.vqvae2.training.options import TrainOptions
+from vqops.vqvae2.training.options import ImageOptions, TrainOptions
 from vqops.vqvae2.training.processes import is_first, num_ranks, pick_device, process_group, rank
 from vqops.vqvae2.training.resume import TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
@@ -68,13 +70,21 @@ def train_here(options: TrainOptions, device: torch.device) -> Path:
         reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
         raise InputError(Field("batch_size"), reason)
     progress = Progress(options.steps, quiet=not is_first())
-    images, held_out = load_data(options, progress)
+    listed = run_folder.read_names(options.resume) if options.resume else None
+    data = load_data(options, progress, listed)
+    images, held_out = data.training, data.held_out
     window = window_of(images, options.image_size)
     torch.manual_seed(options.seed)
     model = VQVAE2(network_of(options, images.channels, window))
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    about = {"images": len(images), "image size": list(window)}
+    about = {
+        "images": len(images),
+        "image size": list(window),
+        "pixels": fingerprint(images, window),
+        "validation images": len(held_out),
+        "validation pixels": fingerprint(held_out, window),
+    }
     state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about)
     if options.resume and (checkpoint := options.resume / run_folder.TRAIN_STATE).exists():
         state.load(checkpoint)
@@ -89,6 +99,8 @@ def train_here(options: TrainOptions, device: torch.device) -> Path:
     trained = model if num_ranks() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
     folder = start_folder(options, state.step) if is_first() else Path()
+    if is_first() and not listed:
+        run_folder.write_names(folder, data.whole.used_names)
     progress.say(f"{len(images)} images, {window[0]} x {window[1]} pixels a crop, on {device}; run folder {folder}")
     training = VQVAE2Training(state, trained, validation, options, folder, progress)
     run_steps(training, batches, state.step)
@@ -114,7 +126,7 @@ def start_folder(options: TrainOptions, step: int) -> Path:
 class VQVAE2Training(Training):
     state: TrainState
     trained: nn.Module  # the state's module, or what stands for it in several processes
-    validation: DataLoader
+    validation: Batches
     options: TrainOptions
     folder: Path
     progress: Progress
@@ -229,22 +241,40 @@ def network_of(options: TrainOptions, image_channels: int, window: tuple[int, in
     return replace(config, restart_below=tuple(RESTART_BELOW * N / options.codebook_size for N in vectors))
 
 
-def load_data(options: TrainOptions, progress: Progress) -> tuple[Images, Images]:
-    """Training and validation images; says on screen which are held out."""
+class Data(NamedTuple):
+    whole: Images  # all that --data names
+    training: Images
+    held_out: Images
+
+
+def load_data(options: ImageOptions, progress: Progress, listed: Sequence[str] | None = None) -> Data:
+    """Training and validation images; says on screen what they are, and which are held out.
+
+    `listed` are the names of the images of the run that goes on.
+    """
     if options.data is None:
         if options.data_key or options.val_data or options.val_key:
             keys = Field("data_key"), ", ", Field("val_data"), " and ", Field("val_key")
             raise InputError(*keys, " need ", Field("data"))
         progress.say("no --data: photographs of scikit-image, chelsea (a cat) held out")
-        return training_photographs(), held_out_photographs(options.image_size)
-    images = load_images(options.data, options.data_key)
-    if options.val_data is not None:
-        return images, load_images(options.val_data, options.val_key, ("validation", "test"), images.channels)
-    if options.val_key is not None:
-        return images, load_images(options.data, options.val_key, channels=images.channels)
+        photographs = training_photographs()
+        return Data(photographs, photographs, held_out_photographs(options.image_size))
+    reading = Reading(None, options.background, options.skip_bad_images, listed, progress.console.quiet)
+    images = load_images(options.data, options.data_key, reading=reading)
+    images = replace(images, replaces=options.skip_bad_images)
+    for line in images.lines:
+        progress.say(line)
+    if options.val_data is not None or options.val_key is not None:
+        reading = replace(reading, channels=images.channels, listed=None)
+        source = options.data if options.val_data is None else options.val_data
+        held_out = load_images(source, options.val_key, ("validation", "test"), reading)
+        held_out = replace(held_out, replaces=options.skip_bad_images)
+        progress.say(f"validation on {held_out.lines[0]}")
+        for line in held_out.lines[1:]:
+            progress.say(line)
+        return Data(images, images, held_out)
     if len(images) == 1:
         raise InputError(f"{options.data} holds one image: nothing can be held out, give ", Field("val_data"))
-    training, held_out = (images.take(part.tolist()) for part in hold_out(len(images), options.seed))
-    said = f"held out {len(held_out)} of {len(images)} images (5 %, seed {options.seed}) for validation"
-    progress.say(f"{options.data}: {said}")
-    return training, held_out
+    training, held_out = (images.take(part) for part in hold_out(len(images), options.seed))
+    progress.say(f"held out {len(held_out)} of {len(images)} images (5 %, seed {options.seed}) for validation")
+    return Data(images, training, held_out)

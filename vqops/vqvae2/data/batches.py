@@ -49,6 +49,9 @@ class Batches:
             generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
         )
 
+    def __len__(self) -> int:
+        return len(self.loader)
+
     def __iter__(self) -> Iterator[Tensor]:
         try:
             for batch in self.loader:

@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from promises import REPEATS
 
 pytest.importorskip("safetensors")
 
 from vqops.vqvae2 import Codes, CodesMeta, ExtractOptions, InputError, TrainOptions, extract, load_model, train
-from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.networks.vqvae2 import as_float
 
 N = 21
@@ -104,26 +102,6 @@ def test_damaged_codes_are_noticed(folder, tmp_path):
     refused("the codes in the files are not those of the images", options_of(folder, out))
 
 
-# Labels
-
-
-def test_subfolders_are_labels(tmp_path):
-    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
-    labels, classes = load_labels(str(tmp_path), None, 3)
-    assert (labels.tolist(), classes) == ([0, 0, 1], ("cat", "dog"))
-    Image.new("RGB", (4, 4)).save(tmp_path / "3.png")
-    assert load_labels(str(tmp_path), None, 4) == (None, ())
-
-
-def test_labels_can_be_names_and_are_optional(tmp_path):
-    np.savez(tmp_path / "x.npz", y=np.array(["b", "a", "b"]))
-    labels, classes = load_labels(str(tmp_path / "x.npz"), "y", 3)
-    assert (labels.tolist(), classes) == ([1, 0, 1], ("a", "b"))
-    assert load_labels(str(tmp_path / "x.npz"), None, 3) == (None, ())
-
-
 # Refused
 
 
@@ -137,7 +115,7 @@ def test_what_is_refused_leaves_nothing(folder, tmp_path):
     refused("no such file", options_of(folder, out, run=tmp_path))
     refused("has no array 'z'", options_of(folder, out, data_key="z"))
     refused("has no array 'z'", options_of(folder, out, label_key="z"))
-    refused(r"labels are integers or names \[21\].*'x_two' is uint8 \[2, ", options_of(folder, out, label_key="x_two"))
+    refused(r"x_two\]: labels are .*\[21\].*these are uint8 \[2, ", options_of(folder, out, label_key="x_two"))
     np.save(tmp_path / "grey.npy", np.zeros((4, 16, 16), np.uint8))
     grey = options_of(folder, out, data=str(tmp_path / "grey.npy"), data_key=None, label_key=None)
     refused("holds images of 1 channels", grey)

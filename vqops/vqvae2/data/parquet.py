@@ -4,6 +4,7 @@ A column holds images as Hugging Face writes them (a struct of `bytes` and `path
 of uint8 of one shape. pyarrow and datasets come with the `hf` extra and are imported when first needed.
 """
 
+import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -62,6 +63,30 @@ def images_in_column(table: "pa.Table", key: str | None, source: str, reading: R
     if is_list(kind):
         return Images.of_array(nested_lists(table.column(key), f"{source}[{key}]"), f"{source}[{key}]")
     return of_encoded(EncodedColumn(table.column(key), source), source, reading)
+
+
+def values_in_column(table: "pa.Table", key: str, source: str) -> tuple[list, tuple[str, ...]]:
+    """Labels, None where there is none, and the names of classes that Hugging Face wrote into the table."""
+    if key not in table.column_names:
+        raise InputError(f"{source} has no column {key!r}, only {', '.join(table.column_names)}")
+    types, kind = import_module("pyarrow.types"), table.schema.field(key).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    checks = types.is_integer, types.is_boolean, types.is_string, types.is_large_string
+    if not any(is_kind(kind) for is_kind in checks):
+        raise InputError(f"{source}: labels are integers, names or booleans; {key!r} is {table.schema.field(key).type}")
+    values, classes = table.column(key).to_pylist(), class_names(table, key)
+    if classes:  # -1 is a label that is not known
+        values = [value if value is not None and 0 <= value < len(classes) else None for value in values]
+    return values, classes
+
+
+def class_names(table: "pa.Table", key: str) -> tuple[str, ...]:
+    written = (table.schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        feature = json.loads(written)["info"]["features"][key]
+        return tuple(feature["names"]) if feature["_type"] == "ClassLabel" else ()
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
 class EncodedColumn(Sequence):

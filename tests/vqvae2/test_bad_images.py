@@ -1,4 +1,4 @@
-"""Images that cannot be read: found before the first step, left out where that was asked for, and survived when lost."""
+"""Images that cannot be read: found before the first step, left out where that is asked for, survived when lost."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_none_is_left(folder, size):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_is_one_line_whichever_process_meets_it(num_workers):
-    images = Images([EncodedImage("gone.png", b"not an image")] * 4, range(4), 3, (8, 8))
+    images = Images([EncodedImage("gone.png", b"not an image")] * 4, np.arange(4), 3, (8, 8))
     with pytest.raises(InputError, match=r"^gone\.png: not a readable image [^\n]*$"):
         list(batches.training_batches(images, (8, 8), 4, 5, 0, num_workers))
 
@@ -116,7 +116,7 @@ def test_a_process_that_is_killed_is_one_line():
         def __getitem__(self, index):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    images = Killer(np.zeros((4, 8, 8, 3), np.uint8), range(4), 3, (8, 8))
+    images = Killer(np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), 3, (8, 8))
     with pytest.raises(InputError, match=r"^a process that loads images has ended: lower num_workers 2 \([^\n]*\)$"):
         list(batches.training_batches(images, (8, 8), 4, 5, 0, 2))
 

@@ -192,7 +192,7 @@ def test_corrupt_file_is_named(tmp_path, suffix):
         (np.zeros((4, 0, 8), np.uint8), r"holds no image: its shape is \[4, 0, 8\]"),
         (np.array([{}, {}]), "not a readable"),
     ],
-    ids=["float", "half", "16 bits", "bool", "signed", "complex", "fields", "four planes", "two axes", "four channels", "no image", "no pixel", "objects"],
+    ids="float half uint16 bool int8 complex fields planes axes channels images pixels objects".split(),
 )
 def test_arrays_that_are_no_images(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array)
@@ -237,7 +237,7 @@ def test_missing_extra_is_named(tmp_path, monkeypatch):
 
 def of_sizes(*sizes: tuple[int, int]) -> Images:
     arrays = [np.full((*size, 3), number, np.uint8) for number, size in enumerate(sizes)]
-    return Images(arrays, range(len(arrays)), 3, tuple(np.max(sizes, axis=0)))
+    return Images(arrays, np.arange(len(arrays)), 3, tuple(np.max(sizes, axis=0)))
 
 
 def training_list(images, image_size=8, batch_size=4, steps=5, seed=0, num_workers=0):

@@ -26,7 +26,7 @@ class Images(Sequence):
     """A sequence of uint8 images [H, W, channels], of one size or many: some of the items of a source."""
 
     items: Sequence  # of the source, all: an array [N, H, W, C], arrays [H, W, C], or EncodedImages
-    rows: Sequence[int]  # which items, in which order
+    rows: np.ndarray  # int64 [N]: which items, in which order
     channels: int
     largest: tuple[int, int]  # largest height, largest width
     background: int = WHITE  # grey level under transparency
@@ -56,7 +56,7 @@ class Images(Sequence):
         count, height, width, channels = array.shape
         kind = "grey" if channels == 1 else "colour"
         report = f"{name}: {count} images ({kind}, uint8 array{order}), {height} x {width} pixels"
-        return cls(array, range(count), channels, (height, width), source=source, report=report)
+        return cls(array, np.arange(count), channels, (height, width), source=source, report=report)
 
     @property
     def total(self) -> int:
@@ -90,7 +90,7 @@ class Images(Sequence):
         raise error
 
     def take(self, indices: Sequence[int]) -> "Images":
-        return replace(self, rows=np.asarray(self.rows)[np.asarray(indices, dtype=np.int64)])
+        return replace(self, rows=self.rows[np.asarray(indices, dtype=np.int64)])
 
     @property
     def used_names(self) -> list[str] | None:

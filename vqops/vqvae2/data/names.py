@@ -1,7 +1,7 @@
 """Names of many files in two arrays, and the images behind them.
 
-Millions of Python objects would take gigabytes, and as much again in each process that loads images: counting references
-writes to the pages that they share.
+Millions of Python objects would take gigabytes, and as much again in each process that loads images: counting
+references writes to the pages that they share.
 """
 
 import os

@@ -61,8 +61,8 @@ def images_in_column(table: "pa.Table", key: str | None, source: str, reading: R
         raise InputError(f"{source} holds no image: column {key!r} is empty")
     kind = storage_type(table.schema.field(key).type)
     if is_list(kind):
-        return Images.of_array(nested_lists(table.column(key), f"{source}[{key}]"), f"{source}[{key}]")
-    return of_encoded(EncodedColumn(table.column(key), source), source, reading)
+        return Images.of_array(nested_lists(table.column(key), f"{source}[{key}]"), f"{source}[{key}]", table)
+    return of_encoded(EncodedColumn(table.column(key), source), source, reading, knows=table)
 
 
 def values_in_column(table: "pa.Table", key: str, source: str) -> tuple[list, tuple[str, ...]]:

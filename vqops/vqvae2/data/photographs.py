@@ -37,7 +37,7 @@ def held_out_photographs(size: int) -> Images:
 
 def of_arrays(arrays: list[np.ndarray]) -> Images:
     heights, widths = zip(*(array.shape[:2] for array in arrays), strict=True)
-    return Images(arrays, range(len(arrays)), 3, (max(heights), max(widths)))
+    return Images(arrays, np.arange(len(arrays)), 3, (max(heights), max(widths)))
 
 
 def scaled(name: str, shrink: int) -> np.ndarray:  # uint8 [H // shrink, W // shrink, 3]

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vqops.vqvae2.data.images import IMAGE_SUFFIXES
+from vqops.vqvae2.data.folder import IMAGE_SUFFIXES
 from vqops.vqvae2.errors import InputError
 
 LABEL_ENDINGS = ("class", "cls", "id", "index", "json", "label", "text", "txt")

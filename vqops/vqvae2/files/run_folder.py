@@ -38,7 +38,7 @@ def create(folder: Path | None) -> Path:
         folder = next_run() if folder is None else folder
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / METRICS, "")
-        for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES):  # of the run that is being overwritten
+        for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES):  # of the run that is overwritten
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         remove_unfinished(folder)

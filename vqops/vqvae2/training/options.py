@@ -24,8 +24,8 @@ class ImageOptions(Options):
 
     data: str | None = None
     """Training images: a folder (searched recursively), a .npz or .npy file of uint8 images [N, H, W, C] or [N, H, W],
-    a .parquet or .tar file, an IDX file (MNIST), a CIFAR batch or folder, or the name of a Hugging Face dataset. Without
-    it: photographs that come with scikit-image."""
+    a .parquet or .tar file, an IDX file (MNIST), a CIFAR batch or folder, or the name of a Hugging Face dataset.
+    Without it: photographs that come with scikit-image."""
     data_key: str | None = None
     """Array of the .npz, or column of the table, with the training images. Default: the only one that holds images."""
     val_data: str | None = None

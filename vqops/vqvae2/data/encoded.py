@@ -51,10 +51,10 @@ class EncodedImage:
     def header(self) -> Header:
         """Without decoding the pixels, unless nothing else tells that they are all there."""
         with self.opened() as (file, image):
-            samples = Samples.of(image)
+            channels, samples = channels_of(image), Samples.of(image)
             if not is_whole(file, image):
                 image.load()
-            return Header(*upright_size(image), channels_of(image), image.mode, notes_of(image, samples))
+            return Header(*upright_size(image), channels, image.mode, notes_of(image, samples))
 
     def decode(self, channels: int, background: int = 255) -> np.ndarray:  # uint8 [H, W, channels]
         """The first picture, upright, in grey or sRGB; transparency is composited on the grey level `background`."""

@@ -68,7 +68,7 @@ def refusal(image: Image.Image) -> str | None:
 def channels_of(image: Image.Image) -> int:
     """Of a picture that is not decoded yet."""
     layout = storage_of(image)[-1]
-    grey = image.mode in GREY_MODES or layout.startswith("LA") or (image.mode == "P" and has_grey_palette(image))
+    grey = image.mode in GREY_MODES or layout.startswith("LA;") or (image.mode == "P" and has_grey_palette(image))
     return 1 if grey else 3  # grey with opacity, of 16 bits, comes from a PNG as RGBA
 
 
@@ -105,12 +105,20 @@ def notes_of(image: Image.Image, samples: Samples) -> tuple[str, ...]:
     holds = {
         TRANSPARENT: image.has_transparency_data,
         DEEP: samples.largest > 255,
-        ANIMATED: getattr(image, "is_animated", False),
+        ANIMATED: has_several_pictures(image),
         TURNED: orientation(image) != 1,
         CONVERTED: conversion is not None and conversion.transform is not None,
         UNCONVERTED: conversion is not None and not conversion.usable,
     }
     return tuple(note for note in NOTES if holds[note])
+
+
+def has_several_pictures(image: Image.Image) -> bool:
+    """Without counting them."""
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # the second is broken
+        return True
 
 
 def conversion_of(image: Image.Image) -> Conversion | None:

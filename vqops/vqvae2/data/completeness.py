@@ -46,7 +46,7 @@ def has_all_chunks(file: BinaryIO, image: Image.Image, size: int) -> bool:
 
 def has_all_blocks(file: BinaryIO, image: Image.Image, size: int) -> bool:
     """GIF: the blocks of the first picture, up to the empty one."""
-    position = image.tile[0][2] + 1  # after the size of the first codes
+    position = image.tile[0][2]
     while position < size:
         file.seek(position)
         length = file.read(1)[0]

@@ -36,16 +36,22 @@ class Samples:
 
     @classmethod
     def of(cls, image: Image.Image) -> "Samples":
-        """Of a picture that is not decoded yet."""
-        codec, _, _, args = image.tile[0] if image.tile else ("", None, 0, ())
-        layout = args[0] if isinstance(args, tuple) and args else args
-        bits = BITS.fullmatch(layout) if isinstance(layout, str) else None
+        """Of a picture that is not decoded yet, or of no file."""
+        codec, args, layout = storage_of(image)
+        bits = BITS.fullmatch(layout)
         largest = 2 ** int(bits[1]) - 1 if bits else 255
         if image.mode == "I" or (image.mode in WIDE_MODES and not bits):
             largest = 65535
         if codec.startswith("ppm") and isinstance(args, tuple):  # Pillow scales these itself
             largest = 65535 if args[1] > 255 else 255
         return cls(largest, image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0)
+
+
+def storage_of(image: Image.Image) -> tuple[str, object, str]:
+    """Pillow's codec, its arguments, and among them the layout of the samples ("" where they don't say)."""
+    codec, _, _, args = (getattr(image, "tile", None) or [("", None, 0, ())])[0]
+    layout = args[0] if isinstance(args, tuple) and args else args
+    return codec, args, layout if isinstance(layout, str) else ""
 
 
 def refusal(image: Image.Image) -> str | None:
@@ -60,7 +66,10 @@ def refusal(image: Image.Image) -> str | None:
 
 
 def channels_of(image: Image.Image) -> int:
-    return 1 if image.mode in GREY_MODES or (image.mode == "P" and has_grey_palette(image)) else 3
+    """Of a picture that is not decoded yet."""
+    layout = storage_of(image)[-1]
+    grey = image.mode in GREY_MODES or layout.startswith("LA;") or (image.mode == "P" and has_grey_palette(image))
+    return 1 if grey else 3  # grey with opacity, of 16 bits, comes from a PNG as RGBA
 
 
 def has_grey_palette(image: Image.Image) -> bool:
@@ -96,12 +105,20 @@ def notes_of(image: Image.Image, samples: Samples) -> tuple[str, ...]:
     holds = {
         TRANSPARENT: image.has_transparency_data,
         DEEP: samples.largest > 255,
-        ANIMATED: getattr(image, "is_animated", False),
+        ANIMATED: has_several_pictures(image),
         TURNED: orientation(image) != 1,
         CONVERTED: conversion is not None and conversion.transform is not None,
         UNCONVERTED: conversion is not None and not conversion.usable,
     }
     return tuple(note for note in NOTES if holds[note])
+
+
+def has_several_pictures(image: Image.Image) -> bool:
+    """Without counting them."""
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # the second is broken
+        return True
 
 
 def conversion_of(image: Image.Image) -> Conversion | None:

@@ -51,10 +51,10 @@ class EncodedImage:
     def header(self) -> Header:
         """Without decoding the pixels, unless nothing else tells that they are all there."""
         with self.opened() as (file, image):
-            samples = Samples.of(image)
+            channels, samples = channels_of(image), Samples.of(image)
             if not is_whole(file, image):
                 image.load()
-            return Header(*upright_size(image), channels_of(image), image.mode, notes_of(image, samples))
+            return Header(*upright_size(image), channels, image.mode, notes_of(image, samples))
 
     def decode(self, channels: int, background: int = 255) -> np.ndarray:  # uint8 [H, W, channels]
         """The first picture, upright, in grey or sRGB; transparency is composited on the grey level `background`."""
@@ -75,11 +75,11 @@ class EncodedImage:
         except MemoryError:
             raise
         except FileNotFoundError as error:
-            raise InputError(f"{self.shown}: no such image file") from error
+            raise InputError(f"{on_one_line(self.name)}: no such image file") from error
         except InputError as error:
-            raise InputError(f"{self.shown}: {error}") from error
+            raise InputError(f"{on_one_line(self.name)}: {error}") from error
         except Exception as error:  # Pillow's formats raise what they like on corrupt data
-            raise InputError(f"{self.shown}: not a readable image ({reason_of(error)})") from error
+            raise InputError(f"{on_one_line(self.name)}: not a readable image ({reason_of(error)})") from error
 
     def stream(self) -> BinaryIO:
         if isinstance(self.content, bytes):
@@ -92,11 +92,6 @@ class EncodedImage:
         if part and part.offset + part.size > status.st_size:
             raise OSError("the file that it is in ends before it does")
         return io.BufferedReader(PartOfFile(part)) if part else open(path, "rb")
-
-    @property
-    def shown(self) -> str:
-        """The name on one line, as any terminal can write it."""
-        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in self.name)
 
 
 class PartOfFile(io.RawIOBase):
@@ -135,3 +130,8 @@ def reason_of(error: Exception) -> str:
         return "of no format that Pillow knows"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def on_one_line(name: str) -> str:
+    """As any terminal can write it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vqops.vqvae2.data.encoded import on_one_line
 from vqops.vqvae2.errors import InputError
 
 # Pictures of formats that Pillow reads; of AVIF from Pillow 11.3 on
@@ -43,7 +44,8 @@ def find_images(folder: Path) -> Found:
                 continue
             inside = entries(folder / name, found.left_out)
         except OSError as error:
-            found.unreadable.append(InputError(f"{folder / name}: the folder cannot be read ({error.strerror})"))
+            place = on_one_line(str(folder / name))
+            found.unreadable.append(InputError(f"{place}: the folder cannot be read ({error.strerror})"))
             continue
         prefix, ancestors = f"{name}/" if name else "", ancestors | {identity}
         pending += [(prefix + entry, ancestors if is_folder else None) for entry, is_folder in inside]

@@ -192,7 +192,7 @@ def test_corrupt_file_is_named(tmp_path, suffix):
         (np.zeros((4, 0, 8), np.uint8), r"holds no image: its shape is \[4, 0, 8\]"),
         (np.array([{}, {}]), "not a readable"),
     ],
-    ids="float half uint16 bool int8 complex fields planes axes channels images pixels objects".split(),
+    ids=lambda value: value.dtype.name if isinstance(value, np.ndarray) else "",
 )
 def test_arrays_that_are_no_images(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array)

@@ -150,9 +150,9 @@ def test_tables_that_do_not_label_every_image_once(tmp_path):
     broken("a.png,x\nb.png,y\n", r"needs a header line with a column .*, its first line is a\.png, x$")
     broken("file,label\na.png,x,y\n", r"labels\.csv line 2: expected 2 values, as in its header line")
     broken("file,label,label\na.png,x,y\n", "a column twice: file, label, label")
-    broken("file,label\n", "has no rows below its header line")
-    broken("", "has no rows below its header line")
-    broken('file,label\na.png,"x\n', "not a readable table")
+    broken("file,label\n", "3 of 3 images have no label")
+    broken("", r"labels\.csv is empty")
+    broken('file,label\na.png,"x\n', r"labels\.csv: not a readable table \(unexpected end of data\)")
     broken("file,label\na.png,gänse\n".encode("latin1"), r"labels\.csv: not UTF-8 .*save it as UTF-8")
     broken("file,label\na.png,x\n".encode("utf-16"), r"labels\.csv: not UTF-8")
     images = named("x/b.png", "y/b.png", "y/c.png", "y/c.jpg")
@@ -177,6 +177,35 @@ def test_arrays_of_labels_are_in_the_order_of_the_images(tmp_path):
     refused("labels: .*nowhere.csv: no such file", "data", images, tmp_path / "nowhere.csv")
     (tmp_path / "y.txt").write_text("7")
     refused(r"labels must be a \.csv, \.tsv, \.npy, \.npz or IDX file, got .*txt", "data", images, tmp_path / "y.txt")
+
+
+@pytest.mark.parametrize("kind", ["csv", "npy", "npz", "idx"])
+def test_cut_files_of_labels(tmp_path, kind):
+    path = tmp_path / f"y.{kind}"
+    if kind == "csv":
+        path.write_text("file,label\n0.png,x\n1.png,y\n2.png,z\n")
+    elif kind == "npy":
+        np.save(path, np.arange(3))
+    elif kind == "npz":
+        np.savez(path, y=np.arange(3))
+    else:
+        path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 0, 1, 2]))
+    content, images = path.read_bytes(), named("0.png", "1.png", "2.png")
+    whole = len(content.rstrip())
+    for size in range(whole):
+        path.write_bytes(content[:size])
+        refused(str(path), "data", images, path)
+    path.write_bytes(content[:whole])
+    assert found("data", images, path)[0] == [0, 1, 2]
+
+
+def test_arrays_are_told_by_their_content(tmp_path):
+    with open(tmp_path / "y.npz", "wb") as file:
+        np.save(file, np.array([5, 4]))
+    assert found("data", unnamed(2), tmp_path / "y.npz") == ([1, 0], ("4", "5"))
+    with open(tmp_path / "y.npy", "wb") as file:
+        np.savez(file, y=np.array([5, 4]))
+    assert found("data", unnamed(2), tmp_path / "y.npy") == ([1, 0], ("4", "5"))
 
 
 @pytest.mark.parametrize(

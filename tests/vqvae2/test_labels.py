@@ -89,7 +89,7 @@ def csv(tmp_path, text: str | bytes, name: str = "labels.csv"):
         "\ufefffilename;label\r\na.png;x\r\nsub/b.png;y\r\n",
         "id\tlabel\na\tx\nb\ty\n",
         '"path","label"\n"a.png","x"\n"./sub\\b.png","y"\n\n',
-        "name, label\na.png, x\nsub/b, y",
+        "name , label \na.png , x\nsub/b, y ",
         ",file,label\n0,a.png,x\n1,b.png,y\n",
         "file,class,split\na.png,x,1\nb.png,y,2\n",
         "id,file,label\n7,a.png,x\n9,b.png,y\n",
@@ -128,6 +128,8 @@ def test_key_names_the_column(tmp_path):
     images = named("a.png", "b.png")
     assert found("data", images, table, "name") == ([1, 0], ("blue", "red"))
     assert found("data", images, table, "kind") == ([0, 1], ("x", "y"))
+    both = csv(tmp_path, "name,id\nred,a\nblue,b\n", "both.csv")
+    assert found("data", images, both, "name") == ([1, 0], ("blue", "red"))
     refused(r"which column is the label\? Its columns are name, file, kind", "data", images, table)
     refused("has no column of labels 'z', only name, kind", "data", images, table, "z")
 
@@ -277,12 +279,13 @@ def test_archives_have_labels_of_samples_or_folders(tmp_path):
     assert found(str(path), samples) == ([1, 0], ("9", "10"))
     refused(r"x\.tar\[txt\]: 1 of 2 images have no label, the first is 2\.jpg", str(path), samples, key="txt")
     refused("has no labels 'json.x', only cls, txt", str(path), samples, key="json.x")
-    first, second = b'{"a": true, "b": 0.5, "c": [1], "d": 1}', b'{"a": false, "b": 1.5, "c": [2], "d": "x"}'
+    first, second = b'{"a": true, "b": 0.5, "c": [1], "d": 1}', b'{"e": NaN, "a": false, "b": 1.5, "c": [2], "d": "x"}'
     fields = archive(path, {"1.jpg": b"", "1.json": first, "2.jpg": b"", "2.json": second})
     assert found(str(path), fields, key="json.a") == ([1, 0], ("False", "True"))
     allowed = "all integers, all names or all booleans"
     refused(rf"x\.tar\[b\]: labels are {allowed}; these are float", str(path), fields, key="b")
     refused("these are list", str(path), fields, key="c")
+    refused("2 of 2 images have no label", str(path), fields, key="e")
     refused("these are int and str", str(path), fields, key="d")
     folders = archive(path, {"set/train/cat/1.jpg": b"", "set/train/dog/1.jpg": b"", "set/train/dog/x/1.jpg": b""})
     assert found(str(path), folders) == ([0, 1, 1], ("cat", "dog"))

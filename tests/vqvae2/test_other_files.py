@@ -88,6 +88,18 @@ def test_every_cut_idx_is_refused_by_name(tmp_path, content):
         refused(rf"{tmp_path}/x\b", read_idx, tmp_path / "x")
 
 
+def test_every_changed_byte_of_a_gzip_is_found(tmp_path):
+    content = gzip.compress(IMAGES, mtime=0)
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x55
+        (tmp_path / "x").write_bytes(damaged)
+        if place in (4, 5, 6, 7, 8, 9):  # time, level and system of the writer
+            assert read_idx(tmp_path / "x").tolist() == np.arange(10, 22).reshape(2, 2, 3).tolist()
+        else:
+            refused(rf"{tmp_path}/x\b", read_idx, tmp_path / "x")
+
+
 def test_broken_idx_says_what_is_wrong(tmp_path):
     path = tmp_path / "x"
 
@@ -194,7 +206,7 @@ def test_cifar_100_has_two_kinds_of_labels(tmp_path):
 def test_cifar_written_again_by_this_numpy(tmp_path, protocol):
     path = tmp_path / "test_batch"
     for array in (rows(2), np.asfortranarray(rows(2))):
-        path.write_bytes(pickle.dumps({"data": array, "labels": np.array([3, 1])}, protocol=protocol))
+        path.write_bytes(pickle.dumps({"data": array, "labels": np.array([3, 1], ">i4")}, protocol=protocol))
         assert is_cifar(path)
         found = read_cifar(path, ("test",))
         COPIES.same(found.images, rows(2).reshape(2, 3, 32, 32).transpose(0, 2, 3, 1))

@@ -47,15 +47,17 @@ def columns_of(path: Path) -> list[str]:
 
 def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The numbers of lines and their values, the names of the columns first."""
-    columns = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=separator_of(path), strict=True, skipinitialspace=True)
-            for row in filter(None, reader):
-                line, values = reader.line_num, [value.strip() for value in row]
-                columns = columns or values
-                if len(set(columns)) < len(columns):
-                    raise InputError(f"{path}: its header line has a column twice: {', '.join(columns)}")
+            rows = ((reader.line_num, [value.strip() for value in row]) for row in reader if row)
+            line, columns = next(rows, (0, []))
+            if not columns:
+                raise InputError(f"{path} is empty")
+            if len(set(columns)) < len(columns):
+                raise InputError(f"{path}: its header line has a column twice: {', '.join(columns)}")
+            yield line, columns
+            for line, values in rows:
                 if len(values) != len(columns):
                     raise InputError(f"{path} line {line}: expected {len(columns)} values, as in its header line")
                 yield line, values
@@ -63,8 +65,6 @@ def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise InputError(f"{path}: not UTF-8 ({error}): save it as UTF-8") from error
     except (csv.Error, OSError) as error:
         raise InputError(f"{path}: not a readable table ({error})") from error
-    if not columns:
-        raise InputError(f"{path} is empty")
 
 
 def separator_of(path: Path) -> str:
@@ -79,7 +79,7 @@ def separator_of(path: Path) -> str:
 
 def known_in(columns: Sequence[str], known: Sequence[str]) -> str | None:
     """The column with the first of the known names that there is."""
-    found = {column.strip().lower(): column for column in reversed(columns)}
+    found = {column.strip().lower(): column for column in columns}
     return next((found[name] for name in known if name in found), None)
 
 

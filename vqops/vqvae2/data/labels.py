@@ -81,8 +81,7 @@ def of_data(data: str, images: Images, key: str | None) -> Column | None:
 
 
 def of_cifar(source: Cifar, data: str, key: str | None) -> Column | None:
-    if key is None:
-        key = "fine_labels" if "fine_labels" in source.labels else next(iter(source.labels), None)
+    key = next(iter(source.labels), None) if key is None else key  # of CIFAR-100 the fine ones come first
     if key is None:
         return None
     if key not in source.labels:

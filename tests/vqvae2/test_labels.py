@@ -89,7 +89,7 @@ def csv(tmp_path, text: str | bytes, name: str = "labels.csv"):
         "\ufefffilename;label\r\na.png;x\r\nsub/b.png;y\r\n",
         "id\tlabel\na\tx\nb\ty\n",
         '"path","label"\n"a.png","x"\n"./sub\\b.png","y"\n\n',
-        "name, label\na.png, x\nsub/b, y",
+        "name , label \na.png , x\nsub/b, y ",
         ",file,label\n0,a.png,x\n1,b.png,y\n",
         "file,class,split\na.png,x,1\nb.png,y,2\n",
         "id,file,label\n7,a.png,x\n9,b.png,y\n",
@@ -128,6 +128,8 @@ def test_key_names_the_column(tmp_path):
     images = named("a.png", "b.png")
     assert found("data", images, table, "name") == ([1, 0], ("blue", "red"))
     assert found("data", images, table, "kind") == ([0, 1], ("x", "y"))
+    both = csv(tmp_path, "name,id\nred,a\nblue,b\n", "both.csv")
+    assert found("data", images, both, "name") == ([1, 0], ("blue", "red"))
     refused(r"which column is the label\? Its columns are name, file, kind", "data", images, table)
     refused("has no column of labels 'z', only name, kind", "data", images, table, "z")
 
@@ -150,9 +152,9 @@ def test_tables_that_do_not_label_every_image_once(tmp_path):
     broken("a.png,x\nb.png,y\n", r"needs a header line with a column .*, its first line is a\.png, x$")
     broken("file,label\na.png,x,y\n", r"labels\.csv line 2: expected 2 values, as in its header line")
     broken("file,label,label\na.png,x,y\n", "a column twice: file, label, label")
-    broken("file,label\n", "has no rows below its header line")
-    broken("", "has no rows below its header line")
-    broken('file,label\na.png,"x\n', "not a readable table")
+    broken("file,label\n", "3 of 3 images have no label")
+    broken("", r"labels\.csv is empty")
+    broken('file,label\na.png,"x\n', r"labels\.csv: not a readable table \(unexpected end of data\)")
     broken("file,label\na.png,gänse\n".encode("latin1"), r"labels\.csv: not UTF-8 .*save it as UTF-8")
     broken("file,label\na.png,x\n".encode("utf-16"), r"labels\.csv: not UTF-8")
     images = named("x/b.png", "y/b.png", "y/c.png", "y/c.jpg")
@@ -177,6 +179,35 @@ def test_arrays_of_labels_are_in_the_order_of_the_images(tmp_path):
     refused("labels: .*nowhere.csv: no such file", "data", images, tmp_path / "nowhere.csv")
     (tmp_path / "y.txt").write_text("7")
     refused(r"labels must be a \.csv, \.tsv, \.npy, \.npz or IDX file, got .*txt", "data", images, tmp_path / "y.txt")
+
+
+@pytest.mark.parametrize("kind", ["csv", "npy", "npz", "idx"])
+def test_cut_files_of_labels(tmp_path, kind):
+    path = tmp_path / f"y.{kind}"
+    if kind == "csv":
+        path.write_text("file,label\n0.png,x\n1.png,y\n2.png,z\n")
+    elif kind == "npy":
+        np.save(path, np.arange(3))
+    elif kind == "npz":
+        np.savez(path, y=np.arange(3))
+    else:
+        path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 0, 1, 2]))
+    content, images = path.read_bytes(), named("0.png", "1.png", "2.png")
+    whole = len(content.rstrip())
+    for size in range(whole):
+        path.write_bytes(content[:size])
+        refused(str(path), "data", images, path)
+    path.write_bytes(content[:whole])
+    assert found("data", images, path)[0] == [0, 1, 2]
+
+
+def test_arrays_are_told_by_their_content(tmp_path):
+    with open(tmp_path / "y.npz", "wb") as file:
+        np.save(file, np.array([5, 4]))
+    assert found("data", unnamed(2), tmp_path / "y.npz") == ([1, 0], ("4", "5"))
+    with open(tmp_path / "y.npy", "wb") as file:
+        np.savez(file, y=np.array([5, 4]))
+    assert found("data", unnamed(2), tmp_path / "y.npy") == ([1, 0], ("4", "5"))
 
 
 @pytest.mark.parametrize(
@@ -248,12 +279,13 @@ def test_archives_have_labels_of_samples_or_folders(tmp_path):
     assert found(str(path), samples) == ([1, 0], ("9", "10"))
     refused(r"x\.tar\[txt\]: 1 of 2 images have no label, the first is 2\.jpg", str(path), samples, key="txt")
     refused("has no labels 'json.x', only cls, txt", str(path), samples, key="json.x")
-    first, second = b'{"a": true, "b": 0.5, "c": [1], "d": 1}', b'{"a": false, "b": 1.5, "c": [2], "d": "x"}'
+    first, second = b'{"a": true, "b": 0.5, "c": [1], "d": 1}', b'{"e": NaN, "a": false, "b": 1.5, "c": [2], "d": "x"}'
     fields = archive(path, {"1.jpg": b"", "1.json": first, "2.jpg": b"", "2.json": second})
     assert found(str(path), fields, key="json.a") == ([1, 0], ("False", "True"))
     allowed = "all integers, all names or all booleans"
     refused(rf"x\.tar\[b\]: labels are {allowed}; these are float", str(path), fields, key="b")
     refused("these are list", str(path), fields, key="c")
+    refused("2 of 2 images have no label", str(path), fields, key="e")
     refused("these are int and str", str(path), fields, key="d")
     folders = archive(path, {"set/train/cat/1.jpg": b"", "set/train/dog/1.jpg": b"", "set/train/dog/x/1.jpg": b""})
     assert found(str(path), folders) == ([0, 1, 1], ("cat", "dog"))

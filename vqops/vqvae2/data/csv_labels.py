@@ -1,9 +1,8 @@
 """Labels of images by file name, in a .csv or .tsv file with a header line."""
 
 import csv
-import io
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from posixpath import basename, splitext
 
@@ -23,7 +22,8 @@ def labels_in_csv(path: Path, key: str | None, names: Sequence[str], data: str) 
     image by its path in `data`, or by its base name alone, either with or without the ending. Raises InputError for a
     file that is no such table, and for rows that disagree or could mean several images.
     """
-    columns, rows = table_of(path)
+    rows = rows_of(path)
+    _, columns = next(rows)
     file, label = file_column(path, columns, key), label_column(path, columns, key)
     images, labels, strangers = Finder(names, data), [None] * len(names), 0
     for line, row in rows:
@@ -42,38 +42,44 @@ def labels_in_csv(path: Path, key: str | None, names: Sequence[str], data: str) 
 
 
 def columns_of(path: Path) -> list[str]:
-    return table_of(path)[0]
+    return next(rows_of(path))[1]
 
 
-def table_of(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The names of the columns; the numbers and values of the other lines."""
+def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The numbers of lines and their values, the names of the columns first."""
     try:
-        text = path.read_text("utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=separator_of(path), strict=True, skipinitialspace=True)
+            rows = ((reader.line_num, [value.strip() for value in row]) for row in reader if row)
+            line, columns = next(rows, (0, []))
+            if not columns:
+                raise InputError(f"{path} is empty")
+            if len(set(columns)) < len(columns):
+                raise InputError(f"{path}: its header line has a column twice: {', '.join(columns)}")
+            yield line, columns
+            for line, values in rows:
+                if len(values) != len(columns):
+                    raise InputError(f"{path} line {line}: expected {len(columns)} values, as in its header line")
+                yield line, values
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error}): save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: not readable ({error})") from error
-    try:
-        # The separator is the one by which the header has a column of file names: csv.Sniffer guesses from the values.
-        headers = {by: next(csv.reader(io.StringIO(text), delimiter=by), []) for by in SEPARATORS}
-        fitting = (by for by, header in headers.items() if len(header) > 1 and known_in(header, FILE_COLUMNS))
-        reader = csv.reader(io.StringIO(text), delimiter=next(fitting, ","), strict=True, skipinitialspace=True)
-        rows = [(reader.line_num, [value.strip() for value in row]) for row in reader if row]
-    except csv.Error as error:
+    except (csv.Error, OSError) as error:
         raise InputError(f"{path}: not a readable table ({error})") from error
-    if len(rows) < 2:
-        raise InputError(f"{path} has no rows below its header line")
-    (_, columns), *rows = rows
-    if len(set(columns)) < len(columns):
-        raise InputError(f"{path}: its header line has a column twice: {', '.join(columns)}")
-    if odd := next((line for line, row in rows if len(row) != len(columns)), None):
-        raise InputError(f"{path} line {odd}: expected {len(columns)} values, as in its header line")
-    return columns, rows
+
+
+def separator_of(path: Path) -> str:
+    """The one by which the header has a column of file names: csv.Sniffer would guess from the values."""
+    for separator in SEPARATORS:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file, delimiter=separator), [])
+        if len(header) > 1 and known_in(header, FILE_COLUMNS):
+            return separator
+    return ","
 
 
 def known_in(columns: Sequence[str], known: Sequence[str]) -> str | None:
     """The column with the first of the known names that there is."""
-    found = {column.strip().lower(): column for column in reversed(columns)}
+    found = {column.strip().lower(): column for column in columns}
     return next((found[name] for name in known if name in found), None)
 
 

@@ -52,15 +52,12 @@ def of_file(path: Path, key: str | None, images: Images, data: str) -> Column:
             allowed = "give their labels in order, as .npy, .npz or IDX"
             raise InputError(f"{path} labels files by name, the images of {data} have none: {allowed}")
         return Column(str(path), labels_in_csv(path, key, images.names, data), written=True)
-    if suffix == ".npz":
-        return Column(f"{path}[{key}]", array_in(path, key))
-    if key is not None:
-        raise InputError(f"{path} holds a single array: it has no array or column {key!r}")
-    if suffix == ".npy":
-        return Column(str(path), loaded(path))
-    if is_idx(path):
-        return Column(str(path), read_idx(path))
-    raise InputError(Field("labels"), f" must be a {', '.join(CSV_SUFFIXES)}, .npy, .npz or IDX file, got {path}")
+    if suffix in (".npy", ".npz"):
+        return Column(str(path), array_in(path, key))
+    if not is_idx(path):
+        raise InputError(Field("labels"), f" must be a {', '.join(CSV_SUFFIXES)}, .npy, .npz or IDX file, got {path}")
+    refuse_key(path, key)
+    return Column(str(path), read_idx(path))
 
 
 def of_data(data: str, images: Images, key: str | None) -> Column | None:
@@ -84,8 +81,7 @@ def of_data(data: str, images: Images, key: str | None) -> Column | None:
 
 
 def of_cifar(source: Cifar, data: str, key: str | None) -> Column | None:
-    if key is None:
-        key = "fine_labels" if "fine_labels" in source.labels else next(iter(source.labels), None)
+    key = next(iter(source.labels), None) if key is None else key  # of CIFAR-100 the fine ones come first
     if key is None:
         return None
     if key not in source.labels:
@@ -127,14 +123,22 @@ def without_common_folders(names: Sequence[str]) -> Sequence[str]:
 
 
 def of_idx(path: Path, key: str | None) -> Column | None:
-    if key is not None:
-        raise InputError(f"{path} holds a single array: it has no array or column {key!r}")
+    refuse_key(path, key)
     beside = labels_beside(path)
     return None if beside is None else Column(str(beside), read_idx(beside))
 
 
+def refuse_key(path: Path, key: str | None) -> None:
+    if key is not None:
+        raise InputError(f"{path} holds a single array: it has no array or column {key!r}")
+
+
 def array_in(path: Path, key: str | None) -> np.ndarray:
-    with loaded(path) as archive:
+    content = loaded(path)
+    if isinstance(content, np.ndarray):
+        refuse_key(path, key)
+        return content
+    with content as archive:
         names = archive.files
         if key is None and len(names) != 1:
             raise InputError(f"{path}: pick its array with ", Field("label_key"), f", from {', '.join(names)}")
@@ -143,7 +147,7 @@ def array_in(path: Path, key: str | None) -> np.ndarray:
         try:
             return archive[names[0] if key is None else key]
         except Exception as error:  # BadZipFile, zlib.error, ValueError (pickled objects), EOFError
-            raise InputError(f"{path}: array {key!r} cannot be read ({error})") from error
+            raise InputError(f"{path}: array {key or names[0]!r} cannot be read ({error})") from error
 
 
 def taken(column: Column, images: Images, data: str) -> np.ndarray:  # [len(images)]

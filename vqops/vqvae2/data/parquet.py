@@ -74,8 +74,8 @@ def values_in_column(table: "pa.Table", key: str, source: str) -> tuple[list, tu
     checks = types.is_integer, types.is_boolean, types.is_string, types.is_large_string
     if not any(is_kind(kind) for is_kind in checks):
         raise InputError(f"{source}: labels are integers, names or booleans; {key!r} is {table.schema.field(key).type}")
-    values, classes = table.column(key).to_pylist(), class_names(table, key)
-    if classes:  # -1 is a label that is not known
+    values, classes = table.column(key).to_pylist(), class_names(table, key) if types.is_integer(kind) else ()
+    if classes:  # -1 is a label that nobody knows
         values = [value if value is not None and 0 <= value < len(classes) else None for value in values]
     return values, classes
 

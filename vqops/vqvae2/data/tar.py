@@ -17,6 +17,7 @@ import numpy as np
 
 from vqops.vqvae2.data.folder import IMAGE_SUFFIXES
 from vqops.vqvae2.errors import InputError
+from vqops.vqvae2.progress import Counting
 
 LABEL_ENDINGS = ("class", "cls", "id", "index", "json", "label", "text", "txt")
 UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
@@ -88,7 +89,11 @@ def index_tar(paths: Sequence[Path]) -> Members:
 
     Raises InputError, naming the archive and the member, for one that is compressed, cut off or damaged.
     """
-    shards = [Shard(path) for path in paths]
+    shards = []
+    with Counting("indexing archives", len(paths)) as counting:
+        for path in paths:
+            shards.append(Shard(path))
+            counting.reach(len(shards))
     images = np.concatenate([shard.images for shard in shards])
     endings = sorted({ending for shard in shards for ending in shard.labels})
     return Members(

@@ -112,7 +112,8 @@ class Crops(Dataset):
     """Items (index, draw): a window of image `index`, in the middle if draw is None, else where seed and draw say."""
 
     def __init__(self, images: Images, window: tuple[int, int], seed: int = 0):
-        self.images, self.window, self.seed = images, window, seed
+        # Without what only labels need: where workers do not fork, this is copied to each.
+        self.images, self.window, self.seed = replace(images, names=None, source=None), window, seed
 
     def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray | InputError:
         try:

@@ -64,7 +64,7 @@ def read_images(data: str, key: str | None, splits: tuple[str, ...], reading: Re
         if path.is_dir():
             return images_in_folder(path, reading)
         if suffix == ".npy":
-            return Images.of_array(loaded(path, mmap_mode="r"), data)
+            return Images.of_array(array_in(path), data)
         if is_idx(path):
             return Images.of_array(read_idx(path), data)
         if suffix == ".tar":
@@ -129,11 +129,11 @@ class InArchives(Sequence):
         members, place = self.members, self.chosen[index]
         archive = self.archives[members.shards[place]]
         part = Part(archive, int(members.offsets[place]), int(members.sizes[place]))
-        return EncodedImage(f"{archive}/{members.names[place]}", part)
+        return EncodedImage(f"{archive}: {members.names[place]}", part)
 
 
 def images_in_npz(path: Path, key: str | None) -> Images:
-    with loaded(path) as archive:
+    with archive_in(path) as archive:
         names = archive.files if key is None else [key]
         if key is not None and key not in archive.files:
             raise InputError(f"{path} has no array {key!r}, only {', '.join(archive.files)}")
@@ -148,6 +148,20 @@ def images_in_npz(path: Path, key: str | None) -> Images:
             raise InputError(f"{path}: pick the array of images with ", *keys, f", from {', '.join(names)}")
     ((name, array),) = arrays.items()
     return Images.of_array(array, f"{path}[{name}]")
+
+
+def array_in(path: Path) -> np.ndarray:
+    found = loaded(path, mmap_mode="r")
+    if not isinstance(found, np.ndarray):
+        raise InputError(f"{path} is an archive of arrays: name it .npz")
+    return found
+
+
+def archive_in(path: Path) -> np.lib.npyio.NpzFile:
+    found = loaded(path)
+    if isinstance(found, np.ndarray):
+        raise InputError(f"{path} is a single array: name it .npy")
+    return found
 
 
 def loaded(path: Path, mmap_mode: str | None = None) -> np.ndarray | np.lib.npyio.NpzFile:

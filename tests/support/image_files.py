@@ -15,6 +15,16 @@ def saved(image: Image.Image | np.ndarray, format: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def decodes(encoded: bytes) -> bool:
+    """Whether Pillow can: versions differ."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+    except Exception:
+        return False
+    return True
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 

@@ -4,7 +4,7 @@ import colorsys
 
 import numpy as np
 import pytest
-from image_files import GREY, GREY_ALPHA, RGB, RGB_ALPHA, chunk, png, saved, tiff
+from image_files import GREY, GREY_ALPHA, RGB, RGB_ALPHA, chunk, decodes, png, saved, tiff
 from PIL import Image, features
 
 from vqops.vqvae2.data import decoding
@@ -133,7 +133,10 @@ WRITTEN = {
 @pytest.mark.parametrize("format, mode", [(format, mode) for format, modes in WRITTEN.items() for mode in modes])
 def test_every_mode_of_every_format(format, mode):
     image, expected = picture(mode)
-    within(ROUNDED.get(mode, 0), decode(saved(image, format, **LOSSLESS.get(format, {}))), expected)
+    content = saved(image, format, **LOSSLESS.get(format, {}))
+    if not decodes(content):
+        pytest.skip("this Pillow cannot")
+    within(ROUNDED.get(mode, 0), decode(content), expected)
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "HSV", "RGBX"])
@@ -321,6 +324,8 @@ def test_premultiplied(samples):
     values = random(samples)
     values[..., :-1] = values[..., :-1].astype(int) * values[..., -1:] // 255
     content = tiff(values.tobytes(), (WIDTH, HEIGHT), 8, samples, photometric=1 if samples == 2 else 2, extra=1)
+    if not decodes(content):
+        pytest.skip("this Pillow cannot")
     within(1, decode(content, 100), np.rint(values[..., :-1] + 100 * (255.0 - values[..., -1:]) / 255))
 
 

@@ -96,7 +96,7 @@ def orientation(image: Image.Image) -> int:
         found = Image.Image.getexif(image).get(ORIENTATION, 1)  # that of a PNG would decode it
     except Exception:  # EXIF is anything
         return 1
-    return found if found in range(1, 9) else 1
+    return int(found) if found in range(1, 9) else 1
 
 
 def notes_of(image: Image.Image, samples: Samples) -> tuple[str, ...]:
@@ -152,8 +152,10 @@ def separated(image: Image.Image, samples: Samples) -> tuple[Image.Image, np.nda
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode in ("LA", "RGBA"):
         return image.convert(image.mode.removesuffix("A")), np.asarray(image.getchannel("A"))
-    if image.mode in ("1", "P", "RGBX", "YCbCr", "HSV"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
+    if image.mode == "1":
+        image, key = image.convert("L"), 255 if key else key  # 1 or 255, by Pillow's version
+    if image.mode in ("P", "RGBX", "YCbCr", "HSV"):
+        image = image.convert("RGB")
     if image.mode == "L" and isinstance(key, int):
         return image, opacity(np.asarray(image) != key * 255 // samples.largest)
     if image.mode == "RGB" and isinstance(key, tuple):

@@ -226,6 +226,13 @@ def test_portable_greymaps(largest):
         assert notes(content) == ((decoding.DEEP,) if largest > 255 else ())
 
 
+def test_portable_pixmaps_of_16_bits():
+    values = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
+    content = f"P6 {WIDTH} {HEIGHT} 65535\n".encode() + values.astype(">u2").tobytes()
+    within(1, decode(content), np.rint(values / 257))
+    assert notes(content) == (decoding.DEEP,)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_few_bits(depth):
     values = random()[:, :8] % 2**depth

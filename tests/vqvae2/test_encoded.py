@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import RGB, chunk, decodes, png, saved
+from icc_profiles import DISPLAY_P3, LINEAR_CURVE, rgb_profile
+from image_files import PALETTE, RGB, chunk, decodes, png, saved
 from PIL import Image, features
 from promises import COPIES, REPEATS
 
@@ -177,7 +178,9 @@ def read(image: EncodedImage) -> np.ndarray:
 
 
 def test_threads():
-    images = [EncodedImage("x", content(format)) for format in FORMATS if isinstance(format, str)] * 8
+    contents = [content(format) for format in FORMATS if isinstance(format, str)]
+    contents += [content("PNG", icc_profile=rgb_profile(DISPLAY_P3, LINEAR_CURVE))]
+    images = [EncodedImage("x", encoded) for encoded in contents] * 8
     once = [read(image) for image in images]
     with ThreadPoolExecutor(4) as threads:
         REPEATS.same(list(threads.map(read, images)), once)
@@ -196,7 +199,7 @@ def test_images_are_sent_to_other_processes(place, tmp_path):
 
 @pytest.mark.parametrize("format", [*[format for format in FORMATS if format not in ("PPM", "TGA")], "MPO"])
 def test_whole_files_are_not_decoded(format):
-    encoded = content(format)
+    encoded = content(format) + (b"\0" * 99 if format == "JPEG" else b"")
     with Image.open(BytesIO(encoded)) as image:
         file = BytesIO(encoded)
         file.seek(5)
@@ -297,6 +300,10 @@ def test_parts_beyond_the_end(tmp_path):
 def test_unknown_ranges():
     refused(EncodedImage("x", saved(PIXELS[..., 0].astype(np.float32), "TIFF")), "^x: floating-point pixels .mode F")
     refused(EncodedImage("x", saved(PIXELS[..., 0].astype(np.int32), "TIFF")), "^x: 32-bit integers .mode I")
+
+
+def test_palettes_that_are_missing():
+    refused(EncodedImage("x", png([bytes(8)] * 4, 8, 8, PALETTE)), "^x: its palette is missing")
 
 
 def test_decompression_bombs(monkeypatch):

@@ -60,6 +60,8 @@ def refusal(image: Image.Image) -> str | None:
         return "floating-point pixels (mode F) have no known range: save it with 8 or 16 bits"
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits, in I or I;16 by Pillow's version
         return "32-bit integers (mode I) have no known range: save it with 8 or 16 bits"
+    if image.mode in ("P", "PA") and image.palette is None:
+        return "its palette is missing"
     if image.mode not in GREY_MODES + COLOR_MODES:
         return f"pixels of mode {image.mode} are not supported: save it as grey or RGB"
     return None
@@ -179,9 +181,7 @@ def as_srgb(colors: Image.Image, conversion: Conversion | None) -> Image.Image: 
     if transform is None and colors.mode == "LAB":
         transform = lab_to_srgb()
     if transform is not None:
-        grey = colors.mode == "L"
-        colors = transform.apply(colors)
-        return colors.convert("L") if grey else colors
+        return transform.apply(colors)
     return colors.convert("RGB") if colors.mode == "CMYK" else colors
 
 

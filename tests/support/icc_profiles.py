@@ -52,7 +52,7 @@ def grey_profile(curve: bytes) -> bytes:
 
 
 def ink_profile() -> bytes:
-    """CMYK whose lightness is that of the paper, 1, less black and half of cyan's; colourless."""
+    """CMYK of colourless inks: the lightness is that of the paper, less black and half of cyan. The paper is yellow."""
     identity = bytes(range(256))
     grid = b""
     for cyan in (0, 1):
@@ -61,4 +61,4 @@ def ink_profile() -> bytes:
                 grid += bytes([round(255 * (1 - black) * (1 - cyan / 2)), 128, 128])
     matrix = struct.pack(">9i", *[65536 if index % 4 == 0 else 0 for index in range(9)])
     table = struct.pack(">4s4xBBBx", b"mft1", 4, 3, 2) + matrix + identity * 4 + grid + identity * 3
-    return profile(b"CMYK", b"Lab ", {b"A2B0": table, b"A2B1": table})
+    return profile(b"CMYK", b"Lab ", {b"wtpt": xyz((0.8, 0.82, 0.5)), b"A2B0": table, b"A2B1": table})

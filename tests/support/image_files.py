@@ -15,11 +15,21 @@ def saved(image: Image.Image | np.ndarray, format: str, **options) -> bytes:
     return buffer.getvalue()
 
 
+def decodes(encoded: bytes) -> bool:
+    """Whether Pillow can: versions differ."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+    except Exception:
+        return False
+    return True
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-GREY, RGB, GREY_ALPHA, RGB_ALPHA = 0, 2, 4, 6  # colour types of PNG
+GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # colour types of PNG
 
 
 def png(rows: list[bytes], width: int, depth: int, color: int, before: bytes = b"", after: bytes = b"") -> bytes:

@@ -4,7 +4,7 @@ import colorsys
 
 import numpy as np
 import pytest
-from image_files import GREY, GREY_ALPHA, RGB, RGB_ALPHA, chunk, png, saved, tiff
+from image_files import GREY, GREY_ALPHA, RGB, RGB_ALPHA, chunk, decodes, png, saved, tiff
 from PIL import Image, features
 
 from vqops.vqvae2.data import decoding
@@ -133,7 +133,10 @@ WRITTEN = {
 @pytest.mark.parametrize("format, mode", [(format, mode) for format, modes in WRITTEN.items() for mode in modes])
 def test_every_mode_of_every_format(format, mode):
     image, expected = picture(mode)
-    within(ROUNDED.get(mode, 0), decode(saved(image, format, **LOSSLESS.get(format, {}))), expected)
+    content = saved(image, format, **LOSSLESS.get(format, {}))
+    if not decodes(content):
+        pytest.skip("this Pillow cannot")
+    within(ROUNDED.get(mode, 0), decode(content), expected)
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "HSV", "RGBX"])
@@ -221,6 +224,13 @@ def test_portable_greymaps(largest):
     for content in (b"P5" + header.encode() + binary, b"P2" + header.encode() + plain):
         within(1 if largest in (1000, 4095) else 0, decode(content), np.rint(values * 255 / largest))
         assert notes(content) == ((decoding.DEEP,) if largest > 255 else ())
+
+
+def test_portable_pixmaps_of_16_bits():
+    values = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
+    content = f"P6 {WIDTH} {HEIGHT} 65535\n".encode() + values.astype(">u2").tobytes()
+    within(1, decode(content), np.rint(values / 257))
+    assert notes(content) == (decoding.DEEP,)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
@@ -321,6 +331,8 @@ def test_premultiplied(samples):
     values = random(samples)
     values[..., :-1] = values[..., :-1].astype(int) * values[..., -1:] // 255
     content = tiff(values.tobytes(), (WIDTH, HEIGHT), 8, samples, photometric=1 if samples == 2 else 2, extra=1)
+    if not decodes(content):
+        pytest.skip("this Pillow cannot")
     within(1, decode(content, 100), np.rint(values[..., :-1] + 100 * (255.0 - values[..., -1:]) / 255))
 
 

@@ -4,13 +4,15 @@ import multiprocessing
 import os
 import pickle
 import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import RGB, chunk, png, saved
+from icc_profiles import DISPLAY_P3, LINEAR_CURVE, rgb_profile
+from image_files import PALETTE, RGB, chunk, decodes, png, saved
 from PIL import Image, features
 from promises import COPIES, REPEATS
 
@@ -88,6 +90,14 @@ def test_compressed_tiff_is_turned_once(orientation):
     turned(image, orientation, BLOCKS)
 
 
+def test_tiff_that_must_be_decoded_is_turned():
+    """Its strip is said to be longer than it is."""
+    encoded, size = content("TIFF", exif=exif(6)), BLOCKS.size
+    lying = encoded.replace(struct.pack("<HHII", 279, 4, 1, size), struct.pack("<HHII", 279, 4, 1, size + 999))
+    assert lying != encoded
+    turned(EncodedImage("x", lying), 6, BLOCKS)
+
+
 def test_exif_after_the_pixels_of_a_png():
     late = chunk(b"eXIf", exif(6).tobytes().removeprefix(b"Exif\0\0"))
     image = EncodedImage("x", png([row.tobytes() for row in PIXELS], 10, 8, RGB, after=late))
@@ -113,8 +123,8 @@ MOVING = ["GIF", "PNG", "WEBP", "TIFF", "MPO", AVIF]
 
 @pytest.mark.parametrize("format", MOVING)
 def test_the_first_of_several_pictures(format):
-    others = [Image.fromarray(np.full_like(BLOCKS, level)) for level in (0, 255)]
-    image = EncodedImage("x", content(format, save_all=True, append_images=others))
+    other = Image.fromarray(np.zeros_like(BLOCKS))
+    image = EncodedImage("x", content(format, save_all=True, append_images=[other]))
     assert image.header().notes == (ANIMATED,)
     within(LOSSY.get(format, 0), image.decode(3), BLOCKS)
     assert EncodedImage("x", content(format)).header().notes == ()
@@ -168,7 +178,9 @@ def read(image: EncodedImage) -> np.ndarray:
 
 
 def test_threads():
-    images = [EncodedImage("x", content(format)) for format in FORMATS if isinstance(format, str)] * 8
+    contents = [content(format) for format in FORMATS if isinstance(format, str)]
+    contents += [content("PNG", icc_profile=rgb_profile(DISPLAY_P3, LINEAR_CURVE))]
+    images = [EncodedImage("x", encoded) for encoded in contents] * 8
     once = [read(image) for image in images]
     with ThreadPoolExecutor(4) as threads:
         REPEATS.same(list(threads.map(read, images)), once)
@@ -187,22 +199,12 @@ def test_images_are_sent_to_other_processes(place, tmp_path):
 
 @pytest.mark.parametrize("format", [*[format for format in FORMATS if format not in ("PPM", "TGA")], "MPO"])
 def test_whole_files_are_not_decoded(format):
-    encoded = content(format)
+    encoded = content(format) + (b"\0" * 99 if format == "JPEG" else b"")
     with Image.open(BytesIO(encoded)) as image:
         file = BytesIO(encoded)
         file.seek(5)
         assert is_whole(file, image)
         assert file.tell() == 5
-
-
-def decodes(encoded: bytes) -> bool:
-    """What Pillow says."""
-    try:
-        with Image.open(BytesIO(encoded)) as image:
-            image.load()
-    except Exception:
-        return False
-    return True
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -298,6 +300,10 @@ def test_parts_beyond_the_end(tmp_path):
 def test_unknown_ranges():
     refused(EncodedImage("x", saved(PIXELS[..., 0].astype(np.float32), "TIFF")), "^x: floating-point pixels .mode F")
     refused(EncodedImage("x", saved(PIXELS[..., 0].astype(np.int32), "TIFF")), "^x: 32-bit integers .mode I")
+
+
+def test_palettes_that_are_missing():
+    refused(EncodedImage("x", png([bytes(8)] * 4, 8, 8, PALETTE)), "^x: its palette is missing")
 
 
 def test_decompression_bombs(monkeypatch):

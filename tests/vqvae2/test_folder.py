@@ -139,18 +139,25 @@ def test_names_that_are_no_text(tmp_path):
     assert (tmp_path / found).is_file()
 
 
-def test_deeper_than_python_recurses(tmp_path):
-    path = os.fspath(tmp_path)
+@pytest.fixture
+def deep(tmp_path):
+    """A folder deeper than Python recurses, taken away again, as pytest could not."""
     here = os.getcwd()
-    try:
-        os.chdir(path)
-        for _ in range(1100):
-            os.mkdir("d")
-            os.chdir("d")
-        Path("a.png").touch()
-    finally:
-        os.chdir(here)
-    assert find_images(tmp_path).names == ["d/" * 1100 + "a.png"]
+    os.chdir(tmp_path)
+    for _ in range(1100):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("a.png").touch()
+    yield tmp_path
+    Path("a.png").unlink()
+    for _ in range(1100):
+        os.chdir("..")
+        os.rmdir("d")
+    os.chdir(here)
+
+
+def test_deeper_than_python_recurses(deep):
+    assert find_images(deep).names == ["d/" * 1100 + "a.png"]
 
 
 def test_empty(tmp_path):

@@ -60,6 +60,8 @@ def refusal(image: Image.Image) -> str | None:
         return "floating-point pixels (mode F) have no known range: save it with 8 or 16 bits"
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # those have 16 bits, in I or I;16 by Pillow's version
         return "32-bit integers (mode I) have no known range: save it with 8 or 16 bits"
+    if image.mode in ("P", "PA") and image.palette is None:
+        return "its palette is missing"
     if image.mode not in GREY_MODES + COLOR_MODES:
         return f"pixels of mode {image.mode} are not supported: save it as grey or RGB"
     return None
@@ -96,7 +98,7 @@ def orientation(image: Image.Image) -> int:
         found = Image.Image.getexif(image).get(ORIENTATION, 1)  # that of a PNG would decode it
     except Exception:  # EXIF is anything
         return 1
-    return found if found in range(1, 9) else 1
+    return int(found) if found in range(1, 9) else 1
 
 
 def notes_of(image: Image.Image, samples: Samples) -> tuple[str, ...]:
@@ -152,8 +154,10 @@ def separated(image: Image.Image, samples: Samples) -> tuple[Image.Image, np.nda
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode in ("LA", "RGBA"):
         return image.convert(image.mode.removesuffix("A")), np.asarray(image.getchannel("A"))
-    if image.mode in ("1", "P", "RGBX", "YCbCr", "HSV"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
+    if image.mode == "1":
+        image, key = image.convert("L"), 255 if key else key  # 1 or 255, by Pillow's version
+    if image.mode in ("P", "RGBX", "YCbCr", "HSV"):
+        image = image.convert("RGB")
     if image.mode == "L" and isinstance(key, int):
         return image, opacity(np.asarray(image) != key * 255 // samples.largest)
     if image.mode == "RGB" and isinstance(key, tuple):
@@ -177,9 +181,7 @@ def as_srgb(colors: Image.Image, conversion: Conversion | None) -> Image.Image: 
     if transform is None and colors.mode == "LAB":
         transform = lab_to_srgb()
     if transform is not None:
-        grey = colors.mode == "L"
-        colors = transform.apply(colors)
-        return colors.convert("L") if grey else colors
+        return transform.apply(colors)
     return colors.convert("RGB") if colors.mode == "CMYK" else colors
 
 

@@ -52,9 +52,13 @@ class EncodedImage:
         """Without decoding the pixels, unless nothing else tells that they are all there."""
         with self.opened() as (file, image):
             channels, samples = channels_of(image), Samples.of(image)
-            if not is_whole(file, image):
+            whole = is_whole(file, image)
+            if not whole and image.format == "PNG":  # its EXIF may follow the pixels; TIFF's is gone after decoding
                 image.load()
-            return Header(*upright_size(image), channels, image.mode, notes_of(image, samples))
+            header = Header(*upright_size(image), channels, image.mode, notes_of(image, samples))
+            if not whole:
+                image.load()
+            return header
 
     def decode(self, channels: int, background: int = 255) -> np.ndarray:  # uint8 [H, W, channels]
         """The first picture, upright, in grey or sRGB; transparency is composited on the grey level `background`."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vqops.vqvae2.data.images import Images
 
@@ -140,7 +140,10 @@ def extended(image: np.ndarray, window: tuple[int, int]) -> np.ndarray:  # [H, W
 
 
 def stack(images: Sequence[np.ndarray]) -> Tensor:  # uint8 [H, W, C] each; [B, C, H, W], channels last in memory
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(np.stack(images))
+    if get_worker_info() is not None:  # here, not when it is sent: an error of the sender's thread reaches nobody
+        batch.share_memory_()
+    return batch.permute(0, 3, 1, 2)
 
 
 def ignore_interrupt(worker: int) -> None:

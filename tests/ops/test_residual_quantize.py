@@ -259,7 +259,7 @@ def test_without_gradients_nothing_is_kept():
 
 @pytest.mark.parametrize("module", [reference, pytorch], ids=["reference", "pytorch"])
 def test_memory_does_not_grow_with_levels(module):
-    """But for the indices."""
+    """But for the indices, and an error a level."""
     N, D, K = 4000, 16, 500
     x, codebooks = torch.randn(1, N, D), torch.randn(8, 1, K, D)
     most = []
@@ -268,4 +268,4 @@ def test_memory_does_not_grow_with_levels(module):
             module.residual_quantize(x, list(codebooks[:levels]), snapshot=False)
         most.append(memory.most)
     assert N * D * 4 < most[0] <= 64 * 2**20
-    assert most[1] - most[0] <= 6 * 8 * N
+    assert most[1] - most[0] <= 6 * (8 * N + 4)

@@ -18,7 +18,13 @@ class LargestTemporaries(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.alive[storage.data_ptr()] = (weakref.ref(tensor), storage.nbytes())
-        self.alive = {key: value for key, value in self.alive.items() if value[0]() is not None}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+                users, _ = self.alive.get(storage.data_ptr(), ([], 0))  # a view may outlive the tensor, and it a view
+                self.alive[storage.data_ptr()] = [*users, weakref.ref(tensor)], storage.nbytes()
+        if self.held() > self.most:
+            left = ((key, [user for user in users if user() is not None], n) for key, (users, n) in self.alive.items())
+            self.alive = {key: (users, size) for key, users, size in left if users}
+            self.most = max(self.most, self.held())
         return result
+
+    def held(self) -> int:
+        return sum(size for _, size in self.alive.values())

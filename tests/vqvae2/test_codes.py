@@ -140,7 +140,7 @@ def test_folders_that_hold_no_codes(folder, tmp_path):
     out = extract(options_of(folder, tmp_path / "codes"))
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps(meta | {"images": 30}))
-    with pytest.raises(InputError, match=r"bottom.npy is \[21, 4, 4\], meta.json says \[30, 4, 4\]"):
+    with pytest.raises(InputError, match=r"bottom.npy is uint16 \[21, 4, 4\], meta.json says uint16 \[30, 4, 4\]"):
         Codes.open(out)
     (out / "meta.json").write_text("{}")
     with pytest.raises(InputError, match="not the description of codes"):

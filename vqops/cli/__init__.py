@@ -17,11 +17,11 @@ COMMANDS = {
 }
 EXTRA = ("tyro", "rich", "safetensors", "matplotlib", "PIL", "skimage", "tomli")  # what vqops[train] brings
 USAGE = "usage: vqops COMMAND ...\n\n" + "".join(f"  {name:<13}{about}\n" for name, about in COMMANDS.items())
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; 2, too, where there is too little memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; what the user got wrong is one line on stderr and code 2."""
+    """Run a command and return its exit code; what the user got wrong, or too little memory, is a line and code 2."""
     command, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE + "\n`vqops COMMAND --help` lists its flags.")
@@ -57,12 +57,19 @@ WITHOUT_EXTRA = {"info": run_info, "check": run_check}
 
 def run(command: str, flags: list[str]) -> int:
     from vqops import vqvae2
+    from vqops.cli.memory import out_of_memory
     from vqops.cli.parsing import flag, parsed
 
+    options = None
     try:
-        getattr(vqvae2, command.replace("-", "_"))(parsed(command, flags))
-    except vqvae2.InputError as error:
-        return refuse(f"vqops {command}: {error.text(flag)}")
+        options = parsed(command, flags)
+        getattr(vqvae2, command.replace("-", "_"))(options)
+    except (vqvae2.InputError, MemoryError, RuntimeError, OSError) as error:
+        named = isinstance(error, vqvae2.InputError)  # a file may be unreadable for want of memory
+        line = out_of_memory(error.__cause__ if named else error, command, options)
+        if not line and not named:
+            raise
+        return refuse(f"vqops {command}: {line or error.text(flag)}")
     return 0
 
 

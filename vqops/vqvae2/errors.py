@@ -21,3 +21,9 @@ class InputError(ValueError):
     def text(self, named: Callable[[str], str]) -> str:
         """The message, with each option as `named` writes it."""
         return "".join(named(part) if isinstance(part, Field) else part for part in self.args)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,7 +1,9 @@
 """What a command says while it works: a bar with the time left on a terminal, a line now and then anywhere else."""
 
 import time
+from collections.abc import Collection, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -9,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+Batch = TypeVar("Batch")
 LINE_EVERY = 60.0  # seconds, where there is no terminal
 
 
@@ -47,6 +50,14 @@ class Counting:
             left = (now - self.started) * (self.total - done) / (done - self.first)
             say(f"{self.what}: {done} of {self.total}, {timedelta(seconds=round(left))} left", self.console)
             self.said = now
+
+
+def counted(what: str, batches: Collection[Batch]) -> Iterator[Batch]:
+    """The batches one after the other, counted on screen."""
+    with Counting(what, len(batches)) as counting:
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            counting.reach(done)
 
 
 class Progress:

@@ -3,6 +3,7 @@
 Everything is a function of the seed and the number of the draw, so a run does not depend on the number of workers.
 """
 
+import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -11,13 +12,14 @@ from hashlib import sha256
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.errors import Field, InputError
 
 HELD_OUT_SHARE = 0.05
 FINGERPRINTED = 16  # images
+ENDED_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)")
 
 
 def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +61,7 @@ class Batches:
                     raise batch
                 yield batch
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not ENDED_WORKER.match(str(error)):
                 raise
             reason = str(error).splitlines()[0]
             raise InputError("a process that loads images has ended: lower ", Field("num_workers"),
@@ -192,7 +194,10 @@ def stack(images: Sequence[np.ndarray | InputError]) -> Tensor | InputError:
     """Images uint8 [H, W, C] as [B, C, H, W], channels last in memory; or the first error among them."""
     if error := next((image for image in images if isinstance(image, InputError)), None):
         return error
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    batch = torch.from_numpy(np.stack(images))
+    if get_worker_info() is not None:  # here, not when it is sent: an error of the sender's thread reaches nobody
+        batch.share_memory_()
+    return batch.permute(0, 3, 1, 2)
 
 
 def ignore_signals(worker: int) -> None:

@@ -17,7 +17,7 @@ from vqops.vqvae2.data.idx import is_idx, read_idx
 from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.names import Files, Names
 from vqops.vqvae2.data.parquet import images_in_column, load_hugging_face, read_parquet
-from vqops.vqvae2.data.survey import Reading, of_encoded
+from vqops.vqvae2.data.survey import Reading, of_encoded, without
 from vqops.vqvae2.data.tar import Members, index_tar
 from vqops.vqvae2.errors import Field, InputError
 
@@ -87,7 +87,7 @@ def images_in_folder(folder: Path, reading: Reading) -> Images:
         return images_in_tar(archives, str(folder), reading)
     if found.unreadable and not reading.skip_bad:
         more = f" and {len(found.unreadable) - 1} more" if len(found.unreadable) > 1 else ""
-        raise InputError(f"{found.unreadable[0]}{more}. Without them: ", Field("skip_bad_images"))
+        raise InputError(f"{found.unreadable[0]}{more}", *without(reading))
     left_out = found.left_out + Counter({"folders that cannot be read": len(found.unreadable)})
     names = found.names
     if reading.listed is not None:

@@ -6,7 +6,8 @@ processes of torchrun each looks at its part.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Reading:
 
     channels: int | None = None  # 1 or 3; None: 1 if all images are grey, else 3
     background: int = WHITE
-    skip_bad: bool = False  # leave out what cannot be read
+    skip_bad: bool | None = False  # leave out what cannot be read; None where nobody can ask for that
     listed: Sequence[str] | None = None  # names of the images, in their order: those of an earlier run
     quiet: bool = False
 
@@ -109,7 +110,7 @@ def of_encoded(
     items = decoded(items, found, channels, reading) if keeps(found, channels) else items
     bad = [found.bad[position] for position in sorted(found.bad)]
     if bad and not reading.skip_bad:
-        raise InputError(*refusal(source, len(items), bad))
+        raise InputError(refusal(source, len(items), bad), *without(reading))
     if len(bad) == len(items):
         raise InputError(f"{source}: none of {len(items)} images can be read ({bad[0]})")
     rows = np.arange(len(items))
@@ -144,10 +145,19 @@ def decoded(items: Sequence[EncodedImage], found: Survey, channels: int, reading
     return kept
 
 
-def refusal(source: str, total: int, bad: Sequence[str]) -> tuple[str, ...]:
+def refusal(source: str, total: int, bad: Sequence[str]) -> str:
     more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    reasons = f"{'; '.join(bad[:NAMED])}{more}. Without them: "
-    return f"{source}: {len(bad)} of {total} images cannot be used: {reasons}", Field("skip_bad_images")
+    return f"{source}: {len(bad)} of {total} images cannot be used: {'; '.join(bad[:NAMED])}{more}"
+
+
+def without(reading: Reading) -> tuple[str, ...]:
+    return () if reading.skip_bad is None else (". Without them: ", Field("skip_bad_images"))
+
+
+def of_files(paths: Sequence[Path], reading: Reading) -> Images:
+    """The images that somebody named one by one."""
+    source = str(paths[0]) if len(paths) == 1 else "images named"
+    return of_encoded([EncodedImage.of_file(path) for path in paths], source, replace(reading, skip_bad=None))
 
 
 def report(source: str, found: Survey, channels: int, background: int, left_out: Mapping[str, int]) -> str:

@@ -4,12 +4,15 @@ Source: Ravuri and Vinyals 2019, arXiv:1905.10887. Theirs is a ResNet-50; this o
 with scores of this classifier, trained on as many images for as many steps.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqops.vqvae2.networks.vqvae2 import as_float
+from vqops.vqvae2.progress import counted
 from vqops.vqvae2.training.optimization import learning_rate, set_learning_rate
 
 BATCH, PEAK_RATE = 64, 2e-3
@@ -42,6 +45,17 @@ def trained(images: Tensor, labels: Tensor, classes: int, steps: int, seed: int)
 
 
 @torch.no_grad()
-def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:  # uint8 [N, C, H, W], [N]
-    found = [classifier(as_float(part) - 0.5).argmax(1) for part in images.split(256)]
-    return (torch.cat(found) == labels).float().mean().item()
+def accuracies(
+    classifiers: dict[str, nn.Module],
+    batches: Collection[Tensor],  # uint8 [B, C, H, W] each
+    labels: Tensor,  # [N]
+) -> dict[str, float]:
+    """The share of the images that each classifier names rightly."""
+    right, seen = dict.fromkeys(classifiers, 0), 0
+    for pixels in counted("batches classified", batches):
+        truth = labels[seen : seen + len(pixels)]
+        images = as_float(pixels.to(labels.device)) - 0.5
+        for name, classifier in classifiers.items():
+            right[name] += int((classifier(images).argmax(1) == truth).sum())
+        seen += len(pixels)
+    return {name: count / seen for name, count in right.items()}

@@ -14,11 +14,11 @@ from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.data.sources import load_images
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.evaluation.classifier import accuracy, trained
+from vqops.vqvae2.evaluation.classifier import accuracies, trained
 from vqops.vqvae2.evaluation.options import EvaluateOptions
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
 from vqops.vqvae2.files.run_folder import check_output, write_text, writing_in
-from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, training_options
+from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, reading_of, training_options
 from vqops.vqvae2.networks.vqvae2 import as_float
 from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
@@ -28,7 +28,7 @@ from vqops.vqvae2.prior.sample import decoded
 from vqops.vqvae2.prior.sampling import draw_levels
 from vqops.vqvae2.prior.train_prior import bits_per_dim
 from vqops.vqvae2.prior.transformer import Prior, nats_per_code
-from vqops.vqvae2.progress import say
+from vqops.vqvae2.progress import counted, say
 from vqops.vqvae2.training.processes import pick_device
 
 SCALES = {
@@ -100,8 +100,11 @@ class Evaluation:
         self.options, self.device = options, pick_device(options.device)
         path = model_path(options.run)
         self.model = load_model(options.run, self.device)
-        self.images = load_images(options.data, options.data_key, channels=self.model.config.image_channels)
-        self.labels, self.classes = load_labels(options.data, options.label_key, len(self.images))
+        self.reading = reading_of(path, self.model, options.skip_bad_images)
+        self.images = load_images(options.data, options.data_key, reading=self.reading)
+        for line in self.images.lines:
+            say(line)
+        self.labels, self.classes = load_labels(options.data, self.images, options.labels, options.label_key)
         image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size
         self.window = window_of(self.images, image_size)
         self.batches = validation_batches(self.images, self.window, options.batch_size, num_workers=0)
@@ -109,9 +112,8 @@ class Evaluation:
         self.split = f"{len(self.images)} images of {options.data}{key}"
         self.priors: list[Prior] = []
         if options.prior:
-            levels = self.model.config.level_names
-            self.priors, about = load_priors(options.prior, fingerprint(path), levels, self.device)
-            if (learned := tuple(about["image_shape"][1:])) != self.window:
+            self.priors, learned = load_priors(options.prior, fingerprint(path), self.model.config, self.device)
+            if learned != self.window:
                 there, here = (f"{height} x {width}" for height, width in (learned, self.window))
                 raise InputError(f"the priors learned the codes of images of {there}, these are {here}")
 
@@ -119,7 +121,7 @@ class Evaluation:
     def likelihoods(self) -> list[dict[str, object]]:
         priors, labels = self.priors, prior_labels(self.priors[0], self.labels, self.classes)
         nats, start = torch.zeros(len(priors), dtype=torch.float64), 0
-        for pixels in self.batches:
+        for pixels in counted("batches under the priors", self.batches):
             codes = self.model.encode(as_float(pixels.to(self.device)))
             count = len(pixels)
             for level, prior in enumerate(priors):
@@ -141,8 +143,11 @@ class Evaluation:
         if self.labels is None:
             needed = f" also needs labels of {options.data}: give "
             raise InputError(Field("classifier_data"), needed, Field("label_key"))
-        source = load_images(options.classifier_data, options.classifier_key, channels=model.config.image_channels)
-        learned, names = load_labels(options.classifier_data, options.classifier_label_key, len(source))
+        source = load_images(options.classifier_data, options.classifier_key, reading=self.reading)
+        for line in source.lines:
+            say(line)
+        labels = options.classifier_labels, options.classifier_label_key
+        learned, names = load_labels(options.classifier_data, source, *labels)
         if learned is None or names != classes:
             found = f": its classes are {', '.join(names) or 'none'}, not {', '.join(classes)}"
             raise InputError(Field("classifier_data"), found)
@@ -153,12 +158,15 @@ class Evaluation:
         sets = {"real": real, "reconstructions": torch.cat(parts)}
         if self.priors:
             sets["samples"] = self.drawn(targets)
-        tested, truth = self.middles(self.images, range(len(self.images))), torch.from_numpy(self.labels)
+        truth = torch.from_numpy(self.labels).to(self.device)
+        classifiers = {
+            name: trained(pixels, targets, len(classes), options.classifier_steps, options.seed)
+            for name, pixels in sets.items()
+        }
         rows = []
-        for name, pixels in sets.items():
-            classifier = trained(pixels, targets, len(classes), options.classifier_steps, options.seed)
-            where = f"tested on {self.split}; trained on {len(pixels)} {name}, {options.classifier_steps} steps"
-            rows.append(row(f"accuracy_{name}", accuracy(classifier, tested, truth.to(self.device)), where))
+        for name, value in accuracies(classifiers, self.batches, truth).items():
+            where = f"tested on {self.split}; trained on {len(targets)} {name}, {options.classifier_steps} steps"
+            rows.append(row(f"accuracy_{name}", value, where))
         return rows
 
     def middles(self, images: Images, positions: Sequence[int]) -> Tensor:

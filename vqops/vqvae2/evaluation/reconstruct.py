@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from vqops.vqvae2.data.images import EncodedImage
+from vqops.vqvae2.data.survey import of_files
 from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.evaluation.options import ReconstructOptions
 from vqops.vqvae2.files.run_folder import check_output, writing_in
 from vqops.vqvae2.metrics import psnr
-from vqops.vqvae2.networks.checkpoint import load_model
+from vqops.vqvae2.networks.checkpoint import load_model, model_path, reading_of
 from vqops.vqvae2.pictures.grids import write_png
 from vqops.vqvae2.progress import say
 
@@ -23,13 +23,12 @@ def reconstruct(options: ReconstructOptions) -> None:
     check_output(options.out)
     outputs = output_paths(options.images, options.out)
     model = load_model(options.run)
-    channels = model.config.image_channels
-    for image in options.images:
-        EncodedImage.of_file(image).decode(channels)
+    images = of_files(options.images, reading_of(model_path(options.run), model))
+    say(images.report)
     with writing_in(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
-        for image, output in zip(options.images, outputs, strict=True):
-            pixels = torch.from_numpy(EncodedImage.of_file(image).decode(channels)).permute(2, 0, 1)[None]
+        for image, output in zip(images, outputs, strict=True):
+            pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
             reconstruction = model.reconstruct(pixels)
             write_png(output, reconstruction[0].permute(1, 2, 0).numpy())
             mse = (pixels.float() - reconstruction.float()).div(255).square().mean().item()

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vqops import __version__
-from vqops.vqvae2.errors import InputError
+from vqops.vqvae2.data.images import WHITE
+from vqops.vqvae2.data.survey import Reading
+from vqops.vqvae2.errors import InputError, reason
+from vqops.vqvae2.files.descriptions import described, of_type, parsed, shortened
 from vqops.vqvae2.files.run_folder import MODEL, atomically
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config
+from vqops.vqvae2.options import Count, Level, refused
 
 KIND = "vqops.vqvae2"
 
@@ -40,7 +45,7 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> VQVAE2:
     """
 
     def network(description: dict[str, Any]) -> VQVAE2:  # a file without strides has those of the default
-        return VQVAE2(VQVAE2Config(**description["model"]))
+        return VQVAE2(described(VQVAE2Config, description.get("model")))
 
     return read_network(model_path(run), KIND, network, device)[0]
 
@@ -69,21 +74,32 @@ def write_file(path: Path, tensors: dict[str, Tensor], description: dict[str, An
         temporary.write_bytes(save(tensors, metadata={"vqops": json.dumps(description, default=str)}))
 
 
-def read_file(path: Path, kind: str, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The description and the tensors; raises InputError if the file is damaged or its description of another kind."""
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return read_description(path, kind), tensors
+
+
+def read_description(path: Path, kind: str) -> dict[str, Any]:
+    with opened(path) as file:
+        metadata = file.metadata() or {}
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    try:
-        description = json.loads(metadata.get("vqops", "{}"))
-    except ValueError:
-        description = {}
+        description = parsed(metadata.get("vqops", "{}"))
+    except InputError as error:
+        raise InputError(f"{path}: its description is {error}") from error
     if description.get("kind") != kind:
-        raise InputError(f"{path} holds another model than {kind}: its metadata is {metadata}")
-    return description, tensors
+        raise InputError(f"{path} holds another model than {kind}: its metadata is {shortened(metadata)}")
+    return description
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, AttributeError) as error:  # AttributeError: a dtype that this torch has not
+        raise InputError(f"{path}: not a readable safetensors file ({reason(error)})") from error
 
 
 def read_network(
@@ -93,24 +109,49 @@ def read_network(
 
     Raises InputError if the file is damaged, of another kind, or does not fit this version.
     """
-    description, tensors = read_file(path, kind, device)
+    description, tensors = read_file(path, kind)
     try:
-        module = network(as_tuples(description)).to(device)
-        module.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, InputError) as error:
-        found = f"{path} was written by vqops {description.get('vqops')}, this is {__version__}"
-        raise InputError(f"{found}: {str(error).splitlines()[0]}") from error
+        with torch.device("meta"):  # a size that is not the file's is never allocated
+            expected = network(description).state_dict()
+        check_tensors(tensors, expected)
+    except Exception as error:  # layers raise what they like on sizes that do not go together
+        found = f"{path} was written by vqops {shortened(description.get('vqops'))}, this is {__version__}"
+        raise InputError(f"{found}: {reason(error)}") from error
+    module = network(description).to(device)
+    module.load_state_dict(tensors)
     return module.eval(), description
 
 
-def as_tuples(value: object) -> object:
-    """The values of a JSON text, with tuples for its lists."""
-    if isinstance(value, dict):
-        return {key: as_tuples(item) for key, item in value.items()}
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises InputError unless the tensors are finite and those of the network: by name, shape and dtype."""
+    if different := sorted(tensors.keys() ^ expected.keys()):
+        where = "not of the network" if different[0] in tensors else "missing"
+        raise InputError(f"{len(different)} tensors are missing or not of the network: {different[0]} is {where}")
+    for name, tensor in tensors.items():
+        there, here = (f"{one.dtype} {list(one.shape)}" for one in (tensor, expected[name]))
+        if there != here:
+            raise InputError(f"{name} is {there}, of the network {here}")
+        if not tensor.isfinite().all():
+            raise InputError(f"{name} is not finite")
 
 
 def training_options(path: Path) -> dict[str, Any]:
-    """The options of `vqops train` that a model.safetensors was made with."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["vqops"])["training"]
+    """The options of `vqops train` that a model.safetensors was made with.
+
+    Raises InputError if the file has none, or none with an image size.
+    """
+    training = read_description(path, KIND).get("training")
+    if not isinstance(training, dict) or not of_type(training.get("image_size"), Count):
+        raise InputError(f"{path}: its description does not say of which image size the training was")
+    if refused(training["image_size"], Count):
+        raise InputError(f"{path}: its description gives the image size as {training['image_size']}")
+    return training
+
+
+def reading_of(path: Path, model: VQVAE2, skip_bad: bool | None = None) -> Reading:
+    """How images are read for a model: as they were for its training."""
+    training = read_description(path, KIND).get("training")
+    background = training.get("background", WHITE) if isinstance(training, dict) else WHITE
+    if not of_type(background, Level) or refused(background, Level):
+        raise InputError(f"{path}: its description gives the background as {shortened(background)}")
+    return Reading(model.config.image_channels, background, skip_bad)

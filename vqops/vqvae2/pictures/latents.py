@@ -1,6 +1,6 @@
 """Pictures of what a model makes of images: latents by class, use of the codes, codes among vectors, index maps."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +13,54 @@ from vqops.vqvae2.metrics import count_codes
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.pictures.curves import save_figure
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
+from vqops.vqvae2.progress import counted
 
-SHOWN_VECTORS = 4000
+SHOWN_VECTORS, SHOWN_MEANS = 4000, 20_000
+
+
+class Some:
+    """At most `most` of all rows it is given, in their order: any as likely as any other, and always the same."""
+
+    def __init__(self, most: int):
+        self.most, self.seen = most, 0
+        self.random = np.random.default_rng(0)
+        self.keys = np.empty(0)  # [n], uniform in [0, 1): the rows with the smallest are kept
+        self.positions = np.empty(0, np.int64)  # [n], of the kept rows among all
+        self.rows: Tensor | None = None  # [n, D]
+
+    def add(self, rows: Tensor) -> None:  # [N, D]
+        keys = self.random.random(len(rows))
+        chosen = np.flatnonzero(keys < (self.keys.max() if len(self.keys) == self.most else 1))
+        chosen_rows = rows[torch.from_numpy(chosen).to(rows.device)].cpu()
+        keys = np.concatenate([self.keys, keys[chosen]])
+        kept = np.sort(np.argsort(keys)[: self.most])
+        self.keys, self.positions = keys[kept], np.concatenate([self.positions, self.seen + chosen])[kept]
+        self.rows = (chosen_rows if self.rows is None else torch.cat([self.rows, chosen_rows]))[torch.from_numpy(kept)]
+        self.seen += len(rows)
 
 
 class Seen:
-    """Images as a model sees them: the mean latent per image [N, D], vectors [n, D] and code counts per level."""
+    """Images as a model sees them: mean latents of some, vectors of the encoder of some, all codes counted by level."""
 
     @torch.no_grad()
-    def __init__(self, model: VQVAE2, batches: Iterable[Tensor]):
+    def __init__(self, model: VQVAE2, batches: Collection[Tensor]):
         config, device = model.eval().config, next(model.parameters()).device
         self.model = model
         self.counts = torch.zeros(config.levels, config.codebook_size, dtype=torch.int64, device=device)
-        means, vectors = [], [[] for _ in range(config.levels)]
+        self.means, self.vectors = Some(SHOWN_MEANS), [Some(SHOWN_VECTORS) for _ in range(config.levels)]
         hooks = [
-            layer.register_forward_hook(lambda layer, inputs, out, kept=kept: kept.append(out.detach()))
-            for layer, kept in zip(model.to_codes, vectors, strict=True)
+            layer.register_forward_hook(lambda _, inputs, out, some=some: some.add(out.movedim(1, -1).flatten(0, 2)))
+            for layer, some in zip(model.to_codes, self.vectors, strict=True)
         ]
         try:
-            for pixels in batches:
+            for pixels in counted("batches for the pictures", batches):
                 codes, indices, _ = model.quantize(as_float(pixels.to(device)))
-                means.append(codes.mean((2, 3)))
+                self.means.add(codes.mean((2, 3)))
                 for level, index in enumerate(indices):
                     self.counts[level] += count_codes(index, config.codebook_size)
         finally:
             for hook in hooks:
                 hook.remove()
-        self.means = torch.cat(means).cpu()
-        self.vectors = [torch.cat([x.movedim(1, -1).flatten(0, 2) for x in level]).cpu() for level in vectors]
 
 
 def plane(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]; mean [D], axes [D, 2]
@@ -52,17 +72,19 @@ def plane(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]; mean [D], axes [
 
 def save_latents(path: Path, seen: Seen, labels: np.ndarray | None, classes: tuple[str, ...]) -> None:
     """A PNG of the images' mean latents along their two principal axes, coloured by class."""
-    mean, axes = plane(seen.means)
-    points = ((seen.means - mean) @ axes).numpy()
+    means, positions = seen.means.rows, seen.means.positions
+    mean, axes = plane(means)
+    points = ((means - mean) @ axes).numpy()
     figure = Figure(figsize=(6, 5), layout="constrained")
     plot = figure.subplots()
     if labels is None:
         plot.scatter(*points.T, s=5)
     for number, name in enumerate(classes):
-        plot.scatter(*points[labels == number].T, s=5, label=name, color=colormaps["tab10"](number % 10))
+        plot.scatter(*points[labels[positions] == number].T, s=5, label=name, color=colormaps["tab10"](number % 10))
     if classes:
         plot.legend(fontsize=7, markerscale=2)
-    plot.set(title="mean latent of each image", xlabel="first principal axis", ylabel="second")
+    shown = "each image" if len(means) == seen.means.seen else f"{len(means)} of {seen.means.seen} images"
+    plot.set(title=f"mean latent of {shown}", xlabel="first principal axis", ylabel="second")
     save_figure(path, figure, dpi=90)
 
 
@@ -79,11 +101,10 @@ def save_codes(path: Path, seen: Seen) -> None:
         usage.set(title=f"{name}: {int((counts > 0).sum())} of {len(counts)} codes used", xlabel="codes by use")
         usage.set_ylabel("share")
         usage.legend()
-        step = -(-len(vectors) // SHOWN_VECTORS)
-        vectors = vectors[::step]
-        mean, axes = plane(vectors)
+        mean, axes = plane(vectors.rows)
         codes = model.quantizers[row].codebook.detach().cpu()  # [K, D]
-        scatter.scatter(*((vectors - mean) @ axes).T.numpy(), s=2, alpha=0.3, label="vectors of the encoder")
+        shown = f"{len(vectors.rows)} of {vectors.seen} vectors of the encoder"
+        scatter.scatter(*((vectors.rows - mean) @ axes).T.numpy(), s=2, alpha=0.3, label=shown)
         scatter.scatter(*((codes - mean) @ axes).T.numpy(), s=5, color="black", label="codes")
         scatter.set(title=f"{name}: along the two principal axes of the vectors")
         scatter.legend()

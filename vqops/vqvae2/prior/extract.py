@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from vqops.vqvae2.data.batches import middles, validation_batches, window_of
-from vqops.vqvae2.data.images import WHITE, Images
+from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.data.sources import load_images
-from vqops.vqvae2.data.survey import Reading
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.files.run_folder import IMAGES, check_output, remove_unfinished, write_names, writing_in
-from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, training_options
+from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, reading_of, training_options
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.prior.code_folder import META, Codes, CodesMeta, difference, read_meta
 from vqops.vqvae2.prior.options import ExtractOptions
@@ -37,14 +36,11 @@ def extract(options: ExtractOptions) -> Path:
     if not model.config.discrete:
         reason = f" {model.config.bottleneck} has no codes to extract"
         raise InputError(f"{options.run}: a model with ", Field("bottleneck"), reason)
-    training = training_options(path)
-    background = training.get("background", WHITE)
-    reading = Reading(model.config.image_channels, background, options.skip_bad_images)
-    images = load_images(options.data, options.data_key, reading=reading)
+    images = load_images(options.data, options.data_key, reading=reading_of(path, model, options.skip_bad_images))
     for line in images.lines:
         say(line)
     labels, classes = load_labels(options.data, images, options.labels, options.label_key)
-    image_size = training["image_size"] if options.image_size is None else options.image_size
+    image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size
     window = window_of(images, image_size)
     checked = np.unique(np.linspace(0, len(images) - 1, CHECKED_IMAGES, dtype=int))
     pixels = middles(images, window, checked)

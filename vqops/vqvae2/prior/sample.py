@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from vqops.vqvae2.data.batches import middles
-from vqops.vqvae2.data.images import EncodedImage, Images
+from vqops.vqvae2.data.images import Images
+from vqops.vqvae2.data.survey import of_files
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.files.run_folder import check_output, writing_in
-from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path
+from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, reading_of
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.pictures.grids import save_grid, write_png
 from vqops.vqvae2.prior.checkpoint import load_priors
 from vqops.vqvae2.prior.options import CompleteOptions, DrawOptions, SampleOptions
 from vqops.vqvae2.prior.sampling import draw_levels
 from vqops.vqvae2.prior.transformer import Prior
-from vqops.vqvae2.progress import say
+from vqops.vqvae2.progress import Counting, say
 from vqops.vqvae2.training.processes import pick_device
 
-GRID, GRID_COLUMNS = "grid.png", 8
+GRID, GRID_ROWS, GRID_COLUMNS = "grid.png", 8, 8
 
 
 class Generation:
@@ -31,9 +32,8 @@ class Generation:
         self.options = options
         self.device = pick_device(options.device)
         self.model = load_model(options.run, self.device)
-        levels = self.model.config.level_names
-        self.priors, about = load_priors(options.prior, fingerprint(model_path(options.run)), levels, self.device)
-        self.image_size: tuple[int, int] = tuple(about["image_shape"][1:])
+        model = fingerprint(model_path(options.run))
+        self.priors, self.image_size = load_priors(options.prior, model, self.model.config, self.device)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
         self.codes, self.seconds = 0, 0.0
 
@@ -43,14 +43,14 @@ class Generation:
 
     @torch.no_grad()
     def draw(self, labels: Tensor, given: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Images uint8 [B, C, H, W]; with `given`, the first rows of codes of each level are these."""
+        """Images uint8 [B, C, H, W], on the CPU; with `given`, the first rows of codes of each level are these."""
         started = time.perf_counter()
         codes = draw_levels(self.priors, labels, self.options, self.generator, given)
         self.codes += sum(level.numel() for level in codes)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - started
-        return decoded(self.model, codes, self.image_size)
+        return decoded(self.model, codes, self.image_size).cpu()
 
     @property
     def speed(self) -> str:
@@ -58,7 +58,7 @@ class Generation:
 
 
 def sample(options: SampleOptions) -> None:
-    """Draw images and write each, and a grid of them, as PNG files.
+    """Draw images and write each, and a grid of the first 8 rows of them, as PNG files.
 
     On the CPU the same options give the same images. Raises InputError for anything that cannot be used, before
     anything is written.
@@ -66,12 +66,18 @@ def sample(options: SampleOptions) -> None:
     check_output(options.out)
     generation = Generation(options)
     labels = generation.labels(options.count)
-    images = torch.cat([generation.draw(part) for part in labels.split(options.batch_size)]).cpu()
-    names = [f"{number:05}{suffix(generation.priors[0], label)}" for number, label in enumerate(labels.tolist())]
-    write_images(options.out, names, images)
     columns = max(GRID_COLUMNS, len(options.classes))
-    save_grid(options.out / GRID, images[: columns * GRID_COLUMNS], columns)
-    say(f"{len(images)} images and {options.out / GRID}; {generation.speed}")
+    done, shown = 0, []
+    with Counting("images", options.count) as counting:
+        for part in labels.split(options.batch_size):
+            images = generation.draw(part)
+            names = [f"{done + n:05}{suffix(generation.priors[0], label)}" for n, label in enumerate(part.tolist())]
+            write_images(options.out, names, images)
+            shown.append(images[: max(columns * GRID_ROWS - done, 0)].clone())  # no view, which would keep them all
+            done += len(part)
+            counting.reach(done)
+    write_grid(options.out, torch.cat(shown), columns)
+    say(f"{done} images and {options.out / GRID}; {generation.speed}")
     priors = " ".join(map(str, options.prior))
     say(f"next: vqops complete {options.run} --prior {priors} --images IMAGES... --out FOLDER")
 
@@ -79,8 +85,8 @@ def sample(options: SampleOptions) -> None:
 def complete(options: CompleteOptions) -> None:
     """Draw the lower half of images, as often as asked, and write the completions and a grid of them.
 
-    A row of the grid is the image, what is kept of it, and its completions. Raises InputError for anything that cannot
-    be used, before anything is written.
+    A row of the grid is the image, what is kept of it, and its completions, 8 at most of the first 8 images. Raises
+    InputError for anything that cannot be used, before anything is written.
     """
     check_output(options.out)
     if len(options.classes) > 1:
@@ -90,21 +96,27 @@ def complete(options: CompleteOptions) -> None:
     if len(set(names)) < len(names):
         raise InputError(Field("images"), " names two files of one name: rename one")
     generation = Generation(options)
-    pixels = read_images(options.images, generation.model.config.image_channels, generation.image_size)
-    given = upper_codes(generation.model, pixels.to(generation.device))
-    labels = generation.labels(1).expand(len(pixels) * options.count)
-    given = tuple(codes.repeat_interleave(options.count, dim=0) for codes in given)
-    parts = zip(labels.split(options.batch_size), *(codes.split(options.batch_size) for codes in given), strict=True)
-    completions = torch.cat([generation.draw(part, tuple(codes)) for part, *codes in parts]).cpu()
-    kept = pixels.clone()
-    kept[:, :, kept_rows(generation.model, pixels) :] = 255
-    rows = [
-        torch.cat([pixels[number, None], kept[number, None], completions[number * options.count :][: options.count]])
-        for number in range(len(pixels))
-    ]
-    write_images(options.out, names, completions)
-    save_grid(options.out / GRID, torch.cat(rows), options.count + 2)
-    say(f"{len(completions)} completions and {options.out / GRID}; {generation.speed}")
+    images = read_images(options, generation)
+    label, shown = generation.labels(1), []
+    with Counting("completions", len(names)) as counting:
+        for part in batched(range(len(names)), options.batch_size):
+            first = part[0] // options.count
+            pixels = middles(images, generation.image_size, range(first, part[-1] // options.count + 1))
+            of = torch.tensor(part) // options.count - first  # the image that each of them completes
+            given = upper_codes(generation.model, pixels.to(generation.device))
+            given = tuple(codes[of.to(codes.device)] for codes in given)
+            completions = generation.draw(label.expand(len(part)), given)
+            write_images(options.out, [names[number] for number in part], completions)
+            kept = pixels.clone()
+            kept[:, :, kept_rows(generation.model, pixels) :] = 255
+            for number, place, completion in zip(part, of.tolist(), completions, strict=True):
+                row, column = divmod(number, options.count)
+                if row < GRID_ROWS and column < GRID_COLUMNS:
+                    shown += [pixels[place], kept[place]] if column == 0 else []
+                    shown.append(completion.clone())  # no view, which would keep them all
+            counting.reach(part[-1] + 1)
+    write_grid(options.out, torch.stack(shown), min(options.count, GRID_COLUMNS) + 2)
+    say(f"{len(names)} completions and {options.out / GRID}; {generation.speed}")
     say(f"next: vqops evaluate {options.run} --data PATH --out FOLDER")
 
 
@@ -130,13 +142,19 @@ def decoded(model: VQVAE2, codes: tuple[Tensor, ...], size: tuple[int, int]) -> 
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def read_images(paths: Sequence[Path], channels: int, size: tuple[int, int]) -> Tensor:  # uint8 [B, C, *size]
-    images = Images.of_encoded([EncodedImage.of_file(path) for path in paths], channels)
-    for path, number in zip(paths, range(len(images)), strict=True):
-        if images[number].shape[0] < size[0] or images[number].shape[1] < size[1]:
-            raise InputError(f"{path} is {images[number].shape[1]} x {images[number].shape[0]}, at least "
-                             f"{size[1]} x {size[0]} is needed")  # fmt: skip
-    return middles(images, size, range(len(images)))
+def read_images(options: CompleteOptions, generation: Generation) -> Images:
+    """Raises InputError for one that cannot be read or is smaller than the images that the priors draw."""
+    images, size = of_files(options.images, reading_of(model_path(options.run), generation.model)), generation.image_size
+    say(images.report)
+    for path, image in zip(options.images, images, strict=True):
+        height, width = image.shape[:2]
+        if height < size[0] or width < size[1]:
+            raise InputError(f"{path} is {width} x {height}, at least {size[1]} x {size[0]} is needed")
+    return images
+
+
+def batched(numbers: range, size: int) -> list[range]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
 def kept_rows(model: VQVAE2, pixels: Tensor) -> int:
@@ -169,3 +187,8 @@ def write_images(folder: Path, names: list[str], images: Tensor) -> None:  # uin
         folder.mkdir(parents=True, exist_ok=True)
         for name, image in zip(names, images, strict=True):
             write_png(folder / f"{name}.png", image.permute(1, 2, 0).numpy())
+
+
+def write_grid(folder: Path, images: Tensor, columns: int) -> None:  # uint8 [B, C, H, W]
+    with writing_in(folder):
+        save_grid(folder / GRID, images, columns)

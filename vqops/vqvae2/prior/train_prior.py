@@ -39,6 +39,7 @@ def train_prior(options: TrainPriorOptions) -> Path:
     if codes.meta.images < 2:
         raise InputError(f"{codes.meta.images} image: nothing can be held out")
     training, held_out = hold_out(codes.meta.images, options.seed)  # the same for the priors of all levels
+    entropy = histogram_entropy(codes.counts(level, training))
     torch.manual_seed(options.seed)
     prior = Prior(config_of(codes, options)).to(device)
 
@@ -48,7 +49,6 @@ def train_prior(options: TrainPriorOptions) -> Path:
         (options.out / run_folder.METRICS).touch()
     progress = Progress(options.steps)
     parameters = sum(weight.numel() for weight in prior.parameters())
-    entropy = histogram_entropy(codes.levels[level][np.sort(training)], codes.meta.codebook_size)
     height, width = codes.meta.sizes[level]
     progress.say(
         f"{options.level} level: {len(training)} images of {height} x {width} codes, {len(held_out)} held out; "
@@ -150,7 +150,7 @@ def batch_of(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Codes [B, h, w] of the prior's level, those of the levels above, labels [B]."""
     level = prior.config.position
-    own, *above = (index.to(device) for index in codes.read(images)[level:])
+    own, *above = (index.to(device) for index in codes.read(images, level))
     if codes.labels is None:
         return own, tuple(above), torch.full((len(images),), prior.no_class, device=device)
     return own, tuple(above), torch.from_numpy(codes.labels[images]).to(device)
@@ -169,9 +169,9 @@ def held_out_nats(prior: Prior, codes: Codes, held_out: np.ndarray, batch_size: 
     return total / len(held_out)
 
 
-def histogram_entropy(codes: np.ndarray, codebook_size: int) -> float:
+def histogram_entropy(counts: np.ndarray) -> float:  # [K]
     """Nats per code of the best prior that knows neither place nor neighbours."""
-    share = np.bincount(codes.ravel(), minlength=codebook_size) / codes.size
+    share = counts / counts.sum()
     return float(-(share[share > 0] * np.log(share[share > 0])).sum())
 
 

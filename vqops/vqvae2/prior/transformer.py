@@ -6,13 +6,16 @@ transformer in place of PixelSNAIL; Ho and Salimans 2022 (arXiv:2207.12598) for 
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.options import Count, Options, Share
+from vqops.vqvae2.options import Check, Count, Options, Share
+
+Layers = Annotated[int, Check("at least 1 and at most 1000", lambda layers: 1 <= layers <= 1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +24,12 @@ class TransformerOptions(Options):
 
     width: Count = 192
     """Width of the transformer, a multiple of twice --heads."""
-    layers: Count = 4
+    layers: Layers = 4
     """Layers of the transformer."""
     heads: Count = 4
     """Attention heads of a layer."""
     dropout: Share = 0.1
-    """Share of activations set to 0 in training."""
+    """Share of activations set to 0 in training, in the input and at the end of each attention and MLP."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,9 +44,14 @@ class PriorConfig(TransformerOptions):
 
     level: str  # the level that it draws
     level_names: tuple[str, ...]
-    sizes: tuple[tuple[int, int], ...]  # h, w of the codes of each level
-    codebook_size: int  # K
+    sizes: tuple[tuple[Count, Count], ...]  # h, w of the codes of each level
+    codebook_size: Count  # K
     classes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.level not in self.level_names or len(self.sizes) != len(self.level_names):
+            raise InputError(f"level {self.level} and {len(self.sizes)} sizes of the levels {self.level_names}")
 
     @property
     def position(self) -> int:
@@ -93,11 +101,14 @@ class Layer(nn.Module):
         q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        dropout = self.dropout if self.training else 0.0
         # With a cache T is 1, and the position sees all before it; without one, position t sees 0 to t.
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=cache is None)
-        x = x + F.dropout(self.project(attended.transpose(1, 2).reshape(B, T, C)), dropout)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), dropout)
+        # No dropout of the weights: with it the CPU's attention holds all T x T of them.
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = x + self.dropped(self.project(attended.transpose(1, 2).reshape(B, T, C)))
+        return x + self.dropped(self.mlp(self.mlp_norm(x)))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Prior(nn.Module):

@@ -144,7 +144,8 @@ def decoded(model: VQVAE2, codes: tuple[Tensor, ...], size: tuple[int, int]) -> 
 
 def read_images(options: CompleteOptions, generation: Generation) -> Images:
     """Raises InputError for one that cannot be read or is smaller than the images that the priors draw."""
-    images, size = of_files(options.images, reading_of(model_path(options.run), generation.model)), generation.image_size
+    size = generation.image_size
+    images = of_files(options.images, reading_of(model_path(options.run), generation.model))
     say(images.report)
     for path, image in zip(options.images, images, strict=True):
         height, width = image.shape[:2]

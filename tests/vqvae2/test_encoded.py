@@ -315,10 +315,19 @@ def test_names_are_shown_on_one_line(tmp_path):
     refused(EncodedImage("a\nb\udcff.png", b"x"), "^a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}.png: not a")
 
 
+def test_reasons_are_shown_on_one_line(monkeypatch):
+    def broken(*_):
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setattr(Image, "open", broken)
+    refused(EncodedImage("x", b"x"), r"^x: not a readable image \(first second\)$")
+
+
 def test_memory_is_not_the_image_s_fault(monkeypatch):
     def full(*_):
         raise MemoryError
 
+    image = EncodedImage("x", content("PNG"))
     monkeypatch.setattr(Image.Image, "load", full)
     with pytest.raises(MemoryError):
-        EncodedImage("x", content("PNG")).decode(3)
+        image.decode(3)

@@ -56,7 +56,7 @@ def has_all_blocks(file: BinaryIO, image: Image.Image, size: int) -> bool:
     return False
 
 
-def opened(file: BinaryIO, image: Image.Image, size: int) -> bool:
+def told_on_opening(file: BinaryIO, image: Image.Image, size: int) -> bool:
     """WebP: Pillow opens none that is cut."""
     return True
 
@@ -97,5 +97,5 @@ CHECKS: dict[str, Callable[[BinaryIO, Image.Image, int], bool]] = {
     "MPO": ends_with_marker,
     "PNG": has_all_chunks,
     "TIFF": has_all_strips,
-    "WEBP": opened,
+    "WEBP": told_on_opening,
 }

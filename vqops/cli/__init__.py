@@ -58,12 +58,13 @@ WITHOUT_EXTRA = {"info": run_info, "check": run_check}
 def run(command: str, flags: list[str]) -> int:
     from vqops import vqvae2
     from vqops.cli.parsing import flag, parsed
+    from vqops.vqvae2.training.interruption import exit_code
 
     try:
         getattr(vqvae2, command.replace("-", "_"))(parsed(command, flags))
     except vqvae2.InputError as error:
         return refuse(f"vqops {command}: {error.text(flag)}")
-    return 0
+    return exit_code()
 
 
 def refuse(line: str) -> int:

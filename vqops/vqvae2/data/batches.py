@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vqops.vqvae2.data.images import Images
 
 HELD_OUT_SHARE = 0.05
+# What ends a job. Terminals, torchrun and schedulers send them to whole process groups.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,5 +146,6 @@ def stack(images: Sequence[np.ndarray]) -> Tensor:  # uint8 [H, W, C] each; [B, 
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the run needs its workers until the step at hand is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The run needs its workers until the step at hand is done; they end with it, asked or by its death."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

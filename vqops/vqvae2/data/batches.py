@@ -3,8 +3,11 @@
 Everything is a function of the seed and the number of the draw, so a run does not depend on the number of workers.
 """
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import parent_process
+from threading import Thread
 
 import numpy as np
 import torch
@@ -146,6 +149,19 @@ def stack(images: Sequence[np.ndarray]) -> Tensor:  # uint8 [H, W, C] each; [B, 
 
 
 def ignore_interrupt(worker: int) -> None:
-    """The run needs its workers until the step at hand is done; they end with it, asked or by its death."""
+    """Leave the signals that end a job to the run, which needs its workers until the step at hand is done.
+
+    SIGTERM ends a worker only if the run sends it, as multiprocessing does at its exit and waits for the worker's end.
+    """
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=end_when_told, args=(parent_process().pid,), daemon=True).start()
+
+
+def end_when_told(run: int) -> None:  # the id of its process
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)

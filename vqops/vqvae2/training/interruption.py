@@ -51,8 +51,8 @@ class Latest:
 
 
 def exit_code() -> int:
-    """128 + its number where a scheduler's signal ended the last training of this process, else 0."""
-    ended = Latest.ended
+    """128 + its number where a scheduler's signal ended a training since this was asked, else 0."""
+    ended, Latest.ended = Latest.ended, None
     return 0 if ended is None or not ended.is_set() or ended.by_user else 128 + ended.signal
 
 

@@ -252,7 +252,7 @@ def test_signal_to_the_whole_group(data, tmp_path, workers):
 def test_failed_run_does_not_wait_for_its_workers(data, tmp_path):
     """At its exit multiprocessing terminates what still loads images, and waits for its end."""
     script = (
-        "import sys; from vqops.vqvae2 import TrainOptions, train; from vqops.vqvae2.training.train import *\n"
+        "from vqops.vqvae2.training.train import *\n"
         "def fail(*arguments): raise RuntimeError('a defect')\n"
         "VQVAE2Training.after_step = fail\n"
         f"train(TrainOptions(steps=9, batch_size=4, channels=8, num_workers=2, data={data!r}, device='cpu'))"

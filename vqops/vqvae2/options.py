@@ -83,7 +83,7 @@ def needed(options: Any, *names: str) -> None:
     """Raises InputError for the first of these fields that is None; with --resume they are those of the run."""
     for name in names:
         if getattr(options, name) is None and options.resume is None:
-            raise InputError(Field(name), " is needed, but with ", Field("resume"))
+            raise InputError(Field(name), " is needed, unless ", Field("resume"), " names what to go on with")
 
 
 def made(kind: type[Kind], values: dict[str, Any], said: Iterable[str]) -> Kind:

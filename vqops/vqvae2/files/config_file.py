@@ -59,9 +59,10 @@ def checked(path: Path, values: dict[str, Any], kind: type) -> dict[str, Any]:
     return values
 
 
-def read_options(path: Path, kind: type[Kind]) -> Kind:
+def read_options(path: Path, kind: type[Kind], **more: object) -> Kind:
+    """The options of a file, with `more` that no file holds."""
     said, defaults = read_values(path, kind)
-    values = defaults | said
+    values = defaults | said | more
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:
             raise InputError(f"{path}: {field.name} is missing")

@@ -82,7 +82,7 @@ def test_data_may_lie_elsewhere_but_must_be_the_same(home):
     assert step_of(home / "run") == 3
     train(TrainOptions(resume=Path("run"), steps=4))  # the place it was told last
     np.save("other.npy", np.load("scratch.npy")[1:])
-    with pytest.raises(InputError, match="train_state.pt was written with images 22, now it is 21"):
+    with pytest.raises(InputError, match=r"train_state\.pt was written with images 22, now it is 21"):
         train(TrainOptions(resume=Path("run"), data="other.npy", steps=5))
     assert step_of(home / "run") == 4
 

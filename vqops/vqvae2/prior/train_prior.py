@@ -21,6 +21,7 @@ from vqops.vqvae2.prior.code_folder import Codes
 from vqops.vqvae2.prior.options import TrainPriorOptions
 from vqops.vqvae2.prior.transformer import Prior, PriorConfig, nats_per_code
 from vqops.vqvae2.progress import Progress
+from vqops.vqvae2.training.interruption import Interruption
 from vqops.vqvae2.training.loop import Training, run_steps
 from vqops.vqvae2.training.meters import Meter, evaluating
 from vqops.vqvae2.training.optimization import WeightAverage
@@ -142,19 +143,19 @@ class PriorTraining(Training):
         self.state.step = step
 
     def validate(self, step: int) -> dict[str, float]:
-        nats = self.held_out_nats()
+        nats = self.held_out_nats(self.interrupted)
         self.since_best, self.measured_at = self.since_best + 1, step
         if nats < self.best:
             self.best, self.since_best = nats, 0
             self.save_prior(nats)
         return {"val_nats_per_code": nats}
 
-    def held_out_nats(self) -> float:
+    def held_out_nats(self, interrupted: Interruption) -> float:
         """Mean over the held-out images, each with its class."""
         size, total = self.options.batch_size, 0.0
         batches = np.split(self.held_out, range(size, len(self.held_out), size))
         with evaluating(self.module), torch.no_grad():
-            for images in self.interrupted.until_set(batches):
+            for images in interrupted.until_set(batches):
                 own, above, labels = batch_of(self.codes, images, self.module, self.device)
                 total += nats_per_code(self.module, own, above, labels).item() * len(images)
         return total / len(self.held_out)
@@ -167,7 +168,7 @@ class PriorTraining(Training):
         """The best nats per code; where no measurement was due yet, those of the weights as they are."""
         if self.measured_at:
             return self.best
-        nats = self.held_out_nats()
+        nats = self.held_out_nats(Interruption())
         self.save_prior(nats)
         return nats
 

@@ -182,5 +182,6 @@ def test_comparison(folder, tmp_path, capsys):
     assert float(columns["MSE"][0]) == pytest.approx(mse, abs=1e-5)
     pictures = [f"latents_{name}.png" for name in ("none", "gaussian", "gumbel", "vq")]
     pictures += ["codes.png", "index_maps.png", "reconstructions.png"]
-    assert sorted(os.listdir(out)) == sorted([*pictures, "comparison.md", "gaussian", "gumbel", "none", "vq"])
+    others = ["comparison.md", "config.toml", "seconds.json", ".lock", ".writer", "gaussian", "gumbel", "none", "vq"]
+    assert sorted(os.listdir(out)) == sorted([*pictures, *others])
     assert f"next: vqops extract {out / 'vq'}" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +167,8 @@ def test_temperature():
 
 # Training
 
+GOING_ON = {"steps": 12, "eval_every": 5, "dropout": 0.2, "level": "bottom"}
+
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory) -> Path:
@@ -224,6 +228,118 @@ def test_early_stop_keeps_the_best(tmp_path, capsys):
     assert rows[-1]["step"] < 2000
     assert load_prior(tmp_path / "prior")[1]["val_nats_per_code"] == min(held_out) < held_out[-1]
     assert "no better for 2 measurements" in capsys.readouterr().out
+
+
+# Going on
+
+
+@pytest.fixture(scope="module")
+def whole(codes, tmp_path_factory) -> Path:
+    return train_prior(replace(options_of(codes, tmp_path_factory.mktemp("whole") / "prior"), **GOING_ON))
+
+
+def cut_off(monkeypatch, options, step: int, how) -> None:
+    """A training that ends in this step: by a signal, or by an exception as if it were killed."""
+    adam_step, calls = torch.optim.AdamW.step, []
+
+    def step_and_end(optimizer, *arguments):
+        calls.append(optimizer)
+        if len(calls) == step:
+            how()
+        return adam_step(optimizer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step_and_end)
+        train_prior(options)
+
+
+def check_same_prior(out: Path, whole: Path) -> None:
+    """Weights, optimizer, what is best, the generators, the file; the steps of the metrics."""
+    ours, theirs = (torch.load(folder / "train_state.pt", weights_only=True) for folder in (out, whole))
+    for part in ("module", "random", "more"):
+        REPEATS.same(ours[part], theirs[part], where=part)
+    REPEATS.same(ours["optimizer"]["state"], theirs["optimizer"]["state"])
+    REPEATS.same(load_prior(out)[0].state_dict(), load_prior(whole)[0].state_dict())
+    kept, expected = ([row["step"] for row in rows_of(folder)] for folder in (out, whole))
+    assert kept == sorted(set(kept))
+    assert set(expected) <= set(kept)
+    measured, expected = (
+        {row["step"]: row["val_nats_per_code"] for row in rows_of(folder) if "val_nats_per_code" in row}
+        for folder in (out, whole)
+    )
+    assert measured == expected
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])  # before the first measurement, at one, between two
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_interrupted_prior_goes_on(codes, whole, tmp_path, monkeypatch, capsys, step, number):
+    options = replace(options_of(codes, tmp_path / "prior"), **GOING_ON)
+    cut_off(monkeypatch, options, step, lambda: signal.raise_signal(number))
+    go_on = f"after step {step} of 12; go on: vqops train-prior {codes} --resume {options.out}\n"
+    assert go_on in capsys.readouterr().out
+    assert (options.out / "prior.safetensors").exists() == (step > 5 or number == signal.SIGINT)
+    torch.rand(step)
+    train_prior(TrainPriorOptions(codes, resume=options.out))
+    assert f"resumed from step {step}\n" in capsys.readouterr().out
+    check_same_prior(options.out, whole)
+
+
+def killed():
+    raise KeyboardInterrupt
+
+
+def test_killed_prior_goes_on_from_its_last_measurement(codes, whole, tmp_path, monkeypatch, capsys):
+    options = replace(options_of(codes, tmp_path / "prior"), **GOING_ON)
+    for step in (3, 8):
+        with pytest.raises(KeyboardInterrupt):
+            cut_off(monkeypatch, options, step, killed)
+        options = TrainPriorOptions(codes, resume=tmp_path / "prior")
+    assert "no checkpoint yet: starts anew\n" in capsys.readouterr().out
+    with (tmp_path / "prior" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "nats_')  # as a full disk leaves it
+    train_prior(options)
+    assert "resumed from step 5\n" in capsys.readouterr().out
+    check_same_prior(tmp_path / "prior", whole)
+
+
+def test_early_stop_is_the_same_after_an_interruption(codes, tmp_path, monkeypatch):
+    options = replace(options_of(codes, tmp_path / "a"), steps=500, eval_every=5, lr=0.3, patience=2)
+    whole = train_prior(options)
+    ended = torch.load(whole / "train_state.pt", weights_only=True)["step"]
+    assert ended < 500
+    options = replace(options, out=tmp_path / "b")
+    cut_off(monkeypatch, options, ended - 2, lambda: signal.raise_signal(signal.SIGTERM))
+    train_prior(TrainPriorOptions(codes, resume=tmp_path / "b"))
+    check_same_prior(tmp_path / "b", whole)
+    with pytest.raises(InputError, match=rf"got no better in 2 measurements, after step {ended}: name more with patie"):
+        train_prior(TrainPriorOptions(codes, resume=tmp_path / "b"))
+
+
+def test_what_does_not_fit_the_prior_is_refused(codes, whole, tmp_path):
+    def refused(message, **changes):
+        with pytest.raises(InputError, match=message):
+            train_prior(TrainPriorOptions(**{"codes": codes, "resume": whole, "steps": 20, **changes}))
+
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    refused(r"resume .*: width is 16 there and cannot change, got 32", width=32)
+    refused(r"level is bottom there and cannot change, got top", level="top")
+    refused("eval_every is 5 there and cannot change, got 6", eval_every=6)
+    refused("has done its steps, after step 12: name more with steps", steps=12)
+    refused("no run of vqops train-prior is there", resume=tmp_path)
+    shutil.copytree(codes, tmp_path / "codes")
+    meta = json.loads((codes / "meta.json").read_text())
+    (tmp_path / "codes" / "meta.json").write_text(json.dumps(meta | {"model": "other"}))
+    refused(r"train_state\.pt was written with model sha, now it is other", codes=tmp_path / "codes")
+    with pytest.raises(InputError, match=r"^level is needed, unless resume"):
+        TrainPriorOptions(codes)
+    before[".writer"] = (whole / ".writer").read_bytes()
+    assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_prior_can_be_lengthened(codes, tmp_path):
+    out = train_prior(replace(options_of(codes, tmp_path / "prior"), **GOING_ON | {"steps": 5}))
+    train_prior(TrainPriorOptions(codes, resume=out, steps=7))
+    assert [row["step"] for row in rows_of(out)] == [5, 7]
 
 
 def test_refusals(codes, tmp_path):

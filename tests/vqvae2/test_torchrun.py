@@ -76,7 +76,8 @@ def test_only_the_first_process_speaks_and_writes(runs):
     _, two, said = runs
     assert said.count("curves: ") == 1
     assert sorted(set(os.listdir(two)) - {"tensorboard"}) == [
-        "config.toml", "curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png", "train_state.pt"
+        ".lock", ".writer",
+        "config.toml", "curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png", "train_state.pt",
     ]  # fmt: skip
 
 

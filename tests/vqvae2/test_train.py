@@ -23,7 +23,10 @@ from vqops.vqvae2 import InputError, ReconstructOptions, TrainOptions, load_mode
 from vqops.vqvae2.training import optimization
 from vqops.vqvae2.training.meters import Meter
 
-FILES = ["config.toml", "curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png", "train_state.pt"]
+FILES = [
+    ".lock", ".writer",
+    "config.toml", "curves.png", "metrics.jsonl", "model.safetensors", "reconstructions.png", "train_state.pt",
+]  # fmt: skip
 TINY = TrainOptions(
     steps=12, batch_size=4, image_size=16, channels=8, codebook_size=16, code_dim=4, eval_every=6, device="cpu"
 )
@@ -250,7 +253,7 @@ def test_interruption_ends_the_step_and_writes_everything(data, tmp_path, monkey
     run = train(replace(TINY, data=data, data_key="x_train", out=tmp_path / "run"))
     assert files_of(run) == FILES
     assert rows_of(run)[-1]["step"] == 3
-    assert "interrupted after step 3 of 12" in capsys.readouterr().out
+    assert "interrupted by Ctrl-C after step 3 of 12" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
 
 

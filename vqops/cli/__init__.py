@@ -59,6 +59,7 @@ def run(command: str, flags: list[str]) -> int:
     from vqops import vqvae2
     from vqops.cli.memory import out_of_memory
     from vqops.cli.parsing import flag, parsed
+    from vqops.vqvae2.training.interruption import exit_code
 
     options = None
     try:
@@ -70,7 +71,7 @@ def run(command: str, flags: list[str]) -> int:
         if not line and not named:
             raise
         return refuse(f"vqops {command}: {line or error.text(flag)}")
-    return 0
+    return exit_code()
 
 
 def refuse(line: str) -> int:

@@ -1,7 +1,7 @@
 """From the words of a command line to the options of a command.
 
-The flags given override the file named by --config, and that the preset named by --preset; with --resume all defaults
-are the options of that run.
+The flags given override the file named by --config, that the preset named by --preset, and that what nobody said when
+the file was written; with --resume all defaults are the options of that run. All but defaults count as said.
 """
 
 from argparse import ArgumentParser
@@ -13,8 +13,9 @@ import tyro
 
 from vqops import vqvae2
 from vqops.cli.presets import preset_values
-from vqops.vqvae2.files.config_file import read_options, read_values
-from vqops.vqvae2.options import types_of
+from vqops.vqvae2.files.config_file import Values, read_values
+from vqops.vqvae2.files.run_folder import CONFIG
+from vqops.vqvae2.options import made, types_of
 
 # How the help writes what an option takes; the others as tyro does.
 SHOWN = {
@@ -36,14 +37,18 @@ def parsed(command: str, flags: list[str]) -> Any:
     """Raises InputError for values that cannot be used; SystemExit, after a message, for flags that do not parse."""
     kind = getattr(vqvae2, f"{command.title().replace('-', '')}Options")
     flagged = flagged_class(kind)
+    values, said = sources(kind, flags)
+    needed = {field.name: tyro.MISSING for field in fields(kind) if field.default is MISSING}
     given = tyro.cli(
         flagged,
         prog=f"vqops {command}",
         args=flags,
         config=(tyro.conf.FlagCreatePairsOff,),
-        default=flagged(**vars(defaults_of(kind, flags))) if command == "train" else None,
+        default=flagged(**needed | values) if values else None,
     )
-    return kind(**vars(given))
+    words = {word.partition("=")[0].replace("_", "-") for word in flags}
+    flagged_names = {field.name for field in fields(kind) if field.name in needed or flag(field.name) in words}
+    return made(kind, {field.name: getattr(given, field.name) for field in fields(kind)}, said | flagged_names)
 
 
 def flagged_class(kind: type) -> type:
@@ -64,13 +69,18 @@ def shown_type(field: Any, hint: Any) -> Any:
     return tyro.conf.Positional[annotated] if field.default is MISSING and field.name in POSITIONAL else annotated
 
 
-def defaults_of(kind: type, flags: list[str]) -> Any:
+def sources(kind: type, flags: list[str]) -> tuple[dict[str, Any], set[str]]:
+    """The values of the run, the file and the preset that the flags name; and those fields that count as said."""
     named = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--resume", "--config", "--preset"):
-        named.add_argument(name, nargs="?")
-    sources, _ = named.parse_known_args(flags)
-    if sources.resume:
-        config = Path(sources.resume) / "config.toml"
-        return read_options(config, kind) if config.is_file() else kind()
-    values = preset_values(sources.preset) if sources.preset else {}
-    return kind(**values | (read_values(Path(sources.config), kind) if sources.config else {}))
+    for name in {"resume", "config", "preset"} & types_of(kind).keys():
+        named.add_argument(flag(name), nargs="?")
+    given, _ = named.parse_known_args(flags)
+    resume, config, preset = (getattr(given, name, None) for name in ("resume", "config", "preset"))
+    stored = Path(resume or "") / CONFIG
+    run = read_values(stored, kind) if resume and stored.is_file() else Values({}, {})
+    file = read_values(Path(config), kind) if config else Values({}, {})
+    preset = preset_values(preset) if preset else {}
+    values = file.defaults | run.defaults | preset | run.said | file.said
+    if resume:
+        values.pop("out", None)  # the run may have been moved since
+    return values, preset.keys() - run.said.keys() | file.said.keys()

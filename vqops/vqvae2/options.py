@@ -1,17 +1,20 @@
 """Options as frozen dataclasses: the type of a field says what it may be, and is checked when one is made.
 
-The docstring of a field is the help of its flag, or a text in its type, where several options share it.
+The docstring of a field is the help of its flag, or a text in its type, where several options share it. What was said
+is kept apart from what has its default: only that can contradict a run that is gone on with.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vqops.vqvae2.errors import Field, InputError
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,17 @@ Device = Annotated[
 
 
 class Options:
-    """A base of dataclasses that checks the values. Raises InputError for the first that its type does not allow."""
+    """A base of dataclasses that checks the values. Raises InputError for the first that its type does not allow.
+
+    `said` holds the names of the arguments that it was made with. `dataclasses.replace` says all of them, `changed` its
+    changes only.
+    """
+
+    def __new__(cls, *values: object, **named: object) -> "Options":
+        options = super().__new__(cls)
+        places = [field.name for field in fields(cls) if not field.kw_only]
+        object.__setattr__(options, "said", frozenset((*places[: len(values)], *named)))
+        return options
 
     def __post_init__(self):
         for name, hint in types_of(type(self)).items():
@@ -65,6 +78,26 @@ def refused(value: object, hint: Any) -> str:
     if NoneType in parts:
         return "" if value is None else next(refused(value, part) for part in parts if part is not NoneType)
     return ""
+
+
+def needed(options: Any, *names: str) -> None:
+    """Raises InputError for the first of these fields that is None; with --resume they are those of the run."""
+    for name in names:
+        if getattr(options, name) is None and options.resume is None:
+            raise InputError(Field(name), " is needed, unless ", Field("resume"), " names what to go on with")
+
+
+def made(kind: type[Kind], values: dict[str, Any], said: Iterable[str]) -> Kind:
+    """Options of which only these names count as said."""
+    options = kind(**values)
+    object.__setattr__(options, "said", frozenset(said))
+    return options
+
+
+def changed(options: Kind, **changes: object) -> Kind:
+    """The options with these changes, which count as said beside what was said before."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return made(type(options), values | changes, options.said | changes.keys())
 
 
 def values_for(kind: type, options: object) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 Everything is a function of the seed and the number of the draw, so a run does not depend on the number of workers.
 """
 
+import os
 import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from multiprocessing import parent_process
+from threading import Thread
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from vqops.vqvae2.errors import Field, InputError
 HELD_OUT_SHARE = 0.05
 FINGERPRINTED = 16  # images
 ENDED_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)")
+# What ends a job. Terminals, torchrun and schedulers send them to whole process groups.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def hold_out(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +52,7 @@ class Batches:
             batch_sampler=order,
             num_workers=num_workers,
             collate_fn=stack,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # the loader draws a number when it starts: not from the run's generator
         )
 
@@ -200,6 +205,20 @@ def stack(images: Sequence[np.ndarray | InputError]) -> Tensor | InputError:
     return batch.permute(0, 3, 1, 2)
 
 
-def ignore_signals(worker: int) -> None:
-    """A signal reaches the whole process group; the run needs its workers until the step at hand is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals(worker: int) -> None:
+    """Leave the signals that end a job to the run, which needs its workers until the step at hand is done.
+
+    SIGTERM ends a worker only if the run sends it, as multiprocessing does at its exit and waits for the worker's end.
+    """
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=end_when_told, args=(parent_process().pid,), daemon=True).start()
+
+
+def end_when_told(run: int) -> None:  # the id of its process
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)

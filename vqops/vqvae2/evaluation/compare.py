@@ -1,6 +1,8 @@
 """`vqops compare`: one model a bottleneck, on the same images and budget."""
 
+import json
 import math
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,21 +11,27 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from vqops.vqvae2.data.batches import validation_batches, window_of
+from vqops.vqvae2.data.batches import Batches, validation_batches, window_of
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.evaluation.options import CompareOptions
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
-from vqops.vqvae2.files.run_folder import check_output, write_text
+from vqops.vqvae2.files.config_file import PLACES, TRANSIENT, write_config
+from vqops.vqvae2.files.lock import locked
+from vqops.vqvae2.files.run_folder import CONFIG, RECONSTRUCTIONS, check_output, read_rows, write_text, writing_in
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2
 from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
 from vqops.vqvae2.progress import Progress, say
+from vqops.vqvae2.training.interruption import interruption
 from vqops.vqvae2.training.options import TrainOptions
-from vqops.vqvae2.training.train import load_data, train
+from vqops.vqvae2.training.resume import continued
+from vqops.vqvae2.training.train import load_data, train_run
+
+MAY_CHANGE = ("device", "out", *PLACES, *TRANSIENT)
+SECONDS = "seconds.json"
 
 NAMES = {
     "none": "autoencoder",
@@ -36,48 +44,102 @@ NAMES = {
 def compare(options: CompareOptions) -> Path:
     """Train a model for each bottleneck and write a Markdown table and pictures of all of them.
 
-    Raises InputError for anything that cannot be used.
+    Ctrl-C, SIGTERM and SIGUSR1 end it with a checkpoint of the training at hand. Raises InputError for anything that
+    cannot be used.
     """
-    check_output(options.out)
+    options = continued(options, "compare", MAY_CHANGE) if options.resume else options
+    if not options.resume:
+        check_output(options.out)
     base = training_options(options)
     batches = held_out_batches(base)
     labels, classes = None, ()
-    if options.label_key is not None:
+    if options.label_key is not None or options.labels is not None:
         source = options.val_data or options.data
-        labels, classes = load_labels(source, options.label_key, len(batches.dataset.images))
-    rows, models = {}, {}
+        labels, classes = load_labels(source, batches.images, options.labels, options.label_key)
+    with writing_in(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out):
+        if not options.resume:
+            check_output(options.out)  # once more: another process may have been faster
+        write_config(options.out, options)
+        if train_all(options, base):
+            lay_side_by_side(options, batches, labels, classes)
+    return options.out
+
+
+def train_all(options: CompareOptions, base: TrainOptions) -> bool:
+    """Train the models that are not there yet, and note the seconds of each; False if a signal ended it."""
+    go_on = f"vqops compare --resume {shlex.quote(str(options.out))}"
+    with interruption() as interrupted:
+        for bottleneck in options.bottleneck:
+            run = options.out / bottleneck
+            if steps_done(run) >= options.steps and (run / RECONSTRUCTIONS).exists():
+                continue
+            there = {"resume": run, "out": None} if (run / CONFIG).is_file() else {"out": run, "overwrite": True}
+            started = time.perf_counter()
+            train_run(replace(base, bottleneck=bottleneck, **there), go_on)
+            with writing_in(options.out):
+                add_seconds(options.out, bottleneck, time.perf_counter() - started)
+            if interrupted.is_set():
+                if steps_done(run) >= options.steps:  # then it has not said so
+                    say(f"interrupted by {interrupted.cause}; go on: {go_on}")
+                return False
+    return True
+
+
+def steps_done(run: Path) -> int:
+    rows = read_rows(run)
+    return rows[-1]["step"] if rows else 0
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """Seconds of training by bottleneck, without those of processes that were killed."""
+    path = folder / SECONDS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def add_seconds(folder: Path, bottleneck: str, seconds: float) -> None:
+    before = seconds_of(folder)
+    write_text(folder / SECONDS, json.dumps(before | {bottleneck: before.get(bottleneck, 0) + seconds}) + "\n")
+
+
+def lay_side_by_side(
+    options: CompareOptions, batches: Batches, labels: np.ndarray | None, classes: tuple[str, ...]
+) -> None:
+    """Measure all models and write the table and the pictures."""
+    rows, models, seconds = {}, {}, seconds_of(options.out)
     for bottleneck in options.bottleneck:
-        started = time.perf_counter()
-        run = train(replace(base, bottleneck=bottleneck, out=options.out / bottleneck))
-        seconds = time.perf_counter() - started
-        models[bottleneck] = load_model(run)
-        rows[bottleneck] = measure(models[bottleneck], batches) | {"seconds": seconds}
+        models[bottleneck] = load_model(options.out / bottleneck)
+        rows[bottleneck] = measure(models[bottleneck], batches) | {"seconds": seconds.get(bottleneck, math.nan)}
         seen = Seen(models[bottleneck], batches)
-        save_latents(options.out / f"latents_{bottleneck}.png", seen, labels, classes)
-        if bottleneck == "vq":
-            save_codes(options.out / "codes.png", seen)
-            save_index_maps(options.out / "index_maps.png", models["vq"], next(iter(batches)))
+        with writing_in(options.out):
+            save_latents(options.out / f"latents_{bottleneck}.png", seen, labels, classes)
+            if bottleneck == "vq":
+                save_codes(options.out / "codes.png", seen)
+                save_index_maps(options.out / "index_maps.png", models["vq"], next(iter(batches)))
     shown = next(iter(batches))[:SHOWN_IMAGES]
-    save_side_by_side(options.out / "reconstructions.png", shown, models)
     table = markdown(rows, options)
-    write_text(options.out / "comparison.md", table)
+    with writing_in(options.out):
+        save_side_by_side(options.out / "reconstructions.png", shown, models)
+        write_text(options.out / "comparison.md", table)
     say(table)
     for name in sorted(path.name for path in options.out.glob("*.png")):
         say(str(options.out / name))
     if "vq" in options.bottleneck:
         key = f" --data-key {options.data_key}" if options.data_key else ""
         say(f"next: vqops extract {options.out / 'vq'} --data {options.data or 'PATH'}{key} --out CODES")
-    return options.out
 
 
 def training_options(options: CompareOptions) -> TrainOptions:
-    values = values_for(TrainOptions, options) | {"bottleneck": "vq", "out": None}  # each run has its own
-    return TrainOptions(**values, eval_every=max(options.steps // 5, 1), checkpoint_every=options.steps)
+    of_each_run = {"bottleneck": "vq", "out": None, "resume": None}
+    values = values_for(TrainOptions, options) | of_each_run
+    return TrainOptions(**values, eval_every=max(options.steps // 5, 1))
 
 
-def held_out_batches(options: TrainOptions) -> DataLoader:  # of uint8 [B, C, H, W]
-    images, held_out = load_data(options, Progress(0, quiet=True))
-    return validation_batches(held_out, window_of(images, options.image_size), options.batch_size, num_workers=0)
+def held_out_batches(options: TrainOptions) -> Batches:  # of uint8 [B, C, H, W]
+    data = load_data(options, Progress(0, quiet=True))
+    window = window_of(data.training, options.image_size)
+    return validation_batches(data.held_out, window, options.batch_size, num_workers=0)
 
 
 def markdown(rows: dict[str, dict[str, float]], options: CompareOptions) -> str:
@@ -92,13 +154,15 @@ def markdown(rows: dict[str, dict[str, float]], options: CompareOptions) -> str:
         for level in levels:
             used = row.get(f"codes_used_{level}")
             cells += ["-", "-"] if used is None else [f"{row[f'perplexity_{level}']:.1f}", str(used)]
-        lines.append(" | ".join([*cells, f"{row['seconds']:.0f}"]))
+        lines.append(" | ".join([*cells, "-" if math.isnan(row["seconds"]) else f"{row['seconds']:.0f}"]))
     images = next(iter(rows.values()))["images"]
     note = (
         f"{options.steps} steps of {options.batch_size} images, {options.levels} level(s), seed {options.seed}; "
         f"measured on {images} held-out images, values in [0, 1], clamped. Bits/dim: KL of the VAE, log2 K a code "
         f"without a prior."
     )
+    if options.resume:
+        note += " Seconds: of training, without those of processes that were killed."
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n"
 
 

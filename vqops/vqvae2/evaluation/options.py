@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.networks.vqvae2 import Bottleneck, SizeOptions
-from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed
+from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed, needed
 from vqops.vqvae2.training.options import ImageOptions
 
 
@@ -75,8 +75,8 @@ class EvaluateOptions(Options):
 class CompareOptions(SizeOptions, ImageOptions):
     """Train one model a bottleneck on the same images and steps, and lay the results side by side."""
 
-    out: Path
-    """Folder for the runs, comparison.md and the pictures. It must be empty or new."""
+    out: Path | None = None
+    """Folder for the runs, comparison.md and the pictures, needed but with --resume. It must be empty or new."""
     label_key: str | None = None
     """What the labels of the validation images are called, for the picture of the latent space."""
     labels: Path | None = None
@@ -94,9 +94,13 @@ class CompareOptions(SizeOptions, ImageOptions):
     seed: Seed = 0
     """Seed of every model."""
     device: Device = "auto"
+    resume: Path | None = None
+    """Go on with the comparison in this folder, with its options: models that are there are kept, the one that was cut
+    off goes on from its last checkpoint."""
 
     def __post_init__(self):
         super().__post_init__()
+        needed(self, "out")
         if not self.bottleneck or len(set(self.bottleneck)) < len(self.bottleneck):
             allowed = f"at least one of {', '.join(get_args(Bottleneck))}, and different ones"
             raise InputError(Field("bottleneck"), f" must be {allowed}, got {' '.join(self.bottleneck)}")

@@ -1,31 +1,52 @@
-"""Options in a TOML file: a key a field, what is left out has its default."""
+"""Options in a TOML file: a key a field, what is left out has its default.
+
+The table [defaults] of a run's file keeps the values that nobody said: a later version with other defaults goes on with
+them, and a preset can override them.
+"""
 
 import json
+import os
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from vqops.vqvae2.errors import InputError
-from vqops.vqvae2.options import refused, types_of
+from vqops.vqvae2.files.run_folder import CONFIG, write_text, writing_in
+from vqops.vqvae2.options import Kind, made, refused, types_of
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-Kind = TypeVar("Kind")
 TRANSIENT = ("preset", "config", "resume", "overwrite")  # of a command, not of what it makes
+PLACES = ("data", "val_data", "codes", "labels")  # of what a run reads: a place, or the name of a Hugging Face dataset
+DEFAULTS = "defaults"
 
 
-def read_values(path: Path, kind: type) -> dict[str, Any]:
+class Values(NamedTuple):
+    """The values of a file, by field."""
+
+    said: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+def read_values(path: Path, kind: type) -> Values:
     """The values of a file by field of `kind`. Raises InputError for what is no TOML, no field, or not allowed."""
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a TOML file ({error})") from error
+    defaults = values.pop(DEFAULTS, {})
+    if not isinstance(defaults, dict):
+        raise InputError(f"{path}: {DEFAULTS} must be a table, got {defaults!r}")
+    return Values(checked(path, values, kind), checked(path, defaults, kind))
+
+
+def checked(path: Path, values: dict[str, Any], kind: type) -> dict[str, Any]:
     hints = types_of(kind)
     for name in values:
         if name not in hints or name in TRANSIENT:
@@ -38,18 +59,38 @@ def read_values(path: Path, kind: type) -> dict[str, Any]:
     return values
 
 
-def read_options(path: Path, kind: type[Kind]) -> Kind:
-    values = read_values(path, kind)
+def read_options(path: Path, kind: type[Kind], **more: object) -> Kind:
+    """The options of a file, with `more` that no file holds."""
+    said, defaults = read_values(path, kind)
+    values = defaults | said | more
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:
             raise InputError(f"{path}: {field.name} is missing")
-    return kind(**values)
+    return made(kind, values, said)
 
 
-def written(options: object) -> str:
-    """The options as TOML; those that are None are left out."""
-    values = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in TRANSIENT}
-    return "".join(f"{name} = {literal(value)}\n" for name, value in values.items() if value is not None)
+def write_config(folder: Path, options: Any) -> None:
+    """Write the options to the folder that is made with them."""
+    with writing_in(folder):
+        write_text(folder / CONFIG, written(options))
+
+
+def written(options: Any) -> str:
+    """The options as TOML, without those that are None, and without the place that they are written to."""
+    said, others = "", ""
+    for field in fields(options):
+        name = field.name
+        if name in (*TRANSIENT, "out") or getattr(options, name) is None:
+            continue
+        line = f"{name} = {literal(placed(name, options))}\n"
+        said, others = (said + line, others) if name in options.said else (said, others + line)
+    return f"{said}\n[{DEFAULTS}]  # nobody said these: as they were\n{others}" if others else said
+
+
+def placed(name: str, options: Any) -> object:
+    """The value of a field; a place as a path that holds in any folder."""
+    value = getattr(options, name)
+    return os.path.abspath(value) if name in PLACES and os.path.exists(value) else value
 
 
 def literal(value: object) -> str:

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from vqops.vqvae2.errors import InputError
+from vqops.vqvae2.files.lock import LOCK, WRITER, locked
 
 MODEL, METRICS, RECONSTRUCTIONS, CURVES = "model.safetensors", "metrics.jsonl", "reconstructions.png", "curves.png"
 CONFIG, TRAIN_STATE, TENSORBOARD, IMAGES = "config.toml", "train_state.pt", "tensorboard", "images.json"
@@ -24,7 +25,7 @@ def check_output(folder: Path | None, overwrite: bool = False) -> None:
         raise InputError(f"{folder}: cannot be a folder, {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{folder or 'runs'}: no permission to write in {existing}")
-    if folder == existing and not overwrite and any(folder.iterdir()):
+    if folder == existing and not overwrite and any(path.name not in (LOCK, WRITER) for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty: name an empty or new folder")
 
 
@@ -32,27 +33,39 @@ def nearest_existing(path: Path) -> Path:
     return path if path.exists() or path.parent == path else nearest_existing(path.parent)
 
 
-def create(folder: Path | None) -> Path:
-    """Create the folder, or the next runs/<date>-<n>, with empty metrics; raises InputError if it cannot be written."""
+@contextmanager
+def created(folder: Path | None, overwrite: bool = False) -> Iterator[Path]:
+    """Create the folder, or the next runs/<date>-<n>, with empty metrics, and keep other processes out of it.
+
+    Raises InputError if it cannot be written, or if it holds files that are not to be overwritten.
+    """
     with writing_in(folder or Path("runs")):
         folder = next_run() if folder is None else folder
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / METRICS, "")
-        for name in (MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES):  # of the run that is overwritten
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-        remove_unfinished(folder)
-    return folder
+    with locked(folder):
+        check_output(folder, overwrite)  # once more: another process may have been faster
+        with writing_in(folder):
+            remove_run(folder)
+            write_text(folder / METRICS, "")
+        yield folder
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the run that is being overwritten; what else is in the folder stays."""
+    for name in (METRICS, MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
+    remove_unfinished(folder)
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Take back what a run that was cut off wrote after its checkpoint at `step`."""
+    """Take back what a run that was cut off wrote after its checkpoint at `step`, and half a line at the end."""
     with writing_in(folder):
         for name in (RECONSTRUCTIONS, CURVES):
             (folder / name).unlink(missing_ok=True)
         remove_unfinished(folder)
-        lines = [line for line in (folder / METRICS).read_text().splitlines() if line.endswith("}")]  # whole ones
-        write_text(folder / METRICS, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        rows = [row for row in read_rows(folder) if row["step"] <= step]
+        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -67,8 +80,12 @@ def writing_in(folder: Path) -> Iterator[None]:
     """Turn a refusal of the file system into an InputError that names the folder."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write here ({error.strerror})") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the system's error behind one of its own
+        refusal = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(refusal, OSError):
+            raise
+        raise InputError(f"{folder}: cannot write here ({refusal.strerror or refusal})") from error
 
 
 def next_run() -> Path:
@@ -100,7 +117,7 @@ def atomically(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with atomically(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files need not be UTF-8
 
 
 def write_names(folder: Path, names: list[str] | None) -> None:
@@ -134,4 +151,14 @@ def append_row(folder: Path, row: dict[str, float]) -> None:
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    """The rows of the metrics; what is no whole row, as a full disk leaves it, is left out."""
+    path = folder / METRICS
+    return list(filter(None, map(row_of, path.read_text(errors="replace").splitlines()))) if path.exists() else []
+
+
+def row_of(line: str) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -35,7 +35,7 @@ class CodesMeta:
     levels: tuple[str, ...]
     sizes: tuple[tuple[Count, Count], ...]  # h, w of each level
     model: str  # SHA-256 of model.safetensors
-    data: str
+    data: str  # as it was named, which may be another place by now
     data_sample: str  # SHA-256 of the pixels of the images that are checked
     transform: str
     classes: tuple[str, ...]  # () without labels
@@ -164,9 +164,9 @@ def read_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap
 
 
 def difference(before: CodesMeta, now: CodesMeta) -> str:
-    """The differences between two descriptions apart from the progress; empty if there is none."""
+    """The first difference in what two descriptions describe, not in how far it is or where; empty if there is none."""
     for field in fields(CodesMeta):
         there, here = getattr(before, field.name), getattr(now, field.name)
-        if field.name != "done" and there != here:
+        if field.name not in ("done", "data") and there != here:
             return f"{field.name.replace('_', ' ')} {there} there, {here} now"
     return ""

@@ -2,6 +2,8 @@
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.data.sources import load_images
 from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.files.lock import locked
 from vqops.vqvae2.files.run_folder import IMAGES, check_output, remove_unfinished, write_names, writing_in
 from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, reading_of, training_options
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
@@ -57,11 +60,11 @@ def extract(options: ExtractOptions) -> Path:
         transform=f"middle crop {window[0]} x {window[1]}, uint8 / 255",
         classes=classes,
     )
-    codes = begun(options.out, meta, labels, images.used_names)
-    if 0 < codes.meta.done < len(images):
-        say(f"{options.out}: {codes.meta.done} of {len(images)} images are there, going on")
-    codes = write_codes(codes, model, images, window, options, device)
-    mse = check(codes, model, checked, pixels, device)
+    with begun(options.out, meta, labels, images.used_names) as codes:
+        if 0 < codes.meta.done < len(images):
+            say(f"{options.out}: {codes.meta.done} of {len(images)} images are there, going on")
+        codes = write_codes(codes, model, images, window, options, device)
+        mse = check(codes, model, checked, pixels, device)
     shapes = ", ".join(f"{name} {h} x {w}" for name, (h, w) in zip(meta.levels, meta.sizes, strict=True))
     megabytes = sum(array.nbytes for array in codes.levels) / 1e6
     say(f"{len(images)} images, codes {shapes} of {meta.codebook_size}: {megabytes:.1f} MB in {options.out}")
@@ -71,18 +74,32 @@ def extract(options: ExtractOptions) -> Path:
     return options.out
 
 
-def begun(folder: Path, meta: CodesMeta, labels: np.ndarray | None, names: list[str] | None) -> Codes:
-    """The codes in the folder, or none so far; raises InputError if it holds anything else."""
-    if (folder / META).exists():
-        if different := difference(read_meta(folder), meta):
-            raise InputError(f"{folder} holds other codes ({different}): name another folder")
-        return Codes.open(folder, "r+")
-    check_output(folder, overwrite=folder.is_dir() and only_begun(folder, meta))
+@contextmanager
+def begun(
+    folder: Path, meta: CodesMeta, labels: np.ndarray | None, names: list[str] | None
+) -> Iterator[Codes]:
+    """The codes in the folder, or none so far, with other processes kept out of it.
+
+    Raises InputError if it holds anything else.
+    """
+    check_begun(folder, meta)
     with writing_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
-        write_names(folder, names)
-        return Codes.create(folder, meta, labels)
+    with locked(folder):
+        check_begun(folder, meta)  # once more: another process may have been faster
+        if not (folder / META).exists():
+            with writing_in(folder):
+                remove_unfinished(folder)
+                write_names(folder, names)
+                Codes.create(folder, meta, labels)
+        yield Codes.open(folder, "r+")
+
+
+def check_begun(folder: Path, meta: CodesMeta) -> None:
+    if not (folder / META).exists():
+        check_output(folder, overwrite=folder.is_dir() and only_begun(folder, meta))
+    elif different := difference(read_meta(folder), meta):
+        raise InputError(f"{folder} holds other codes ({different}): name another folder")
 
 
 def only_begun(folder: Path, meta: CodesMeta) -> bool:
@@ -108,11 +125,13 @@ def write_codes(
                 indices = model.encode(as_float(pixels.to(device)))
             if any(bool((index < 0).any()) for index in indices):
                 raise InputError(f"the model finds no code for images {done} to {done + len(pixels) - 1}: not finite")
-            codes.write(done, indices)
+            with writing_in(codes.folder):
+                codes.write(done, indices)
             done += len(pixels)
             counting.reach(done)
             if done == len(images) or time.monotonic() - marked > MARK_EVERY:
-                codes, marked = codes.mark(done), time.monotonic()
+                with writing_in(codes.folder):
+                    codes, marked = codes.mark(done), time.monotonic()
     return codes
 
 

@@ -5,7 +5,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.options import Check, Count, CountOrZero, Device, NotNegative, Options, Positive, Run, Seed, Share
+from vqops.vqvae2.options import (
+    Check,
+    Count,
+    CountOrZero,
+    Device,
+    NotNegative,
+    Options,
+    Positive,
+    Run,
+    Seed,
+    Share,
+    needed,
+)
 from vqops.vqvae2.prior.transformer import TransformerOptions
 
 
@@ -45,10 +57,10 @@ class TrainPriorOptions(TransformerOptions):
 
     codes: Path
     """The folder of `vqops extract`."""
-    level: Literal["top", "middle", "bottom"]
-    """The level to learn. Each has a prior of its own; with one level it is the bottom."""
-    out: Path
-    """Folder for the prior. It must be empty or new."""
+    level: Literal["top", "middle", "bottom"] | None = None
+    """The level to learn, needed but with --resume. Each has a prior of its own; with one level it is the bottom."""
+    out: Path | None = None
+    """Folder for the prior, needed but with --resume. It must be empty or new."""
     steps: Count = 2000
     """Training steps at most."""
     batch_size: Count = 32
@@ -70,6 +82,13 @@ class TrainPriorOptions(TransformerOptions):
     seed: Seed = 0
     """Seed of the weights, the order of the codes and the held-out part (5 %)."""
     device: Device = "auto"
+    resume: Path | None = None
+    """Go on with the prior in this folder, with its options and from its last measurement. --steps and --patience may
+    be given to lengthen it; what decides the weights cannot change. The codes may lie elsewhere by now."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        needed(self, "level", "out")
 
 
 @dataclass(frozen=True)

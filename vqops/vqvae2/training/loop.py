@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.progress import Progress
-from vqops.vqvae2.training.interruption import interruption
+from vqops.vqvae2.training.interruption import GivenUp, Interruption, interruption
 from vqops.vqvae2.training.meters import Meter
 from vqops.vqvae2.training.optimization import learning_rate, set_learning_rate
-from vqops.vqvae2.training.processes import agree, is_first, num_ranks
+from vqops.vqvae2.training.processes import Stopping, is_first
 
 ROW_EVERY = 10  # steps between two rows of metrics
 
@@ -27,8 +27,9 @@ class Training(ABC):
     progress: Progress
     meter: Meter  # the first of its figures is the loss, which must stay finite
     schedule: str  # of the learning rate
-    validates_when_interrupted = False
+    go_on: str  # the command that goes on with this training
     finished = False  # whether more steps would not help
+    interrupted = Interruption()  # that of the loop it is in
 
     @abstractmethod
     def loss(self, batch: Any, step: int) -> Tensor:
@@ -49,14 +50,16 @@ class Training(ABC):
         """Write a checkpoint if one is due, as it is after the last step. Called in the first process only."""
 
 
-def run_steps(training: Training, batches: Iterable[Any], first_step: int = 0) -> None:
-    """Train until the batches end, Ctrl-C is pressed, or more steps would not help.
+def run_steps(training: Training, batches: Iterable[Any], first_step: int = 0) -> Interruption:
+    """Train until the batches end, a signal asks to stop, or more steps would not help. Returns what asked, if any.
 
-    Raises InputError if the loss is no longer finite.
+    Raises InputError if the loss is no longer finite, or if a batch cannot be loaded: then with a checkpoint.
     """
     options, parameters = training.options, list(training.module.parameters())
+    stopping = Stopping(first_step)
     with training.progress, interruption() as interrupted:
-        for step, batch in enumerate(batches, start=first_step + 1):
+        training.interrupted = interrupted
+        for step, batch in loaded(batches, training, first_step):
             rate = learning_rate(options.lr, training.schedule, step, options.steps, options.warmup)
             set_learning_rate(training.optimizer, rate)
             loss = training.loss(batch, step)
@@ -69,19 +72,37 @@ def run_steps(training: Training, batches: Iterable[Any], first_step: int = 0) -
             training.progress.step(step)
             validation_is_due = step % options.eval_every == 0 or step == options.steps
             row_is_due = step % ROW_EVERY == 0 or validation_is_due
-            # Several processes must stop at the same step; asking costs a wait, so only where a row costs it too.
-            stop = (row_is_due or num_ranks() == 1) and agree(interrupted.is_set(), parameters[0].device)
+            stop = stopping.agreed(step, interrupted.is_set(), row_is_due, parameters[0].device)
             if row_is_due or stop:
                 row = {"step": step, **training.meter.row()}
                 if not math.isfinite(value := row[training.meter.names[0]]):
                     reason = f" {options.lr} is too high for this data"
                     raise InputError(f"the loss is {value} at step {step}: ", Field("lr"), reason)
-                if validation_is_due or (stop and training.validates_when_interrupted):
-                    row |= training.validate(step)
+                if validation_is_due and not stop:
+                    try:
+                        row |= training.validate(step)
+                    except GivenUp:
+                        stop = True
                     training.meter.restart()
                 if is_first():
                     training.record(row)
             if is_first():
                 training.save(step, last=stop or step == options.steps)
+            if stop and step < options.steps:
+                reached = f"after step {step} of {options.steps}"
+                training.progress.say(f"interrupted by {interrupted.cause} {reached}; go on: {training.go_on}")
             if stop or training.finished:
                 break
+    return interrupted
+
+
+def loaded(batches: Iterable[Any], training: Training, first_step: int) -> Iterator[tuple[int, Any]]:
+    """The steps with their batches. Of one that cannot be loaded the run is told how to go on, from a checkpoint."""
+    step = first_step
+    try:
+        for batch in batches:
+            yield (step := step + 1), batch
+    except InputError as error:
+        if is_first() and step > first_step:
+            training.save(step, last=True)
+        raise InputError(*error.args, f"; stopped after step {step}, go on: {training.go_on}") from error

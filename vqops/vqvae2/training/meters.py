@@ -1,11 +1,12 @@
 """The figures of a run: means over the steps since the last row, and how well the codes of each level are used."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqops.quantizers.codebook.ranks import num_ranks, sum_over_ranks
 from vqops.vqvae2.metrics import count_codes, perplexity
@@ -77,8 +78,33 @@ def per_level(name: str, config: VQVAE2Config, values: list[float]) -> dict[str,
 @torch.no_grad()
 def validate(model: VQVAE2, batches: Iterable[Tensor]) -> dict[str, float]:  # uint8 [B, C, H, W] each
     """MSE of the clamped reconstructions on [0, 1], and the use of the codes over the batches of all processes."""
+    with evaluating(model):
+        error, values, counts = sums_of(model, batches)
+    config = model.config
+    if num_ranks() > 1:
+        (counts,) = sum_over_ranks(counts, dtype=torch.int64)
+        sums = torch.tensor([error, values], dtype=torch.float64, device=counts.device)
+        error, values = sum_over_ranks(sums, dtype=torch.float64)[0].tolist()
+    row = {"val_mse": error / values}
+    if not config.discrete:
+        return row
+    row |= per_level("val_perplexity", config, [perplexity(level).item() for level in counts])
+    return row | per_level("val_used", config, (counts > 0).float().mean(1).tolist())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode."""
     was_training = model.training
     model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def sums_of(model: VQVAE2, batches: Iterable[Tensor]) -> tuple[float, int, Tensor]:
+    """Sum of the squared errors, how many values they are of, and how often each code was used [levels, K]."""
     config, device = model.config, next(model.parameters()).device
     error, values = 0.0, 0
     counts = torch.zeros(config.levels, config.codebook_size, dtype=torch.int64, device=device)
@@ -89,13 +115,4 @@ def validate(model: VQVAE2, batches: Iterable[Tensor]) -> dict[str, float]:  # u
         values += images.numel()
         for level, indices in enumerate(output.indices):
             counts[level] += count_codes(indices, config.codebook_size)
-    model.train(was_training)
-    if num_ranks() > 1:
-        (counts,) = sum_over_ranks(counts, dtype=torch.int64)
-        (sums,) = sum_over_ranks(torch.tensor([error, values], dtype=torch.float64, device=device), dtype=torch.float64)
-        error, values = sums.tolist()
-    row = {"val_mse": error / values}
-    if not config.discrete:
-        return row
-    row |= per_level("val_perplexity", config, [perplexity(level).item() for level in counts])
-    return row | per_level("val_used", config, (counts > 0).float().mean(1).tolist())
+    return error, values, counts

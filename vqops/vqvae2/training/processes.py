@@ -1,6 +1,8 @@
 """The processes of one training: those of `torchrun -m vqops train` share the batch and keep equal weights."""
 
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,9 @@ import torch.distributed as dist
 
 from vqops.quantizers.codebook.ranks import num_ranks, rank, sum_over_ranks
 from vqops.vqvae2.errors import Field, InputError
+
+LOST = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)  # in the errors of a collective
+SECONDS_BETWEEN, STEPS_BETWEEN = 2.0, 10  # two questions whether to stop; of a grace of 30 s much must be left
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,6 +41,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+            raise
+        raise InputError("another process of the job has ended, so this one ends: go on from the checkpoint") from error
     finally:
         dist.destroy_process_group()
 
@@ -45,9 +54,33 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def agree(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    if num_ranks() == 1:
-        return flag
-    (flags,) = sum_over_ranks(torch.tensor(flag, device=device), dtype=torch.float32)
-    return bool(flags)
+class Stopping:
+    """The question to all processes whether one of them was asked to stop: they must do so at the same step.
+
+    The answer costs a wait for the device, so it is asked about every two seconds, or where a wait is due anyway.
+    """
+
+    def __init__(self, step: int):
+        self.asked, self.due, self.started = step, step + 1, time.perf_counter()
+
+    def agreed(self, step: int, interrupted: bool, waits_anyway: bool, device: torch.device) -> bool:
+        """Whether to stop after this step. All processes must ask at every step."""
+        if num_ranks() == 1:
+            return interrupted
+        if step < self.due and not waits_anyway:
+            return False
+        seconds = (time.perf_counter() - self.started) / (step - self.asked)
+        (answer,) = sum_over_ranks(torch.tensor([interrupted, seconds], device=device), dtype=torch.float32)
+        stops, seconds = answer.tolist()  # the same in all processes, so that all ask at the same step again
+        pause = int(SECONDS_BETWEEN * num_ranks() / max(seconds, 1e-6))
+        self.asked, self.due, self.started = step, step + min(max(pause, 1), STEPS_BETWEEN), time.perf_counter()
+        return stops > 0
+
+
+def is_restarted() -> bool:
+    """Whether torchrun started the processes again, after one of them had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def may_be_restarted() -> bool:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0

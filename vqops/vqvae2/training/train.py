@@ -1,7 +1,9 @@
 """`vqops train`: a VQ-VAE-2 from images to a run folder."""
 
 import math
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +21,13 @@ from vqops.vqvae2.data.sources import load_images
 from vqops.vqvae2.data.survey import Reading
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.files import run_folder
-from vqops.vqvae2.files.config_file import written
+from vqops.vqvae2.files.config_file import write_config
+from vqops.vqvae2.files.lock import is_of_this_job, locked
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.bottlenecks import Gumbel
 from vqops.vqvae2.networks.checkpoint import save_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float
-from vqops.vqvae2.options import values_for
+from vqops.vqvae2.options import changed, values_for
 from vqops.vqvae2.pictures.curves import save_curves, training_panels
 from vqops.vqvae2.pictures.grids import save_reconstructions
 from vqops.vqvae2.progress import Progress
@@ -32,7 +35,15 @@ from vqops.vqvae2.training.loop import Training, run_steps
 from vqops.vqvae2.training.meters import CodeMeter, validate
 from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import ImageOptions, TrainOptions
-from vqops.vqvae2.training.processes import is_first, num_ranks, pick_device, process_group, rank
+from vqops.vqvae2.training.processes import (
+    is_first,
+    is_restarted,
+    may_be_restarted,
+    num_ranks,
+    pick_device,
+    process_group,
+    rank,
+)
 from vqops.vqvae2.training.resume import TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
 
@@ -49,22 +60,38 @@ def train(options: TrainOptions) -> Path:
     """Train a model as the options say and return its run folder.
 
     Writes metrics.jsonl while it runs, and train_state.pt and model.safetensors at every checkpoint; at the end, also
-    when Ctrl-C ends it early, reconstructions.png and curves.png. On the CPU the same options give the same weights,
-    whatever the number of workers and however often the run was cut off and resumed. In several processes of
-    `torchrun` each takes its part of the batch.
+    when Ctrl-C ends it early, reconstructions.png and curves.png. SIGTERM and SIGUSR1 end it with a checkpoint, too. On
+    the CPU the same options give the same weights, whatever the number of workers and however often the run was cut off
+    and resumed. In several processes of `torchrun` each takes its part of the batch.
 
     Raises InputError for anything that cannot be used, before the run folder is created or changed; and if the loss is
-    no longer finite.
+    no longer finite, images cannot be loaded any more, or the folder cannot be written.
     """
-    options = continued(options) if options.resume else options
+    return train_run(options)
+
+
+def train_run(options: TrainOptions, go_on: str | None = None) -> Path:
+    """The same, with the command that goes on where it is cut off, if that is another than `vqops train --resume`."""
+    options = of_this_attempt(options)
     if is_first() and not options.resume:
         run_folder.check_output(options.out, options.overwrite)
     device = pick_device(options.device)
-    with process_group(device):
-        return train_here(options, device)
+    with process_group(device), locked(options.resume) if is_first() and options.resume else nullcontext():
+        return train_here(options, device, go_on)
 
 
-def train_here(options: TrainOptions, device: torch.device) -> Path:
+def of_this_attempt(options: TrainOptions) -> TrainOptions:
+    """The options as given; as those of a continuation with --resume, and where torchrun starts a job again."""
+    if options.resume is None and may_be_restarted():
+        if options.out is None:
+            raise InputError(Field("out"), " is needed with torchrun --max-restarts, to go on in that folder")
+        if is_restarted() and is_of_this_job(options.out):
+            begun = (options.out / run_folder.CONFIG).is_file()
+            options = changed(options, resume=options.out) if begun else changed(options, overwrite=True)
+    return continued(options, "train") if options.resume else options
+
+
+def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -> Path:
     """The training of one process."""
     if options.batch_size % num_ranks():
         reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
@@ -86,11 +113,8 @@ def train_here(options: TrainOptions, device: torch.device) -> Path:
         "validation pixels": fingerprint(held_out, window),
     }
     state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about)
-    if options.resume and (checkpoint := options.resume / run_folder.TRAIN_STATE).exists():
-        state.load(checkpoint)
-        finished = (options.resume / run_folder.RECONSTRUCTIONS).exists()  # what a run writes last
-        if state.step >= options.steps and finished:
-            raise InputError(f"{options.resume} has done its {state.step} steps: name more with ", Field("steps"))
+    if options.resume and (done := load_checkpoint(state, options, progress)):
+        return done
     part = rank(), num_ranks()
     batches = training_batches(
         images, window, options.batch_size, options.steps, options.seed, options.num_workers, state.step, part
@@ -98,28 +122,54 @@ def train_here(options: TrainOptions, device: torch.device) -> Path:
     validation = validation_batches(held_out, window, options.batch_size, options.num_workers, part)
     trained = model if num_ranks() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
-    folder = start_folder(options, state.step) if is_first() else Path()
-    if is_first() and not listed:
-        run_folder.write_names(folder, data.whole.used_names)
-    progress.say(f"{len(images)} images, {window[0]} x {window[1]} pixels a crop, on {device}; run folder {folder}")
-    training = VQVAE2Training(state, trained, validation, options, folder, progress)
-    run_steps(training, batches, state.step)
-    if is_first():
-        training.tensorboard.close()
-        finish(training, held_out, window)
+    with started_folder(options, state.step) as folder:
+        if is_first() and not listed:
+            run_folder.write_names(folder, data.whole.used_names)
+        crops = f"{window[0]} x {window[1]} pixels a crop"
+        progress.say(f"{len(images)} images, {crops}, on {device}; run folder {folder}")
+        go_on = go_on or f"vqops train --resume {shlex.quote(str(folder))}"
+        training = VQVAE2Training(state, trained, validation, options, folder, progress, go_on)
+        interrupted = run_steps(training, batches, state.step)
+        if is_first():
+            training.tensorboard.close()
+            if state.step == options.steps or interrupted.by_user:
+                with run_folder.writing_in(folder):
+                    finish(training, held_out, window)
     return folder
 
 
-def start_folder(options: TrainOptions, step: int) -> Path:
-    """The folder of the run: new, or as it was at the step to go on from; with the options in it."""
-    if options.resume:
-        folder = options.resume
-        run_folder.rewind(folder, step)
+def load_checkpoint(state: TrainState, options: TrainOptions, progress: Progress) -> Path | None:
+    """Take the state from the last checkpoint of the run, if it has one, and say so.
+
+    Raises InputError if there is nothing left to do; in a job that is started again the folder is returned then.
+    """
+    folder = options.resume
+    if not (folder / run_folder.TRAIN_STATE).exists():
+        progress.say(f"{folder}: no checkpoint yet: starts anew")
+        return None
+    state.load(folder / run_folder.TRAIN_STATE)
+    finished = (folder / run_folder.RECONSTRUCTIONS).exists()  # what a run writes last
+    if state.step >= options.steps and finished:
+        if is_restarted():
+            return folder
+        raise InputError(f"{folder} has done its {state.step} steps: name more with ", Field("steps"))
+    progress.say(f"{folder}: resumed from step {state.step}")
+    return None
+
+
+@contextmanager
+def started_folder(options: TrainOptions, step: int) -> Iterator[Path]:
+    """The folder of the run, with the options in it: new, or as it was at the step to go on from."""
+    if not is_first():
+        yield Path()
+    elif options.resume:
+        run_folder.rewind(options.resume, step)
+        write_config(options.resume, options)
+        yield options.resume
     else:
-        folder = run_folder.create(options.out)
-    with run_folder.writing_in(folder):
-        run_folder.write_text(folder / run_folder.CONFIG, written(options))
-    return folder
+        with run_folder.created(options.out, options.overwrite) as folder:
+            write_config(folder, options)
+            yield folder
 
 
 @dataclass
@@ -130,12 +180,15 @@ class VQVAE2Training(Training):
     options: TrainOptions
     folder: Path
     progress: Progress
+    go_on: str
 
     def __post_init__(self):
         self.module, self.optimizer, self.schedule = self.state.module, self.state.optimizer, self.options.schedule
         self.device = next(self.module.parameters()).device
         self.meter = CodeMeter(self.module.config, "loss", "mse")
-        self.tensorboard = TensorBoard(self.folder / run_folder.TENSORBOARD, self.state.step) if is_first() else None
+        if is_first():
+            with run_folder.writing_in(self.folder):
+                self.tensorboard = TensorBoard(self.folder / run_folder.TENSORBOARD, self.state.step)
         self.collapsed = set()
 
     def loss(self, pixels: Tensor, step: int) -> Tensor:  # uint8 [B, C, H, W]; []
@@ -154,21 +207,25 @@ class VQVAE2Training(Training):
         self.state.step = step
 
     def validate(self, step: int) -> dict[str, float]:
+        alone = num_ranks() == 1  # several must all end it or none
+        batches = self.interrupted.until_set(self.validation) if alone else self.validation
         with self.state.average.in_place():
-            return validate(self.module, self.validation)
+            return validate(self.module, batches)
 
     def record(self, row: dict[str, float]) -> None:
-        run_folder.append_row(self.folder, row)
-        self.tensorboard.row(row)
+        with run_folder.writing_in(self.folder):
+            run_folder.append_row(self.folder, row)
+            self.tensorboard.row(row)
         self.progress.row(row["step"], summary(row), held_out_summary(row))
         warn_of_collapse(row, self.module.config, self.collapsed, self.progress)
 
     def save(self, step: int, last: bool) -> None:
         """The state first: whatever happens in between, the run can go on from it."""
         if last or step % self.options.checkpoint_every == 0:
-            self.state.save(self.folder / run_folder.TRAIN_STATE)
-            with self.state.average.in_place():
-                save_model(self.folder / run_folder.MODEL, self.module, self.options, step)
+            with run_folder.writing_in(self.folder):
+                self.state.save(self.folder / run_folder.TRAIN_STATE)
+                with self.state.average.in_place():
+                    save_model(self.folder / run_folder.MODEL, self.module, self.options, step)
 
 
 def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:
@@ -218,8 +275,6 @@ def finish(training: VQVAE2Training, held_out: Images, window: tuple[int, int]) 
     with state.average.in_place():
         reconstructions = state.module.eval().reconstruct(shown)
     save_reconstructions(folder / run_folder.RECONSTRUCTIONS, shown, reconstructions)
-    if state.step < options.steps:
-        progress.say(f"interrupted after step {state.step} of {options.steps}; go on: vqops train --resume {folder}")
     progress.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
     progress.say(f"curves: {folder / run_folder.CURVES}")
     progress.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER, or, on the way to samples,")

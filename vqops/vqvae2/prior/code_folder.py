@@ -5,7 +5,9 @@
     meta.json                  K, shapes, the model's SHA-256, the transform, the classes, how many images are done
 """
 
+import errno
 import json
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -75,6 +77,9 @@ class Codes:
             if array.shape != (meta.images, *size):
                 expected = [meta.images, *size]
                 raise InputError(f"{folder}: {name}.npy is {list(array.shape)}, {META} says {expected}")
+        if mode == "r+":
+            for name in meta.levels:
+                reserve(folder / f"{name}.npy")
         return cls(folder, meta, levels, labels)
 
     def write(self, start: int, indices: tuple[Tensor, ...]) -> None:  # [B, h, w] each
@@ -97,6 +102,18 @@ class Codes:
         if name not in self.meta.levels:
             raise InputError(f"{self.folder} has no level {name}, only {', '.join(self.meta.levels)}")
         return self.meta.levels.index(name)
+
+
+def reserve(path: Path) -> None:
+    """Take the disk space of a file that has holes: writing to a memory map where there is none kills the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("rb+") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not on this file system
+                raise
 
 
 def write_meta(folder: Path, meta: CodesMeta) -> None:

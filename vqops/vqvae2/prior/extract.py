@@ -87,7 +87,9 @@ def begun(folder: Path, meta: CodesMeta, labels: np.ndarray | None) -> Iterator[
             with writing_in(folder):
                 remove_unfinished(folder)
                 Codes.create(folder, meta, labels)
-        yield Codes.open(folder, "r+")
+        with writing_in(folder):
+            codes = Codes.open(folder, "r+")
+        yield codes
 
 
 def check_begun(folder: Path, meta: CodesMeta) -> None:

@@ -1,5 +1,6 @@
 """`vqops extract`: what is in the files, that it goes on where it was cut off, and what it refuses."""
 
+import errno
 import json
 import os
 import re
@@ -86,6 +87,21 @@ def test_cut_off_extraction_goes_on(folder, tmp_path, monkeypatch, cut_after, ca
     for array, expected in zip(codes.levels, whole.levels, strict=True):
         REPEATS.same(array, expected)
     assert codes.meta == whole.meta
+
+
+def test_full_disk_is_noticed_before_the_first_write(folder, tmp_path, monkeypatch):
+    """A write to a memory map would end in SIGBUS."""
+    code_folder = import_module("vqops.vqvae2.prior.code_folder")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(code_folder.os, "posix_fallocate", full, raising=False)
+        refused(r"codes: cannot write here \(No space left on device\)", options_of(folder, tmp_path / "codes"))
+    codes = Codes.open(extract(options_of(folder, tmp_path / "codes")))
+    assert codes.meta.complete
+    assert all(os.stat(tmp_path / "codes" / f"{name}.npy").st_blocks > 0 for name in codes.meta.levels)
 
 
 def test_complete_codes_are_checked_and_left(folder, tmp_path):

@@ -18,7 +18,7 @@ from promises import REPEATS
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import InputError, TrainOptions, train
+from vqops.vqvae2 import CompareOptions, InputError, TrainOptions, compare, train
 from vqops.vqvae2.training import processes
 from vqops.vqvae2.training.interruption import STOP_SIGNALS, GivenUp, Interruption, exit_code, interruption
 from vqops.vqvae2.training.processes import Stopping
@@ -26,6 +26,7 @@ from vqops.vqvae2.training.processes import Stopping
 TINY = TrainOptions(
     steps=8, batch_size=4, image_size=12, channels=8, codebook_size=16, code_dim=4, eval_every=4, device="cpu"
 )
+SIZES = ("batch_size", "image_size", "channels", "codebook_size", "code_dim", "device")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,49 @@ def test_unreadable_batch_leaves_a_checkpoint(data, whole, tmp_path, monkeypatch
     assert step_of(tmp_path / "run") == 4
     train(TrainOptions(resume=tmp_path / "run"))
     check_same_weights(tmp_path / "run", whole)
+
+
+# Comparisons
+
+
+def test_interrupted_comparison_goes_on(data, tmp_path, monkeypatch, capsys):
+    """In the second of two trainings: the first is kept, and no other begins."""
+    options = CompareOptions(tmp_path / "whole", data=data, val_data=data, steps=6)
+    options = replace(options, bottleneck=("none", "vq", "gaussian"), **{name: getattr(TINY, name) for name in SIZES})
+    whole = compare(options)
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        signalling(patch, signal.SIGUSR1, 6 + 2)
+        compare(replace(options, out=out))
+    assert exit_code() == 128 + signal.SIGUSR1
+    go_on = f"interrupted by SIGUSR1 after step 2 of 6; go on: vqops compare --resume {out}\n"
+    assert capsys.readouterr().out.count(go_on) == 1
+    assert not (out / "gaussian").exists()
+    kept = (out / "none" / "model.safetensors").stat().st_mtime_ns
+    out = out.rename(tmp_path / "renamed")
+    compare(CompareOptions(resume=out))
+    assert (out / "none" / "model.safetensors").stat().st_mtime_ns == kept
+    check_same_weights(out / "vq", whole / "vq")
+    ours, theirs = ((folder / "comparison.md").read_text().splitlines() for folder in (out, whole))
+    assert [line.split("|")[1:-2] for line in ours[:5]] == [line.split("|")[1:-2] for line in theirs[:5]]
+    assert ours[-1].endswith("Seconds: of training, without those of processes that were killed.")
+    with pytest.raises(InputError, match=r"lr is .* there and cannot change"):
+        compare(CompareOptions(resume=out, lr=0.1))
+
+
+def test_signal_between_two_trainings(data, tmp_path, monkeypatch, capsys):
+    module = import_module("vqops.vqvae2.evaluation.compare")
+    add_seconds = module.add_seconds
+
+    def signal_and_add(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        add_seconds(*arguments)
+
+    monkeypatch.setattr(module, "add_seconds", signal_and_add)
+    options = CompareOptions(tmp_path / "out", data=data, bottleneck=("none", "vq"), steps=1)
+    compare(replace(options, **{name: getattr(TINY, name) for name in SIZES}))
+    assert f"interrupted by SIGTERM; go on: vqops compare --resume {tmp_path}/out\n" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["none"]
 
 
 # Several processes

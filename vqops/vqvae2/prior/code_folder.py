@@ -5,8 +5,10 @@
     meta.json                  K, shapes, the model's SHA-256, the transform, the classes, how many images are done
 """
 
+import errno
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -80,6 +82,8 @@ class Codes:
                 found = f"holds {labels.min()} to {labels.max()}"
                 raise InputError(f"{folder / LABELS} {found}, {META} names {len(meta.classes)} classes")
         if mode != "r":  # only now: opened to be written, a file that is too short would be filled up
+            for path in paths:
+                reserve(path)
             levels = tuple(np.load(path, mmap_mode=mode) for path in paths)
         return cls(folder, meta, levels, labels)
 
@@ -123,6 +127,18 @@ class Codes:
         if name not in self.meta.levels:
             raise InputError(f"{self.folder} has no level {name}, only {', '.join(self.meta.levels)}")
         return self.meta.levels.index(name)
+
+
+def reserve(path: Path) -> None:
+    """Take the disk space of a file that has holes: writing to a memory map where there is none kills the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("rb+") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not on this file system
+                raise
 
 
 def write_meta(folder: Path, meta: CodesMeta) -> None:

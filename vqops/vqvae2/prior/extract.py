@@ -92,7 +92,9 @@ def begun(
                 remove_unfinished(folder)
                 write_names(folder, names)
                 Codes.create(folder, meta, labels)
-        yield Codes.open(folder, "r+")
+        with writing_in(folder):
+            codes = Codes.open(folder, "r+")
+        yield codes
 
 
 def check_begun(folder: Path, meta: CodesMeta) -> None:

@@ -11,7 +11,7 @@ from vqops.vqvae2.files.run_folder import check_output, writing_in
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.pictures.grids import write_png
-from vqops.vqvae2.progress import say
+from vqops.vqvae2.progress import Counting, say
 
 
 def reconstruct(options: ReconstructOptions) -> None:
@@ -26,14 +26,15 @@ def reconstruct(options: ReconstructOptions) -> None:
     channels = model.config.image_channels
     for image in options.images:
         EncodedImage.of_file(image).decode(channels)
-    with writing_in(options.out):
+    with writing_in(options.out), Counting("images", len(outputs)) as counting:
         options.out.mkdir(parents=True, exist_ok=True)
-        for image, output in zip(options.images, outputs, strict=True):
+        for done, (image, output) in enumerate(zip(options.images, outputs, strict=True), start=1):
             pixels = torch.from_numpy(EncodedImage.of_file(image).decode(channels)).permute(2, 0, 1)[None]
             reconstruction = model.reconstruct(pixels)
             write_png(output, reconstruction[0].permute(1, 2, 0).numpy())
             mse = (pixels.float() - reconstruction.float()).div(255).square().mean().item()
-            say(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)")
+            say(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)", counting.console)
+            counting.reach(done)
     following = "vqops extract RUN --data PATH --out CODES" if model.config.discrete else "vqops compare --out FOLDER"
     say(f"next: {following.replace('RUN', str(options.run))}")
 

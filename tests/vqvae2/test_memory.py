@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +24,8 @@ pytest.importorskip("safetensors")
 
 from untrained import CONFIG, write_chain
 
+from vqops import vqvae2
+from vqops.cli import memory as cli_memory
 from vqops.cli.memory import out_of_memory
 from vqops.vqvae2 import (
     VQVAE2,
@@ -202,6 +204,12 @@ def test_too_little_memory_is_one_line(chain, tmp_path, commands):
     for command, line in zip(commands, said[::2], strict=True):
         assert line.startswith(f"vqops {command[0]}: out of memory")
         assert line.endswith(LOWER[command])
+
+
+def test_what_to_lower_are_options_of_the_command():
+    for command, names in cli_memory.LOWER.items():
+        kind = getattr(vqvae2, f"{command.title().replace('-', '')}Options")
+        assert set(names) <= {field.name for field in fields(kind)}
 
 
 TRAIN = TrainOptions(num_workers=2)

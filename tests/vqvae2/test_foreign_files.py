@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,15 @@ from vqops.vqvae2 import (
     InputError,
     ReconstructOptions,
     SampleOptions,
+    TrainOptions,
     TrainPriorOptions,
-    VQVAE2Config,
     complete,
     evaluate,
     extract,
     load_model,
     reconstruct,
     sample,
+    train,
     train_prior,
 )
 from vqops.vqvae2.data.batches import hold_out
@@ -210,7 +212,7 @@ def test_priors_fit_the_model(chain):
     refused("another model than this run's", model="other")
     refused("describes no images of 1 channels: image_shape is (3, 16, 16)", image_shape=[3, 16, 16])
     refused("its sizes are ((8, 8), (4, 4)), of the model ((16, 16), (8, 8))", image_shape=[1, 32, 32])
-    wide = VQVAE2Config(**vars(CONFIG) | {"codebook_size": 16})
+    wide = replace(CONFIG, codebook_size=16)
     priors, sha = (chain / "bottom", chain / "top"), fingerprint(chain / MODEL)
     write_file(chain / PRIOR, tensors, description)
     with pytest.raises(InputError, match="its codes a level are 8, of the model 16"):
@@ -255,6 +257,30 @@ def test_extraction_does_not_fill_up_a_file_that_is_cut_off(chain):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["train_state.pt", "config.toml"])
+def test_a_run_with_damaged_or_foreign_files_is_left_as_it_is(chain, name, monkeypatch):
+    monkeypatch.chdir(chain)
+    sizes = {"channels": 4, "codebook_size": 8, "code_dim": 4, "batch_size": 4}
+    options = TrainOptions(data=str(chain / "images.npy"), steps=1, out=chain / "trained", device="cpu", **sizes)
+    whole = train(options)
+    foreign = [b"", b"[]", pickle.dumps(RunsCode())]
+    for state in ([1], {"a": 1}, torch.zeros(2), {"about": 3}, {"about": {"images": 19, "image size": [16, 16]}}):
+        torch.save(state, chain / "state.pt")
+        foreign.append((chain / "state.pt").read_bytes())
+    refused = 0
+    for number, content in enumerate([*foreign, *damaged((whole / name).read_bytes(), 30)]):
+        run = Path(shutil.copytree(whole, chain / f"{name}_{number}"))
+        (run / name).write_bytes(content)
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        said = refusal(train, replace(options, steps=2, out=None, resume=run))
+        assert (name in said or "cannot change" in said) if said else number >= len(foreign)
+        after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
+        assert not said or after == before
+        refused += bool(said)
+    assert refused > len(foreign) + 15
+    assert not (chain / "run_by_a_pickle").exists()
+
+
 # Commands
 
 
@@ -297,7 +323,7 @@ def test_commands_name_the_file_and_begin_nothing(chain, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READ_BY)
 def test_commands_with_damaged_files_refuse_or_work(chain, name):
-    for broken in damaged((chain / name).read_bytes(), 30):
+    for broken in damaged((chain / name).read_bytes(), 20):
         (chain / name).write_bytes(broken)
         said = [*run_commands(chain)]
         assert not any(line for number, line in enumerate(said) if number not in READ_BY[name])

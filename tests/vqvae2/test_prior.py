@@ -140,6 +140,13 @@ def test_seed_decides_the_draw():
     assert (once != other).any()
 
 
+def test_logits_that_are_not_finite_are_refused():
+    prior, labels = small_prior("top"), torch.zeros(2, dtype=torch.int64)
+    prior.head.bias.data[3] = torch.inf
+    with pytest.raises(InputError, match=r"the prior of level top gives logits that are not finite.* guidance 1\.0"):
+        draw(prior, (), labels, DRAW, torch.Generator())
+
+
 @pytest.mark.parametrize(
     "settings, allowed",
     [

@@ -11,7 +11,7 @@ from vqops.vqvae2.files.run_folder import check_output, writing_in
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.checkpoint import load_model, model_path, reading_of
 from vqops.vqvae2.pictures.grids import write_png
-from vqops.vqvae2.progress import say
+from vqops.vqvae2.progress import Counting, say
 
 
 def reconstruct(options: ReconstructOptions) -> None:
@@ -25,14 +25,15 @@ def reconstruct(options: ReconstructOptions) -> None:
     model = load_model(options.run)
     images = of_files(options.images, reading_of(model_path(options.run), model))
     say(images.report)
-    with writing_in(options.out):
+    with writing_in(options.out), Counting("images", len(outputs)) as counting:
         options.out.mkdir(parents=True, exist_ok=True)
-        for image, output in zip(images, outputs, strict=True):
+        for done, (image, output) in enumerate(zip(images, outputs, strict=True), start=1):
             pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
             reconstruction = model.reconstruct(pixels)
             write_png(output, reconstruction[0].permute(1, 2, 0).numpy())
             mse = (pixels.float() - reconstruction.float()).div(255).square().mean().item()
-            say(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)")
+            say(f"{output}  mse {mse:.5f} ({psnr(mse):.1f} dB)", counting.console)
+            counting.reach(done)
     following = "vqops extract RUN --data PATH --out CODES" if model.config.discrete else "vqops compare --out FOLDER"
     say(f"next: {following.replace('RUN', str(options.run))}")
 

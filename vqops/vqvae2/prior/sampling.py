@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.prior.options import DrawOptions
 from vqops.vqvae2.prior.transformer import Cache, Prior
 
@@ -47,6 +48,9 @@ def draw(
         if guided:
             with_class, without = logits.chunk(2)
             logits = without + options.guidance * (with_class - without)
+        if not logits.isfinite().all():
+            found = f"the prior of level {prior.config.level} gives logits that are not finite"
+            raise InputError(f"{found}: its file is damaged, or ", Field("guidance"), f" {options.guidance} too high")
         if position < known.shape[1]:
             code = known[:, position]
         else:

@@ -3,9 +3,8 @@
 train.py begins with it; run_folder.rewind cuts the metrics back to the checkpoint.
 """
 
+import operator
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from vqops import __version__
-from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.errors import Field, InputError, reason
 from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import PLACES, TRANSIENT, read_options
 from vqops.vqvae2.networks.vqvae2 import level_strides
@@ -71,8 +70,10 @@ class TrainState:
         """Raises InputError if the file is damaged, or of another network, version or data."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # a damaged pickle fails in as many ways as there are
+            raise InputError(f"{path}: not a readable checkpoint ({reason(error)})") from error
+        if not isinstance(state, dict) or not isinstance(state.get("about"), dict):
+            raise InputError(f"{path}: not a checkpoint of vqops")
         for name, here in self.about.items():
             if not same(there := state["about"].get(name, here), here):
                 raise InputError(f"{path} was written with {differing(name, there, here)}")
@@ -82,13 +83,13 @@ class TrainState:
             self.average.load_state_dict(state["average"])
             if self.more:
                 self.more.load_state_dict(state["more"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            reason = f"{state.get('vqops')}, this is {__version__}: {str(error).splitlines()[0]}"
-            raise InputError(f"{path} was written by vqops {reason}") from error
-        torch.set_rng_state(state["random"])
-        if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_random"])
-        self.step = state["step"]
+            torch.set_rng_state(state["random"])
+            if state["cuda_random"] and len(state["cuda_random"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(state["cuda_random"])
+            self.step = operator.index(state["step"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            found = f"{state.get('vqops')}, this is {__version__}: {reason(error)}"
+            raise InputError(f"{path} was written by vqops {found}") from error
 
 
 def same(there: Any, here: Any) -> bool:

@@ -38,13 +38,17 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Processes that are started again would find the addresses of those before them in torchrun's store.
+    store, number, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {restarts()}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=size)
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
             raise
-        raise InputError("another process of the job has ended, so this one ends: go on from the checkpoint") from error
+        ended = "another process of the job has ended, so this one ends; go on from the last checkpoint with "
+        raise InputError(ended, Field("resume")) from error
     finally:
         dist.destroy_process_group()
 
@@ -77,9 +81,9 @@ class Stopping:
         return stops > 0
 
 
-def is_restarted() -> bool:
-    """Whether torchrun started the processes again, after one of them had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often torchrun started the processes again, after one of them had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def may_be_restarted() -> bool:

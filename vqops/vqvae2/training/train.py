@@ -37,12 +37,12 @@ from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import ImageOptions, TrainOptions
 from vqops.vqvae2.training.processes import (
     is_first,
-    is_restarted,
     may_be_restarted,
     num_ranks,
     pick_device,
     process_group,
     rank,
+    restarts,
 )
 from vqops.vqvae2.training.resume import TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
@@ -85,7 +85,7 @@ def of_this_attempt(options: TrainOptions) -> TrainOptions:
     if options.resume is None and may_be_restarted():
         if options.out is None:
             raise InputError(Field("out"), " is needed with torchrun --max-restarts, to go on in that folder")
-        if is_restarted() and is_of_this_job(options.out):
+        if restarts() and is_of_this_job(options.out):
             begun = (options.out / run_folder.CONFIG).is_file()
             options = changed(options, resume=options.out) if begun else changed(options, overwrite=True)
     return continued(options, "train") if options.resume else options
@@ -150,7 +150,7 @@ def load_checkpoint(state: TrainState, options: TrainOptions, progress: Progress
     state.load(folder / run_folder.TRAIN_STATE)
     finished = (folder / run_folder.RECONSTRUCTIONS).exists()  # what a run writes last
     if state.step >= options.steps and finished:
-        if is_restarted():
+        if restarts():
             return folder
         raise InputError(f"{folder} has done its {state.step} steps: name more with ", Field("steps"))
     progress.say(f"{folder}: resumed from step {state.step}")

@@ -70,7 +70,7 @@ class CompareOptions(SizeOptions, ImageOptions):
     """Train one model a bottleneck on the same images and steps, and lay the results side by side."""
 
     out: Path | None = None
-    """Folder for the runs, comparison.md and the pictures, needed but with --resume. It must be empty or new."""
+    """Folder for the runs, comparison.md and the pictures, needed without --resume. It must be empty or new."""
     label_key: str | None = None
     """Array or column of the labels of the validation images, for the picture of the latent space."""
     bottleneck: tuple[Bottleneck, ...] = ("none", "gaussian", "gumbel", "vq")

@@ -120,8 +120,9 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -
         training = VQVAE2Training(state, trained, validation, options, folder, progress, go_on)
         interrupted = run_steps(training, batches, state.step)
         if is_first():
-            training.tensorboard.close()
-            if state.step == options.steps or interrupted.by_user:
+            with run_folder.writing_in(folder):
+                training.tensorboard.close()
+            if state.step >= options.steps or interrupted.by_user:
                 with run_folder.writing_in(folder):
                     finish(training, held_out, window)
     return folder

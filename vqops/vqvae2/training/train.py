@@ -176,6 +176,8 @@ class VQVAE2Training(Training):
         self.module, self.optimizer, self.schedule = self.state.module, self.state.optimizer, self.options.schedule
         self.device = next(self.module.parameters()).device
         self.meter = CodeMeter(self.module.config, "loss", "mse")
+        # Without the place of the run: the SHA-256 of the model's file is what codes and priors know it by.
+        self.placeless = changed(self.options, preset=None, config=None, out=None, overwrite=False, resume=None)
         if is_first():
             with run_folder.writing_in(self.folder):
                 self.tensorboard = TensorBoard(self.folder / run_folder.TENSORBOARD, self.state.step)
@@ -215,7 +217,7 @@ class VQVAE2Training(Training):
             with run_folder.writing_in(self.folder):
                 self.state.save(self.folder / run_folder.TRAIN_STATE)
                 with self.state.average.in_place():
-                    save_model(self.folder / run_folder.MODEL, self.module, self.options, step)
+                    save_model(self.folder / run_folder.MODEL, self.module, self.placeless, step)
 
 
 def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:

@@ -108,7 +108,10 @@ def test_what_outlives_the_writer_is_waited_for(tmp_path):
     script = (
         "import fcntl, os, sys, time\n"
         "file = open(sys.argv[1] + '/.lock', 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "if not os.fork(): os.close(1); time.sleep(2); os._exit(0)\n"
+        "if not os.fork():\n"
+        "    os.close(1)\n"
+        "    while not os.path.exists(sys.argv[1] + '/go'): time.sleep(0.1)\n"
+        "    time.sleep(1); os._exit(0)\n"
         "print(os.getpid())"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, timeout=60)
@@ -117,6 +120,7 @@ def test_what_outlives_the_writer_is_waited_for(tmp_path):
     with pytest.raises(InputError, match=f"process {note['pid']} on another is writing here"), locked(tmp_path):
         pass
     (tmp_path / ".writer").write_text(json.dumps(note))
+    (tmp_path / "go").touch()
     with locked(tmp_path):
         assert json.loads((tmp_path / ".writer").read_text())["pid"] == os.getpid()
 

@@ -76,7 +76,7 @@ class CompareOptions(SizeOptions, ImageOptions):
     """Train one model a bottleneck on the same images and steps, and lay the results side by side."""
 
     out: Path | None = None
-    """Folder for the runs, comparison.md and the pictures, needed but with --resume. It must be empty or new."""
+    """Folder for the runs, comparison.md and the pictures, needed without --resume. It must be empty or new."""
     label_key: str | None = None
     """What the labels of the validation images are called, for the picture of the latent space."""
     labels: Path | None = None

@@ -58,9 +58,9 @@ class TrainPriorOptions(TransformerOptions):
     codes: Path
     """The folder of `vqops extract`."""
     level: Literal["top", "middle", "bottom"] | None = None
-    """The level to learn, needed but with --resume. Each has a prior of its own; with one level it is the bottom."""
+    """The level to learn, needed without --resume. Each has a prior of its own; with one level it is the bottom."""
     out: Path | None = None
-    """Folder for the prior, needed but with --resume. It must be empty or new."""
+    """Folder for the prior, needed without --resume. It must be empty or new."""
     steps: Count = 2000
     """Training steps at most."""
     batch_size: Count = 32

@@ -257,7 +257,7 @@ def about(codes: Codes, options: TrainPriorOptions, step: int, best: float) -> d
     return {
         "model": codes.meta.model,
         "image_shape": codes.meta.image_shape,
-        "training": asdict(options),
+        "training": {name: value for name, value in asdict(options).items() if name not in ("codes", "out", "resume")},
         "step": step,
         "val_nats_per_code": best,
     }

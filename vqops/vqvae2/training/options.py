@@ -71,7 +71,8 @@ class TrainOptions(NetworkOptions, ImageOptions, SourceOptions):
     eval_every: Count = 100
     """Steps between two validations."""
     checkpoint_every: Count = 500
-    """Steps between two checkpoints, from which --resume goes on; there is one at the end and after Ctrl-C, too."""
+    """Steps between two checkpoints, from which --resume goes on; there is one at the end, too, and after
+    Ctrl-C, SIGTERM or SIGUSR1."""
     num_workers: CountOrZero = 0
     """Processes that load images; 0 loads them in the training process."""
     device: Device = "auto"
@@ -81,4 +82,4 @@ class TrainOptions(NetworkOptions, ImageOptions, SourceOptions):
     """Write into --out even if it holds files; those of an earlier run are replaced."""
     resume: Path | None = None
     """Go on with the run in this folder, with its options and from its last checkpoint. --steps may be given to
-    lengthen it; what decides the weights cannot change."""
+    lengthen it; what decides the weights cannot change. The run and its --data may lie elsewhere by now."""

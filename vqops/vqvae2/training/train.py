@@ -131,8 +131,9 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -
         training = VQVAE2Training(state, trained, validation, options, folder, progress, go_on)
         interrupted = run_steps(training, batches, state.step)
         if is_first():
-            training.tensorboard.close()
-            if state.step == options.steps or interrupted.by_user:
+            with run_folder.writing_in(folder):
+                training.tensorboard.close()
+            if state.step >= options.steps or interrupted.by_user:
                 with run_folder.writing_in(folder):
                     finish(training, held_out, window)
     return folder
@@ -186,6 +187,8 @@ class VQVAE2Training(Training):
         self.module, self.optimizer, self.schedule = self.state.module, self.state.optimizer, self.options.schedule
         self.device = next(self.module.parameters()).device
         self.meter = CodeMeter(self.module.config, "loss", "mse")
+        # Without the place of the run: the SHA-256 of the model's file is what codes and priors know it by.
+        self.placeless = changed(self.options, preset=None, config=None, out=None, overwrite=False, resume=None)
         if is_first():
             with run_folder.writing_in(self.folder):
                 self.tensorboard = TensorBoard(self.folder / run_folder.TENSORBOARD, self.state.step)
@@ -225,7 +228,7 @@ class VQVAE2Training(Training):
             with run_folder.writing_in(self.folder):
                 self.state.save(self.folder / run_folder.TRAIN_STATE)
                 with self.state.average.in_place():
-                    save_model(self.folder / run_folder.MODEL, self.module, self.options, step)
+                    save_model(self.folder / run_folder.MODEL, self.module, self.placeless, step)
 
 
 def set_bottlenecks(model: VQVAE2, step: int, steps: int) -> None:

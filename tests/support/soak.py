@@ -113,8 +113,8 @@ def fill_disk(run: Path, process: Started) -> bool:
 
 
 def forbid_writing(run: Path, process: Started) -> bool:
-    if not run.is_dir():
-        return False
+    while process.runs() and not run.is_dir():
+        time.sleep(0.01)
     subprocess.run(["mount", "--bind", run, run], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", run], check=True)
     failed = wait(process) == 2

@@ -25,7 +25,7 @@ from vqops.vqvae2.files.config_file import written
 
 pytestmark = pytest.mark.slow
 
-COUNTS = {"kills": 50, "clock": 15, "two on one folder": 10, "full disk": 15, "read-only": 15}
+COUNTS = {"kills": 50, "clock": 15, "two on one folder": 10, "full disk": 15, "read-only": 10}
 OPTIONS = TrainOptions(
     steps=60,
     batch_size=4,

@@ -1,4 +1,4 @@
-"""Whether two runs of `vqops train` are the same, bit for bit."""
+"""A run of `vqops train` in which every option shows, and whether two runs are the same, bit for bit."""
 
 import json
 import os
@@ -6,6 +6,24 @@ from pathlib import Path
 
 import torch
 from promises import REPEATS
+
+from vqops.vqvae2 import TrainOptions
+
+TINY = TrainOptions(
+    steps=8,
+    batch_size=4,
+    image_size=12,
+    channels=8,
+    codebook_size=16,
+    code_dim=4,
+    eval_every=5,
+    checkpoint_every=2,
+    schedule="cosine",
+    warmup=3,
+    grad_clip=0.05,
+    weight_ema=0.9,
+    device="cpu",
+)
 
 
 def state_of(run: Path) -> dict:

@@ -12,7 +12,7 @@ import numpy as np
 import processor
 import pytest
 import torch
-from runs import check_same_run, state_of
+from runs import TINY, check_same_run, state_of
 
 pytest.importorskip("safetensors")
 
@@ -21,21 +21,6 @@ from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import read_options
 from vqops.vqvae2.training import resume
 
-TINY = TrainOptions(
-    steps=8,
-    batch_size=4,
-    image_size=12,
-    channels=8,
-    codebook_size=16,
-    code_dim=4,
-    eval_every=5,
-    checkpoint_every=2,
-    schedule="cosine",
-    warmup=3,
-    grad_clip=0.05,
-    weight_ema=0.9,
-    device="cpu",
-)
 KILLS = 6
 
 

@@ -15,32 +15,18 @@ import numpy as np
 import processor
 import pytest
 import soak
-from runs import check_same_run
+from runs import TINY, check_same_run
 
 pytest.importorskip("tyro")
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import TrainOptions, train
+from vqops.vqvae2 import train
 from vqops.vqvae2.files.config_file import written
 
 pytestmark = pytest.mark.slow
 
 COUNTS = {"kills": 50, "clock": 15, "two on one folder": 10, "full disk": 15, "read-only": 10}
-OPTIONS = TrainOptions(
-    steps=60,
-    batch_size=4,
-    image_size=12,
-    channels=8,
-    codebook_size=16,
-    code_dim=4,
-    eval_every=7,
-    checkpoint_every=2,
-    schedule="cosine",
-    warmup=3,
-    grad_clip=0.05,
-    weight_ema=0.9,
-    device="cpu",
-)
+OPTIONS = replace(TINY, steps=60, eval_every=7)
 OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]  # they end with the process
 
 

@@ -23,7 +23,7 @@ SHOWN = {
     **dict.fromkeys(("data_key", "val_key", "label_key", "classifier_key", "classifier_label_key"), "NAME"),
     **{"run": "RUN", "resume": "RUN", "config": "FILE", "codes": "CODES", "out": "FOLDER", "prior": "FOLDER..."},
     **{"images": "IMAGES...", "classes": "NAME...", "strides": "INT...", "image_size": "INT"},
-    "level": "top|middle|bottom",
+    **{"level": "top|middle|bottom", "labels": "FILE", "classifier_labels": "FILE"},
 }
 POSITIONAL = ("run", "codes", "images")  # where they must be given
 NAMES = {"classes": "class"}

@@ -5,9 +5,12 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vqops.quantizers.codebook.ranks import num_ranks, rank, sum_over_ranks
 from vqops.vqvae2.errors import Field, InputError
@@ -51,6 +54,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise InputError(ended, Field("resume")) from error
     finally:
         dist.destroy_process_group()
+
+
+def with_shared_gradients(module: nn.Module) -> nn.Module:
+    """The module, or what averages its gradients over the processes; its quantizers keep their buffers equal."""
+    if num_ranks() == 1:
+        return module
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # from torch 2.13 on
+    return DistributedDataParallel(module, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
 
 def is_first() -> bool:

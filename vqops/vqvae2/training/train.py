@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vqops import VectorQuantize
 from vqops.vqvae2.data.batches import Batches, fingerprint, hold_out, training_batches, validation_batches, window_of
@@ -43,6 +42,7 @@ from vqops.vqvae2.training.processes import (
     process_group,
     rank,
     restarts,
+    with_shared_gradients,
 )
 from vqops.vqvae2.training.resume import TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
@@ -120,7 +120,7 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -
         images, window, options.batch_size, options.steps, options.seed, options.num_workers, state.step, part
     )
     validation = validation_batches(held_out, window, options.batch_size, options.num_workers, part)
-    trained = model if num_ranks() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    trained = with_shared_gradients(model)
 
     with started_folder(options, state.step) as folder:
         if is_first() and not listed:

@@ -1,6 +1,7 @@
 """The `vqops` command: flags to options to one function call."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -61,6 +62,7 @@ def run(command: str, flags: list[str]) -> int:
     from vqops.cli.parsing import flag, parsed
     from vqops.vqvae2.training.interruption import exit_code
 
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images and broken EXIF, with nothing to be done
     options = None
     try:
         options = parsed(command, flags)

@@ -110,6 +110,15 @@ def test_a_flag_may_have_another_name_than_its_option():
     assert (flag("val_data"), flag("classes")) == ("--val-data", "--class")
 
 
+def test_a_place_that_cannot_be_reached_is_one_line(capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    refusal = f"vqops train: {Path('private/run/config.toml')}: Permission denied\n"
+    check_refusal(capsys, vqops.cli.main(["train", "--resume", "private/run"]), refusal)
+
+
 def test_flags_that_do_not_parse(capsys):
     pytest.importorskip("tyro")
     for flags, part in [(["--steps", "many"], "many"), (["--levels", "4"], "1"), (["--colour", "red"], "--colour")]:

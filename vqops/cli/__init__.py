@@ -22,7 +22,10 @@ BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; 2, too, where there is too little
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; what the user got wrong, or too little memory, is a line and code 2."""
+    """Run a command and return its exit code.
+
+    What the user got wrong, a file that cannot be reached, and too little memory are a line and code 2.
+    """
     command, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE + "\n`vqops COMMAND --help` lists its flags.")
@@ -70,9 +73,10 @@ def run(command: str, flags: list[str]) -> int:
     except (vqvae2.InputError, MemoryError, RuntimeError, OSError) as error:
         named = isinstance(error, vqvae2.InputError)  # a file may be unreadable for want of memory
         line = out_of_memory(error.__cause__ if named else error, command, options)
-        if not line and not named:
+        if not line and not named and not getattr(error, "filename", None):
             raise
-        return refuse(f"vqops {command}: {line or error.text(flag)}")
+        line = line or (error.text(flag) if named else f"{error.filename}: {error.strerror}")
+        return refuse(f"vqops {command}: {line}")
     return exit_code()
 
 

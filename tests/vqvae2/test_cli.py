@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,15 @@ def test_a_flag_may_have_another_name_than_its_option():
     assert (flag("val_data"), flag("classes")) == ("--val-data", "--class")
 
 
+def test_a_place_that_cannot_be_reached_is_one_line(capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    refusal = f"vqops train: {Path('private/run/config.toml')}: Permission denied\n"
+    check_refusal(capsys, vqops.cli.main(["train", "--resume", "private/run"]), refusal)
+
+
 def test_flags_that_do_not_parse(capsys):
     pytest.importorskip("tyro")
     for flags, part in [(["--steps", "many"], "many"), (["--levels", "4"], "1"), (["--colour", "red"], "--colour")]:
@@ -117,6 +127,21 @@ def test_flags_that_do_not_parse(capsys):
             vqops.cli.main(["train", *flags])
         assert stop.value.code == 2
         assert part in capsys.readouterr().err
+
+
+def test_warnings_of_pillow_stay_off_the_screen(tmp_path):
+    pytest.importorskip("skimage")
+    from PIL import Image
+    from untrained import write_chain
+
+    write_chain(tmp_path)
+    entries = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # announces more than there are
+    Image.new("L", (16, 16)).save(tmp_path / "x.jpg", exif=entries)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vqops.cli.main(["reconstruct", str(tmp_path / "run"), str(tmp_path / "x.jpg"), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "x.png").exists()
+    assert [str(warning.message) for warning in caught if "EXIF" in str(warning.message)] == []
 
 
 def test_train_and_reconstruct_as_processes(tmp_path):

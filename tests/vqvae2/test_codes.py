@@ -151,6 +151,15 @@ def test_other_model_or_data_is_refused(folder, tmp_path):
     refused(r"holds other codes \(model ", options_of(folder, out, run=tmp_path / "run"))
 
 
+def test_other_labels_are_refused(folder, tmp_path):
+    out = extract(options_of(folder, tmp_path / "codes"))
+    np.save(tmp_path / "labels.npy", np.arange(N)[::-1] % 3 + 5)
+    message = "codes holds codes of images with other labels: name another folder$"
+    refused(message, options_of(folder, out, label_key=None, labels=tmp_path / "labels.npy"))
+    np.save(tmp_path / "labels.npy", np.arange(N) % 3 + 5)
+    extract(options_of(folder, out, label_key=None, labels=tmp_path / "labels.npy"))
+
+
 def test_folders_that_hold_no_codes(folder, tmp_path):
     with pytest.raises(InputError, match="no codes are there"):
         Codes.open(tmp_path)

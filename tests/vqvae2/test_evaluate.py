@@ -1,9 +1,13 @@
 """`vqops evaluate` and `vqops compare`: the figures against other ways to the same number, and the files."""
 
+import io
 import json
 import math
 import os
+import shutil
+import tarfile
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,7 @@ from vqops.vqvae2 import (
     train,
     train_prior,
 )
-from vqops.vqvae2.data.batches import validation_batches
+from vqops.vqvae2.data.batches import hold_out, validation_batches
 from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.evaluation.compare import training_options
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
@@ -134,6 +138,14 @@ def test_plane_holds_the_largest_variance():
     torch.testing.assert_close(axes.abs(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (4, 1), (1, 1)])
+def test_plane_of_what_spans_less(shape):
+    vectors = torch.arange(float(math.prod(shape))).reshape(shape)
+    mean, axes = plane(vectors)
+    assert axes.shape == (shape[1], 2)
+    torch.testing.assert_close((vectors - mean) @ axes @ axes.T + mean, vectors)
+
+
 def test_refusals(folder, tmp_path):
     def refused(message, **changes):
         with pytest.raises(InputError, match=message):
@@ -185,3 +197,40 @@ def test_comparison(folder, tmp_path, capsys):
     others = ["comparison.md", "config.toml", "seconds.json", ".lock", ".writer", "gaussian", "gumbel", "none", "vq"]
     assert sorted(os.listdir(out)) == sorted([*pictures, *others])
     assert f"next: vqops extract {out / 'vq'}" in capsys.readouterr().out
+
+
+def test_comparison_takes_the_labels_of_any_source(tmp_path, monkeypatch):
+    """Of held-out images: those of a folder are known by name, those of an archive by what it says."""
+    drawn = []
+    module = import_module("vqops.vqvae2.evaluation.compare")
+    monkeypatch.setattr(module, "save_latents", lambda path, seen, labels, classes: drawn.append((labels, classes)))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    numbers = range(40)
+    for number in numbers:
+        Image.new("L", (8, 8), number).save(folder / f"{number:02}.png")
+    rows = "".join(f"{number:02}.png,{'odd' if number % 2 else 'even'}\n" for number in numbers)
+    (tmp_path / "labels.csv").write_text("file_name,kind\n" + rows)
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for number in numbers:
+            archive.add(folder / f"{number:02}.png", f"{number:02}.png")
+            text = b"odd" if number % 2 else b"even"
+            member = tarfile.TarInfo(f"{number:02}.cls")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    shutil.copy(tmp_path / "labels.csv", folder)
+    options = CompareOptions(tmp_path / "out", steps=1, batch_size=4, image_size=8, bottleneck=("none",), device="cpu")
+    held_out = hold_out(40, seed=0)[1]
+    for number, source in enumerate(
+        [
+            {"data": str(folder), "label_key": "kind"},
+            {"data": str(folder), "labels": tmp_path / "labels.csv"},
+            {"data": str(tmp_path / "data.tar"), "label_key": "cls"},
+        ]
+    ):
+        compare(replace(options, out=tmp_path / str(number), **source))
+        labels, classes = drawn.pop()
+        assert [classes[label] for label in labels] == ["odd" if number % 2 else "even" for number in held_out]
+    with pytest.raises(InputError, match=r"^label_key and labels need data$"):
+        compare(replace(options, label_key="kind"))
+    assert not (tmp_path / "out").exists()

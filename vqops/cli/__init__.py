@@ -1,6 +1,7 @@
 """The `vqops` command: flags to options to one function call."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -21,7 +22,10 @@ BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; 2, too, where there is too little
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; what the user got wrong, or too little memory, is a line and code 2."""
+    """Run a command and return its exit code.
+
+    What the user got wrong, a file that cannot be reached, and too little memory are a line and code 2.
+    """
     command, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE + "\n`vqops COMMAND --help` lists its flags.")
@@ -61,6 +65,7 @@ def run(command: str, flags: list[str]) -> int:
     from vqops.cli.parsing import flag, parsed
     from vqops.vqvae2.training.interruption import exit_code
 
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images and broken EXIF, with nothing to be done
     options = None
     try:
         options = parsed(command, flags)
@@ -68,9 +73,10 @@ def run(command: str, flags: list[str]) -> int:
     except (vqvae2.InputError, MemoryError, RuntimeError, OSError) as error:
         named = isinstance(error, vqvae2.InputError)  # a file may be unreadable for want of memory
         line = out_of_memory(error.__cause__ if named else error, command, options)
-        if not line and not named:
+        if not line and not named and not getattr(error, "filename", None):
             raise
-        return refuse(f"vqops {command}: {line or error.text(flag)}")
+        line = line or (error.text(flag) if named else f"{error.filename}: {error.strerror}")
+        return refuse(f"vqops {command}: {line}")
     return exit_code()
 
 

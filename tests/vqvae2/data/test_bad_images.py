@@ -16,7 +16,7 @@ pytest.importorskip("skimage")
 
 from safetensors.torch import load_file
 
-from vqops.vqvae2 import InputError, TrainOptions, train
+from vqops.vqvae2 import CompareOptions, InputError, TrainOptions, compare, train
 from vqops.vqvae2.data import batches
 from vqops.vqvae2.data.encoded import EncodedImage
 from vqops.vqvae2.data.images import Images
@@ -198,3 +198,39 @@ def test_damaged_list_of_names_is_named(folder, tmp_path):
         (run / "images.json").write_text(content)
         with pytest.raises(InputError, match=r"images\.json"):
             train(replace(TINY, data=str(folder), resume=run))
+
+
+def test_validation_images_keep_their_places(folder, size, tmp_path, capsys):
+    validation = tmp_path / "validation"
+    shutil.copytree(folder, validation)
+    options = replace(TINY, data=str(folder), val_data=str(validation))
+    whole = train(replace(options, out=tmp_path / "whole"))
+    run = train(replace(options, steps=4, out=tmp_path / "run"))
+    Image.fromarray(pixels(99)).save(validation / "01b.png")
+    (validation / "03.png").unlink()
+    with pytest.raises(InputError, match=r"1 of 12 images cannot be used: .*03\.png: no such image file"):
+        train(replace(options, resume=run))
+    capsys.readouterr()
+    train(replace(options, resume=run, skip_bad_images=True))
+    assert "left out: 1 that the run did not begin with, 1 that cannot be read" in capsys.readouterr().out
+    REPEATS.same(weights(run), weights(whole))
+
+
+def test_a_comparison_goes_on_with_the_images_it_began_with(folder, tmp_path, capsys):
+    sizes = "batch_size", "image_size", "channels", "codebook_size", "code_dim"
+    options = CompareOptions(tmp_path / "whole", data=str(folder), steps=2, bottleneck=("none", "vq"), device="cpu")
+    whole = compare(replace(options, **{name: getattr(TINY, name) for name in sizes}))
+    table = (whole / "comparison.md").read_text()
+    shutil.rmtree(whole / "vq")
+    Image.fromarray(pixels(99)).save(folder / "01b.png")
+    capsys.readouterr()
+    compare(CompareOptions(resume=whole))
+    assert "left out: 1 that the run did not begin with" in capsys.readouterr().out
+    figures = [line.split("|")[1:-2] for line in table.splitlines()[:4]]
+    assert [line.split("|")[1:-2] for line in (whole / "comparison.md").read_text().splitlines()[:4]] == figures
+    (folder / "03.png").unlink()
+    shutil.rmtree(whole / "vq")
+    with pytest.raises(InputError, match=r"1 of 12 images cannot be used: .*03\.png.* Without them: skip_bad_images"):
+        compare(CompareOptions(resume=whole))
+    compare(CompareOptions(resume=whole, skip_bad_images=True))
+    assert names(whole / "vq") == names(whole) == [f"{number:02}.png" for number in range(12)]

@@ -1,7 +1,10 @@
 """What `--data` accepts, what it refuses and how, and the batches that are cut from it."""
 
 import io
+import os
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,6 +153,37 @@ def refused(message: str, data: object, key: str | None = None, **others) -> Non
 def test_missing_paths(tmp_path):
     refused("nowhere.npz: no such file or folder", tmp_path / "nowhere.npz")
     refused("nowhere: no such file or folder", tmp_path / "nowhere")
+    refused(r"x: cannot be read \([^)]*too long\)$", tmp_path / ("x" * 300))
+    refused("^the images have an empty name: give a folder of images, ", "")
+
+
+def test_folders_without_permission(tmp_path, monkeypatch):
+    """As Path.exists raises in some versions of Python."""
+
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    refused(r"private.x: cannot be read \(Permission denied\)$", tmp_path / "private" / "x")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_listed(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir(mode=0)
+    refused("the folder cannot be read", folder)
+    refused("holds no image .* 1 folders that cannot be read", folder, reading=Reading(skip_bad=True))
+
+
+def test_archives_in_a_folder_are_its_images(tmp_path):
+    """Except for hidden ones, such as the ._ files that macOS leaves beside each file."""
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.TAR", "w") as archive:
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = len(content := png(pixels(5, 6, 3)))
+            archive.addfile(member, io.BytesIO(content))
+    (tmp_path / "._0.TAR").write_bytes(b"no archive")
+    assert load_images(str(tmp_path)).used_names == ["0.png", "1.png"]
 
 
 def test_folder_without_images(tmp_path):
@@ -182,7 +216,7 @@ def test_corrupt_file_is_named(tmp_path, suffix):
         (np.zeros((4, 8, 8), np.float16), r"got float16 \[4, 8, 8\]: floats have no known range"),
         (np.zeros((4, 8, 8), np.uint16), r"got uint16 \[4, 8, 8\]: 16 bits become 8 by"),
         (np.zeros((4, 8, 8), bool), r"got bool \[4, 8, 8\]: booleans become 0 and 255 by"),
-        (np.zeros((4, 8, 8), np.int8), r"got int8 \[4, 8, 8\]$"),
+        (np.zeros((4, 8, 8), np.int8), r"got int8 \[4, 8, 8\]: where all are 0 to 255"),
         (np.zeros((4, 8, 8), np.complex64), r"got complex64 \[4, 8, 8\]$"),
         (np.zeros((4, 8, 8), [("r", "u1"), ("g", "u1")]), r"got \[\('r', 'u1'\), \('g', 'u1'\)\] \[4, 8, 8\]"),
         (np.zeros((4, 4, 8, 8), np.uint8), r"got uint8 \[4, 4, 8, 8\]"),

@@ -108,6 +108,14 @@ def test_labels_of_samples(tmp_path):
     refused("no labels 'json', only", found.labels, "json")
 
 
+def test_a_sample_without_fields_has_no_label(tmp_path):
+    packed(tmp_path / "x.tar", {"1.png": b"", "1.json": b"{}", "2.png": b"", "2.json": b'{"kind": 3}'})
+    found = index_tar([tmp_path / "x.tar"])
+    assert found.labels("kind") == [None, 3]
+    with pytest.raises(InputError, match=r"has no labels 'sort', only json\.kind$"):
+        found.labels("sort")
+
+
 def test_broken_label_members_are_named(tmp_path):
     path = tmp_path / "x.tar"
     packed(path, {"1.jpg": b"", "1.json": b"{", "1.cls": b"\xff", "2.jpg": b""})

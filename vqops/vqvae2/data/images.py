@@ -15,6 +15,7 @@ WHITE = 255
 NAMED = 20  # images that cannot be read, on screen
 # What is wrong with an array of another dtype, and how it is put right.
 ADVICE = {
+    "i": ": where all are 0 to 255 it is x.astype('uint8')",
     "f": ": floats have no known range; in [0, 1] it is (x * 255).round().astype('uint8')",
     "u": ": 16 bits become 8 by (x / 257).round().astype('uint8')",
     "b": ": booleans become 0 and 255 by x.astype('uint8') * 255",

@@ -48,9 +48,11 @@ def load_images(
 
 
 def read_images(data: str, key: str | None, splits: tuple[str, ...], reading: Reading) -> Images:
+    if not data:
+        raise InputError(f"the images have an empty name: give {ALLOWED}")
     path = Path(data)
     suffix = path.suffix.lower()
-    if path.exists():
+    if is_there(path):
         if suffix == ".npz" and path.is_file():
             return images_in_npz(path, key)
         if suffix == ".parquet" and path.is_file():
@@ -79,10 +81,18 @@ def read_images(data: str, key: str | None, splits: tuple[str, ...], reading: Re
     return images_in_column(load_hugging_face(data, splits), key, data, reading)
 
 
+def is_there(path: Path) -> bool:
+    """Raises InputError where that cannot be told, as in a folder without permission."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def images_in_folder(folder: Path, reading: Reading) -> Images:
     """The images in a folder and its subfolders, or where there are none, those in its .tar files."""
     found = find_images(folder)
-    archives = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar") if not found.names else []
+    archives = sorted(folder.glob("[!.]*.[tT][aA][rR]")) if not found.names else []
     if archives:
         return images_in_tar(archives, str(folder), reading)
     if found.unreadable and not reading.skip_bad:

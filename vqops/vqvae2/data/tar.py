@@ -37,8 +37,8 @@ class Members:
     left_out: Counter[str]  # by reason, in words that go behind a count
 
     def keys(self) -> list[str]:
-        """What `labels` takes: endings, and the fields of the first .json member as "json.field"."""
-        first = next((fields for fields in self.fields() if fields is not None), {})
+        """What `labels` takes: endings, and the fields of the first .json member that has any as "json.field"."""
+        first = next(filter(None, self.fields()), {})
         return [*(ending for ending in self.label_parts if ending != "json"), *(f"json.{field}" for field in first)]
 
     def labels(self, key: str) -> list:
@@ -50,7 +50,7 @@ class Members:
         if key in self.label_parts and key != "json":
             return [text if text is None else text.strip() for text in self.texts(key)]
         field = key.removeprefix("json.")
-        labels = [fields and fields.get(field) for fields in self.fields()]
+        labels = [None if fields is None else fields.get(field) for fields in self.fields()]
         if all(label is None for label in labels):
             allowed = f"only {', '.join(self.keys())}" if self.label_parts else "no member goes with an image"
             raise InputError(f"{self.paths[0]} has no labels {key!r}, {allowed}")

@@ -13,12 +13,25 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vqops.vqvae2.data.batches import Batches, validation_batches, window_of
+from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.labels import load_labels
+from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.evaluation.options import CompareOptions
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
 from vqops.vqvae2.files.config_file import PLACES, TRANSIENT, write_config
 from vqops.vqvae2.files.lock import locked
-from vqops.vqvae2.files.run_folder import CONFIG, RECONSTRUCTIONS, check_output, read_rows, write_text, writing_in
+from vqops.vqvae2.files.run_folder import (
+    CONFIG,
+    NOT_LISTED,
+    RECONSTRUCTIONS,
+    Listed,
+    check_output,
+    read_listed,
+    read_rows,
+    write_listed,
+    write_text,
+    writing_in,
+)
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2
 from vqops.vqvae2.options import values_for
@@ -30,7 +43,7 @@ from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.resume import continued
 from vqops.vqvae2.training.train import load_data, train_run
 
-MAY_CHANGE = ("device", "out", *PLACES, *TRANSIENT)
+MAY_CHANGE = ("skip_bad_images", "device", "out", *PLACES, *TRANSIENT)
 SECONDS = "seconds.json"
 
 NAMES = {
@@ -51,24 +64,38 @@ def compare(options: CompareOptions) -> Path:
     if not options.resume:
         check_output(options.out)
     base = training_options(options)
-    batches = held_out_batches(base)
-    labels, classes = None, ()
-    if options.label_key is not None or options.labels is not None:
-        source = options.val_data or options.data
-        labels, classes = load_labels(source, batches.images, options.labels, options.label_key)
+    listed = read_listed(options.out) if options.resume else NOT_LISTED
+    data = load_data(base, Progress(0, quiet=True), listed)
+    labels, classes = labels_of(data.held_out, options)
+    window = window_of(data.training, base.image_size)
+    batches = validation_batches(data.held_out, window, base.batch_size, num_workers=0)
     with writing_in(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
     with locked(options.out):
         if not options.resume:
             check_output(options.out)  # once more: another process may have been faster
+        if listed == NOT_LISTED:
+            write_listed(options.out, data.listed)
         write_config(options.out, options)
-        if train_all(options, base):
+        if train_all(options, base, listed):
             lay_side_by_side(options, batches, labels, classes)
     return options.out
 
 
-def train_all(options: CompareOptions, base: TrainOptions) -> bool:
-    """Train the models that are not there yet, and note the seconds of each; False if a signal ended it."""
+def labels_of(held_out: Images, options: CompareOptions) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Those that the options ask for."""
+    if options.label_key is None and options.labels is None:
+        return None, ()
+    if options.data is None:
+        raise InputError(Field("label_key"), " and ", Field("labels"), " need ", Field("data"))
+    return load_labels(options.val_data or options.data, held_out, options.labels, options.label_key)
+
+
+def train_all(options: CompareOptions, base: TrainOptions, listed: Listed) -> bool:
+    """Train the models that are not there yet, and note the seconds of each; False if a signal ended it.
+
+    `listed` are the images that the comparison began with, where it goes on.
+    """
     go_on = f"vqops compare --resume {shlex.quote(str(options.out))}"
     with interruption() as interrupted:
         for bottleneck in options.bottleneck:
@@ -77,7 +104,7 @@ def train_all(options: CompareOptions, base: TrainOptions) -> bool:
                 continue
             there = {"resume": run, "out": None} if (run / CONFIG).is_file() else {"out": run, "overwrite": True}
             started = time.perf_counter()
-            train_run(replace(base, bottleneck=bottleneck, **there), go_on)
+            train_run(replace(base, bottleneck=bottleneck, **there), go_on, listed)
             with writing_in(options.out):
                 add_seconds(options.out, bottleneck, time.perf_counter() - started)
             if interrupted.is_set():
@@ -134,12 +161,6 @@ def training_options(options: CompareOptions) -> TrainOptions:
     of_each_run = {"bottleneck": "vq", "out": None, "resume": None}
     values = values_for(TrainOptions, options) | of_each_run
     return TrainOptions(**values, eval_every=max(options.steps // 5, 1))
-
-
-def held_out_batches(options: TrainOptions) -> Batches:  # of uint8 [B, C, H, W]
-    data = load_data(options, Progress(0, quiet=True))
-    window = window_of(data.training, options.image_size)
-    return validation_batches(data.held_out, window, options.batch_size, num_workers=0)
 
 
 def markdown(rows: dict[str, dict[str, float]], options: CompareOptions) -> str:

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from datetime import date
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.files.lock import LOCK, WRITER, locked
 
 MODEL, METRICS, RECONSTRUCTIONS, CURVES = "model.safetensors", "metrics.jsonl", "reconstructions.png", "curves.png"
 CONFIG, TRAIN_STATE, TENSORBOARD, IMAGES = "config.toml", "train_state.pt", "tensorboard", "images.json"
+VALIDATION_IMAGES = "validation_images.json"
 UNFINISHED = re.compile(r"\.\d+\..+")  # the names that `atomically` gives
 
 
@@ -52,7 +54,7 @@ def created(folder: Path | None, overwrite: bool = False) -> Iterator[Path]:
 
 def remove_run(folder: Path) -> None:
     """Remove the run that is being overwritten; what else is in the folder stays."""
-    for name in (METRICS, MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES):
+    for name in (METRICS, MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES, VALIDATION_IMAGES):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     remove_unfinished(folder)
@@ -120,19 +122,36 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files need not be UTF-8
 
 
-def write_names(folder: Path, names: list[str] | None) -> None:
-    """Note which images, in which order, the run draws from, so that one that is lost or added later moves no other."""
-    if names is not None:
-        with writing_in(folder):
-            write_text(folder / IMAGES, json.dumps(names, indent=0) + "\n")
+class Listed(NamedTuple):
+    """Which images, in which order, a run began with, so that one that is lost or added later moves no other.
 
-
-def read_names(folder: Path) -> list[str] | None:
-    """The names that the run began with; None where its images have none, or an earlier version wrote none.
-
-    Raises InputError for a file that holds anything else.
+    None where they have no names, or an earlier version wrote none.
     """
-    path = folder / IMAGES
+
+    images: list[str] | None = None
+    validation: list[str] | None = None  # None also without --val-data
+
+
+NOT_LISTED = Listed()
+
+
+def write_listed(folder: Path, listed: Listed) -> None:
+    write_names(folder / IMAGES, listed.images)
+    write_names(folder / VALIDATION_IMAGES, listed.validation)
+
+
+def read_listed(folder: Path) -> Listed:
+    """Raises InputError for a file that holds anything but names."""
+    return Listed(read_names(folder / IMAGES), read_names(folder / VALIDATION_IMAGES))
+
+
+def write_names(path: Path, names: list[str] | None) -> None:
+    if names is not None:
+        with writing_in(path.parent):
+            write_text(path, json.dumps(names, indent=0) + "\n")
+
+
+def read_names(path: Path) -> list[str] | None:
     if not path.exists():
         return None
     try:

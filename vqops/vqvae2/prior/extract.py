@@ -90,10 +90,12 @@ def begun(
         if not (folder / META).exists():
             with writing_in(folder):
                 remove_unfinished(folder)
-                write_names(folder, names)
+                write_names(folder / IMAGES, names)
                 Codes.create(folder, meta, labels)
         with writing_in(folder):
             codes = Codes.open(folder, "r+")
+        if labels is not None and (labels != codes.labels).any():
+            raise InputError(f"{folder} holds codes of images with other labels: name another folder")
         yield codes
 
 

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import write_config
 from vqops.vqvae2.files.lock import is_of_this_job, locked
+from vqops.vqvae2.files.run_folder import NOT_LISTED, Listed
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.bottlenecks import Gumbel
 from vqops.vqvae2.networks.checkpoint import save_model
@@ -70,14 +71,17 @@ def train(options: TrainOptions) -> Path:
     return train_run(options)
 
 
-def train_run(options: TrainOptions, go_on: str | None = None) -> Path:
-    """The same, with the command that goes on where it is cut off, if that is another than `vqops train --resume`."""
+def train_run(options: TrainOptions, go_on: str | None = None, listed: Listed = NOT_LISTED) -> Path:
+    """The same as a part of something else.
+
+    `go_on` is the command that goes on where it is cut off, `listed` are the images to begin with.
+    """
     options = of_this_attempt(options)
     if is_first() and not options.resume:
         run_folder.check_output(options.out, options.overwrite)
     device = pick_device(options.device)
     with process_group(device), locked(options.resume) if is_first() and options.resume else nullcontext():
-        return train_here(options, device, go_on)
+        return train_here(options, device, go_on, listed)
 
 
 def of_this_attempt(options: TrainOptions) -> TrainOptions:
@@ -91,13 +95,13 @@ def of_this_attempt(options: TrainOptions) -> TrainOptions:
     return continued(options, "train") if options.resume else options
 
 
-def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -> Path:
+def train_here(options: TrainOptions, device: torch.device, go_on: str | None, listed: Listed) -> Path:
     """The training of one process."""
     if options.batch_size % num_ranks():
         reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
         raise InputError(Field("batch_size"), reason)
     progress = Progress(options.steps, quiet=not is_first())
-    listed = run_folder.read_names(options.resume) if options.resume else None
+    listed = run_folder.read_listed(options.resume) if options.resume else listed
     data = load_data(options, progress, listed)
     images, held_out = data.training, data.held_out
     window = window_of(images, options.image_size)
@@ -123,8 +127,8 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -
     trained = with_shared_gradients(model)
 
     with started_folder(options, state.step) as folder:
-        if is_first() and not listed:
-            run_folder.write_names(folder, data.whole.used_names)
+        if is_first() and (not options.resume or listed == NOT_LISTED):
+            run_folder.write_listed(folder, data.listed)
         crops = f"{window[0]} x {window[1]} pixels a crop"
         progress.say(f"{len(images)} images, {crops}, on {device}; run folder {folder}")
         go_on = go_on or f"vqops train --resume {shlex.quote(str(folder))}"
@@ -303,12 +307,17 @@ class Data(NamedTuple):
     whole: Images  # all that --data names
     training: Images
     held_out: Images
+    apart: bool  # whether what is held out has a source of its own
+
+    @property
+    def listed(self) -> Listed:
+        return Listed(self.whole.used_names, self.held_out.used_names if self.apart else None)
 
 
-def load_data(options: ImageOptions, progress: Progress, listed: Sequence[str] | None = None) -> Data:
+def load_data(options: ImageOptions, progress: Progress, listed: Listed = NOT_LISTED) -> Data:
     """Training and validation images; says on screen what they are, and which are held out.
 
-    `listed` are the names of the images of the run that goes on.
+    `listed` are the images of the run that goes on.
     """
     if options.data is None:
         if options.data_key or options.val_data or options.val_key:
@@ -316,23 +325,23 @@ def load_data(options: ImageOptions, progress: Progress, listed: Sequence[str] |
             raise InputError(*keys, " need ", Field("data"))
         progress.say("no --data: photographs of scikit-image, chelsea (a cat) held out")
         photographs = training_photographs()
-        return Data(photographs, photographs, held_out_photographs(options.image_size))
-    reading = Reading(None, options.background, options.skip_bad_images, listed, progress.console.quiet)
+        return Data(photographs, photographs, held_out_photographs(options.image_size), True)
+    reading = Reading(None, options.background, options.skip_bad_images, listed.images, progress.console.quiet)
     images = load_images(options.data, options.data_key, reading=reading)
     images = replace(images, replaces=options.skip_bad_images)
     for line in images.lines:
         progress.say(line)
     if options.val_data is not None or options.val_key is not None:
-        reading = replace(reading, channels=images.channels, listed=None)
+        reading = replace(reading, channels=images.channels, listed=listed.validation)
         source = options.data if options.val_data is None else options.val_data
         held_out = load_images(source, options.val_key, ("validation", "test"), reading)
         held_out = replace(held_out, replaces=options.skip_bad_images)
         progress.say(f"validation on {held_out.lines[0]}")
         for line in held_out.lines[1:]:
             progress.say(line)
-        return Data(images, images, held_out)
+        return Data(images, images, held_out, True)
     if len(images) == 1:
         raise InputError(f"{options.data} holds one image: nothing can be held out, give ", Field("val_data"))
     training, held_out = (images.take(part) for part in hold_out(len(images), options.seed))
     progress.say(f"held out {len(held_out)} of {len(images)} images (5 %, seed {options.seed}) for validation")
-    return Data(images, training, held_out)
+    return Data(images, training, held_out, False)

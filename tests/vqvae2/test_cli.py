@@ -53,7 +53,8 @@ def test_train_help_lists_every_flag(capsys):
         vqops.cli.main(["train", "--help"])
     assert stop.value.code == 0
     flags = (
-        "preset config data data-key val-data val-key image-size levels strides bottleneck codebook steps batch-size "
+        "preset config data data-key val-data val-key background skip-bad-images "
+        "image-size levels strides bottleneck codebook steps batch-size "
         "lr schedule warmup grad-clip weight-ema precision seed codebook-size code-dim channels decay commitment "
         "eval-every checkpoint-every num-workers device out overwrite resume"
     )

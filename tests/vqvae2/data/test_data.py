@@ -240,6 +240,10 @@ def test_keys_that_do_not_pick(tmp_path):
     np.save(tmp_path / "x.npy", pixels(4, 8, 8))
     refused("has no array 'c', only a, b", tmp_path / "x.npz", "c")
     refused("pick the array of images with data_key or val_key, from a, b", tmp_path / "x.npz")
+    np.savez(tmp_path / "objects.npz", images=pixels(4, 8, 8), names=np.array(["a", None, "b", "c"], object))
+    message = r"objects\.npz\[names\]: not a readable array \(Object .*\); pick the array of images with data_key$"
+    refused(message, tmp_path / "objects.npz")
+    assert len(load_images(str(tmp_path / "objects.npz"), "images")) == 4
     refused("holds a single array", tmp_path / "x.npy", "a")
     refused("images of 1 channels, the training images have 3", tmp_path / "x.npy", reading=Reading(channels=3))
 

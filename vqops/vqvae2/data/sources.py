@@ -147,10 +147,13 @@ def images_in_npz(path: Path, key: str | None) -> Images:
         names = archive.files if key is None else [key]
         if key is not None and key not in archive.files:
             raise InputError(f"{path} has no array {key!r}, only {', '.join(archive.files)}")
-        try:
-            arrays = {name: archive[name] for name in names}
-        except Exception as error:  # BadZipFile, zlib.error, ValueError (pickled objects), EOFError
-            raise InputError(f"{path}: not a readable .npz file ({error})") from error
+        arrays = {}
+        for name in names:
+            try:
+                arrays[name] = archive[name]
+            except Exception as error:  # BadZipFile, zlib.error, ValueError (pickled objects), EOFError
+                other = ("; pick the array of images with ", Field("data_key")) if len(names) > 1 else ()
+                raise InputError(f"{path}[{name}]: not a readable array ({error})", *other) from error
     if key is None:
         arrays = {name: array for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim in (3, 4)}
         if len(arrays) != 1:

@@ -134,6 +134,15 @@ def test_plane_holds_the_largest_variance():
     torch.testing.assert_close(axes.abs(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (5, 1)])
+def test_plane_of_one_point_or_one_dimension(shape):
+    points = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mean, axes = plane(points)
+    along = (points - mean) @ axes
+    assert along.shape == (shape[0], 2)
+    torch.testing.assert_close(along.norm(dim=1), (points - mean).norm(dim=1))
+
+
 def test_refusals(folder, tmp_path):
     def refused(message, **changes):
         with pytest.raises(InputError, match=message):
@@ -184,4 +193,5 @@ def test_comparison(folder, tmp_path, capsys):
     pictures += ["codes.png", "index_maps.png", "reconstructions.png"]
     others = ["comparison.md", "config.toml", "seconds.json", ".lock", ".writer", "gaussian", "gumbel", "none", "vq"]
     assert sorted(os.listdir(out)) == sorted([*pictures, *others])
-    assert f"next: vqops extract {out / 'vq'}" in capsys.readouterr().out
+    following = f"next: vqops extract {out / 'vq'} --data {folder / 'images.npz'} --data-key x --out CODES"
+    assert capsys.readouterr().out.splitlines()[-1] == following

@@ -196,7 +196,8 @@ def test_comparison(folder, tmp_path, capsys):
     pictures += ["codes.png", "index_maps.png", "reconstructions.png"]
     others = ["comparison.md", "config.toml", "seconds.json", ".lock", ".writer", "gaussian", "gumbel", "none", "vq"]
     assert sorted(os.listdir(out)) == sorted([*pictures, *others])
-    assert f"next: vqops extract {out / 'vq'}" in capsys.readouterr().out
+    following = f"next: vqops extract {out / 'vq'} --data {folder / 'images.npz'} --data-key x --out CODES"
+    assert capsys.readouterr().out.splitlines()[-1] == following
 
 
 def test_comparison_takes_the_labels_of_any_source(tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def test_left_out_counted_and_named(folder, size, tmp_path, capsys):
     shutil.copy(folder / "03.png", tmp_path / "03.png")
     options = replace(TINY, data=str(folder), skip_bad_images=True)
     run = train(replace(options, out=tmp_path / "run"))
-    first, second, *_ = capsys.readouterr().out.splitlines()
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"next: vqops extract {run} --data {folder} --skip-bad-images --out CODES"
     assert first == f"{folder}: 11 images (11 RGB), 8 x 8 pixels; left out: 1 that cannot be read"
     assert second.startswith(f"left out: {folder / '03.png'}: not a readable image")
     assert names(run) == [f"{number:02}.png" for number in range(12) if number != 3]

@@ -41,7 +41,7 @@ from vqops.vqvae2.progress import Progress, say
 from vqops.vqvae2.training.interruption import interruption
 from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.resume import continued
-from vqops.vqvae2.training.train import load_data, train_run
+from vqops.vqvae2.training.train import data_flags, load_data, train_run
 
 MAY_CHANGE = ("skip_bad_images", "device", "out", *PLACES, *TRANSIENT)
 SECONDS = "seconds.json"
@@ -153,8 +153,7 @@ def lay_side_by_side(
     for name in sorted(path.name for path in options.out.glob("*.png")):
         say(str(options.out / name))
     if "vq" in options.bottleneck:
-        key = f" --data-key {options.data_key}" if options.data_key else ""
-        say(f"next: vqops extract {options.out / 'vq'} --data {options.data or 'PATH'}{key} --out CODES")
+        say(f"next: vqops extract {options.out / 'vq'} {data_flags(options)} --out CODES")
 
 
 def training_options(options: CompareOptions) -> TrainOptions:

@@ -284,11 +284,19 @@ def finish(training: VQVAE2Training, held_out: Images, window: tuple[int, int]) 
     save_reconstructions(folder / run_folder.RECONSTRUCTIONS, shown, reconstructions)
     progress.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
     progress.say(f"curves: {folder / run_folder.CURVES}")
-    progress.say(f"next: vqops reconstruct {folder} IMAGES... --out FOLDER, or, on the way to samples,")
+    following = f"next: vqops reconstruct {folder} IMAGES... --out FOLDER"
     if not state.module.config.discrete:
+        progress.say(following)
         return
+    progress.say(f"{following}, or, on the way to samples,")
+    progress.say(f"next: vqops extract {folder} {data_flags(options)} --out CODES")
+
+
+def data_flags(options: ImageOptions) -> str:
+    """What another command needs to read the same images."""
     key = f" --data-key {options.data_key}" if options.data_key else ""
-    progress.say(f"next: vqops extract {folder} --data {options.data or 'PATH'}{key} --out CODES")
+    skip = " --skip-bad-images" if options.skip_bad_images else ""
+    return f"--data {options.data or 'PATH'}{key}{skip}"
 
 
 def network_of(options: TrainOptions, image_channels: int, window: tuple[int, int]) -> VQVAE2Config:

@@ -14,11 +14,21 @@ from torch import Tensor
 
 from vqops.vqvae2.data.batches import Batches, validation_batches, window_of
 from vqops.vqvae2.data.labels import load_labels
+from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.evaluation.options import CompareOptions
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
 from vqops.vqvae2.files.config_file import PLACES, TRANSIENT, write_config
+from vqops.vqvae2.files.descriptions import of_type, parsed, shortened
 from vqops.vqvae2.files.lock import locked
-from vqops.vqvae2.files.run_folder import CONFIG, RECONSTRUCTIONS, check_output, read_rows, write_text, writing_in
+from vqops.vqvae2.files.run_folder import (
+    CONFIG,
+    RECONSTRUCTIONS,
+    TRAIN_STATE,
+    check_output,
+    read_rows,
+    write_text,
+    writing_in,
+)
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2
 from vqops.vqvae2.options import values_for
@@ -27,8 +37,8 @@ from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, sav
 from vqops.vqvae2.progress import Progress, say
 from vqops.vqvae2.training.interruption import interruption
 from vqops.vqvae2.training.options import TrainOptions
-from vqops.vqvae2.training.resume import continued
-from vqops.vqvae2.training.train import load_data, train_run
+from vqops.vqvae2.training.resume import continued, read_state
+from vqops.vqvae2.training.train import about, load_data, train_run
 
 MAY_CHANGE = ("device", "out", *PLACES, *TRANSIENT)
 SECONDS = "seconds.json"
@@ -51,7 +61,9 @@ def compare(options: CompareOptions) -> Path:
     if not options.resume:
         check_output(options.out)
     base = training_options(options)
-    batches = held_out_batches(base)
+    data = load_data(base, Progress(0, quiet=True))
+    window = window_of(data.training, base.image_size)
+    batches = validation_batches(data.held_out, window, base.batch_size, num_workers=0)  # of uint8 [B, C, H, W]
     labels, classes = None, ()
     if options.label_key is not None or options.labels is not None:
         source = options.val_data or options.data
@@ -61,6 +73,9 @@ def compare(options: CompareOptions) -> Path:
     with locked(options.out):
         if not options.resume:
             check_output(options.out)  # once more: another process may have been faster
+        for run in [options.out / bottleneck for bottleneck in options.bottleneck]:
+            if is_done(run, options):
+                read_state(run / TRAIN_STATE, about(data, window))  # raises for other data
         write_config(options.out, options)
         if train_all(options, base):
             lay_side_by_side(options, batches, labels, classes)
@@ -73,7 +88,7 @@ def train_all(options: CompareOptions, base: TrainOptions) -> bool:
     with interruption() as interrupted:
         for bottleneck in options.bottleneck:
             run = options.out / bottleneck
-            if steps_done(run) >= options.steps and (run / RECONSTRUCTIONS).exists():
+            if is_done(run, options):
                 continue
             there = {"resume": run, "out": None} if (run / CONFIG).is_file() else {"out": run, "overwrite": True}
             started = time.perf_counter()
@@ -81,21 +96,27 @@ def train_all(options: CompareOptions, base: TrainOptions) -> bool:
             with writing_in(options.out):
                 add_seconds(options.out, bottleneck, time.perf_counter() - started)
             if interrupted.is_set():
-                if steps_done(run) >= options.steps:  # then it has not said so
+                if is_done(run, options):  # then it has not said so
                     say(f"interrupted by {interrupted.cause}; go on: {go_on}")
                 return False
     return True
 
 
-def steps_done(run: Path) -> int:
+def is_done(run: Path, options: CompareOptions) -> bool:
     rows = read_rows(run)
-    return rows[-1]["step"] if rows else 0
+    return bool(rows) and rows[-1]["step"] >= options.steps and (run / RECONSTRUCTIONS).exists()
 
 
 def seconds_of(folder: Path) -> dict[str, float]:
     """Seconds of training by bottleneck, without those of processes that were killed."""
     path = folder / SECONDS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        seconds = parsed(path.read_text()) if path.exists() else {}
+    except (InputError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as seconds of training ({error})") from error
+    if not all(of_type(value, float) for value in seconds.values()):
+        raise InputError(f"{path} must hold seconds of training, got {shortened(seconds)}")
+    return seconds
 
 
 def add_seconds(folder: Path, bottleneck: str, seconds: float) -> None:
@@ -134,12 +155,6 @@ def training_options(options: CompareOptions) -> TrainOptions:
     of_each_run = {"bottleneck": "vq", "out": None, "resume": None}
     values = values_for(TrainOptions, options) | of_each_run
     return TrainOptions(**values, eval_every=max(options.steps // 5, 1))
-
-
-def held_out_batches(options: TrainOptions) -> Batches:  # of uint8 [B, C, H, W]
-    data = load_data(options, Progress(0, quiet=True))
-    window = window_of(data.training, options.image_size)
-    return validation_batches(data.held_out, window, options.batch_size, num_workers=0)
 
 
 def markdown(rows: dict[str, dict[str, float]], options: CompareOptions) -> str:

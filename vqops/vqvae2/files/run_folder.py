@@ -14,7 +14,8 @@ from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.files.lock import LOCK, WRITER, locked
 
 MODEL, METRICS, RECONSTRUCTIONS, CURVES = "model.safetensors", "metrics.jsonl", "reconstructions.png", "curves.png"
-CONFIG, TRAIN_STATE, TENSORBOARD, IMAGES = "config.toml", "train_state.pt", "tensorboard", "images.json"
+CONFIG, TRAIN_STATE, TENSORBOARD = "config.toml", "train_state.pt", "tensorboard"
+IMAGES, VALIDATION_IMAGES = "images.json", "validation_images.json"
 UNFINISHED = re.compile(r"\.\d+\..+")  # the names that `atomically` gives
 
 
@@ -52,7 +53,7 @@ def created(folder: Path | None, overwrite: bool = False) -> Iterator[Path]:
 
 def remove_run(folder: Path) -> None:
     """Remove the run that is being overwritten; what else is in the folder stays."""
-    for name in (METRICS, MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES):
+    for name in (METRICS, MODEL, RECONSTRUCTIONS, CURVES, CONFIG, TRAIN_STATE, IMAGES, VALIDATION_IMAGES):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
     remove_unfinished(folder)
@@ -120,19 +121,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files need not be UTF-8
 
 
-def write_names(folder: Path, names: list[str] | None) -> None:
+def write_names(folder: Path, names: list[str] | None, file: str = IMAGES) -> None:
     """Note which images, in which order, the run draws from, so that one that is lost or added later moves no other."""
     if names is not None:
         with writing_in(folder):
-            write_text(folder / IMAGES, json.dumps(names, indent=0) + "\n")
+            write_text(folder / file, json.dumps(names, indent=0) + "\n")
 
 
-def read_names(folder: Path) -> list[str] | None:
+def read_names(folder: Path, file: str = IMAGES) -> list[str] | None:
     """The names that the run began with; None where its images have none, or an earlier version wrote none.
 
     Raises InputError for a file that holds anything else.
     """
-    path = folder / IMAGES
+    path = folder / file
     if not path.exists():
         return None
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -64,10 +65,10 @@ class Seen:
 
 
 def plane(vectors: Tensor) -> tuple[Tensor, Tensor]:  # [N, D]; mean [D], axes [D, 2]
-    """The two principal axes."""
+    """The two principal axes; zeros where there is no second one, as of a single vector."""
     mean = vectors.mean(0)
-    axes = torch.linalg.svd((vectors - mean).double(), full_matrices=False).Vh[:2].T.float()
-    return mean, axes
+    axes = torch.linalg.svd((vectors - mean).double(), full_matrices=False).Vh[:2]
+    return mean, F.pad(axes, (0, 0, 0, 2 - len(axes))).T.float()
 
 
 def save_latents(path: Path, seen: Seen, labels: np.ndarray | None, classes: tuple[str, ...]) -> None:

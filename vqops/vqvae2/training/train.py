@@ -36,9 +36,11 @@ from vqops.vqvae2.training.meters import CodeMeter, validate
 from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import ImageOptions, TrainOptions
 from vqops.vqvae2.training.processes import (
+    check_first_step,
     is_first,
     may_be_restarted,
     num_ranks,
+    of_first,
     pick_device,
     process_group,
     rank,
@@ -97,7 +99,7 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -
         reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
         raise InputError(Field("batch_size"), reason)
     progress = Progress(options.steps, quiet=not is_first())
-    listed = run_folder.read_names(options.resume) if options.resume else None
+    listed = listed_in(options.resume)
     data = load_data(options, progress, listed)
     images, held_out = data.training, data.held_out
     window = window_of(images, options.image_size)
@@ -105,16 +107,10 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -
     model = VQVAE2(network_of(options, images.channels, window))
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    about = {
-        "images": len(images),
-        "image size": list(window),
-        "pixels": fingerprint(images, window),
-        "validation images": len(held_out),
-        "validation pixels": fingerprint(held_out, window),
-    }
-    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about)
+    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about(data, window))
     if options.resume and (done := load_checkpoint(state, options, progress)):
         return done
+    check_first_step(state.step)
     part = rank(), num_ranks()
     batches = training_batches(
         images, window, options.batch_size, options.steps, options.seed, options.num_workers, state.step, part
@@ -123,17 +119,20 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None) -
     trained = model if num_ranks() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
     with started_folder(options, state.step) as folder:
-        if is_first() and not listed:
-            run_folder.write_names(folder, data.whole.used_names)
+        folder = of_first(folder)
+        if is_first():
+            write_names(folder, data, listed)
         crops = f"{window[0]} x {window[1]} pixels a crop"
         progress.say(f"{len(images)} images, {crops}, on {device}; run folder {folder}")
         go_on = go_on or f"vqops train --resume {shlex.quote(str(folder))}"
         training = VQVAE2Training(state, trained, validation, options, folder, progress, go_on)
+        if state.step:
+            training.validate_late()
         interrupted = run_steps(training, batches, state.step)
         if is_first():
             with run_folder.writing_in(folder):
                 training.tensorboard.close()
-            if state.step >= options.steps or interrupted.by_user:
+            if interrupted.by_user or (state.step >= options.steps and not interrupted.is_set()):
                 with run_folder.writing_in(folder):
                     finish(training, held_out, window)
     return folder
@@ -214,6 +213,17 @@ class VQVAE2Training(Training):
         batches = self.interrupted.until_set(self.validation) if alone else self.validation
         with self.state.average.in_place():
             return validate(self.module, batches)
+
+    def validate_late(self) -> None:
+        """Validate at the step to go on from, where it was due and a signal came in between."""
+        step, options = self.state.step, self.options
+        rows = [row for row in run_folder.read_rows(self.folder) if row["step"] == step]
+        if not rows or "val_mse" in rows[-1] or (step % options.eval_every and step != options.steps):
+            return
+        row = rows[-1] | self.validate(step)
+        if is_first():
+            run_folder.rewind(self.folder, step - 1)
+            self.record(row)
 
     def record(self, row: dict[str, float]) -> None:
         with run_folder.writing_in(self.folder):
@@ -304,12 +314,49 @@ class Data(NamedTuple):
     training: Images
     held_out: Images
 
+    @property
+    def has_own_validation(self) -> bool:
+        return self.training is self.whole
 
-def load_data(options: ImageOptions, progress: Progress, listed: Sequence[str] | None = None) -> Data:
+
+class Listed(NamedTuple):
+    """The names of the images that a run began with, where they have names."""
+
+    images: Sequence[str] | None = None
+    validation: Sequence[str] | None = None  # where --data is not what they are held out from
+
+
+def listed_in(folder: Path | None) -> Listed:
+    """What an earlier process noted in its run folder."""
+    if folder is None:
+        return Listed()
+    return Listed(run_folder.read_names(folder), run_folder.read_names(folder, run_folder.VALIDATION_IMAGES))
+
+
+def write_names(folder: Path, data: Data, listed: Listed) -> None:
+    if not listed.images:
+        run_folder.write_names(folder, data.whole.used_names)
+    if data.has_own_validation and not listed.validation:
+        run_folder.write_names(folder, data.held_out.used_names, run_folder.VALIDATION_IMAGES)
+
+
+def about(data: Data, window: tuple[int, int]) -> dict[str, object]:
+    """What must be the same of the data where a run goes on."""
+    return {
+        "images": len(data.training),
+        "image size": list(window),
+        "pixels": fingerprint(data.training, window),
+        "validation images": len(data.held_out),
+        "validation pixels": fingerprint(data.held_out, window),
+    }
+
+
+def load_data(options: ImageOptions, progress: Progress, listed: Listed | None = None) -> Data:
     """Training and validation images; says on screen what they are, and which are held out.
 
-    `listed` are the names of the images of the run that goes on.
+    `listed` are the images of the run that goes on.
     """
+    listed = listed or Listed()
     if options.data is None:
         if options.data_key or options.val_data or options.val_key:
             keys = Field("data_key"), ", ", Field("val_data"), " and ", Field("val_key")
@@ -317,13 +364,13 @@ def load_data(options: ImageOptions, progress: Progress, listed: Sequence[str] |
         progress.say("no --data: photographs of scikit-image, chelsea (a cat) held out")
         photographs = training_photographs()
         return Data(photographs, photographs, held_out_photographs(options.image_size))
-    reading = Reading(None, options.background, options.skip_bad_images, listed, progress.console.quiet)
+    reading = Reading(None, options.background, options.skip_bad_images, listed.images, progress.console.quiet)
     images = load_images(options.data, options.data_key, reading=reading)
     images = replace(images, replaces=options.skip_bad_images)
     for line in images.lines:
         progress.say(line)
     if options.val_data is not None or options.val_key is not None:
-        reading = replace(reading, channels=images.channels, listed=None)
+        reading = replace(reading, channels=images.channels, listed=listed.validation)
         source = options.data if options.val_data is None else options.val_data
         held_out = load_images(source, options.val_key, ("validation", "test"), reading)
         held_out = replace(held_out, replaces=options.skip_bad_images)

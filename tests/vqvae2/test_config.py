@@ -53,6 +53,16 @@ def test_resume_takes_the_options_of_the_run(tmp_path):
     assert options.said == {"steps", "resume"}
 
 
+@pytest.mark.parametrize("flag, value", [("--skip-bad-images", True), ("--no-skip-bad-images", False)])
+def test_switches_can_be_said_whatever_the_run_has(tmp_path, flag, value):
+    for there in (True, False):
+        (tmp_path / "config.toml").write_text(written(TrainOptions(skip_bad_images=there)))
+        options = parsed("train", ["--resume", str(tmp_path), flag])
+        assert options.skip_bad_images is value
+        assert options.said == {"skip_bad_images", "resume"}
+        assert parsed("train", ["--resume", str(tmp_path)]).skip_bad_images is there
+
+
 def test_only_what_is_given_counts_as_said(tmp_path):
     path = tmp_path / "x.toml"
     path.write_text("lr = 1\n[defaults]\nwarmup = 3\n")

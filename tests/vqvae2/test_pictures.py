@@ -1,8 +1,10 @@
-"""The curves of a run: every value that was recorded can be seen."""
+"""Pictures: every value that was recorded can be seen, and few images suffice."""
 
 import pytest
+import torch
 
 from vqops.vqvae2.pictures.curves import curves, training_panels
+from vqops.vqvae2.pictures.latents import plane
 
 
 @pytest.mark.parametrize("steps", [1, 40])
@@ -20,3 +22,11 @@ def test_every_point_is_in_sight(steps):
         for line in axes.lines:
             assert all(left <= x <= right and bottom <= y <= top for x, y in line.get_xydata())
     assert perplexities.get_ylim()[0] == used.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 1)], ids=["one vector", "one dimension"])
+def test_the_plane_has_two_axes(shape):
+    vectors = torch.arange(shape[0] * shape[1], dtype=torch.float32).reshape(shape)
+    mean, axes = plane(vectors)
+    assert axes.shape == (shape[1], 2)
+    assert torch.all(((vectors - mean) @ axes)[:, 1] == 0)

@@ -1,6 +1,8 @@
 """Ctrl-C, SIGTERM and SIGUSR1: the step is finished, the checkpoint saved, and the run goes on from it."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,22 +124,34 @@ def test_outside_of_the_main_thread_nothing_listens():
     assert not found[0].is_set()
 
 
-def test_validation_is_given_up(data, whole, tmp_path, monkeypatch):
-    """The state of that step is saved, with no metrics of the validation."""
+def validated(run: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (run / "metrics.jsonl").open())
+    return [(row["step"], row["val_mse"]) for row in rows if "val_mse" in row]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_validation_is_given_up(step, data, whole, tmp_path, monkeypatch, capsys):
+    """The state of that step is saved, and the validation made up for by what goes on; also after the last step."""
     meters = import_module("vqops.vqvae2.training.meters")
-    sums_of = meters.sums_of
+    sums_of, validations = meters.sums_of, []
 
     def signal_and_sum(model, batches):
-        signal.raise_signal(signal.SIGTERM)
+        validations.append(batches)
+        if 4 * len(validations) == step:
+            signal.raise_signal(signal.SIGTERM)
         return sums_of(model, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(meters, "sums_of", signal_and_sum)
         run = train(replace(TINY, data=data, out=tmp_path / "run"))
-    assert step_of(run) == 4
-    assert "val_mse" not in (run / "metrics.jsonl").read_text()
+    assert f"interrupted by SIGTERM after step {step} of 8; go on: " in capsys.readouterr().out
+    assert exit_code() == 128 + signal.SIGTERM
+    assert step_of(run) == step
+    assert validated(run) == validated(whole)[: step // 4 - 1]
     train(TrainOptions(resume=run))
+    assert exit_code() == 0
     check_same_weights(run, whole)
+    assert validated(run) == validated(whole)
 
 
 def test_items_end_with_a_signal():
@@ -195,6 +209,25 @@ def test_interrupted_comparison_goes_on(data, tmp_path, monkeypatch, capsys):
     assert ours[-1].endswith("Seconds: of training, without those of processes that were killed.")
     with pytest.raises(InputError, match=r"lr is .* there and cannot change"):
         compare(CompareOptions(resume=out, lr=0.1))
+
+
+def test_comparison_goes_on_with_the_same_images_only(data, tmp_path):
+    """What is there is measured on images that it did not learn."""
+    images = np.load(data)
+    np.save(tmp_path / "images.npy", images)
+    sizes = {name: getattr(TINY, name) for name in SIZES}
+    data = str(tmp_path / "images.npy")
+    out = compare(CompareOptions(out=tmp_path / "out", bottleneck=("none", "vq"), steps=2, data=data, **sizes))
+    shutil.rmtree(out / "vq")
+    np.save(tmp_path / "images.npy", images[:-1])
+    with pytest.raises(InputError, match=r"none.train_state\.pt was written with images 22, now it is 21$"):
+        compare(CompareOptions(resume=out))
+    assert not (out / "vq").exists()
+    np.save(tmp_path / "images.npy", images)
+    for content in ("{", '{"none": "x"}'):
+        (out / "seconds.json").write_text(content)
+        with pytest.raises(InputError, match=r"^[^\n]*seconds\.json[^\n]*$"):
+            compare(CompareOptions(resume=out))
 
 
 def test_signal_between_two_trainings(data, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import tyro
 
 from vqops import vqvae2
 from vqops.cli.presets import preset_values
-from vqops.vqvae2.files.config_file import Values, read_values
+from vqops.vqvae2.files.config_file import TRANSIENT, Values, read_values
 from vqops.vqvae2.files.run_folder import CONFIG
 from vqops.vqvae2.options import made, types_of
 
@@ -34,6 +34,11 @@ def flag(name: str) -> str:
     return "--" + NAMES.get(name, name).replace("_", "-")
 
 
+def flags_of(name: str) -> set[str]:
+    """The flag, and the one that turns it off."""
+    return {flag(name), flag(f"no_{name}")}
+
+
 def parsed(command: str, flags: list[str]) -> Any:
     """Raises InputError for values that cannot be used; SystemExit, after a message, for flags that do not parse."""
     kind = getattr(vqvae2, f"{command.title().replace('-', '')}Options")
@@ -44,11 +49,10 @@ def parsed(command: str, flags: list[str]) -> Any:
         flagged,
         prog=f"vqops {command}",
         args=flags,
-        config=(tyro.conf.FlagCreatePairsOff,),
         default=flagged(**needed | values) if values else None,
     )
     words = {word.partition("=")[0].replace("_", "-") for word in flags}
-    flagged_names = {field.name for field in fields(kind) if field.name in needed or flag(field.name) in words}
+    flagged_names = {field.name for field in fields(kind) if field.name in needed or words & flags_of(field.name)}
     return made(kind, {field.name: getattr(given, field.name) for field in fields(kind)}, said | flagged_names)
 
 
@@ -67,6 +71,8 @@ def shown_type(field: Any, hint: Any) -> Any:
     if metavar and (field.default is None or metavar.endswith("...")):
         described["help_behavior_hint"] = DEFAULTS.get(field.name, "")
     annotated = Annotated[hint, tyro.conf.arg(**described)]
+    if field.name in TRANSIENT:  # no file turns it on, so none needs to turn it off
+        annotated = tyro.conf.FlagCreatePairsOff[annotated]
     return tyro.conf.Positional[annotated] if field.default is MISSING and field.name in POSITIONAL else annotated
 
 

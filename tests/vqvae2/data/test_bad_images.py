@@ -22,6 +22,7 @@ from vqops.vqvae2.data.encoded import EncodedImage
 from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.sources import load_images
 from vqops.vqvae2.data.survey import Reading
+from vqops.vqvae2.files.run_folder import read_rows
 
 TINY = TrainOptions(
     steps=6, batch_size=4, image_size=8, channels=8, codebook_size=8, code_dim=4, checkpoint_every=2, device="cpu"
@@ -173,6 +174,36 @@ def test_run_that_ends_at_a_lost_image_goes_on(folder, size, tmp_path, capsys):
             train(replace(options, resume=run, skip_bad_images=True))
             assert "1 that cannot be read" in capsys.readouterr().out
             assert len(names(run)) == 12
+
+
+@pytest.fixture
+def validation(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "validation"))
+
+
+def test_run_that_ends_at_a_lost_validation_image_goes_on(folder, validation, tmp_path, monkeypatch):
+    """From the step that it had reached, as if nothing had happened."""
+    monkeypatch.setattr("vqops.vqvae2.data.survey.KEPT_DECODED_BYTES", 0)
+    options = replace(TINY, data=str(folder), val_data=str(validation), eval_every=2, checkpoint_every=100)
+    whole = train(replace(options, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        lose(patch, validation, after=2)
+        run = tmp_path / "run"
+        with pytest.raises(InputError, match=f"03.png: no such image file; stopped after step 2, go on: .* {run}$"):
+            train(replace(options, out=run))
+    shutil.copy(folder / "03.png", validation)
+    train(replace(options, resume=run))
+    REPEATS.same(weights(run), weights(whole))
+    of_run, of_whole = ([row["val_mse"] for row in read_rows(folder)] for folder in (run, whole))
+    assert of_run == of_whole
+
+
+def test_validation_image_may_be_lost_for_good(folder, validation, tmp_path, capsys):
+    options = replace(TINY, data=str(folder), val_data=str(validation))
+    run = train(replace(options, steps=4, out=tmp_path / "run"))
+    (validation / "00.png").unlink()
+    train(replace(options, resume=run, skip_bad_images=True))
+    assert "00.png: no such image file: the image after it takes its place" in capsys.readouterr().out
 
 
 def test_new_images_do_not_change_a_run(folder, tmp_path, capsys):

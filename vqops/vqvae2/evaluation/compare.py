@@ -19,11 +19,13 @@ from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.evaluation.options import CompareOptions
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
 from vqops.vqvae2.files.config_file import PLACES, TRANSIENT, write_config
+from vqops.vqvae2.files.descriptions import of_type, parsed, shortened
 from vqops.vqvae2.files.lock import locked
 from vqops.vqvae2.files.run_folder import (
     CONFIG,
     NOT_LISTED,
     RECONSTRUCTIONS,
+    TRAIN_STATE,
     Listed,
     check_output,
     read_listed,
@@ -40,8 +42,8 @@ from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, sav
 from vqops.vqvae2.progress import Progress, say
 from vqops.vqvae2.training.interruption import interruption
 from vqops.vqvae2.training.options import TrainOptions
-from vqops.vqvae2.training.resume import continued
-from vqops.vqvae2.training.train import data_flags, load_data, train_run
+from vqops.vqvae2.training.resume import continued, read_state
+from vqops.vqvae2.training.train import about, data_flags, load_data, train_run
 
 MAY_CHANGE = ("skip_bad_images", "device", "out", *PLACES, *TRANSIENT)
 SECONDS = "seconds.json"
@@ -74,6 +76,9 @@ def compare(options: CompareOptions) -> Path:
     with locked(options.out):
         if not options.resume:
             check_output(options.out)  # once more: another process may have been faster
+        for run in [options.out / bottleneck for bottleneck in options.bottleneck]:
+            if is_done(run, options):
+                read_state(run / TRAIN_STATE, about(data, window))  # raises for other data
         if listed == NOT_LISTED:
             write_listed(options.out, data.listed)
         write_config(options.out, options)
@@ -100,7 +105,7 @@ def train_all(options: CompareOptions, base: TrainOptions, listed: Listed) -> bo
     with interruption() as interrupted:
         for bottleneck in options.bottleneck:
             run = options.out / bottleneck
-            if steps_done(run) >= options.steps and (run / RECONSTRUCTIONS).exists():
+            if is_done(run, options):
                 continue
             there = {"resume": run, "out": None} if (run / CONFIG).is_file() else {"out": run, "overwrite": True}
             started = time.perf_counter()
@@ -108,21 +113,27 @@ def train_all(options: CompareOptions, base: TrainOptions, listed: Listed) -> bo
             with writing_in(options.out):
                 add_seconds(options.out, bottleneck, time.perf_counter() - started)
             if interrupted.is_set():
-                if steps_done(run) >= options.steps:  # then it has not said so
+                if is_done(run, options):  # then it has not said so
                     say(f"interrupted by {interrupted.cause}; go on: {go_on}")
                 return False
     return True
 
 
-def steps_done(run: Path) -> int:
+def is_done(run: Path, options: CompareOptions) -> bool:
     rows = read_rows(run)
-    return rows[-1]["step"] if rows else 0
+    return bool(rows) and rows[-1]["step"] >= options.steps and (run / RECONSTRUCTIONS).exists()
 
 
 def seconds_of(folder: Path) -> dict[str, float]:
     """Seconds of training by bottleneck, without those of processes that were killed."""
     path = folder / SECONDS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        seconds = parsed(path.read_text()) if path.exists() else {}
+    except (InputError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as seconds of training ({error})") from error
+    if not all(of_type(value, float) for value in seconds.values()):
+        raise InputError(f"{path} must hold seconds of training, got {shortened(seconds)}")
+    return seconds
 
 
 def add_seconds(folder: Path, bottleneck: str, seconds: float) -> None:

@@ -15,8 +15,8 @@ from vqops.vqvae2.errors import InputError
 from vqops.vqvae2.files.lock import LOCK, WRITER, locked
 
 MODEL, METRICS, RECONSTRUCTIONS, CURVES = "model.safetensors", "metrics.jsonl", "reconstructions.png", "curves.png"
-CONFIG, TRAIN_STATE, TENSORBOARD, IMAGES = "config.toml", "train_state.pt", "tensorboard", "images.json"
-VALIDATION_IMAGES = "validation_images.json"
+CONFIG, TRAIN_STATE, TENSORBOARD = "config.toml", "train_state.pt", "tensorboard"
+IMAGES, VALIDATION_IMAGES = "images.json", "validation_images.json"
 UNFINISHED = re.compile(r"\.\d+\..+")  # the names that `atomically` gives
 
 

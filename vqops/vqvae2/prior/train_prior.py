@@ -72,7 +72,7 @@ def train_prior(options: TrainPriorOptions) -> Path:
         first = learning.state.step
         batches = ShuffledBatches(len(training), options.batch_size, options.steps, options.seed, first)
         interrupted = run_steps(learning, (training[[index for index, _ in batch]] for batch in batches), first)
-        if learning.ended or interrupted.by_user:
+        if interrupted.by_user or (learning.ended and not interrupted.is_set()):
             finish(learning, entropy)
     return options.out
 
@@ -220,6 +220,7 @@ class PriorTraining(Training):
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.best, self.since_best, self.measured_at = (state[name] for name in MEASURED)
         self.hiding.set_state(state["hiding"])
+
 
 def adamw(prior: Prior, options: TrainPriorOptions) -> torch.optim.Optimizer:
     """Weight decay for what multiplies; none for biases, norms and embeddings."""

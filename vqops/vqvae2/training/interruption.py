@@ -26,8 +26,13 @@ class Interruption:
 
     @property
     def by_user(self) -> bool:
-        """Whether somebody at a terminal waits for what there is; a scheduler waits for the end, and not for long."""
+        """Whether somebody at a terminal waits for what there is."""
         return self.signal == Signals.SIGINT
+
+    @property
+    def by_scheduler(self) -> bool:
+        """Whether somebody waits for the end, and not for long."""
+        return self.is_set() and not self.by_user
 
     @property
     def cause(self) -> str:
@@ -53,7 +58,7 @@ class Latest:
 def exit_code() -> int:
     """128 + its number where a scheduler's signal ended a training since this was asked, else 0."""
     ended, Latest.ended = Latest.ended, None
-    return 0 if ended is None or not ended.is_set() or ended.by_user else 128 + ended.signal
+    return 128 + ended.signal if ended is not None and ended.by_scheduler else 0
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def run_steps(training: Training, batches: Iterable[Any], first_step: int = 0) -
     Raises InputError if the loss is no longer finite, or if a batch cannot be loaded: then with a checkpoint.
     """
     options, parameters = training.options, list(training.module.parameters())
-    stopping = Stopping(first_step)
+    stopping, stop, step = Stopping(first_step), False, first_step
     with training.progress, interruption() as interrupted:
         training.interrupted = interrupted
         for step, batch in loaded(batches, training, first_step):
@@ -83,16 +83,21 @@ def run_steps(training: Training, batches: Iterable[Any], first_step: int = 0) -
                         row |= training.validate(step)
                     except GivenUp:
                         stop = True
+                    except InputError as error:
+                        if is_first():
+                            training.record(row)
+                        raise stopped(error, training, step) from error
                     training.meter.restart()
                 if is_first():
                     training.record(row)
             if is_first():
                 training.save(step, last=stop or step == options.steps)
-            if stop and step < options.steps:
-                reached = f"after step {step} of {options.steps}"
-                training.progress.say(f"interrupted by {interrupted.cause} {reached}; go on: {training.go_on}")
             if stop or training.finished:
                 break
+    ended = step >= options.steps or training.finished
+    if interrupted.by_scheduler or (stop and not ended):
+        reached = f"after step {step} of {options.steps}"
+        training.progress.say(f"interrupted by {interrupted.cause} {reached}; go on: {training.go_on}")
     return interrupted
 
 
@@ -103,6 +108,11 @@ def loaded(batches: Iterable[Any], training: Training, first_step: int) -> Itera
         for batch in batches:
             yield (step := step + 1), batch
     except InputError as error:
-        if is_first() and step > first_step:
-            training.save(step, last=True)
-        raise InputError(*error.args, f"; stopped after step {step}, go on: {training.go_on}") from error
+        raise stopped(error, training, step) from error
+
+
+def stopped(error: InputError, training: Training, step: int) -> InputError:
+    """The error with how to go on, from a checkpoint at this step, which is written here."""
+    if is_first() and step:
+        training.save(step, last=True)
+    return InputError(*error.args, f"; stopped after step {step}, go on: {training.go_on}")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vqops.quantizers.codebook.ranks import num_ranks, rank, sum_over_ranks
 from vqops.vqvae2.errors import Field, InputError
+
+Value = TypeVar("Value")
 
 LOST = re.compile("gloo|nccl|connection (closed|reset)", re.IGNORECASE)  # in the errors of a collective
 SECONDS_BETWEEN, STEPS_BETWEEN = 2.0, 10  # two questions whether to stop; of a grace of 30 s much must be left
@@ -67,6 +70,21 @@ def with_shared_gradients(module: nn.Module) -> nn.Module:
 def is_first() -> bool:
     """Whether this process writes the files and speaks."""
     return rank() == 0
+
+
+def of_first(value: Value) -> Value:
+    """What the first process holds."""
+    held = [value]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
+def check_first_step(step: int) -> None:
+    """Raises InputError unless all processes go on from the same step."""
+    if (first := of_first(step)) != step:
+        reason = f"this process of the job would go on from step {step}, the first one from step {first}: "
+        raise InputError(reason, "all machines need the same ", Field("out"), " and the same --rdzv-id of torchrun")
 
 
 class Stopping:

@@ -68,15 +68,7 @@ class TrainState:
 
     def load(self, path: Path) -> None:
         """Raises InputError if the file is damaged, or of another network, version or data."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle fails in as many ways as there are
-            raise InputError(f"{path}: not a readable checkpoint ({reason(error)})") from error
-        if not isinstance(state, dict) or not isinstance(state.get("about"), dict):
-            raise InputError(f"{path}: not a checkpoint of vqops")
-        for name, here in self.about.items():
-            if not same(there := state["about"].get(name, here), here):
-                raise InputError(f"{path} was written with {differing(name, there, here)}")
+        state = read_state(path, self.about)
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -90,6 +82,20 @@ class TrainState:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             found = f"{state.get('vqops')}, this is {__version__}: {reason(error)}"
             raise InputError(f"{path} was written by vqops {found}") from error
+
+
+def read_state(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """What `save` wrote. Raises InputError if the file is damaged, or is about anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in as many ways as there are
+        raise InputError(f"{path}: not a readable checkpoint ({reason(error)})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("about"), dict):
+        raise InputError(f"{path}: not a checkpoint of vqops")
+    for name, here in about.items():
+        if not same(there := state["about"].get(name, here), here):
+            raise InputError(f"{path} was written with {differing(name, there, here)}")
+    return state
 
 
 def same(there: Any, here: Any) -> bool:

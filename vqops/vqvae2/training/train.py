@@ -36,9 +36,11 @@ from vqops.vqvae2.training.meters import CodeMeter, validate
 from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.options import ImageOptions, TrainOptions
 from vqops.vqvae2.training.processes import (
+    check_first_step,
     is_first,
     may_be_restarted,
     num_ranks,
+    of_first,
     pick_device,
     process_group,
     rank,
@@ -109,16 +111,10 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None, l
     model = VQVAE2(network_of(options, images.channels, window))
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    about = {
-        "images": len(images),
-        "image size": list(window),
-        "pixels": fingerprint(images, window),
-        "validation images": len(held_out),
-        "validation pixels": fingerprint(held_out, window),
-    }
-    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about)
+    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about(data, window))
     if options.resume and (done := load_checkpoint(state, options, progress)):
         return done
+    check_first_step(state.step)
     part = rank(), num_ranks()
     batches = training_batches(
         images, window, options.batch_size, options.steps, options.seed, options.num_workers, state.step, part
@@ -127,17 +123,20 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None, l
     trained = with_shared_gradients(model)
 
     with started_folder(options, state.step) as folder:
+        folder = of_first(folder)
         if is_first() and (not options.resume or listed == NOT_LISTED):
             run_folder.write_listed(folder, data.listed)
         crops = f"{window[0]} x {window[1]} pixels a crop"
         progress.say(f"{len(images)} images, {crops}, on {device}; run folder {folder}")
         go_on = go_on or f"vqops train --resume {shlex.quote(str(folder))}"
         training = VQVAE2Training(state, trained, validation, options, folder, progress, go_on)
+        if state.step:
+            training.validate_late()
         interrupted = run_steps(training, batches, state.step)
         if is_first():
             with run_folder.writing_in(folder):
                 training.tensorboard.close()
-            if state.step >= options.steps or interrupted.by_user:
+            if interrupted.by_user or (state.step >= options.steps and not interrupted.is_set()):
                 with run_folder.writing_in(folder):
                     finish(training, held_out, window)
     return folder
@@ -218,6 +217,17 @@ class VQVAE2Training(Training):
         batches = self.interrupted.until_set(self.validation) if alone else self.validation
         with self.state.average.in_place():
             return validate(self.module, batches)
+
+    def validate_late(self) -> None:
+        """Validate at the step to go on from, where it was due and a signal came in between."""
+        step, options = self.state.step, self.options
+        rows = of_first([row for row in run_folder.read_rows(self.folder) if row["step"] == step])
+        if not rows or "val_mse" in rows[-1] or (step % options.eval_every and step != options.steps):
+            return
+        row = rows[-1] | self.validate(step)
+        if is_first():
+            run_folder.rewind(self.folder, step - 1)
+            self.record(row)
 
     def record(self, row: dict[str, float]) -> None:
         with run_folder.writing_in(self.folder):
@@ -320,6 +330,17 @@ class Data(NamedTuple):
     @property
     def listed(self) -> Listed:
         return Listed(self.whole.used_names, self.held_out.used_names if self.apart else None)
+
+
+def about(data: Data, window: tuple[int, int]) -> dict[str, object]:
+    """What must be the same of the data where a run goes on."""
+    return {
+        "images": len(data.training),
+        "image size": list(window),
+        "pixels": fingerprint(data.training, window),
+        "validation images": len(data.held_out),
+        "validation pixels": fingerprint(data.held_out, window),
+    }
 
 
 def load_data(options: ImageOptions, progress: Progress, listed: Listed = NOT_LISTED) -> Data:

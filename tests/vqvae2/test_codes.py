@@ -55,6 +55,7 @@ def test_files_hold_the_codes_of_the_middle_crops(folder, tmp_path, capsys):
         assert (read == index).float().mean() > 0.99  # a vector between two codes may fall to either
     checked = np.unique(np.linspace(0, N - 1, 16, dtype=int))
     said = capsys.readouterr().out
+    assert "labels: 3 classes (5, 6, 7)" in said.splitlines()
     reconstruction = load_model(folder / "run").reconstruct(torch.from_numpy(pixels).permute(0, 3, 1, 2))[checked]
     error = (reconstruction / 255 - torch.from_numpy(pixels).permute(0, 3, 1, 2)[checked] / 255).square().mean()
     decoded = re.search(r"16 images decoded from the files: mse ([\d.]+) to the originals", said)

@@ -237,6 +237,8 @@ WORKERS = (
         (RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0.\nOriginal Traceback"), WORKERS),
         (RuntimeError("unable to mmap 8388608 bytes from file </torch_18_3_0>: Cannot allocate memory (12)"), WORKERS),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault."), ""),
+        (RuntimeError("could not create a primitive"), "out of memory: lower --batch-size"),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), ""),
         (RuntimeError("shapes cannot be multiplied"), ""),
         (OSError(errno.ENOSPC, "No space left on device"), ""),
         (None, ""),

@@ -17,7 +17,7 @@ LOWER = {  # by command, what memory grows with, first what costs least to lower
 # What PyTorch's allocators, cuBLAS and C++ say; an error in a worker of a DataLoader comes as its text.
 EXHAUSTED = re.compile(
     r"out of memory|[Cc]an(?:'t|not) allocate memory|not enough memory|ALLOC_FAILED|bad_alloc|"
-    r"Storage size calculation overflowed|can't start new thread"
+    r"Storage size calculation overflowed|can't start new thread|could not create a primitive$"  # the last: oneDNN
 )
 WORKERS_EXHAUSTED = re.compile(
     r"DataLoader worker .*(Bus error|Killed|exited unexpectedly)|MemoryError in DataLoader|unable to .* </torch_"

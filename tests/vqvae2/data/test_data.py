@@ -193,6 +193,12 @@ def test_folder_without_images(tmp_path):
     refused("is a folder of images: it has no array or column 'x'", tmp_path, "x")
 
 
+def test_a_folder_of_idx_files_names_one(tmp_path):
+    for name in ("labels.idx1-ubyte", "train-images-idx3-ubyte"):
+        (tmp_path / name).write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 1, 5]))
+    refused(r"holds no image .*; of IDX files give one, such as .*labels\.idx1-ubyte$", tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"not an image", png(pixels(64, 64, 3))[:3000]], ids=["empty", "text", "cut"])
 def test_corrupt_image_is_named(tmp_path, content):
     (tmp_path / "good.png").write_bytes(png(pixels(5, 6, 3)))

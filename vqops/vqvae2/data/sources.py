@@ -106,7 +106,9 @@ def images_in_folder(folder: Path, reading: Reading) -> Images:
     if not names:
         there = f"; there are {', '.join(f'{count} {what}' for what, count in left_out.items())}" if left_out else ""
         looked = f"looked in it and its subfolders for {' '.join(IMAGE_SUFFIXES)}"
-        raise InputError(f"{folder} holds no image ({looked}{there})")
+        idx = next((path for path in sorted(folder.iterdir()) if path.is_file() and is_idx(path)), None)
+        hint = f"; of IDX files give one, such as {idx}" if idx else ""
+        raise InputError(f"{folder} holds no image ({looked}{there}){hint}")
     packed = Names(names)
     return of_encoded(Files(folder, packed), str(folder), reading, packed, left_out)
 

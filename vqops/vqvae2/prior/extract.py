@@ -23,6 +23,7 @@ from vqops.vqvae2.prior.options import ExtractOptions
 from vqops.vqvae2.progress import Counting, say
 from vqops.vqvae2.training.processes import pick_device
 
+NAMED_CLASSES = 10  # on screen
 CHECKED_IMAGES, SAME_CODES = 16, 0.9
 MARK_EVERY = 5.0  # seconds between two notes of the progress
 
@@ -43,6 +44,7 @@ def extract(options: ExtractOptions) -> Path:
     for line in images.lines:
         say(line)
     labels, classes = load_labels(options.data, images, options.labels, options.label_key)
+    say(f"labels: {classes_in_words(classes)}")
     image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size
     window = window_of(images, image_size)
     checked = np.unique(np.linspace(0, len(images) - 1, CHECKED_IMAGES, dtype=int))
@@ -72,6 +74,13 @@ def extract(options: ExtractOptions) -> Path:
     for name in reversed(meta.levels):
         say(f"next: vqops train-prior {options.out} --level {name} --out FOLDER")
     return options.out
+
+
+def classes_in_words(classes: tuple[str, ...]) -> str:
+    if not classes:
+        return "none"
+    more = f", and {len(classes) - NAMED_CLASSES} more" if len(classes) > NAMED_CLASSES else ""
+    return f"{len(classes)} classes ({', '.join(classes[:NAMED_CLASSES])}{more})"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vqops.quantizers.codebook.ranks import num_ranks, rank, sum_over_ranks
-from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.errors import Field, InputError, reason
 
 Value = TypeVar("Value")
 
@@ -53,7 +53,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
             raise
-        ended = "another process of the job has ended, so this one ends; go on from the last checkpoint with "
+        ended = f"another process of the job has ended, so this one ends ({reason(error)}); go on with "
         raise InputError(ended, Field("resume")) from error
     finally:
         dist.destroy_process_group()
@@ -83,8 +83,8 @@ def of_first(value: Value) -> Value:
 def check_first_step(step: int) -> None:
     """Raises InputError unless all processes go on from the same step."""
     if (first := of_first(step)) != step:
-        reason = f"this process of the job would go on from step {step}, the first one from step {first}: "
-        raise InputError(reason, "all machines need the same ", Field("out"), " and the same --rdzv-id of torchrun")
+        steps = f"this process of the job would go on from step {step}, the first one from step {first}: "
+        raise InputError(steps, "all machines need the same ", Field("out"), " and the same --rdzv-id of torchrun")
 
 
 class Stopping:

@@ -116,7 +116,9 @@ def forbid_writing(run: Path, process: Started) -> bool:
     while process.runs() and not run.is_dir():
         time.sleep(0.01)
     subprocess.run(["mount", "--bind", run, run], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", run], check=True)
+    if subprocess.run(["mount", "-o", "remount,ro,bind", run], stderr=subprocess.DEVNULL).returncode:
+        subprocess.run(["umount", "--lazy", run], check=True)  # a file was opened in between
+        return False
     failed = wait(process) == 2
     subprocess.run(["umount", run], check=True)
     return failed

@@ -67,6 +67,7 @@ def run(command: str, flags: list[str]) -> int:
 
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images and broken EXIF, with nothing to be done
     options = None
+    exit_code()  # forgets what ended a training before, in this process
     try:
         options = parsed(command, flags)
         getattr(vqvae2, command.replace("-", "_"))(options)

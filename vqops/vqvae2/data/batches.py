@@ -21,7 +21,7 @@ from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.errors import Field, InputError
 
 HELD_OUT_SHARE = 0.05
-FINGERPRINTED = 16  # images
+SPREAD = 16  # images
 ENDED_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)")
 # What ends a job. Terminals, torchrun and schedulers send them to whole process groups.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -104,14 +104,18 @@ def middles(images: Images, window: tuple[int, int], positions: Sequence[int]) -
     return stack([crops.cut(int(position), None) for position in positions])
 
 
-def fingerprint(images: Images, window: tuple[int, int]) -> dict[int, str]:
+def spread(count: int) -> np.ndarray:  # int64 [<= 16]
+    """Positions of some images that stand for all of them."""
+    return np.unique(np.linspace(0, count - 1, SPREAD, dtype=int))
+
+
+def fingerprints(images: Images, window: tuple[int, int]) -> dict[int, str]:
     """What tells these images from others, wherever they lie: SHA-256 of the middles of 16 of them, by position.
 
     One that cannot be read any more is left out.
     """
     crops = Crops(replace(images, replaces=False), window)
-    checked = np.unique(np.linspace(0, len(images) - 1, FINGERPRINTED, dtype=int)).tolist()
-    found = {position: crops[position, None] for position in checked}
+    found = {position: crops[position, None] for position in spread(len(images)).tolist()}
     return {at: sha256(pixels.tobytes()).hexdigest() for at, pixels in found.items() if isinstance(pixels, np.ndarray)}
 
 

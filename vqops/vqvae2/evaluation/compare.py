@@ -40,10 +40,11 @@ from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
 from vqops.vqvae2.progress import Progress, say
+from vqops.vqvae2.training.images import data_flags, identity, load_data
 from vqops.vqvae2.training.interruption import interruption
 from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.resume import continued, read_state
-from vqops.vqvae2.training.train import about, data_flags, load_data, train_run
+from vqops.vqvae2.training.train import train_run
 
 MAY_CHANGE = ("skip_bad_images", "device", "out", *PLACES, *TRANSIENT)
 SECONDS = "seconds.json"
@@ -78,7 +79,7 @@ def compare(options: CompareOptions) -> Path:
             check_output(options.out)  # once more: another process may have been faster
         for run in [options.out / bottleneck for bottleneck in options.bottleneck]:
             if is_done(run, options):
-                read_state(run / TRAIN_STATE, about(data, window))  # raises for other data
+                read_state(run / TRAIN_STATE, identity(data, window))  # raises for other data
         if listed == NOT_LISTED:
             write_listed(options.out, data.listed)
         write_config(options.out, options)

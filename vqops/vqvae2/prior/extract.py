@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vqops.vqvae2.data.batches import middles, validation_batches, window_of
+from vqops.vqvae2.data.batches import middles, spread, validation_batches, window_of
 from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.data.sources import load_images
@@ -24,7 +24,7 @@ from vqops.vqvae2.progress import Counting, say
 from vqops.vqvae2.training.processes import pick_device
 
 NAMED_CLASSES = 10  # on screen
-CHECKED_IMAGES, SAME_CODES = 16, 0.9
+SAME_CODES = 0.9
 MARK_EVERY = 5.0  # seconds between two notes of the progress
 
 
@@ -47,7 +47,7 @@ def extract(options: ExtractOptions) -> Path:
     say(f"labels: {classes_in_words(classes)}")
     image_size = training_options(path)["image_size"] if options.image_size is None else options.image_size
     window = window_of(images, image_size)
-    checked = np.unique(np.linspace(0, len(images) - 1, CHECKED_IMAGES, dtype=int))
+    checked = spread(len(images))
     pixels = middles(images, window, checked)
     meta = CodesMeta(
         images=len(images),

@@ -112,7 +112,9 @@ def loaded(batches: Iterable[Any], training: Training, first_step: int) -> Itera
 
 
 def stopped(error: InputError, training: Training, step: int) -> InputError:
-    """The error with how to go on, from a checkpoint at this step, which is written here."""
-    if is_first() and step:
+    """The error with how to go on: from a checkpoint at this step if this process writes them, else from the last."""
+    if not is_first():
+        return InputError(*error.args, f"; go on: {training.go_on}")
+    if step:
         training.save(step, last=True)
     return InputError(*error.args, f"; stopped after step {step}, go on: {training.go_on}")

@@ -164,8 +164,8 @@ def test_items_end_with_a_signal():
     assert seen == [0, 1, 2, 3]
 
 
-def test_unreadable_batch_leaves_a_checkpoint(data, whole, tmp_path, monkeypatch):
-    """A file that is lost after step 4, and there again."""
+def losing_images(patch) -> None:
+    """Those of the batches after step 4."""
     crops = import_module("vqops.vqvae2.data.batches").Crops
     item = crops.__getitem__
 
@@ -174,13 +174,26 @@ def test_unreadable_batch_leaves_a_checkpoint(data, whole, tmp_path, monkeypatch
             raise InputError("x.png: no such image file")
         return item(self, position)
 
+    patch.setattr(crops, "__getitem__", lost)
+
+
+def test_unreadable_batch_leaves_a_checkpoint(data, whole, tmp_path, monkeypatch):
     message = r"^x\.png: no such image file; stopped after step 4, go on: vqops train --resume "
     with monkeypatch.context() as patch, pytest.raises(InputError, match=message):
-        patch.setattr(crops, "__getitem__", lost)
+        losing_images(patch)
         train(replace(TINY, data=data, out=tmp_path / "run"))
     assert step_of(tmp_path / "run") == 4
     train(TrainOptions(resume=tmp_path / "run"))
     check_same_weights(tmp_path / "run", whole)
+
+
+def test_another_process_than_the_first_leaves_the_checkpoint_alone(data, tmp_path, monkeypatch):
+    """Nor does it say which step was saved."""
+    losing_images(monkeypatch)
+    monkeypatch.setattr("vqops.vqvae2.training.loop.is_first", lambda: False)
+    with pytest.raises(InputError, match=r"^x\.png: no such image file; go on: vqops train --resume "):
+        train(replace(TINY, data=data, out=tmp_path / "run"))
+    assert not (tmp_path / "run" / "train_state.pt").exists()
 
 
 # Comparisons

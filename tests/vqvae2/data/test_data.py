@@ -110,7 +110,7 @@ def test_parquet_columns(tmp_path):
     COPIES.same(load_images(str(tmp_path / "nested.parquet"))[1][..., 0], pixels(2, 5, 6)[1])
 
 
-def test_hugging_face_dataset(monkeypatch):
+def test_hugging_face_dataset(monkeypatch, capsys):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
 
@@ -120,6 +120,8 @@ def test_hugging_face_dataset(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split(3), "test": split(2)})
     assert len(load_images("someone/pictures")) == 3
+    said = "someone/pictures is no file or folder here: looking for a Hugging Face dataset of this name\n"
+    assert capsys.readouterr().out == said  # where there is no network, what comes next takes half a minute
     assert len(load_images("someone/pictures", "img", ("validation", "test"))) == 2
     COPIES.same(load_images("someone/pictures")[0], pixels(5, 6, 3))
     with pytest.raises(InputError, match="no split validation, only train, test"):

@@ -20,6 +20,7 @@ from vqops.vqvae2.data.parquet import images_in_column, load_hugging_face, read_
 from vqops.vqvae2.data.survey import Reading, of_encoded, without
 from vqops.vqvae2.data.tar import Members, index_tar
 from vqops.vqvae2.errors import Field, InputError
+from vqops.vqvae2.progress import say
 
 FILE_SUFFIXES = (".npz", ".npy", ".parquet", ".tar")
 ALLOWED = (
@@ -78,6 +79,8 @@ def read_images(data: str, key: str | None, splits: tuple[str, ...], reading: Re
         raise InputError(f"{data} must be {ALLOWED}")
     if suffix in FILE_SUFFIXES or not HUGGING_FACE_NAME.fullmatch(data):
         raise InputError(f"{data}: no such file or folder")
+    if not reading.quiet:
+        say(f"{data} is no file or folder here: looking for a Hugging Face dataset of this name")
     return images_in_column(load_hugging_face(data, splits), key, data, reading)
 
 

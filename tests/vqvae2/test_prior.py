@@ -22,8 +22,10 @@ from vqops.vqvae2 import (
     InputError,
     Prior,
     PriorConfig,
+    TrainOptions,
     TrainPriorOptions,
     load_prior,
+    train,
     train_prior,
 )
 from vqops.vqvae2.prior.sampling import choose, draw, draw_levels
@@ -333,6 +335,8 @@ def test_what_does_not_fit_the_prior_is_refused(codes, whole, tmp_path):
     refused("eval_every is 5 there and cannot change, got 6", eval_every=6)
     refused("has done its steps, after step 12: name more with steps", steps=12)
     refused("no run of vqops train-prior is there", resume=tmp_path)
+    with pytest.raises(InputError, match=r"^resume .*: vqops train cannot go on there: .*: there is no option 'width'"):
+        train(TrainOptions(resume=whole))
     shutil.copytree(codes, tmp_path / "codes")
     meta = json.loads((codes / "meta.json").read_text())
     (tmp_path / "codes" / "meta.json").write_text(json.dumps(meta | {"model": "other"}))

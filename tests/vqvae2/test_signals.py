@@ -210,7 +210,9 @@ def test_interrupted_comparison_goes_on(data, tmp_path, monkeypatch, capsys):
         compare(replace(options, out=out))
     assert exit_code() == 128 + signal.SIGUSR1
     go_on = f"interrupted by SIGUSR1 after step 2 of 6; go on: vqops compare --resume {out}\n"
-    assert capsys.readouterr().out.count(go_on) == 1
+    said = capsys.readouterr().out
+    assert said.count(go_on) == 1
+    assert said.count("validation on ") == 2  # by the whole one and the cut one: not once a model
     assert not (out / "gaussian").exists()
     kept = (out / "none" / "model.safetensors").stat().st_mtime_ns
     out = out.rename(tmp_path / "renamed")

@@ -26,7 +26,6 @@ from vqops.vqvae2.files.run_folder import (
     NOT_LISTED,
     RECONSTRUCTIONS,
     TRAIN_STATE,
-    Listed,
     check_output,
     read_listed,
     read_rows,
@@ -40,7 +39,7 @@ from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
 from vqops.vqvae2.progress import Progress, say
-from vqops.vqvae2.training.images import data_flags, identity, load_data
+from vqops.vqvae2.training.images import Data, data_flags, identity, load_data
 from vqops.vqvae2.training.interruption import interruption
 from vqops.vqvae2.training.options import TrainOptions
 from vqops.vqvae2.training.resume import continued, read_state
@@ -68,7 +67,7 @@ def compare(options: CompareOptions) -> Path:
         check_output(options.out)
     base = training_options(options)
     listed = read_listed(options.out) if options.resume else NOT_LISTED
-    data = load_data(base, Progress(0, quiet=True), listed)
+    data = load_data(base, Progress(0), listed)
     labels, classes = labels_of(data.held_out, options)
     window = window_of(data.training, base.image_size)
     batches = validation_batches(data.held_out, window, base.batch_size, num_workers=0)
@@ -83,7 +82,7 @@ def compare(options: CompareOptions) -> Path:
         if listed == NOT_LISTED:
             write_listed(options.out, data.listed)
         write_config(options.out, options)
-        if train_all(options, base, listed):
+        if train_all(options, base, data):
             lay_side_by_side(options, batches, labels, classes)
     return options.out
 
@@ -97,11 +96,8 @@ def labels_of(held_out: Images, options: CompareOptions) -> tuple[np.ndarray | N
     return load_labels(options.val_data or options.data, held_out, options.labels, options.label_key)
 
 
-def train_all(options: CompareOptions, base: TrainOptions, listed: Listed) -> bool:
-    """Train the models that are not there yet, and note the seconds of each; False if a signal ended it.
-
-    `listed` are the images that the comparison began with, where it goes on.
-    """
+def train_all(options: CompareOptions, base: TrainOptions, data: Data) -> bool:
+    """Train the models that are not there yet, and note the seconds of each; False if a signal ended it."""
     go_on = f"vqops compare --resume {shlex.quote(str(options.out))}"
     with interruption() as interrupted:
         for bottleneck in options.bottleneck:
@@ -110,7 +106,7 @@ def train_all(options: CompareOptions, base: TrainOptions, listed: Listed) -> bo
                 continue
             there = {"resume": run, "out": None} if (run / CONFIG).is_file() else {"out": run, "overwrite": True}
             started = time.perf_counter()
-            train_run(replace(base, bottleneck=bottleneck, **there), go_on, listed)
+            train_run(replace(base, bottleneck=bottleneck, **there), go_on, data)
             with writing_in(options.out):
                 add_seconds(options.out, bottleneck, time.perf_counter() - started)
             if interrupted.is_set():

@@ -120,7 +120,10 @@ def continued(options: Kind, command: str, may_change: tuple[str, ...] = MAY_CHA
     if options.out is not None and os.path.realpath(options.out) != os.path.realpath(folder):
         place = f" {folder} goes on in that folder, "
         raise InputError(Field("resume"), place, Field("out"), f" {options.out} is another")
-    before = read_options(folder / run_folder.CONFIG, type(options), out=folder)
+    try:
+        before = read_options(folder / run_folder.CONFIG, type(options), out=folder)
+    except InputError as error:
+        raise InputError(Field("resume"), f" {folder}: vqops {command} cannot go on there: ", *error.args) from error
     said = {name for name in options.said if getattr(options, name) is not None}  # None says nothing
     values = {name: getattr(options if name in said else before, name) for name in types_of(type(options))}
     now = made(type(options), values | {"out": folder}, said | before.said)

@@ -18,7 +18,7 @@ from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.files import run_folder
 from vqops.vqvae2.files.config_file import write_config
 from vqops.vqvae2.files.lock import is_of_this_job, locked
-from vqops.vqvae2.files.run_folder import NOT_LISTED, Listed
+from vqops.vqvae2.files.run_folder import NOT_LISTED
 from vqops.vqvae2.metrics import psnr
 from vqops.vqvae2.networks.bottlenecks import Gumbel
 from vqops.vqvae2.networks.checkpoint import save_model
@@ -27,7 +27,7 @@ from vqops.vqvae2.options import changed, values_for
 from vqops.vqvae2.pictures.curves import save_curves, training_panels
 from vqops.vqvae2.pictures.grids import save_reconstructions
 from vqops.vqvae2.progress import Progress
-from vqops.vqvae2.training.images import data_flags, identity, load_data
+from vqops.vqvae2.training.images import Data, data_flags, identity, load_data
 from vqops.vqvae2.training.loop import Training, run_steps
 from vqops.vqvae2.training.meters import CodeMeter, validate
 from vqops.vqvae2.training.optimization import WeightAverage
@@ -70,17 +70,17 @@ def train(options: TrainOptions) -> Path:
     return train_run(options)
 
 
-def train_run(options: TrainOptions, go_on: str | None = None, listed: Listed = NOT_LISTED) -> Path:
+def train_run(options: TrainOptions, go_on: str | None = None, data: Data | None = None) -> Path:
     """The same as a part of something else.
 
-    `go_on` is the command that goes on where it is cut off, `listed` are the images to begin with.
+    `go_on` is the command that goes on where it is cut off, `data` are the images that the options name.
     """
     options = of_this_attempt(options)
     if is_first() and not options.resume:
         run_folder.check_output(options.out, options.overwrite)
     device = pick_device(options.device)
     with process_group(device), locked(options.resume) if is_first() and options.resume else nullcontext():
-        return train_here(options, device, go_on, listed)
+        return train_here(options, device, go_on, data)
 
 
 def of_this_attempt(options: TrainOptions) -> TrainOptions:
@@ -94,14 +94,14 @@ def of_this_attempt(options: TrainOptions) -> TrainOptions:
     return continued(options, "train") if options.resume else options
 
 
-def train_here(options: TrainOptions, device: torch.device, go_on: str | None, listed: Listed) -> Path:
+def train_here(options: TrainOptions, device: torch.device, go_on: str | None, data: Data | None) -> Path:
     """The training of one process."""
     if options.batch_size % num_ranks():
         reason = f" {options.batch_size} must be a multiple of the {num_ranks()} processes"
         raise InputError(Field("batch_size"), reason)
     progress = Progress(options.steps, quiet=not is_first())
-    listed = run_folder.read_listed(options.resume) if options.resume else listed
-    data = load_data(options, progress, listed)
+    listed = run_folder.read_listed(options.resume) if options.resume else NOT_LISTED
+    data = data or load_data(options, progress, listed)
     images, held_out = data.training, data.held_out
     window = window_of(images, options.image_size)
     torch.manual_seed(options.seed)

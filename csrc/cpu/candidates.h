@@ -17,9 +17,10 @@ public:
           count_(rows), code_(rows * room_), lower_(rows * room_), least_(k > 1 ? rows * k : 0) {}
 
     // The lists as the screening pass fills them.
-    OpenCodes open(int64_t codes) {
+    OpenCodes open(int64_t codes, void* work) {
         return {threshold.data(), rest.data(), count_.data(), code_.data(), lower_.data(), capacity_, room_,
-                int32_t(codes), this, full, k_ > 1 ? candidate : nullptr};
+                int32_t(codes), this, full, k_ > 1 ? candidate : nullptr,
+                too_many, k_, work};
     }
 
     void start(int64_t row) {
@@ -84,6 +85,8 @@ private:
 
     static void full(void* self, int64_t row) { static_cast<Candidates*>(self)->make_room(row); }
 
+    static void too_many(void* self, int64_t row) { static_cast<Candidates*>(self)->give_up(row); }
+
     static void candidate(void* self, int64_t row, int64_t code, float lower, float upper) {
         static_cast<Candidates*>(self)->add(row, code, lower, upper);
     }
@@ -97,7 +100,7 @@ private:
             least[i] = upper;
             upper = least[k_ - 1];
         }
-        threshold[row] = upper;
+        threshold[row] = std::min(threshold[row], upper);
     }
 
     const int32_t k_, capacity_;   // clustered or random data leaves 1 to 3 candidates beside the k

@@ -152,8 +152,8 @@ void mark_repeats(const Codes& codes, const Facts& facts) {
 // One thread's packing of panels.
 class PanelWriter {
 public:
-    PanelWriter(const Codes& codes, const Packed& packed)
-        : codes_(codes), packed_(packed), bytes_(set_.codes * set_.code_bytes(codes.D)), work_(new uint32_t[bytes_ / 4]),
+    PanelWriter(const Codes& codes, const Packed& packed, const Instructions& set)
+        : codes_(codes), packed_(packed), set_(set), bytes_(set_.codes * set_.code_bytes(codes.D)), work_(new uint32_t[bytes_ / 4]),
           values_(size_t(set_.codes * codes.D)), zeros_(size_t(codes.D)), row_(codes.D) {}
 
     // Panel p: codes `numbers` of the codebook, of the given radii.
@@ -167,8 +167,8 @@ public:
                                : through_double(numbers[j], scale, buffer);
         }
         const float* centre = given ? packed_.centre : zeros_.data();
-        set_.place_codes({vectors, count, codes_.D, centre, given ? scale : 1}, radii, work_.get(),
-                         packed_.panels + p * bytes_);
+        set_.place_codes({vectors, count, codes_.D, centre, given ? scale : 1}, radii, packed_.start + p * set_.codes,
+                         work_.get(), packed_.panels + p * bytes_);
     }
 
 private:
@@ -181,7 +181,7 @@ private:
 
     const Codes& codes_;
     const Packed& packed_;
-    const Instructions& set_ = instructions();
+    const Instructions& set_;
     const int64_t bytes_;  // of a panel
     std::unique_ptr<uint32_t[]> work_;
     std::vector<float> values_, zeros_;
@@ -197,15 +197,16 @@ Header header_of(const Codes& codes, float scale) {
 }
 
 // Starts, slacks and panels of the codes in their places, whose radii are in `slack`; NaN: there is none.
-void write_panels(const Codes& codes, const Packed& packed, int64_t capacity, const Parallel& parallel) {
-    const double gamma = 1.01 * double(codes.D + 6) * kUnit, decided = decision_of(codes.D);
-    const int64_t screened = packed.header->screened;
-    const int64_t width = instructions().codes, codes_held = round_up(capacity, kMostCodes);
+void write_panels(const Codes& codes, const Packed& packed, int64_t capacity, const Instructions& set,
+                  const Parallel& parallel) {
+    const double gamma = 1.01 * double(set.start_roundings(codes.D)) * kUnit, decided = decision_of(codes.D);
+    const int64_t screened = packed.header->screened, panels = packed.panel_count(set);
+    const int64_t width = set.codes, codes_held = round_up(capacity, kMostCodes);
     std::fill(packed.start + screened, packed.start + codes_held, INFINITY);
     std::fill(packed.slack + screened, packed.slack + codes_held, 0);
-    parallel.over(packed.panel_count(), [&](int64_t begin, int64_t end) {
+    parallel.over(panels, [&](int64_t begin, int64_t end) {
         const DefaultFloatMode mode;
-        PanelWriter writer(codes, packed);
+        PanelWriter writer(codes, packed, set);
         double radii[kMostCodes];
         for (int64_t p = begin; p < end; p++) {
             const int64_t count = std::min(width, screened - p * width);
@@ -220,8 +221,8 @@ void write_panels(const Codes& codes, const Packed& packed, int64_t capacity, co
             writer.write(p, packed.code + p * width, radii, count);
         }
     });
-    const int64_t bytes = instructions().code_bytes(codes.D);
-    std::fill(packed.panels + packed.panel_count() * width * bytes, packed.panels + codes_held * bytes, 0);
+    const int64_t bytes = set.code_bytes(codes.D);
+    std::fill(packed.panels + panels * width * bytes, packed.panels + codes_held * bytes, 0);
 }
 
 }  // namespace
@@ -256,7 +257,7 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
         if (!std::isnan(facts.radius[k])) first = k;
     // The code that is nearest to a row is likely to be near the centre: with those first, fewer become candidates on
     // the way. Not in few dimensions, where the nearest code lies at the row's own radius.
-    if (D >= kManyDimensions)
+    if (D >= kManyDimensions || instructions().by_radius)
         std::sort(packed.code, packed.code + screened,
                   [&](int32_t a, int32_t b) { return facts.radius[a] < facts.radius[b]; });
     for (int64_t k = 0; k < screened; k++) packed.slack[k] = facts.radius[packed.code[k]];  // by place from here on
@@ -264,13 +265,13 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
     *packed.header = header_of(codes, scale);
     packed.header->screened = screened, packed.header->far = far, packed.header->repeats = repeats;
     packed.header->first = first;
-    write_panels(codes, packed, K, parallel);
+    write_panels(codes, packed, K, instructions(), parallel);
 }
 
 void pack_fours(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
                 std::vector<int32_t>& far, const Parallel& parallel) {
     const Codes codes{rows, h, K, D, cosine};
-    const int64_t places = places_of(K), lanes = instructions().lanes;
+    const int64_t places = places_of(K), lanes = drawing_instructions().lanes;
     const Packed packed(memory, places, D);
     const float scale = choose_centre(codes, packed.centre);
     std::fill(packed.centre + D, packed.centre + round_up(D, 16), 0.0f);
@@ -286,7 +287,7 @@ void pack_fours(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, 
     }
     *packed.header = header_of(codes, scale);
     packed.header->screened = places;
-    write_panels(codes, packed, places, parallel);
+    write_panels(codes, packed, places, drawing_instructions(), parallel);
 }
 
 }  // namespace vqops

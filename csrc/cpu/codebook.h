@@ -40,8 +40,8 @@ struct Packed {
     int32_t* code;    // its index in the codebook
     char* panels;
 
-    static int64_t bytes(int64_t K, int64_t D) {
-        return 64 + 4 * round_up(D, 16) + round_up(K, 32) * (instructions().code_bytes(D) + 12);
+    static int64_t bytes(int64_t K, int64_t D, const Instructions& set = instructions()) {
+        return 64 + 4 * round_up(D, 16) + round_up(K, 32) * (set.code_bytes(D) + 12);
     }
 
     Packed(const void* memory, int64_t K, int64_t D) {
@@ -55,9 +55,9 @@ struct Packed {
         panels = reinterpret_cast<char*>(code + codes);
     }
 
-    int64_t panel_count() const { return (header->screened + instructions().codes - 1) / instructions().codes; }
+    int64_t panel_count(const Instructions& set) const { return (header->screened + set.codes - 1) / set.codes; }
 
-    Panels as_read() const { return {panels, start, slack, panel_count(), header->D}; }
+    Panels as_read(const Instructions& set) const { return {panels, start, slack, panel_count(set), header->D}; }
 };
 
 // `rest` of a row's bound (docs/exactness.md): what the upper one adds for every code.
@@ -67,10 +67,10 @@ float rest_of(double norm, const Header& header);
 void pack_codebook(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
                    const Parallel& parallel);
 
-// The same for draws, into Packed::bytes(places, D): all codes in the order of the generator's words, which come in
+// The same for draws, into Packed::bytes(places, D, drawing_instructions()): all codes in the order of the generator's words, which come in
 // fours. Of each 4 lanes codes, code 4 i + j is in place j lanes + i. Those that are not finite are absent; far ones
 // are absent and listed.
-inline int64_t places_of(int64_t K) { return round_up(K, 4 * instructions().lanes); }
+inline int64_t places_of(int64_t K) { return round_up(K, 4 * drawing_instructions().lanes); }
 void pack_fours(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
                 std::vector<int32_t>& far, const Parallel& parallel);
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -18,14 +19,11 @@ namespace {
 
 struct Choice {
     const Instructions* set;
-    bool supported;
+    bool (*supported)();
 };
 
 constexpr int64_t kSpinSteps = 256;  // some microseconds: long against the clock, short against a time slice
 constexpr int kSpinRepeats = 40;
-
-// Where bfloat16 is not clearly faster (some processors have one such unit, or a slow one), its wider bounds only cost.
-constexpr double kWorthRounding = 1.6;
 
 double spin_seconds(const Instructions& set, int repeats) {
     double least = INFINITY;
@@ -45,18 +43,41 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
            __builtin_cpu_supports("fma");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+#if defined(VQOPS_AMX)
+bool has_amx() {
+    unsigned a, b, c, d;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned bf16 = 1u << 22, tile = 1u << 24;
+    return (d & bf16) && (d & tile) && amx_is_permitted();
+}
+#endif
+
+bool always() { return true; }
+
+#if defined(VQOPS_BF16_MODEL)
+bool by_name() { return std::getenv("VQOPS_CPU") != nullptr; }
 #endif
 
 std::vector<Choice> compiled() {
     return {
-#if defined(__x86_64__)
-        {&avx512_bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")},
-        {&avx512, has_avx512()},
-        {&avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#if defined(VQOPS_AMX)
+        {&amx_bf16, has_amx},
 #endif
-        {&portable, true},
+#if defined(__x86_64__)
+        {&avx512_bf16, has_avx512_bf16},
+        {&avx512, has_avx512},
+        {&avx2, has_avx2},
+#endif
+        {&portable, always},
 #if defined(VQOPS_BF16_MODEL)
-        {&bf16_model, std::getenv("VQOPS_CPU") != nullptr},  // only by name
+        {&bf16_model, by_name},
+        {&amx_model, by_name},
 #endif
     };
 }
@@ -67,16 +88,16 @@ const Instructions& choose() {
         const std::string given = std::string("VQOPS_CPU=") + wanted;
         for (const Choice& choice : choices) {
             if (std::strcmp(wanted, choice.set->name) != 0) continue;
-            if (choice.supported) return *choice.set;
-            throw std::runtime_error(given + ", but this processor has no such instructions");
+            if (choice.supported()) return *choice.set;
+            throw std::runtime_error(given + ", but this processor has no such instructions, or the system keeps them");
         }
         throw std::runtime_error(given + ", but it must be one of: " + compiled_instructions());
     }
     const Instructions* best = &portable;
     for (auto choice = choices.rbegin(); choice != choices.rend(); choice++) {
         const Instructions& set = *choice->set;
-        if (!choice->supported) continue;
-        if (!set.rounds || multiply_add_rate(set) > kWorthRounding * multiply_add_rate(*best)) best = &set;
+        if (!choice->supported()) continue;
+        if (set.worth == 0 || multiply_add_rate(set) > set.worth * multiply_add_rate(*best)) best = &set;
     }
     return *best;
 }
@@ -93,7 +114,9 @@ double multiply_add_rate(const Instructions& set) {
 }
 
 const char* compiled_instructions() {
-#if defined(__x86_64__)
+#if defined(VQOPS_AMX)
+    return "amx_bf16 avx512_bf16 avx512 avx2 portable";
+#elif defined(__x86_64__)
     return "avx512_bf16 avx512 avx2 portable";
 #else
     return "portable";
@@ -120,5 +143,5 @@ DefaultFloatMode::~DefaultFloatMode() {}
 
 extern "C" const char* vqops_cpu_instruction_set() { return vqops::instructions().name; }
 extern "C" double vqops_cpu_multiply_add_rate() { return vqops::multiply_add_rate(vqops::instructions()); }
-extern "C" bool vqops_cpu_rounds() { return vqops::instructions().rounds; }
+extern "C" bool vqops_cpu_rounds() { return vqops::instructions().worth > 0; }
 extern "C" const char* vqops_cpu_compiled() { return vqops::compiled_instructions(); }

@@ -3,9 +3,13 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__) && defined(__linux__)
+#define VQOPS_AMX  // the only system that is asked for the permission to use tiles
+#endif
+
 namespace vqops {
 
-constexpr int kMostTile = 14;      // rows of the highest register tile
+constexpr int kMostTile = 32;      // rows of the highest tile
 constexpr int kMostCodes = 32;     // codes of the widest
 constexpr double kUnit = 0x1p-24;  // rounding of float32
 
@@ -29,6 +33,9 @@ struct OpenCodes {
     void (*full)(void* owner, int64_t row);
     // Takes each candidate instead where several nearest codes are wanted, else null.
     void (*candidate)(void* owner, int64_t row, int64_t code, float lower, float upper);
+    void (*too_many)(void* owner, int64_t row);  // of a row that is sure to have more than a list holds
+    int32_t wanted;  // nearest codes
+    void* work;      // screen_bytes() of the thread's own, at a whole cache line
 };
 
 // The packed codebook, as the screening pass reads it.
@@ -112,17 +119,27 @@ struct Instructions {
     int tile;    // rows per register tile of the screening pass,
     int codes;   // and its codes, which lie side by side in the packed codebook
     int lanes;   // values of a vector
-    bool rounds;  // the screening pass takes less than float: wider bounds, which only a faster unit makes worth while
+    int most_rows;        // of a block, a multiple of the tile; more did not pay
+    int64_t block_bytes;  // a fraction of the second cache
+    // 0 where the screening pass takes float. Else it rounds to bfloat16, whose wider bounds are worth while at this many
+    // times the rate of multiply-adds in float.
+    double worth;
+    int direct;      // rows that are searched as fast without a preparation as with one (unprepared.h)
+    bool by_radius;  // the bounds of a panel are those of its largest radius, so like should lie with like
     // The layouts of rows and codes, the coefficients of their bounds included, are the set's own.
     int layout;                        // id of the panels, as this set and those that have the same lay them out
     int64_t (*row_bytes)(int64_t D);   // of a row in a block,
     int64_t (*code_bytes)(int64_t D);  // and of a code in a panel
+    int64_t (*start_roundings)(int64_t D);  // that a sum's first value passes on its way to the bounds
     // Places at most a tile's rows, from place `first` of the block on.
     void (*place_rows)(const Given& rows, int64_t first, void* block, RowNorm* norms);
-    // Fills a panel; `radius`: the codes' norms, rounded up; `work` is as large as the panel.
-    void (*place_codes)(const Given& codes, const double* radius, void* work, void* panel);
+    // Fills a panel; `radius`: the codes' norms, rounded up; `start`: the sums' first values; `work` is as large as the
+    // panel.
+    void (*place_codes)(const Given& codes, const double* radius, const float* start, void* work, void* panel);
+    int64_t (*screen_bytes)(int64_t rows, int64_t D, int64_t wanted);  // that `screen` works in
     // All codes against `rows` rows of a block, a multiple of the tile.
     void (*screen)(const void* block, int64_t rows, const Panels& panels, const OpenCodes& open);
+    const Instructions* drawing;  // the set whose layouts `draw` takes; null for this one
     // The same for the largest keys, of panels in the order of `fours` (codebook.h).
     void (*draw)(const void* block, int64_t rows, const Panels& panels, const Draws& draws);
     UnpreparedKernel* unprepared;
@@ -140,11 +157,18 @@ struct Instructions {
 };
 
 // One file each in sets/; those of other processors are not compiled.
-extern const Instructions portable, avx2, avx512, avx512_bf16, bf16_model;
+extern const Instructions portable, avx2, avx512, avx512_bf16, amx_bf16, bf16_model, amx_model;
+bool amx_is_permitted();
 
 // The fastest set that this processor has; VQOPS_CPU names another, for tests. Throws std::runtime_error for a name
 // that is none, or that this processor cannot run.
 const Instructions& instructions();
+
+// The same, for `sample`.
+inline const Instructions& drawing_instructions() {
+    const Instructions& set = instructions();
+    return set.drawing ? *set.drawing : set;
+}
 
 // Multiply-adds per second that registers allow, without loads: the ceiling of the screening pass.
 double multiply_add_rate(const Instructions& set);

@@ -43,14 +43,13 @@ struct Task {
 // The panels of a head.
 struct Head {
     Head(const Task& task, int64_t h, const Parallel& parallel)
-        : places(places_of(task.shape.K)), held(new char[Packed::bytes(places, task.shape.D) + 64]()),
-          packed(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(held.get()) + 63) / 64 * 64), places,
-                 task.shape.D) {
+        : places(places_of(task.shape.K)), held(Packed::bytes(places, task.shape.D, drawing_instructions())),
+          packed(held.data, places, task.shape.D) {
         pack_fours(task.codebook, h, task.shape.K, task.shape.D, task.shape.cosine, packed.header, far, parallel);
     }
 
     int64_t places;
-    std::unique_ptr<char[]> held;
+    CacheLines held;
     Packed packed;
     std::vector<int32_t> far;
 };
@@ -109,9 +108,11 @@ class Block {
 public:
     Block(const Task& task, int64_t h, const Head& head, int64_t rows)
         : task_(task), h_(h), head_(head), header_(*head.packed.header),
-          block_(new uint32_t[rows * set_.row_bytes(task.shape.D) / 4]()), values_(new float[task.shape.D]),
+          block_(rows * set_.row_bytes(task.shape.D)), values_(new float[task.shape.D]),
           zeros_(new float[task.shape.D]()), noise_(new float[rows * 4 * set_.lanes]), offset_(rows), step_(rows),
-          most_(rows), threshold_(rows), unit_(rows), number_(rows), row_(rows), best_(rows), keys_(task, h) {}
+          most_(rows), threshold_(rows), unit_(rows), number_(rows), row_(rows), best_(rows), keys_(task, h) {
+        std::fill_n(block_.data, rows * set_.row_bytes(task.shape.D), 0);
+    }
 
     void run(int64_t begin, int64_t end) {
         int64_t count = 0;
@@ -125,7 +126,7 @@ public:
         for (int64_t r = count; r < padded; r++) threshold_[r] = NAN;
         const Draws draws = {offset_.data(), step_.data(),      most_.data(), number_.data(), threshold_.data(),
                              task_.key,      uint32_t(h_),      task_.shape.cosine, noise_.get(), this, consider};
-        set_.draw(block_.get(), padded, head_.packed.as_read(), draws);
+        set_.draw(block_.data, padded, head_.packed.as_read(set_), draws);
         for (int64_t r = 0; r < count; r++) {
             if (!head_.far.empty()) keys_.read(row_[r]);
             for (const int32_t k : head_.far) keys_.consider(k, best_[r]);
@@ -156,7 +157,7 @@ private:
         }
         RowNorm norm;
         const float* centre = given ? head_.packed.centre : zeros_.get();
-        set_.place_rows({&vector, 1, shape.D, centre, given ? header_.scale : 1}, r, block_.get(), &norm);
+        set_.place_rows({&vector, 1, shape.D, centre, given ? header_.scale : 1}, r, block_.data, &norm);
         unit_[r] = cosine ? length : scale;
         const double temperature = task_.temperature * unit_[r];
         if (!(norm.square <= kFarRow * kFarRow && shape.D <= kDeepest && temperature <= kLargestTemperature))
@@ -201,8 +202,8 @@ private:
     const int64_t h_;
     const Head& head_;
     const Header& header_;
-    const Instructions& set_ = instructions();
-    std::unique_ptr<uint32_t[]> block_;
+    const Instructions& set_ = drawing_instructions();
+    const CacheLines block_;
     std::unique_ptr<float[]> values_, zeros_, noise_;
     std::vector<float> offset_, step_, most_, threshold_;
     std::vector<double> unit_;  // of a row's keys
@@ -217,10 +218,8 @@ private:
 void draw_codes(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
                 double temperature, const int64_t* seed, int64_t* indices, const Parallel& parallel) {
     const Task task = {shape, x, codebook, mask, temperature, uint64_t(seed[0]), uint64_t(seed[1]), indices};
-    const int64_t tile = instructions().tile;
-    const int64_t fitting = kBlockBytes / instructions().row_bytes(shape.D) / tile * tile;
-    const int64_t share = round_up((shape.N + parallel.threads - 1) / parallel.threads, tile);
-    const int64_t rows = std::max(tile, std::min({kMostRows / tile * tile, fitting, share}));
+    const int64_t share = (shape.N + parallel.threads - 1) / parallel.threads;
+    const int64_t rows = rows_of_block(drawing_instructions(), shape.D, share);
     const int64_t blocks = (shape.N + rows - 1) / rows;
     for (int64_t h = 0; blocks > 0 && h < shape.H; h++) {
         const DefaultFloatMode mode_of_packing;

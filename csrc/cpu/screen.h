@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "candidates.h"
 #include "codebook.h"
@@ -22,15 +23,13 @@
 
 namespace vqops {
 
-constexpr int64_t kMostRows = 98;           // seven tiles of 14, 16 of six; more did not pay
-constexpr int64_t kBlockBytes = 96 * 1024;  // a fraction of any second cache
 constexpr float kFarRow = 0x1p60f;          // rows beyond could overflow float32 in a product with a code
 constexpr int64_t kDeepest = 1 << 17;       // the bound's constants hold up to here
 
 // Rows that a thread takes at once of those that it is to have.
-inline int64_t rows_of_block(int64_t D, int64_t share) {
-    const int64_t tile = instructions().tile, fitting = kBlockBytes / instructions().row_bytes(D) / tile * tile;
-    return std::max(tile, std::min({kMostRows / tile * tile, fitting, round_up(share, tile)}));
+inline int64_t rows_of_block(const Instructions& set, int64_t D, int64_t share) {
+    const int64_t tile = set.tile, fitting = set.block_bytes / set.row_bytes(D) / tile * tile;
+    return std::max(tile, std::min({int64_t(set.most_rows), fitting, round_up(share, tile)}));
 }
 
 // One thread's workspace for blocks of one shape.
@@ -39,8 +38,11 @@ public:
     Screen(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
            const SearchResult& result, int64_t rows)
         : shape_(shape), x_(x), codebook_(codebook), mask_(mask), result_(result), set_(instructions()),
-          block_(new uint32_t[rows * set_.row_bytes(shape.D) / 4]()), values_(new float[set_.tile * shape.D]),
-          zeros_(new float[shape.D]()), candidates_(rows, result.k), decision_(shape, x, codebook, result) {}
+          block_(rows * set_.row_bytes(shape.D)), work_(set_.screen_bytes(rows, shape.D, result.k)),
+          values_(new float[set_.tile * shape.D]), zeros_(new float[shape.D]()), candidates_(rows, result.k),
+          decision_(shape, x, codebook, result), rows_(rows) {
+        std::fill_n(block_.data, rows * set_.row_bytes(shape.D), 0);  // places without a row are multiplied, too
+    }
 
     void run(int64_t h, int64_t begin, int64_t end, const Packed& packed) {
         packed_ = &packed;
@@ -54,11 +56,11 @@ public:
         }
         const int64_t padded = round_up(screened, set_.tile);
         for (int64_t r = screened; r < padded; r++) candidates_.leave_out(r);
-        set_.screen(block_.get(), padded, packed.as_read(), candidates_.open(packed.header->screened));
+        set_.screen(block_.data, padded, packed.as_read(set_), candidates_.open(packed.header->screened, work_.data));
         int64_t queued = 0;
         for (int64_t r = 0; r < screened; r++)
             if (!candidates_.left_out(r) && !decide(h, rows_[r], r)) rows_[queued++] = rows_[r];
-        if (queued > 0) scan_queue(shape_, x_, codebook_, h, rows_, queued, decision_, result_.k);
+        if (queued > 0) scan_queue(shape_, x_, codebook_, h, rows_.data(), queued, decision_, result_.k);
     }
 
     const int64_t* tiers() const { return decision_.tiers; }
@@ -96,7 +98,7 @@ private:
     void place(int64_t h, int64_t first, int64_t count) {
         RowNorm norms[kMostTile];
         const float *centre = given() ? packed_->centre : zeros_.get(), scale = given() ? packed_->header->scale : 1;
-        set_.place_rows({vectors_, count, shape_.D, centre, scale}, first, block_.get(), norms);
+        set_.place_rows({vectors_, count, shape_.D, centre, scale}, first, block_.data, norms);
         for (int64_t i = 0, r = first; i < count; i++, r++) {
             if (norms[i].square <= kFarRow * kFarRow && shape_.D <= kDeepest) {
                 candidates_.rest[r] = rest_of(norms[i].at_least, *packed_->header);
@@ -140,12 +142,13 @@ private:
     const SearchResult& result_;
     const Instructions& set_;
     const Packed* packed_ = nullptr;
-    std::unique_ptr<uint32_t[]> block_;  // as the set lays rows out
+    const CacheLines block_;  // as the set lays rows out
+    const CacheLines work_;
     std::unique_ptr<float[]> values_, zeros_;
     const float* vectors_[kMostTile];
     Candidates candidates_;
     Decision decision_;
-    int64_t rows_[kMostRows];
+    std::vector<int64_t> rows_;
 };
 
 }  // namespace vqops

@@ -18,7 +18,7 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         for (int64_t h = 0; follow && h < shape.H; h++) follow(h, 0, shape.N);
         return;
     }
-    const int64_t rows = rows_of_block(shape.D, (shape.H * shape.N + parallel.threads - 1) / parallel.threads);
+    const int64_t rows = rows_of_block(instructions(), shape.D, (shape.H * shape.N + parallel.threads - 1) / parallel.threads);
     const int64_t blocks_per_head = (shape.N + rows - 1) / rows;
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> totals[kTiers] = {};

@@ -17,11 +17,10 @@ inline bool is_unprepared(int64_t N, const Rows& x, const Rows& codebook) {
     return N <= kUnpreparedRows && x.dtype != DType::float64 && codebook.dtype != DType::float64;
 }
 
-// Of a prepared codebook: screening one row takes as long as a tile of rows, each of which it compares this many times
-// as fast as a search without preparation, or twice as many where it rounds to bfloat16. Measured on one thread of an
-// AMD EPYC with AVX-512 BF16, 1 to 128 rows, K from 512 to 16384: both take the same time at 2 to 3 rows with AVX-512
-// BF16, 5 to 6 with AVX-512, 1 to 2 with AVX2. One row with D = 256, K = 2048 takes 42 us instead of 71, 137 and 62.
-constexpr double kTileGain = 2.5;
+// Of a prepared codebook: screening one row takes as long as a tile of rows, so few rows are compared sooner with the
+// codes as they are (Instructions.direct). Measured on one thread of an AMD EPYC with AVX-512 BF16, 1 to 128 rows, K
+// from 512 to 16384: both take the same time at 2 to 3 rows with AVX-512 BF16, 5 to 6 with AVX-512, 1 to 2 with AVX2.
+// One row with D = 256, K = 2048 takes 42 us instead of 71, 137 and 62. With AMX a tile should take less than that.
 constexpr int64_t kDirectDimensions = 32;  // per row; below, what is not products counts for more
 constexpr int64_t kDirectBytes = 4 << 20;  // of the codebooks; they come from the third cache, as bfloat16 half of them
 
@@ -30,7 +29,7 @@ inline bool is_direct(const SearchShape& shape, const Rows& x, const Rows& codeb
     const Instructions& set = instructions();
     const int64_t rows = shape.N + (shape.cosine ? 1 : 0);
     return is_unprepared(shape.N, x, codebook) && codebook.has_float_rows() &&
-           double(rows) * kTileGain * (set.rounds ? 2 : 1) <= set.tile && shape.D >= rows * kDirectDimensions &&
+           rows <= set.direct && shape.D >= rows * kDirectDimensions &&
            shape.H * shape.K * shape.D <= kDirectBytes / int64_t(sizeof(float));
 }
 

@@ -53,7 +53,7 @@ struct Floats8 {
 
 struct Avx2 : FloatWords<Floats8> {
     static constexpr const char* kName = "avx2";
-    static constexpr int kTile = 6, kCodes = 16, kLayout = 16;
+    static constexpr int kTile = 6, kCodes = 16, kLayout = 16, kDirect = 2;
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace {
 
 struct Avx512 : FloatWords<Floats16> {
     static constexpr const char* kName = "avx512";
-    static constexpr int kTile = 14, kCodes = 32, kLayout = 32;
+    static constexpr int kTile = 14, kCodes = 32, kLayout = 32, kDirect = 5;
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace {
 
 struct Avx512Bf16 : PairWords<Floats16> {
     static constexpr const char* kName = "avx512_bf16";
-    static constexpr int kTile = 14, kCodes = 32, kLayout = 33;
+    static constexpr int kTile = 14, kCodes = 32, kLayout = 33, kDirect = 2;
 
     VQOPS_INLINE Vector step(Vector sum, Words x, Words c) { return _mm512_dpbf16_ps(sum, __m512bh(x), __m512bh(c)); }
 

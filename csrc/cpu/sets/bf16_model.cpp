@@ -13,7 +13,7 @@ namespace {
 
 struct Bf16Model : PairWords<Floats4> {
     static constexpr const char* kName = "bf16_model";
-    static constexpr int kTile = 3, kCodes = 16, kLayout = 17;
+    static constexpr int kTile = 3, kCodes = 16, kLayout = 17, kDirect = 1;
 
     VQOPS_INLINE Vector step(Vector sum, Words x, Words c) {
         for (int i = 0; i < kWidth; i++) sum[i] = add_pair(sum[i], x[i], c[i]);

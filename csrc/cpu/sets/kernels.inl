@@ -2,6 +2,7 @@
 // that nothing is linked into code for another. A set says
 //   kName, kTile, kCodes   rows of x, and codes, per register tile; as many codes are a panel of the packed codebook
 //   kLayout                the id of its panels' layout
+//   kDirect                Instructions.direct
 //   kWidth, Vector, ...    vectors of floats: floats4.inl, floats16.inl, avx2.cpp
 //   Word, Words, ...       the words of the screening pass: FloatWords or PairWords
 // Nothing but <cstdint> and intrinsics may be used here: target.h.
@@ -30,6 +31,8 @@ struct Kernels {
     VQOPS_INLINE int64_t stride_of(int64_t D) { return (depth_of(D) + 15) / 16 * 16; }  // rows in whole cache lines
     static int64_t row_bytes(int64_t D) { return stride_of(D) * int64_t(sizeof(Word)); }
     static int64_t code_bytes(int64_t D) { return depth_of(D) * int64_t(sizeof(Word)); }
+    static int64_t start_roundings(int64_t D) { return D + 6; }
+    static int64_t screen_bytes(int64_t, int64_t, int64_t) { return 0; }
 
     static void place_rows(const Given& rows, int64_t first, void* block, RowNorm* norms) {
         const int64_t D = rows.D, stride = stride_of(D);
@@ -42,7 +45,7 @@ struct Kernels {
     }
 
     // The codes of a panel, placed as rows are, then turned: [depth, kCodes].
-    static void place_codes(const Given& codes, const double* radius, void* work, void* panel) {
+    static void place_codes(const Given& codes, const double* radius, const float*, void* work, void* panel) {
         const int64_t D = codes.D, depth = depth_of(D);
         Word *const rows = static_cast<Word*>(work), *to = static_cast<Word*>(panel);
         for (int64_t i = 0; i < kCodes * depth; i++) rows[i] = 0;
@@ -257,13 +260,20 @@ struct Kernels {
             .tile = kTile,
             .codes = kCodes,
             .lanes = kWidth,
-            .rounds = Set::kRounds,
+            .most_rows = 98 / kTile * kTile,
+            .block_bytes = 96 * 1024,
+            .worth = Set::kWorth,
+            .direct = Set::kDirect,
+            .by_radius = false,
             .layout = Set::kLayout,
             .row_bytes = row_bytes,
             .code_bytes = code_bytes,
+            .start_roundings = start_roundings,
             .place_rows = place_rows,
             .place_codes = place_codes,
+            .screen_bytes = screen_bytes,
             .screen = screen,
+            .drawing = nullptr,
             .draw = Drawing<Set>::draw,
             .unprepared = unprepared,
             .group = group,

@@ -10,7 +10,7 @@ namespace {
 
 struct Portable : FloatWords<Floats4> {
     static constexpr const char* kName = "portable";
-    static constexpr int kTile = 3, kCodes = 16, kLayout = 16;
+    static constexpr int kTile = 3, kCodes = 16, kLayout = 16, kDirect = 1;
 };
 
 }  // namespace

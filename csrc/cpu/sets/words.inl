@@ -18,7 +18,7 @@ struct Squares {
 // The screening pass in float: a word is one dimension.
 template <class Floats>
 struct FloatWords : Floats {
-    static constexpr bool kRounds = false;
+    static constexpr double kWorth = 0;
     static constexpr int kPerWord = 1;
     typedef typename Floats::Vector Vector;
     typedef typename Floats::UnalignedVector UnalignedVector;
@@ -61,7 +61,8 @@ struct FloatWords : Floats {
 // set says `step` and `place`.
 template <class Floats>
 struct PairWords : Floats {
-    static constexpr bool kRounds = true;
+    // Some processors have one such unit, or a slow one.
+    static constexpr double kWorth = 1.6;
     static constexpr int kPerWord = 2;
     typedef typename Floats::Vector Vector;
     typedef uint32_t Word;

@@ -1,0 +1,714 @@
+// The screening pass in matrix tiles: 16 codes against 16 rows, 32 dimensions an instruction, in bfloat16. A set says
+//   kName, kWorth, kLayout                     see instructions.h
+//   Vector, load, store, broadcast             sixteen floats
+//   not_above, square_root, halves, transpose  of them; halves are bfloat16
+//   configure, release                         the tiles, for the time of a call
+//   zero<i>, load<i>, store<i>                 tile i, 16 lines of 64 bytes side by side
+//   multiply<i, a, b>                          tile i += codes in tile a, rows in tile b
+//
+// Codes are operand A, as they lie: 16 lines of 32 dimensions. Rows are operand B, turned when they are placed: 16 lines
+// of pairs of dimensions, a pair of each row. So a line of a product is one code against 16 rows, and what follows it,
+// minimum, threshold and bounds, is vertical and without branches.
+//
+// The least of a tile of codes stands for all of them: its upper bound lowers the rows' thresholds, and the tile is
+// noted where it may hold a code below one. After all codes of a chunk the tiles that the thresholds leave open then,
+// about one of a row, are computed once more and their codes read off.
+//
+// A vector is hi + lo, two bfloat16. Two tiers (docs/exactness.md): hi.hi, one product, then for the rows that this
+// leaves many open tiles hi.hi + hi.lo + lo.hi, three. Up to kFoldedD dimensions these three, and the sums' first value
+// as three bfloat16 more, are a single step of 32 dimensions, and the only tier.
+
+struct TileShape {
+    static constexpr int64_t kTile = 16;                    // codes, rows
+    static constexpr int64_t kStep = 32;                    // dimensions
+    static constexpr int64_t kBytes = kTile * kStep * 2;    // of a step of a tile
+    static constexpr int64_t kSums = kTile * kTile;         // of a product
+    static constexpr int64_t kFoldedD = (kStep - 3) / 3;
+};
+
+template <class Set>
+struct TileKernels : TileShape {
+    typedef typename Set::Vector Vector;
+    typedef int32_t Whole __attribute__((vector_size(64)));
+    typedef uint16_t HalfWord __attribute__((may_alias));
+
+    static constexpr int64_t kPair = 2 * kTile;  // rows and codes that pass together
+    static constexpr int64_t kChunk = 256;       // pairs of tiles of codes; bounds what is noted
+    static constexpr int64_t kLateRows = 128;    // of the second tier at a time
+    static constexpr int32_t kFewTiles = 4;      // open ones that a row of the first tier may have, for each code wanted
+    // Cycles, on a Xeon of 2023: of a product of a step, of what follows those of 32 codes and rows, of a tile that is
+    // computed once more and read. They decide what the second tier is worth.
+    static constexpr int64_t kStepCost = 16, kPassCost = 120, kOpenCost = 170;
+    static constexpr float kAbsentStart = 0x1p120f;  // finite, so that no product is NaN
+
+    enum Tier { kOne, kThree, kFolded };
+
+    // ---- How rows and codes lie in memory: the steps of hi, those of lo, and the coefficients of the bounds.
+
+    VQOPS_INLINE bool folds(int64_t D) { return D <= kFoldedD; }
+    VQOPS_INLINE int64_t steps_of(int64_t D) { return folds(D) ? 1 : (D + kStep - 1) / kStep; }
+    VQOPS_INLINE int64_t vectors_bytes(int64_t D) { return steps_of(D) * kBytes * (folds(D) ? 1 : 2); }  // of 16
+
+    struct RowBounds {  // of 16 rows
+        float radius[kTile], lost[kTile];                  // first tier,
+        float radius3[kTile], lost3[kTile], low3[kTile];   // and of three products
+    };
+    struct CodeBounds {  // the largest of 32 codes, in a line of a cache
+        float radius, lost, lost3, low;
+        float padding[12];
+    };
+
+    VQOPS_INLINE int64_t group_bytes(int64_t D) { return vectors_bytes(D) + int64_t(sizeof(RowBounds)); }
+    VQOPS_INLINE int64_t panel_bytes(int64_t D) { return 2 * vectors_bytes(D) + int64_t(sizeof(CodeBounds)); }
+    static int64_t row_bytes(int64_t D) { return group_bytes(D) / kTile; }
+    static int64_t code_bytes(int64_t D) { return panel_bytes(D) / kPair; }
+
+    // Roundings that a product passes: 16 in a step, the two halves of a step, one a step, and those of the epilogue.
+    VQOPS_INLINE int64_t roundings(int64_t products, int64_t D) { return 17 + products * steps_of(D) + 6; }
+    static int64_t start_roundings(int64_t D) { return 3 * steps_of(D) + 8; }
+
+    // ---- Placing.
+
+    // Sums over 16 vectors: squares of the whole, of what hi leaves, of what hi and lo leave, of lo.
+    struct Squares16 {
+        Vector all[kTile], lost[kTile], left[kTile], low[kTile];
+    };
+
+    // Dimensions [d, d + 32) of from - minus, scaled, as hi and lo.
+    VQOPS_INLINE void split(const float* from, const float* minus, float scale, int64_t D, int64_t d, HalfWord* hi,
+                            HalfWord* lo, int64_t i, Squares16& squares) {
+        alignas(64) float value[kStep];
+        const int64_t some = D - d < kStep ? D - d : kStep;
+        if (some < kStep) {
+            for (int64_t j = 0; j < kStep; j++) value[j] = 0;
+            for (int64_t j = 0; j < some; j++) value[j] = (from[d + j] - minus[d + j]) * scale;
+        }
+        VQOPS_UNROLL_ALL
+        for (int v = 0; v < 2; v++) {
+            const int64_t at = d + v * kTile;
+            const Vector whole = some < kStep ? Set::load(value + v * kTile)
+                                              : (Set::load(from + at) - Set::load(minus + at)) * Set::broadcast(scale);
+            const Vector lost = whole - Set::halves(whole, hi + v * kTile);
+            const Vector low = Set::halves(lost, lo + v * kTile), left = lost - low;
+            squares.all[i] += whole * whole;
+            squares.lost[i] += lost * lost;
+            squares.left[i] += left * left;
+            squares.low[i] += low * low;
+        }
+    }
+
+    VQOPS_INLINE Vector sum_each(const Vector* squares) {
+        alignas(64) float turned[kSums];
+        Set::transpose(squares, turned);
+        Vector sum = {};
+        for (int64_t i = 0; i < kTile; i++) sum += Set::load(turned + i * kTile);
+        return sum;
+    }
+
+    // At least the norms of 16 vectors, of squares summed in float; as norm_of (words.inl).
+    struct Norms {
+        Vector square, all, lost, left, low;
+    };
+    VQOPS_INLINE Norms norms_of(const Squares16& squares, int64_t D) {
+        const Vector factor = Set::broadcast(1 + 1e-5f + float(D) * 0x1p-23f);
+        const Vector underflow = Set::broadcast(float(D) * 0x1p-70f), square = sum_each(squares.all);
+        const auto norm = [&](Vector sum) { return Set::square_root(sum) * factor + underflow; };
+        return {square, norm(square), norm(sum_each(squares.lost)), norm(sum_each(squares.left)),
+                norm(sum_each(squares.low))};
+    }
+
+    // Where the three bfloat16 of a folded vector lie: hi of a row is met by hi and lo of a code, lo by hi.
+    VQOPS_INLINE void fold(HalfWord* line, const HalfWord* first, const HalfWord* second, const HalfWord* third,
+                           int64_t D) {
+        for (int64_t d = 0; d < D; d++) line[d] = first[d], line[D + d] = second[d], line[2 * D + d] = third[d];
+    }
+
+    // 16 rows of a block, negated, since tiles only add.
+    static __attribute__((noinline)) void place_group(const Given& rows, int64_t first, int64_t count, char* group,
+                                                      RowNorm* norms) {
+        const int64_t D = rows.D, steps = steps_of(D);
+        Squares16 squares{};
+        alignas(64) HalfWord hi[kTile * kStep], lo[kTile * kStep];
+        for (int64_t i = 0; i < kTile * kStep; i++) hi[i] = lo[i] = 0;
+        for (int64_t step = 0; step < steps; step++) {
+            for (int64_t r = 0; r < count; r++)
+                split(rows.centre, rows.vectors[first + r], rows.scale, D, step * kStep, hi + r * kStep, lo + r * kStep,
+                      r, squares);
+            char* const to = group + step * kBytes;
+            if (folds(D)) {
+                alignas(64) HalfWord folded[kTile * kStep];
+                for (int64_t i = 0; i < kTile * kStep; i++) folded[i] = 0;
+                for (int64_t r = 0; r < count; r++) {
+                    HalfWord* const line = folded + r * kStep;
+                    fold(line, hi + r * kStep, hi + r * kStep, lo + r * kStep, D);
+                    for (int64_t i = 0; i < 3; i++) line[3 * D + i] = 0x3f80;  // 1, for the start of the sums
+                }
+                Set::transpose(folded, to);
+            } else {
+                Set::transpose(hi, to);
+                Set::transpose(lo, to + steps * kBytes);
+            }
+        }
+        const Norms found = norms_of(squares, D);
+        bound_rows(found, D, *reinterpret_cast<RowBounds*>(group + vectors_bytes(D)));
+        for (int64_t r = 0; r < count; r++) norms[r] = {found.square[r], double(found.all[r]) * (1 + 0x1p-20)};
+    }
+
+    VQOPS_INLINE void bound_rows(const Norms& norm, int64_t D, RowBounds& to) {
+        const Vector room = Set::broadcast(float(kRoom)), formed = norm.all * Set::broadcast(float(1.02 * kUnit));
+        const Vector one = Set::broadcast(float(double(roundings(1, D)) * kUnit));
+        const Vector three = Set::broadcast(float(double(roundings(3, D)) * kUnit));
+        const Vector lost = norm.lost + formed, left = norm.left + formed;
+        const Vector held = norm.all + lost, both = held + norm.low;  // at least the norm of hi, those of hi and lo
+        Set::store(to.radius, room * (lost + one * held));
+        Set::store(to.lost, room * held);
+        Set::store(to.radius3, room * (left + three * both));
+        Set::store(to.lost3, room * both);
+        Set::store(to.low3, room * (norm.low + three * both + three * both));
+    }
+
+    static void place_rows(const Given& rows, int64_t first, void* block, RowNorm* norms) {
+        for (int64_t r = 0; r < rows.count; r += kTile) {
+            char* const group = static_cast<char*>(block) + (first + r) / kTile * group_bytes(rows.D);
+            place_group(rows, r, rows.count - r < kTile ? rows.count - r : kTile, group, norms + r);
+        }
+    }
+
+    // Two tiles of codes: hi of both, lo of both.
+    static void place_codes(const Given& codes, const double* radius, const float* start, void*, void* panel) {
+        const int64_t D = codes.D, steps = steps_of(D);
+        char* const to = static_cast<char*>(panel);
+        for (int64_t i = 0; i < panel_bytes(D); i++) to[i] = 0;
+        CodeBounds& bounds = *reinterpret_cast<CodeBounds*>(to + 2 * vectors_bytes(D));
+        for (int64_t tile = 0; tile < 2; tile++) {
+            Squares16 squares{};
+            char* const hi = to + tile * steps * kBytes;
+            const int64_t first = tile * kTile, count = codes.count - first < kTile ? codes.count - first : kTile;
+            for (int64_t j = 0; j < count; j++) place_code(codes, first + j, hi + j * kStep * 2, j, squares);
+            for (int64_t j = 0; folds(D) && j < kTile; j++)
+                fold_start(j < count ? start[first + j] : __builtin_inff(),
+                           reinterpret_cast<HalfWord*>(hi + j * kStep * 2) + 3 * D);
+            const Norms norm = norms_of(squares, D);
+            for (int64_t j = 0; j < count; j++) {
+                const double formed = 1.01 * kUnit * radius[first + j];
+                raise(bounds.radius, radius[first + j]);
+                raise(bounds.lost, double(norm.lost[j]) + formed);
+                raise(bounds.lost3, double(norm.left[j]) + formed);
+                raise(bounds.low, double(norm.low[j]));
+            }
+        }
+    }
+
+    VQOPS_INLINE void place_code(const Given& codes, int64_t k, char* hi, int64_t j, Squares16& squares) {
+        const int64_t D = codes.D, steps = steps_of(D);
+        if (folds(D)) {
+            HalfWord high[kStep], low[kStep];
+            split(codes.vectors[k], codes.centre, codes.scale, D, 0, high, low, j, squares);
+            return fold(reinterpret_cast<HalfWord*>(hi), high, low, high, D);
+        }
+        char* const lo = hi + 2 * steps * kBytes;
+        for (int64_t step = 0; step < steps; step++)
+            split(codes.vectors[k], codes.centre, codes.scale, D, step * kStep,
+                  reinterpret_cast<HalfWord*>(hi + step * kBytes), reinterpret_cast<HalfWord*>(lo + step * kBytes), j,
+                  squares);
+    }
+
+    VQOPS_INLINE float start_of(float start) { return start < kAbsentStart ? start : kAbsentStart; }
+
+    VQOPS_INLINE void fold_start(float start, HalfWord* to) {
+        float rest = start_of(start);
+        for (int i = 0; i < 3; i++) {
+            HalfWord halves[kTile];
+            rest -= Set::halves(Set::broadcast(rest), halves)[0];
+            to[i] = halves[0];
+        }
+    }
+
+    VQOPS_INLINE void raise(float& largest, double value) {
+        const float up = float(value * kUpward);
+        if (up > largest) largest = up;
+    }
+
+    // ---- The pass.
+
+    // Of 16 rows: the pairs of tiles that may be open, with their least sums.
+    struct Noted {
+        int64_t count;
+        alignas(64) int32_t open[kTile];  // tiles of each row, once all are noted
+        int32_t pair[kChunk + 1];
+        alignas(64) float least[kChunk + 1][2][kTile];
+    };
+
+    // Rows of a tier, and what is known of them. The threshold of a row that is none is NaN, which nothing is below.
+    struct Block {
+        const char* groups;
+        int64_t count;      // of groups, even
+        float* threshold;   // [rows]
+        const float* rest;  // [rows]
+        const int32_t* row;  // [rows] their numbers in the block of the first tier
+        Noted* noted;        // of each group
+        float* least;        // [groups, wanted, 16] upper bounds, if several codes are wanted
+    };
+
+    // A range of the panels.
+    struct Part {
+        const char* panel;
+        const float *start, *slack;
+        int64_t first, count, D;
+    };
+
+    // What a thread works in; behind it lie the rows of the second tier, what is noted of groups, their least bounds and
+    // the numbers of rows.
+    struct Work {
+        alignas(64) float sums[4 * kSums];
+        alignas(64) float start[2][2 * kSums];  // of two tiles of codes, a line each; two, since stores are late
+        float slack[kChunk];                    // the largest of each panel
+        float late_threshold[kLateRows], late_rest[kLateRows];
+        int32_t late_row[kLateRows];
+        int64_t wanted;
+        char* late;
+        Noted* noted;
+        float *least, *late_least;
+        int32_t *row, *late_of_all;  // [rows] 0, 1, ...; those of the second tier
+    };
+    static constexpr int64_t kLateGroups = kLateRows / kTile;
+
+    VQOPS_INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+    VQOPS_INLINE int64_t noted_bytes(int64_t groups) {
+        return (groups > kLateGroups ? groups : kLateGroups) * int64_t(sizeof(Noted));
+    }
+    VQOPS_INLINE int64_t least_bytes(int64_t groups, int64_t wanted) {
+        return wanted > 1 ? groups * wanted * kTile * int64_t(sizeof(float)) : 0;
+    }
+
+    static int64_t screen_bytes(int64_t rows, int64_t D, int64_t wanted) {
+        return int64_t(sizeof(Work)) + kLateGroups * group_bytes(D) + noted_bytes(rows / kTile) +
+               least_bytes(rows / kTile, wanted) + least_bytes(kLateGroups, wanted) + 2 * whole_lines(4 * rows);
+    }
+
+    VQOPS_INLINE Work& work_of(const OpenCodes& open, int64_t rows, int64_t D) {
+        Work& work = *static_cast<Work*>(open.work);
+        char* at = static_cast<char*>(open.work) + sizeof(Work);
+        const auto take = [&](int64_t bytes) { return at += bytes, at - bytes; };
+        work.wanted = open.wanted;
+        work.late = take(kLateGroups * group_bytes(D));
+        work.noted = reinterpret_cast<Noted*>(take(noted_bytes(rows / kTile)));
+        work.least = reinterpret_cast<float*>(take(least_bytes(rows / kTile, open.wanted)));
+        work.late_least = reinterpret_cast<float*>(take(least_bytes(kLateGroups, open.wanted)));
+        work.row = reinterpret_cast<int32_t*>(take(whole_lines(4 * rows)));
+        work.late_of_all = reinterpret_cast<int32_t*>(at);
+        for (int64_t r = 0; r < rows; r++) work.row[r] = int32_t(r);
+        return work;
+    }
+
+    VQOPS_INLINE void forget(const Work& work, const Block& block) {
+        if (work.wanted == 1) return;
+        for (int64_t i = 0; i < block.count * work.wanted * kTile; i++) block.least[i] = __builtin_inff();
+    }
+
+    // Coefficients of a panel's bounds, a lane for each row.
+    struct Charge {
+        Vector radius, lost, low;
+    };
+    template <Tier tier>
+    VQOPS_INLINE Charge charge_of(const Part& part, int64_t p) {
+        const CodeBounds& codes =
+            *reinterpret_cast<const CodeBounds*>(part.panel + p * panel_bytes(part.D) + 2 * vectors_bytes(part.D));
+        return {Set::broadcast(codes.radius), Set::broadcast(tier == kOne ? codes.lost : codes.lost3),
+                Set::broadcast(codes.low)};
+    }
+
+    // What a sum of these rows and codes may err by.
+    template <Tier tier>
+    VQOPS_INLINE Vector width_of(const char* group, const Charge& codes, int64_t D) {
+        const RowBounds& rows = *reinterpret_cast<const RowBounds*>(group + vectors_bytes(D));
+        if constexpr (tier == kOne)
+            return Set::load(rows.radius) * codes.radius + Set::load(rows.lost) * codes.lost;
+        else
+            return Set::load(rows.radius3) * codes.radius + Set::load(rows.lost3) * codes.lost +
+                   Set::load(rows.low3) * codes.low;
+    }
+
+    VQOPS_INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }  // b if one is NaN
+
+    VQOPS_INLINE Vector least_of(const float* sums) {
+        Vector least[4];
+        VQOPS_UNROLL_ALL
+        for (int j = 0; j < 4; j++) least[j] = Set::load(sums + j * kTile);
+        VQOPS_UNROLL_ALL
+        for (int j = 4; j < kTile; j++) least[j % 4] = smaller(least[j % 4], Set::load(sums + j * kTile));
+        return smaller(smaller(least[0], least[1]), smaller(least[2], least[3]));
+    }
+
+    // Takes a bound into the `wanted` least ones of 16 rows, and returns the largest of these.
+    static __attribute__((noinline)) void take_bounds(float* least, int64_t wanted, const float* upper) {
+        Vector moved = Set::load(upper);
+        for (int64_t i = 0; i < wanted; i++) {
+            const Vector held = Set::load(least + i * kTile);
+            Set::store(least + i * kTile, smaller(moved, held));
+            moved = moved < held ? held : moved;
+        }
+    }
+
+    VQOPS_INLINE void lower_thresholds(Work& work, const Block& block, int64_t group, Vector upper) {
+        float* const threshold = block.threshold + group * kTile;
+        const Vector held = Set::load(threshold);
+        if (work.wanted == 1) return Set::store(threshold, smaller(upper, held));
+        if (!Set::not_above(upper, held)) return;
+        float* const least = block.least + group * work.wanted * kTile;
+        alignas(64) float bounds[kTile];
+        Set::store(bounds, upper);
+        take_bounds(least, work.wanted, bounds);
+        Set::store(threshold, smaller(Set::load(least + (work.wanted - 1) * kTile), held));
+    }
+
+    // The sums of two tiles of codes and one of rows.
+    template <Tier tier>
+    VQOPS_INLINE void note(Work& work, const Block& block, int64_t group, const float* sums, int64_t pair,
+                           const Charge& codes, int64_t D) {
+        const Vector first = least_of(sums), second = least_of(sums + 2 * kSums), least = smaller(first, second);
+        const Vector width = width_of<tier>(block.groups + group * group_bytes(D), codes, D);
+        const Vector above = width + (Set::broadcast(work.slack[pair]) + Set::load(block.rest + group * kTile));
+        if (work.wanted == 1) {
+            lower_thresholds(work, block, group, least + above);
+        } else {
+            lower_thresholds(work, block, group, first + above);
+            lower_thresholds(work, block, group, second + above);
+        }
+        Noted& noted = block.noted[group];
+        Set::store(noted.least[noted.count][0], first);
+        Set::store(noted.least[noted.count][1], second);
+        noted.pair[noted.count] = int32_t(pair);
+        noted.count += Set::not_above(least, Set::load(block.threshold + group * kTile) + width) != 0;
+    }
+
+    // Tiles 0 to 3 += codes 4, 5 times rows 6, 7.
+    VQOPS_INLINE void multiply(const char* codes, int64_t to_next_codes, const char* rows, int64_t to_next_rows,
+                               int64_t steps) {
+        for (int64_t i = 0; i < steps; i++, codes += kBytes, rows += kBytes) {
+            Set::template load<4>(codes);
+            Set::template load<6>(rows);
+            Set::template multiply<0, 4, 6>();
+            Set::template load<7>(rows + to_next_rows);
+            Set::template multiply<1, 4, 7>();
+            Set::template load<5>(codes + to_next_codes);
+            Set::template multiply<2, 5, 6>();
+            Set::template multiply<3, 5, 7>();
+        }
+    }
+
+    VQOPS_INLINE void spread_start(const float* start, int64_t codes, float* to) {
+        for (int64_t j = 0; j < codes; j++) Set::store(to + j * kTile, Set::broadcast(start_of(start[j])));
+    }
+
+    // All panels of a part against all rows of a block. The sums of one step are stored when the next needs their
+    // tiles, and noted while it multiplies.
+    template <Tier tier>
+    static void pass(Work& work, const Block& block, const Part& part) {
+        const int64_t D = part.D, steps = steps_of(D), group_size = group_bytes(D);
+        for (int64_t g = 0; g < block.count; g++) block.noted[g].count = 0;
+        float* const sums = work.sums;
+        Charge before{};
+        int64_t group = -1, pair = 0;
+        for (int64_t p = 0; p < part.count; p++) {
+            const Charge codes = charge_of<tier>(part, p);
+            const char* panel = part.panel + p * panel_bytes(D);
+            float* const start = work.start[p % 2];
+            if (tier != kFolded) spread_start(part.start + p * kPair, kPair, start);
+            for (int64_t g = 0; g < block.count; g += 2) {
+                const char* rows = block.groups + g * group_size;
+                Set::template store<0>(sums);
+                begin<tier, 0>(start);
+                Set::template store<1>(sums + kSums);
+                begin<tier, 1>(start);
+                Set::template store<2>(sums + 2 * kSums);
+                begin<tier, 2>(start + kSums);
+                Set::template store<3>(sums + 3 * kSums);
+                begin<tier, 3>(start + kSums);
+                multiply(panel, steps * kBytes, rows, group_size, steps);
+                if constexpr (tier == kThree) {
+                    multiply(panel + 2 * steps * kBytes, steps * kBytes, rows, group_size, steps);
+                    multiply(panel, steps * kBytes, rows + steps * kBytes, group_size, steps);
+                }
+                if (group >= 0) note_both<tier>(work, block, group, pair, before, D);
+                group = g, pair = p, before = codes;
+            }
+        }
+        Set::template store<0>(sums);
+        Set::template store<1>(sums + kSums);
+        Set::template store<2>(sums + 2 * kSums);
+        Set::template store<3>(sums + 3 * kSums);
+        note_both<tier>(work, block, group, pair, before, D);
+    }
+
+    template <Tier tier, int i>
+    VQOPS_INLINE void begin(const float* start) {
+        if constexpr (tier == kFolded) Set::template zero<i>();
+        else Set::template load<i>(start);
+    }
+
+    template <Tier tier>
+    VQOPS_INLINE void note_both(Work& work, const Block& block, int64_t group, int64_t pair, const Charge& codes,
+                                int64_t D) {
+        note<tier>(work, block, group, work.sums, pair, codes, D);
+        note<tier>(work, block, group + 1, work.sums + kSums, pair, codes, D);
+    }
+
+    // ---- Tiles that stay open.
+
+    // Counts those of each row, now that the thresholds are known.
+    template <Tier tier>
+    static void count_open(const Block& block, const Part& part) {
+        for (int64_t g = 0; g < block.count; g++) {
+            Noted& noted = block.noted[g];
+            const Vector threshold = Set::load(block.threshold + g * kTile);
+            Whole open = {};
+            for (int64_t i = 0; i < noted.count; i++) {
+                const Vector limit = limit_of<tier>(block, part, g, noted.pair[i], threshold);
+                open -= Set::load(noted.least[i][0]) <= limit;
+                open -= Set::load(noted.least[i][1]) <= limit;
+            }
+            *reinterpret_cast<Whole*>(noted.open) = open;
+        }
+    }
+
+    template <Tier tier>
+    VQOPS_INLINE Vector limit_of(const Block& block, const Part& part, int64_t group, int64_t pair, Vector threshold) {
+        const char* rows = block.groups + group * group_bytes(part.D);
+        return threshold + width_of<tier>(rows, charge_of<tier>(part, pair), part.D);
+    }
+
+    // The rows of a group that are to be looked at in its open tiles. Those with more of them than a list holds are
+    // given up.
+    VQOPS_INLINE unsigned few_open(const Block& block, int64_t group, const OpenCodes& open) {
+        unsigned rows = 0;
+        const Noted& noted = block.noted[group];
+        for (int64_t r = 0; r < kTile; r++) {
+            const int64_t row = block.row[group * kTile + r];
+            if (noted.open[r] > open.capacity && open.threshold[row] > -__builtin_inff()) open.too_many(open.owner, row);
+            else rows |= unsigned(noted.open[r] > 0) << r;
+        }
+        return rows;
+    }
+
+    struct OpenTile {
+        const char *rows, *codes;  // operands
+        int64_t group, pair;
+        int32_t tile;              // of the pair
+        unsigned mask;             // of the rows
+    };
+
+    template <Tier tier, int i>
+    VQOPS_INLINE void multiply_open(Work& work, const OpenTile& tile, const Part& part) {
+        const int64_t steps = steps_of(part.D);
+        Set::template zero<i>();
+        const auto add = [&](const char* codes, const char* rows) {
+            for (int64_t step = 0; step < steps; step++) {
+                Set::template load<4>(codes + step * kBytes);
+                Set::template load<6>(rows + step * kBytes);
+                Set::template multiply<i, 4, 6>();
+            }
+        };
+        add(tile.codes, tile.rows);
+        if constexpr (tier == kThree) {
+            add(tile.codes + 2 * steps * kBytes, tile.rows);
+            add(tile.codes, tile.rows + steps * kBytes);
+        }
+        Set::template store<i>(work.sums + i * kSums);
+    }
+
+    // Hands on the codes of a tile below the thresholds. Here `start` is added last, which is within the same bounds.
+    template <Tier tier>
+    static void read_open(const float* sums, const Block& block, const Part& part, const OpenTile& tile,
+                          const OpenCodes& open) {
+        const Charge codes = charge_of<tier>(part, tile.pair);
+        const Vector width = width_of<tier>(block.groups + tile.group * group_bytes(part.D), codes, part.D);
+        const Vector limit = Set::load(block.threshold + tile.group * kTile) + width;
+        const int64_t first = tile.pair * kPair + tile.tile * kTile;
+        alignas(64) float sum[kSums], widths[kTile];
+        alignas(64) int32_t below[kTile];
+        Whole found = {};
+        for (int j = 0; j < kTile; j++) {
+            Vector value = Set::load(sums + j * kTile);
+            if (tier != kFolded) value += Set::broadcast(start_of(part.start[first + j]));
+            Set::store(sum + j * kTile, value);
+            found |= (value <= limit) & (Whole{} + (1 << j));
+        }
+        *reinterpret_cast<Whole*>(below) = found;
+        Set::store(widths, width);
+        const int64_t real = open.codes - (part.first * kPair + first);  // codes beyond are padding
+        for (unsigned mask = tile.mask; mask; mask &= mask - 1) {
+            const int r = __builtin_ctz(mask);
+            unsigned left = unsigned(below[r]);
+            if (real < kTile) left &= (1u << real) - 1;
+            const int64_t row = block.row[tile.group * kTile + r];
+            for (; left; left &= left - 1) {
+                const int j = __builtin_ctz(left);
+                const float value = sum[j * kTile + r], slack = part.slack[first + j] + open.rest[row];
+                take(part.first * kPair + first + j, row, value - widths[r], value + (widths[r] + slack), open);
+            }
+        }
+    }
+
+    VQOPS_INLINE void take(int64_t code, int64_t row, float lower, float upper, const OpenCodes& open) {
+        if (open.candidate) return open.candidate(open.owner, row, code, lower, upper);
+        const int32_t count = open.count[row];
+        if (count < 0) return;  // given up
+        open.code[row * open.room + count] = int32_t(code);
+        open.lower[row * open.room + count] = lower;
+        open.count[row] = count + 1;
+        if (count + 1 >= open.capacity) open.full(open.owner, row);
+    }
+
+    // Computes the open tiles once more, four at a time.
+    template <Tier tier>
+    static void look_again(Work& work, const Block& block, const Part& part, const OpenCodes& open) {
+        const int64_t steps = steps_of(part.D);
+        OpenTile tiles[4];
+        int count = 0;
+        const auto read_all = [&] {
+            multiply_open<tier, 0>(work, tiles[0], part);
+            if (count > 1) multiply_open<tier, 1>(work, tiles[1], part);
+            if (count > 2) multiply_open<tier, 2>(work, tiles[2], part);
+            if (count > 3) multiply_open<tier, 3>(work, tiles[3], part);
+            for (int i = 0; i < count; i++) read_open<tier>(work.sums + i * kSums, block, part, tiles[i], open);
+            count = 0;
+        };
+        for (int64_t g = 0; g < block.count; g++) {
+            const Noted& noted = block.noted[g];
+            const unsigned rows = few_open(block, g, open);
+            const Vector threshold = Set::load(block.threshold + g * kTile);
+            for (int64_t i = 0; rows && i < noted.count; i++) {
+                const int64_t pair = noted.pair[i];
+                const Vector limit = limit_of<tier>(block, part, g, pair, threshold);
+                for (int32_t t = 0; t < 2; t++) {
+                    const unsigned mask = rows & Set::not_above(Set::load(noted.least[i][t]), limit);
+                    if (!mask) continue;
+                    const char* codes = part.panel + pair * panel_bytes(part.D) + t * steps * kBytes;
+                    for (int64_t line = 0; line < steps * kBytes; line += 64) __builtin_prefetch(codes + line);
+                    tiles[count++] = {block.groups + g * group_bytes(part.D), codes, g, pair, t, mask};
+                    if (count == 4) read_all();
+                }
+            }
+        }
+        if (count > 0) read_all();
+    }
+
+    // ---- Tiers.
+
+    // Rows that the first tier leaves so many open tiles that three products are cheaper than these; they are taken out.
+    static int64_t take_late(Work& work, const Block& block, const Part& part, const OpenCodes& open) {
+        int64_t late = 0, tiles = 0;
+        for (int64_t g = 0; g < block.count; g++)
+            for (int64_t r = 0; r < kTile; r++) {
+                const int32_t left = block.noted[g].open[r];
+                if (left <= kFewTiles * work.wanted) continue;
+                work.late_of_all[late++] = int32_t(g * kTile + r);
+                tiles += left < open.capacity ? left : open.capacity;
+            }
+        const int64_t steps = steps_of(part.D), passes = (late + kPair - 1) / kPair;
+        if (tiles * (kOpenCost + steps * kStepCost) <= passes * part.count * (12 * steps * kStepCost + kPassCost)) return 0;
+        for (int64_t i = 0; i < late; i++) {
+            const int32_t row = work.late_of_all[i];
+            block.noted[row / kTile].open[row % kTile] = 0;
+        }
+        return late;
+    }
+
+    // Rows of the first tier side by side, with whole pairs of groups.
+    static Block gather(Work& work, const Block& block, const int32_t* rows, int64_t count, int64_t D) {
+        const int64_t size = group_bytes(D), padded = (count + kPair - 1) / kPair * kPair;
+        for (int64_t i = 0; i < padded; i++) {
+            const int64_t row = rows[i < count ? i : 0];  // any, where there is none
+            const uint32_t* from = reinterpret_cast<const uint32_t*>(block.groups + row / kTile * size) + row % kTile;
+            uint32_t* to = reinterpret_cast<uint32_t*>(work.late + i / kTile * size) + i % kTile;
+            for (int64_t line = 0; line < size / 64; line++) to[line * kTile] = from[line * kTile];
+            work.late_row[i] = int32_t(row);
+            work.late_rest[i] = block.rest[row];
+            work.late_threshold[i] = i < count ? block.threshold[row] : __builtin_nanf("");
+        }
+        return {work.late,     padded / kTile, work.late_threshold, work.late_rest,
+                work.late_row, work.noted,     work.late_least};
+    }
+
+    static void screen_late(Work& work, const Block& block, const Part& part, int64_t count, const OpenCodes& open) {
+        for (int64_t i = 0; i < count; i += kLateRows) {
+            const int64_t some = count - i < kLateRows ? count - i : kLateRows;
+            const Block late = gather(work, block, work.late_of_all + i, some, part.D);
+            forget(work, late);
+            pass<kThree>(work, late, part);
+            count_open<kThree>(late, part);
+            for (int64_t r = 0; r < some; r++) open.threshold[late.row[r]] = late.threshold[r];
+            look_again<kThree>(work, late, part, open);
+        }
+    }
+
+    template <Tier tier>
+    static void screen_part(Work& work, const Block& block, const Part& part, const OpenCodes& open) {
+        for (int64_t p = 0; p < part.count; p++) {
+            work.slack[p] = 0;
+            for (int64_t j = p * kPair; j < (p + 1) * kPair; j++)
+                work.slack[p] = part.slack[j] > work.slack[p] ? part.slack[j] : work.slack[p];
+        }
+        pass<tier>(work, block, part);
+        count_open<tier>(block, part);
+        const int64_t late = tier == kOne ? take_late(work, block, part, open) : 0;
+        look_again<tier>(work, block, part, open);
+        if (late > 0) screen_late(work, block, part, late, open);
+    }
+
+    static void screen(const void* groups, int64_t rows, const Panels& panels, const OpenCodes& open) {
+        const int64_t D = panels.D;
+        if (rows == 0) return;
+        Work& work = work_of(open, rows, D);
+        const Block block = {static_cast<const char*>(groups), rows / kTile, open.threshold, open.rest, work.row,
+                             work.noted,                       work.least};
+        forget(work, block);
+        Set::configure();
+        for (int64_t p = 0; p < panels.count; p += kChunk) {
+            const Part part = {static_cast<const char*>(panels.words) + p * panel_bytes(D), panels.start + p * kPair,
+                               panels.slack + p * kPair, p, panels.count - p < kChunk ? panels.count - p : kChunk, D};
+            if (folds(D)) screen_part<kFolded>(work, block, part, open);
+            else screen_part<kOne>(work, block, part, open);
+        }
+        Set::release();
+    }
+
+    // The pass without its loads and what follows the products.
+    static float spin(int64_t steps, float value) {
+        alignas(64) float memory[kSums] = {value};
+        Set::configure();
+        Set::template zero<0>(), Set::template zero<1>(), Set::template zero<2>(), Set::template zero<3>();
+        Set::template load<4>(memory), Set::template load<5>(memory);
+        Set::template load<6>(memory), Set::template load<7>(memory);
+        for (int64_t i = 0; i < steps; i++) {
+            Set::template multiply<0, 4, 6>();
+            Set::template multiply<1, 4, 7>();
+            Set::template multiply<2, 5, 6>();
+            Set::template multiply<3, 5, 7>();
+        }
+        Set::template store<0>(memory);
+        Set::release();
+        return memory[0];
+    }
+
+    // The rest of the set is `others`, of the same processor.
+    static constexpr Instructions table(Instructions others, const Instructions* drawing) {
+        Instructions set = others;
+        set.name = Set::kName;
+        set.tile = set.codes = kPair;
+        set.most_rows = 384, set.block_bytes = 512 * 1024;
+        set.worth = Set::kWorth;
+        set.direct = 0;
+        set.by_radius = true;
+        set.layout = Set::kLayout;
+        set.row_bytes = row_bytes, set.code_bytes = code_bytes;
+        set.start_roundings = start_roundings;
+        set.place_rows = place_rows, set.place_codes = place_codes;
+        set.screen_bytes = screen_bytes, set.screen = screen;
+        set.drawing = drawing;
+        set.spin = spin;
+        set.spin_products = int(4 * kSums * kStep);
+        return set;
+    }
+};

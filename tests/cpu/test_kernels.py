@@ -182,7 +182,8 @@ def test_threads_do_not_matter(N, K, metric):
 
 
 # Rows that are compared directly with a prepared codebook (csrc/cpu/unprepared.h).
-DIRECT = {"avx512_bf16": 2, "avx512": 5, "avx2": 2, "portable": 1}[_C.instruction_set()]
+DIRECT = {"amx_bf16": 0, "avx512_bf16": 2, "avx512": 5, "avx2": 2, "portable": 1, "bf16_model": 1, "amx_model": 0}
+DIRECT = DIRECT[_C.instruction_set()]
 
 
 @pytest.mark.parametrize(
@@ -237,12 +238,12 @@ print(1024 * (peak()[0] - before), vqops.prepare(codes).packed.numel())
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc to read the peak from")
 @pytest.mark.parametrize(("N", "D", "K"), [(65536, 16, 1024), (20000, 128, 4096), (2000, 8, 32768)])
 def test_extra_memory_of_a_search(N, D, K):
-    """The packed codebook, 64 bytes a row and 256 KB a thread; as much again for what the allocator rounds up."""
+    """The packed codebook, 64 bytes a row and 256 KB (AMX: 2 MB) a thread; again for what the allocator rounds up."""
     command = [sys.executable, "-c", MEMORY, *map(str, (N, D, K))]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     extra, packed = map(int, result.stdout.split())
-    assert extra <= packed + 64 * N + 2 * 256 * 1024
+    assert extra <= packed + 64 * N + 2 * (2048 if _C.instruction_set() == "amx_bf16" else 256) * 1024
     assert packed <= 4 * (K + 32) * (D + 20)
 
 

@@ -1,6 +1,6 @@
 // AMX: eight tiles of 16 lines of 64 bytes, and tdpbf16ps. What is not tiles is as in avx512.cpp.
 //
-// The tiles are written as assembly: of the compilers' own functions some don't say that they read and write memory.
+// The tiles are written in assembly: GCC's functions for loads and stores don't say that they touch memory.
 
 #include "target.h"
 
@@ -19,7 +19,11 @@ bool amx_is_permitted() {
 
 }  // namespace vqops
 
+#if defined(__clang__)  // whose assembler must be told
 VQOPS_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#else
+VQOPS_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
 
 namespace vqops {
 namespace {

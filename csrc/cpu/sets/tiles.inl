@@ -536,7 +536,8 @@ struct TileKernels : TileShape {
         }
         *reinterpret_cast<Whole*>(below) = found;
         Set::store(widths, width);
-        const int64_t real = open.codes - (part.first * kPair + first);  // codes beyond are padding
+        const int64_t real = open.codes - (part.first * kPair + first);  // the others are padding
+        if (real <= 0) return;
         for (unsigned mask = tile.mask; mask; mask &= mask - 1) {
             const int r = __builtin_ctz(mask);
             unsigned left = unsigned(below[r]);

@@ -11,6 +11,9 @@
 namespace vqops {
 
 #if defined(VQOPS_AMX)
+#if defined(__clang__)
+__attribute__((target("amx-tile,amx-bf16")))
+#endif
 static void multiply_in_hardware(ModelTile& to, const ModelTile& codes, const ModelTile& rows) {
     struct {
         uint8_t palette = 1, start_line = 0, reserved[14] = {};

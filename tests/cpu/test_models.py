@@ -1,0 +1,60 @@
+"""The ops on models of instructions that this processor may not have: bfloat16 products, AMX tiles.
+
+They are compiled into a package of their own; what users install has no models in it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processor import environment
+
+ROOT = Path(__file__).parents[2]
+MODELS = ["bf16_model", "amx_model"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a package that has the models."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, target = (tmp_path_factory.mktemp(name) for name in ("source", "target"))
+    shutil.copy(ROOT / "setup.py", source)
+    shutil.copytree(ROOT / "csrc", source / "csrc", ignore=shutil.ignore_patterns("cuda"))
+    shutil.copytree(ROOT / "vqops", target / "vqops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    with_models = source / "with_models"
+    with_models.write_text(f'#!/bin/sh\nexec {compiler} -DVQOPS_BF16_MODEL "$@"\n')
+    with_models.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
+    variables = {**os.environ, "CXX": str(with_models), "VQOPS_CUDA": "0"}
+    done = subprocess.run(command, cwd=source, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def run(built, model, *arguments):
+    variables = environment(VQOPS_CPU=model)
+    variables["PYTHONPATH"] = os.pathsep.join([str(built), variables["PYTHONPATH"]])
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_breaks_error_bounds(built, model):
+    result = run(built, model, Path(__file__).with_name("test_kernels.py"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"set: {model}"], result.stdout
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_ops(built, model):
+    """Dtypes, heads, masks, metrics, prepared codebooks, residual levels, threads."""
+    files = ["test_search.py", "test_quantize.py", "test_residual_quantize.py", "test_prepared.py"]
+    tests = [str(ROOT / "tests" / "ops" / name) for name in files]
+    result = run(built, model, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "compiled or cpu", *tests)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -149,6 +150,51 @@ def test_unknown_instruction_set():
     result = output_of("avx1024")
     assert result.returncode != 0
     assert f"VQOPS_CPU=avx1024, but it must be one of: {_C.instruction_sets}" in result.stderr
+
+
+FORK = """
+import os, torch, vqops
+torch.set_num_threads(2)
+x, codes = torch.randn(1000, 24), torch.randn(300, 24)
+before = vqops.nearest(x, codes)
+child = os.fork()
+torch.set_num_threads(1)  # as data loaders do: threads do not survive a fork
+right = (vqops.nearest(x, codes) == before).all()
+if child == 0:
+    os._exit(0 if right else 3)
+assert right and os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_searches_as_its_parent():
+    result = subprocess.run([sys.executable, "-c", FORK], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+REFUSES = """
+#include <errno.h>
+long syscall(long number, ...) { return errno = number == 158 ? ENOSPC : ENOSYS, -1; }
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and a C compiler")
+def test_a_system_that_does_not_permit_tiles(tmp_path):
+    """arch_prctl is refused, as it is by old kernels, by sandboxes and beside small signal stacks."""
+    (tmp_path / "refuses.c").write_text(REFUSES)
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", "refuses.c", "-o", "refuses.so"], cwd=tmp_path, check=True)
+    ask = "from vqops import _C; import vqops, torch; vqops.nearest(torch.ones(200, 4), torch.ones(9, 4)); "
+    refused = {"LD_PRELOAD": str(tmp_path / "refuses.so")}
+    for chosen in ("", "amx_bf16"):
+        command = [sys.executable, "-c", ask + "print(_C.instruction_set())"]
+        result = subprocess.run(
+            command, env=environment(VQOPS_CPU=chosen, **refused), capture_output=True, text=True
+        )
+        if chosen:
+            assert "VQOPS_CPU=amx_bf16, but this processor has no such instructions, or the system" in result.stderr
+        else:
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.split() in [[name] for name in SETS if name != "amx_bf16"]
 
 
 def test_clusters_go_to_the_more_precise_tier():

@@ -63,4 +63,7 @@ struct Case {
 void levels(const Case& test, const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
             const void* memory, const Parallel& parallel);
 
+// The float mode of the threads that call (modes.cpp).
+void modes();
+
 }  // namespace vqops

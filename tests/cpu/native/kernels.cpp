@@ -185,7 +185,13 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive) {
     }
 }
 
-// The vector forms of what decides are the scalar forms, bit for bit, at every length.
+// A product rounded by itself, which no compiler may fuse with what is added to it.
+double apart(double product) {
+    volatile double rounded = product;
+    return rounded;
+}
+
+// The vector forms of what decides are the scalar forms, bit for bit, at every length, and neither fuses anything.
 void exact() {
     std::mt19937 random(2);
     std::normal_distribution<float> normal;
@@ -196,6 +202,14 @@ void exact() {
             wide_x.data[i] = x[i] = normal(random) * std::exp(3 * normal(random));
             wide_c.data[i] = c[i] = normal(random);
         }
+        double distances[kLanes] = {}, products[kLanes] = {};
+        for (int64_t i = 0; i < D; i++) {
+            const double e = double(x[i]) - double(c[i]);
+            distances[i % kLanes] += apart(e * e);
+            products[i % kLanes] += apart(double(x[i]) * double(c[i]));
+        }
+        expect(exact_distance(x.data(), c.data(), D) == tree(distances), "fused squares", "exact", D);
+        expect(exact_product(x.data(), c.data(), D) == tree(products), "fused products", "exact", D);
         const Instructions& set = instructions();
         const float *a = x.data(), *b = c.data();
         expect(set.exact_distance(a, b, D) == exact_distance(a, b, D), "floats", "exact", D);
@@ -308,6 +322,7 @@ int main() {
     hashes();
     conversions();
     model();
+    modes();
     std::printf("%s: %d failures\n", instructions().name, failures);
     return failures != 0;
 }

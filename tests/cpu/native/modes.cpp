@@ -50,7 +50,8 @@ typedef std::tuple<std::vector<int64_t>, std::vector<float>> Results;
 Results found(const Inputs& in, unsigned given) {
     const SearchShape& shape = in.shape;
     const int64_t N = shape.N, K = shape.K, D = shape.D, Q = 2, most = 3;
-    const Rows x = {in.x.data(), DType::float32, N * D, D, 1}, codes = {in.codebook.data(), DType::float32, K * D, D, 1};
+    const Rows x = {in.x.data(), DType::float32, N * D, D, 1};
+    const Rows codes = {in.codebook.data(), DType::float32, K * D, D, 1};
     const RowMask all = {nullptr, 0, 0};
     const auto check = [&] { expect(mode() == given, "another mode afterwards", in.name, given); };
     const Parallel parallel = {2, [&](int64_t size, const std::function<void(int64_t, int64_t)>& body) {
@@ -104,10 +105,12 @@ Results found(const Inputs& in, unsigned given) {
 void modes() {
     std::mt19937 random(11);
     std::normal_distribution<float> normal;
+    const std::pair<int64_t, int64_t> sizes[] = {{40, 600}, {131, 70}};  // few rows, of two threads, and many
     for (const float scale : {1.0f, 1e-41f})  // which is denormal
-        for (const int64_t N : {40, 131})     // few rows and many
+        for (const auto& [N, K] : sizes)
             for (const bool cosine : {false, true}) {
-                Inputs in = {"float mode", {1, N, 70, 13, cosine}, std::vector<float>(N * 13), std::vector<float>(70 * 13)};
+                const SearchShape shape = {1, N, K, 13, cosine};
+                Inputs in = {"float mode", shape, std::vector<float>(N * 13), std::vector<float>(K * 13)};
                 for (float& each : in.x) each = normal(random) * scale;
                 for (float& each : in.codebook) each = normal(random) * scale;
                 const Results expected = found(in, kDefault);

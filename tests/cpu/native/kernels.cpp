@@ -1,5 +1,5 @@
-// The CPU kernels without torch, for address and undefined-behaviour sanitizers: degenerate and adversarial shapes, each
-// index checked against a plain double loop. Built and run by test_sanitizers.py.
+// The CPU kernels without torch, for sanitizers and other processors: degenerate and adversarial shapes, each index
+// checked against a plain double loop. Built and run by test_sanitizers.py and test_aarch64.py.
 
 #include <cmath>
 #include <cstdlib>

@@ -41,6 +41,7 @@ constexpr unsigned kDefault = 0, kFlush = 1 << 24, kUp = 1 << 22, kDown = 2 << 2
 struct Inputs {
     const char* name;
     SearchShape shape;
+    double temperature;
     std::vector<float> x, codebook;
 };
 
@@ -73,7 +74,6 @@ Results found(const Inputs& in, unsigned given) {
     const auto next = [](auto*& from, int64_t count) { return std::exchange(from, from + count); };
     std::vector<char> packed(Packed::bytes(K, D) + 64);
     void* memory = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(packed.data()) + 63) / 64 * 64);
-    const double temperature = std::abs(in.x[0]);
 
     set_mode(given);
     pack_codebook(codes, 0, K, D, shape.cosine, memory, parallel);
@@ -94,7 +94,7 @@ Results found(const Inputs& in, unsigned given) {
                      shape.cosine}, next(value, N * D), nullptr, parallel);
     check();
     const int64_t seed[] = {3, 4};
-    draw_codes(shape, x, codes, all, temperature, seed, index, parallel);
+    draw_codes(shape, x, codes, all, in.temperature, seed, index, parallel);
     check();
     set_mode(kDefault);
     return {indices, values};
@@ -110,7 +110,7 @@ void modes() {
         for (const auto& [N, K] : sizes)
             for (const bool cosine : {false, true}) {
                 const SearchShape shape = {1, N, K, 13, cosine};
-                Inputs in = {"float mode", shape, std::vector<float>(N * 13), std::vector<float>(K * 13)};
+                Inputs in = {"float mode", shape, scale, std::vector<float>(N * 13), std::vector<float>(K * 13)};
                 for (float& each : in.x) each = normal(random) * scale;
                 for (float& each : in.codebook) each = normal(random) * scale;
                 const Results expected = found(in, kDefault);

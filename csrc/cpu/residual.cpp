@@ -142,7 +142,6 @@ void many(const ResidualInputs& in, const ResidualResult& result, const Parallel
 template <class T>
 void few(const ResidualInputs& in, const ResidualResult& result, const Parallel& parallel) {
     static_assert(kUnpreparedRows <= kRun);
-    const DefaultFloatMode mode;
     LevelRows<T> left(in, result, in.N);
     Errors sums(in, kRun);
     std::vector<double> errors(sums.size());
@@ -173,6 +172,7 @@ void run(const ResidualInputs& in, const ResidualResult& result, const Parallel&
 }  // namespace
 
 void quantize_levels(const ResidualInputs& in, const ResidualResult& result, const Parallel& parallel) {
+    const DefaultFloatMode mode;
     if (in.real() == DType::float64) run<double>(in, result, parallel);
     else run<float>(in, result, parallel);
 }

@@ -130,7 +130,6 @@ void scan_queue(const SearchShape& shape, const Rows& x, const Rows& codebook, i
 
 void search_unprepared(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
                        const SearchResult& result, const Parallel& parallel) {
-    const DefaultFloatMode mode;
     Decision decision(shape, x, codebook, result);
     for (int64_t h = 0; h < shape.H; h++) {
         UnpreparedRows rows(shape, shape.N);

@@ -7,7 +7,7 @@ import torch
 
 import vqops
 
-REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "cuda,triton": never skip these
+REQUIRED = {name for name in os.environ.get("VQOPS_REQUIRE", "").split(",") if name}  # "triton,aarch64": do not skip
 INTERPRETED = ("triton", "cpu")
 NAMES = {
     "cpu": ("reference", "pytorch", "compiled", "triton"),

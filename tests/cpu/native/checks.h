@@ -66,4 +66,7 @@ void levels(const Case& test, const SearchShape& shape, const Rows& x, const Row
 // The model of AMX tiles is the instruction (tiles.cpp).
 void tiles();
 
+// The float mode of the threads that call (modes.cpp).
+void modes();
+
 }  // namespace vqops

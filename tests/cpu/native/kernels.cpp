@@ -1,5 +1,5 @@
-// The CPU kernels without torch, for address and undefined-behaviour sanitizers: degenerate and adversarial shapes, each
-// index checked against a plain double loop. Built and run by test_sanitizers.py.
+// The CPU kernels without torch, for sanitizers and other processors: degenerate and adversarial shapes, each index
+// checked against a plain double loop. Built and run by test_sanitizers.py and test_aarch64.py.
 
 #include <algorithm>
 #include <cmath>
@@ -192,7 +192,13 @@ void bounds(float x_scale, float c_scale, bool halfway, bool positive, bool crow
     }
 }
 
-// The vector forms of what decides are the scalar forms, bit for bit, at every length.
+// A square rounded by itself, which no compiler may fuse with what it is added to. (Products of two floats are exact.)
+double apart(double square) {
+    volatile double rounded = square;
+    return rounded;
+}
+
+// The vector forms of what decides are the scalar forms, bit for bit, at every length, and neither fuses anything.
 void exact() {
     std::mt19937 random(2);
     std::normal_distribution<float> normal;
@@ -203,6 +209,12 @@ void exact() {
             wide_x.data[i] = x[i] = normal(random) * std::exp(3 * normal(random));
             wide_c.data[i] = c[i] = normal(random);
         }
+        double partial[kLanes] = {};
+        for (int64_t i = 0; i < D; i++) {
+            const double e = double(x[i]) - double(c[i]);
+            partial[i % kLanes] += apart(e * e);
+        }
+        expect(exact_distance(x.data(), c.data(), D) == tree(partial), "fused squares", "exact", D);
         const Instructions& set = instructions();
         const float *a = x.data(), *b = c.data();
         expect(set.exact_distance(a, b, D) == exact_distance(a, b, D), "floats", "exact", D);
@@ -321,6 +333,7 @@ int main() {
     conversions();
     model();
     tiles();
+    modes();
     std::printf("%s: %d failures\n", instructions().name, failures);
     return failures != 0;
 }

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 
 from benchmarks import cases, codecs, growth, levels, modules, soft
+from benchmarks import sets as instruction_sets
 from benchmarks.baselines import Unavailable
 from benchmarks.measure import measure
 from benchmarks.rows import label
-from benchmarks.shapes import CALLS, LEVEL_CALLS, LEVEL_STEPS, PLAIN, RESIDUALS, SEARCHES, SHAPES, STEPS, Shape
+from benchmarks.shapes import CALLS, LEVEL_CALLS, LEVEL_STEPS, PLAIN, RESIDUALS, SEARCHES, SETS, SHAPES, STEPS, Shape
 
 OFFSETS = (0.0, 10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
@@ -155,6 +156,13 @@ def by_implementation(run: Run, searches: list[Shape], steps: list[Shape]) -> It
         yield timed(modules.training_step(shape, run.device, every=True), shape == steps[0])
 
 
+def sets(run: Run) -> Iterator[Task]:
+    """Whatever set this process has."""
+    if run.device == "cpu":
+        given = run.sized({"cpu": SETS}), run.seconds, run.gemm_size, lambda method: bool(run.methods.search(method))
+        yield Task("sets of kernels", partial(instruction_sets.rows, *given))
+
+
 def plain(run: Run) -> Iterator[Task]:
     """Without a kernel: "pytorch" beside what is written by hand."""
     for shape in run.sized({run.device: PLAIN}):
@@ -196,5 +204,5 @@ def memory(run: Run) -> Iterator[Task]:
         yield Task(f"memory of {op}", partial(growth.memory, op, run.device, run.quick))
 
 
-PARTS = search, statistics, quantize, residual, assignments, steps, kernels, plain, exactness, growing, memory
+PARTS = search, statistics, quantize, residual, assignments, steps, kernels, sets, plain, exactness, growing, memory
 STAGES = {stage.__name__: stage for stage in PARTS}

@@ -77,11 +77,13 @@ def clock_of(device: str) -> Cpu | Cuda:
     return Cpu() if device == "cpu" else Cuda()
 
 
-def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call in each round for each method."""
-    seconds, order, shuffle = {name: [] for name in timed}, list(timed), random.Random(0).shuffle
+def interleaved(
+    timed: dict[str, Timed], rounds: int, draw: random.Random | None = None
+) -> dict[str, list[float]]:
+    """Seconds per call in each round for each method. `draw` gives the orders; by default the same in each run."""
+    seconds, order, draw = {name: [] for name in timed}, list(timed), draw or random.Random(0)
     for _ in range(rounds):
-        shuffle(order)
+        draw.shuffle(order)
         for name in order:
             seconds[name].append(timed[name].seconds())
     return seconds

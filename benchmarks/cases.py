@@ -123,6 +123,7 @@ def nearest(
 ) -> Case:
     """`every`, here and below: also each implementation by name."""
     work = search_work(shape, device, dtype, 8)
+    facts = {"offset": offset} if offset else {"spread": spread} if spread != 1 else {}
 
     def build():
         x, codebook = shape.data(device, dtype, offset, spread)
@@ -141,7 +142,7 @@ def nearest(
         right = partial(exact_indices, shape, device, dtype, offset, spread)
         return methods, check_of_indices(x, codebook, right, rounding_only)
 
-    return Case("nearest", shape, device, build, work, dtype)
+    return Case("nearest", shape, device, build, work, dtype, facts=facts)
 
 
 def nearest_topk(shape: Shape, device: str, every: bool = False) -> Case:

@@ -1,6 +1,6 @@
 """The sets of CPU kernels that this processor has, on several kinds of data: each set in a process of its own, since a
-process has one, a round in turn with the others. A round of a process has its own GEMM beside the search, so that shares
-of it compare across processes; the peers have a process, too.
+process has one, a round in turn with the others. A round of a process has its own GEMM beside the search, so that
+shares of it compare across processes; the peers have a process, too.
 """
 
 import os
@@ -27,6 +27,7 @@ from benchmarks.timing import ratio
 from vqops import _C
 
 PEERS = ("faiss IndexFlatL2", "addmm + argmin")
+PEER = ""  # the name of their process, in the place of a set
 
 Ask = Callable[..., Any]  # calls a function in another process
 Wanted = Callable[[str], bool]  # by the name of a method
@@ -36,12 +37,9 @@ def rows(shapes: list[Shape], seconds: float, gemm_size: int, wanted: Wanted) ->
     """Of `vqops SET` for each set, and of the peers. times_vqops is over the set that vqops chooses here."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        asks = {"": stack.enter_context(process())}  # of the peers
-        for name in _C.instruction_sets.split():
-            if wanted(f"vqops {name}"):
-                ask = stack.enter_context(process())
-                if ask(choose, name):
-                    asks[name] = ask
+        names = [name for name in _C.instruction_sets.split() if wanted(f"vqops {name}")]
+        asks = {name: stack.enter_context(process()) for name in (PEER, *names)}
+        asks = {name: ask for name, ask in asks.items() if name == PEER or ask(choose, name)}
         for shape in shapes:
             for kind in KINDS:
                 yield from side_by_side(asks, shape, kind, folder / "data.pt", seconds, gemm_size, wanted)
@@ -50,6 +48,7 @@ def rows(shapes: list[Shape], seconds: float, gemm_size: int, wanted: Wanted) ->
 @contextmanager
 def process() -> Iterator[Ask]:
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        pool.submit(int)  # begins it now, beside the next one
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
@@ -62,7 +61,7 @@ def side_by_side(
     torch.save((x, codebook, exact), file)
     took, times, draw, order = 0.0, {}, random.Random(0), list(asks)
     for name, ask in asks.items():
-        methods = ("vqops",) if name else tuple(filter(wanted, PEERS))
+        methods = tuple(filter(wanted, PEERS)) if name == PEER else ("vqops",)
         took += ask(begin, shape, kind, file, gemm_size, methods)
     for _ in range(rounds_in(seconds, took)):
         draw.shuffle(order)

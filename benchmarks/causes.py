@@ -13,11 +13,11 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "Values far apart in scale: the error bound of a fast pass grows with the length of a vector and of the codes, and "
     "nearly flat patches lie among codes that it can't tell apart. Many of the rows are compared with every code once "
     "more (`vqops.search_statistics`). The peer does not look, and takes a wrong code for some.": (
-        "nearest, 32768 x 64 x 512, k-means, image patches",
-        "nearest, 65536 x 64 x 1024, k-means, image patches",
-        "nearest, 32768 x 128 x 1024, k-means, image patches",
-        "nearest, 4096 x 256 x 8192, k-means, image patches",
-        "nearest, 8192 x 8 x 16384, k-means, image patches",
+        "nearest, 32768 x 64 x 512, patches",
+        "nearest, 65536 x 64 x 1024, patches",
+        "nearest, 32768 x 128 x 1024, patches",
+        "nearest, 4096 x 256 x 8192, patches",
+        "nearest, 8192 x 8 x 16384, patches",
     ),
     "The order of addition is fixed: rows are sorted by code, and those of a code gathered and added in runs. That, a "
     "pass over the indices that looks for one out of range, and arrays of K counts outweigh the additions where a code "

@@ -127,7 +127,7 @@ def draw_sets(machine, path: Path) -> None:
             panel.bar(at, [row["share_of_ceiling"] for row in chosen], width, color=colour, label=name)
         panel.axhline(1, color="black", linewidth=1)
         panel.set_title(shape, fontsize=8)
-        panel.set_xticks(range(len(kinds)), [kind.replace(", ", ",\n") for kind in kinds], fontsize=6)
+        panel.set_xticks(range(len(kinds)), kinds, fontsize=7, rotation=30)
         panel.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("rate / that of sgemm")
     add_legend(figure)

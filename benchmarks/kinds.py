@@ -12,7 +12,7 @@ from vqops.vqvae2.data.photographs import training_photographs
 
 SPREAD = 0.1  # of the vectors about their codes, whose values have standard deviation 1
 CORRELATION = 0.9  # of a value with the one before it
-ROWS_A_CODE, ITERATIONS = 4, 10  # of k-means
+ROWS_A_CODE, ITERATIONS = 4, 6  # of k-means
 
 
 def normal(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,6 @@ def trained(draw: Callable[[int, int, torch.Generator], Tensor]) -> Callable[[Sh
 KINDS = {
     "normal": normal,
     "clustered": clustered,
-    "k-means, AR(0.9)": trained(correlated),
-    "k-means, image patches": trained(patches),
+    "correlated": trained(correlated),
+    "patches": trained(patches),
 }

@@ -158,7 +158,7 @@ def by_implementation(run: Run, searches: list[Shape], steps: list[Shape]) -> It
 def sets(run: Run) -> Iterator[Task]:
     """Whatever set this process has."""
     if run.device == "cpu":
-        given = run.sized({"cpu": SETS}), run.seconds, run.gemm_size, lambda method: bool(run.methods.search(method))
+        given = run.sized({"cpu": SETS}), run.seconds, lambda method: bool(run.methods.search(method))
         yield Task("sets of kernels", partial(instruction_sets.rows, *given))
 
 

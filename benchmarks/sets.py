@@ -28,12 +28,13 @@ from vqops import _C
 
 PEERS = ("faiss IndexFlatL2", "addmm + argmin")
 PEER = ""  # the name of their process, in the place of a set
+GEMM_SIZE = 1024  # enough for its full rate, since each process has one in each round
 
 Ask = Callable[..., Any]  # calls a function in another process
 Wanted = Callable[[str], bool]  # by the name of a method
 
 
-def rows(shapes: list[Shape], seconds: float, gemm_size: int, wanted: Wanted) -> Iterator[dict]:
+def rows(shapes: list[Shape], seconds: float, wanted: Wanted) -> Iterator[dict]:
     """Of `vqops SET` for each set, and of the peers. times_vqops is over the set that vqops chooses here."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
@@ -42,7 +43,7 @@ def rows(shapes: list[Shape], seconds: float, gemm_size: int, wanted: Wanted) ->
         asks = {name: ask for name, ask in asks.items() if name == PEER or ask(choose, name)}
         for shape in shapes:
             for kind in KINDS:
-                yield from side_by_side(asks, shape, kind, folder / "data.pt", seconds, gemm_size, wanted)
+                yield from side_by_side(asks, shape, kind, folder / "data.pt", seconds, wanted)
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def process() -> Iterator[Ask]:
 
 
 def side_by_side(
-    asks: dict[str, Ask], shape: Shape, kind: str, file: Path, seconds: float, gemm_size: int, wanted: Wanted
+    asks: dict[str, Ask], shape: Shape, kind: str, file: Path, seconds: float, wanted: Wanted
 ) -> Iterator[dict]:
     """A case: rounds of all processes in turn, in an order drawn anew."""
     x, codebook = KINDS[kind](shape)
@@ -62,7 +63,7 @@ def side_by_side(
     took, times, draw, order = 0.0, {}, random.Random(0), list(asks)
     for name, ask in asks.items():
         methods = tuple(filter(wanted, PEERS)) if name == PEER else ("vqops",)
-        took += ask(begin, shape, kind, file, gemm_size, methods)
+        took += ask(begin, shape, kind, file, methods)
     for _ in range(rounds_in(seconds, took)):
         draw.shuffle(order)
         for name in order:
@@ -92,7 +93,7 @@ def choose(name: str) -> bool:
         return False
 
 
-def begin(shape: Shape, kind: str, file: Path, gemm_size: int, methods: tuple[str, ...]) -> float:
+def begin(shape: Shape, kind: str, file: Path, methods: tuple[str, ...]) -> float:
     """Seconds of a round."""
     global bench
 
@@ -103,7 +104,7 @@ def begin(shape: Shape, kind: str, file: Path, gemm_size: int, methods: tuple[st
         return calls, check_of_indices(x, codebook, lambda: exact, rounding_only=False)
 
     work = search_work(shape, "cpu", torch.float32, 8)
-    bench = Bench(Case("nearest", shape, "cpu", build, work, facts={"data": kind}), gemm_size, methods.__contains__)
+    bench = Bench(Case("nearest", shape, "cpu", build, work, facts={"data": kind}), GEMM_SIZE, methods.__contains__)
     return bench.took()
 
 

@@ -1,6 +1,7 @@
 """The block of docs/cpu.md that says what each set of kernels is worth on which processor, from the rows of stage
 `sets`."""
 
+from collections.abc import Iterator
 from statistics import median
 
 from benchmarks.sets import PEERS
@@ -64,14 +65,18 @@ def in_words(machine: Machine, methods: Rows) -> str:
         return f"{title} {named(chosen)}, which vqops chooses, was not measured."
     ours = f"vqops chooses {named(chosen)}, which searches at {span(methods[chosen], 'share_of_ceiling')} times the"
     others = [f"{named(method)} {span(rows, 'times_vqops')}" for method, rows in methods.items() if method != chosen]
-    faster = [
-        f"{named(method)} on {row['shape'].replace(' x ', ', ')}, {row['data']} ({number(row['times_vqops'])})"
-        for method, rows in methods.items()
-        for row in rows
-        if row["times_vqops"] < 1
-    ]
+    faster = [each for method, rows in methods.items() for each in faster_on(method, rows)]
     slower = f" Faster than it: {'; '.join(faster)}." if faster else " Nothing was faster."
     return f"{title} {ours} rate of sgemm. Of its time take {', '.join(others)}.{slower}"
+
+
+def faster_on(method: str, rows: list[dict]) -> Iterator[str]:
+    """The kinds of data on which a method is faster than the set that vqops chooses."""
+    for kind in dict.fromkeys(row["data"] for row in rows):
+        times = [row["times_vqops"] for row in rows if row["data"] == kind]
+        less = [time for time in times if time < 1]
+        if less:
+            yield f"{named(method)} on {kind} ({len(less)} of {len(times)} sizes, down to {number(min(less))})"
 
 
 def span(rows: list[dict], key: str) -> str:

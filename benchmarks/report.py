@@ -310,7 +310,7 @@ def losses(found: list[Machine], figures: str) -> str:
 
 
 def lost_cases(machine: Machine) -> Iterator[Line]:
-    for stage in (*STAGES, "sets"):
+    for stage in (*STAGES, "kernels", "sets"):
         for methods in by_case(machine.rows(stage)).values():
             ours = next((row for row in methods.values() if is_ours(row) and row.get("times_vqops") == 1), None)
             for name, row in methods.items():

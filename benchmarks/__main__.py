@@ -1,6 +1,6 @@
 """`python -m benchmarks --quick | --full`: every case of this suite, a file of rows per stage.
 
-    --quick    few shapes and rounds, two minutes on two cores; rows go to a temporary folder unless --out names one
+    --quick    few shapes and rounds, three minutes on two cores; rows go to a temporary folder unless --out names one
     --full     the rows that the documentation is made from, in benchmarks/results/<device>/; twenty-five minutes there
 
 `python -m benchmarks.report` then draws the pages of docs/ from them. One thread and processor time unless --threads

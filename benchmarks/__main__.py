@@ -1,11 +1,12 @@
 """`python -m benchmarks --quick | --full`: every case of this suite, a file of rows per stage.
 
-    --quick    few shapes and rounds, two minutes on two cores; rows go to a temporary folder unless --out names one
-    --full     the rows that the documentation is made from, in benchmarks/results/<device>/; twenty minutes there
+    --quick    few shapes and rounds, three minutes on two cores; rows go to a temporary folder unless --out names one
+    --full     the rows that the documentation is made from, in benchmarks/results/<device>/; twenty-five minutes there
 
 `python -m benchmarks.report` then draws the pages of docs/ from them. One thread and processor time unless --threads
-says otherwise; `VQOPS_CPU=avx512 python -m benchmarks --full --stage kernels` measures a set of CPU kernels that would
-not be chosen. On a GPU, smallest cases first, each in a process of its own.
+says otherwise. Stage `sets` measures all sets of CPU kernels that the processor has;
+`VQOPS_CPU=avx512 python -m benchmarks --full --stage kernels` has all sizes of one that would not be chosen. On a GPU,
+smallest cases first, each in a process of its own.
 """
 
 import argparse

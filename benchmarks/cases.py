@@ -104,12 +104,12 @@ def exact_indices(
     return correctness.exact_indices(x[correctness.checked_rows(x, codebook)], codebook)
 
 
-def check_of_indices(x: Tensor, codebook: Tensor, of: tuple, rounding_only: bool = True) -> Check:
-    """`of`: the arguments of exact_indices, which is asked once the first result is there."""
+def check_of_indices(x: Tensor, codebook: Tensor, right: Callable[[], Tensor], rounding_only: bool = True) -> Check:
+    """`right`: the indices of checked_rows, asked for once the first result is there."""
     rows = correctness.checked_rows(x, codebook)
 
     def check(found: Tensor) -> dict:
-        exact = exact_indices(*of)
+        exact = right()
         wrong, excess = correctness.wrong_indices(found[rows].to(x.device), exact, x[rows], codebook)
         if excess > correctness.GROSS and rounding_only:
             raise correctness.WrongResult(f"{wrong} of {len(exact)} codes are not near the nearest")
@@ -123,6 +123,7 @@ def nearest(
 ) -> Case:
     """`every`, here and below: also each implementation by name."""
     work = search_work(shape, device, dtype, 8)
+    facts = {"offset": offset} if offset else {"spread": spread} if spread != 1 else {}
 
     def build():
         x, codebook = shape.data(device, dtype, offset, spread)
@@ -138,9 +139,10 @@ def nearest(
         methods |= {name: partial(prepare, x, codebook) for name, prepare in baselines.SEARCH.items()}
         # Half precision and moved data: plain PyTorch may be far off there, which is what is counted.
         rounding_only = offset == 0 and dtype not in HALVES
-        return methods, check_of_indices(x, codebook, (shape, device, dtype, offset, spread), rounding_only)
+        right = partial(exact_indices, shape, device, dtype, offset, spread)
+        return methods, check_of_indices(x, codebook, right, rounding_only)
 
-    return Case("nearest", shape, device, build, work, dtype)
+    return Case("nearest", shape, device, build, work, dtype, facts=facts)
 
 
 def nearest_topk(shape: Shape, device: str, every: bool = False) -> Case:
@@ -299,7 +301,9 @@ def quantize_forward(shape: Shape, device: str, dtype=torch.float32, every: bool
     def build():
         x, codebook = shape.data(device, dtype)
         half = baselines.half_squares(codebook)
-        check_indices = check_of_indices(x, codebook, (shape, device, dtype), dtype not in HALVES)
+        check_indices = check_of_indices(
+            x, codebook, partial(exact_indices, shape, device, dtype), dtype not in HALVES
+        )
 
         def check(found) -> dict:
             quantized, indices, error = found[:3]

@@ -25,7 +25,8 @@ def exact_indices(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def wrong_indices(found: Tensor, exact: Tensor, x: Tensor, codebook: Tensor) -> tuple[int, float]:
-    """How many of the indices are not the nearest code's, and how much longer their squared distances are on average.
+    """How many of the indices are not the nearest code's, and how much longer their squared distances are on average,
+    where the nearest is not at 0.
 
     A code as near as the nearest, to the last bit, is right. Raises WrongResult for an index that is no code.
     """
@@ -34,7 +35,8 @@ def wrong_indices(found: Tensor, exact: Tensor, x: Tensor, codebook: Tensor) -> 
     x, codebook = x.double(), codebook.double()
     distance, best = ((x - codebook[i]).square().sum(1) for i in (found, exact))
     wrong = (found != exact) & (distance > best)
-    excess = float((distance / best - 1)[wrong].mean()) if bool(wrong.any()) else 0.0
+    far = wrong & (best > 0)
+    excess = float((distance / best - 1)[far].mean()) if bool(far.any()) else 0.0
     return int(wrong.sum()), excess
 
 

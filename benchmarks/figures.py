@@ -18,6 +18,14 @@ COLOURS = {
     "PyTorch, one-hot": "#5fa8a0",
 }
 
+SETS = {
+    "amx_bf16": "#0b6e4f",
+    "avx512_bf16": "#4c9f7f",
+    "avx512": "#d98f2b",
+    "avx2": "#3b6fb6",
+    "portable": "#8e5ea2",
+}
+
 
 def add_legend(figure: Figure) -> None:
     """Above the panels, each method once."""
@@ -99,5 +107,28 @@ def draw_memory(machine, path: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("peak extra memory, MB")
+    add_legend(figure)
+    save(figure, path)
+
+
+def draw_sets(machine, path: Path) -> None:
+    """Rates of the sets of kernels and of the peers over that of sgemm, a panel a shape, a group of bars a kind."""
+    rows = [row for row in timed(machine.rows("sets")) if "share_of_ceiling" in row]
+    shapes, kinds, found = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "data", "method"))
+    methods = sorted(found, key=lambda method: not method.startswith("vqops"))
+    width = 0.8 / len(methods)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for panel, shape in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes, strict=True):
+        for number, method in enumerate(methods):
+            chosen = [row for row in rows if row["shape"] == shape and row["method"] == method]
+            at = [kinds.index(row["data"]) + (number - (len(methods) - 1) / 2) * width for row in chosen]
+            name = method.removeprefix("vqops ")
+            colour = COLOURS[method] if method in COLOURS else SETS[name]
+            panel.bar(at, [row["share_of_ceiling"] for row in chosen], width, color=colour, label=name)
+        panel.axhline(1, color="black", linewidth=1)
+        panel.set_title(shape, fontsize=8)
+        panel.set_xticks(range(len(kinds)), kinds, fontsize=7, rotation=30)
+        panel.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylabel("rate / that of sgemm")
     add_legend(figure)
     save(figure, path)

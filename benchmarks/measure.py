@@ -1,6 +1,7 @@
 """Cases to rows: check, then memory, then time, all methods of a case interleaved with the ceilings in one process."""
 
 import math
+import random
 from collections.abc import Callable
 from statistics import median
 
@@ -40,37 +41,65 @@ def ceilings(case: Case, gemm_size: int) -> dict[str, tuple[Call, float]]:
     return found
 
 
+class Bench:
+    """The wanted methods of a case and the ceilings, checked and ready for rounds, and the rows that come of them."""
+
+    def __init__(self, case: Case, gemm_size: int, wanted: Callable[[str], bool]):
+        self.case, self.rows, self.timed, self.draw = case, {}, {}, random.Random(0)
+        clock = clock_of(case.device)
+        for name in filter(wanted, case.methods):
+            try:
+                call = case.methods[name]()
+                row = case.check(call())
+                row["extra_mb"] = peak_extra_mb(call, case.device)
+                self.timed[name] = clock.prepare(call)
+            except Unavailable as reason:
+                row = {"left_out": str(reason)}
+            except Exception as error:  # a method that fails is a row, not the end of the run
+                row = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            self.rows[name] = row
+        try:
+            limits = ceilings(case, gemm_size)
+            for kind, (call, _) in limits.items():
+                self.rows[f"ceiling: {kind}"] = {}
+                self.timed[f"ceiling: {kind}"] = clock.prepare(call)
+            self.works = {kind: work for kind, (_, work) in limits.items()}
+        except Exception as error:  # a GPU that a method has left in error: that method's row says which
+            self.rows["ceilings"], self.timed = {"failed": f"{type(error).__name__}: {error}"[:300]}, {}
+        self.times = {name: [] for name in self.timed}
+
+    def took(self, longest: float = math.inf) -> float:
+        """Seconds of a round of the methods that take no longer."""
+        return sum(method.took for method in self.timed.values() if method.took <= longest)
+
+    def run(self, rounds: int, longest: float = math.inf) -> None:
+        quick = {name: method for name, method in self.timed.items() if method.took <= longest}
+        for name, seconds in interleaved(quick, rounds, self.draw).items():
+            self.times[name] += seconds
+
+    def results(self) -> list[dict]:
+        """A row a method, and one per ceiling. A method that was in no round has the time of its first call."""
+        rounds = max(map(len, self.times.values()), default=0)
+        times = {name: self.times[name] or [method.took] * rounds for name, method in self.timed.items()}
+        for name, method in self.timed.items():
+            ran = len(self.times[name]) or 1
+            self.rows[name] |= {"clock": method.clock, "rounds": ran, **summary(times[name])}
+        if times:
+            compared(self.case, self.rows, times, self.works)
+        return [{**self.case.describe(), "method": name, **row} for name, row in self.rows.items()]
+
+
 def measure(
     case: Case, seconds: float, gemm_size: int = 2048, wanted: Callable[[str], bool] = lambda name: True
 ) -> list[dict]:
-    """A row a method, and one per ceiling. `seconds` is how long the timing of the case should take."""
-    rows, timed, clock = {}, {}, clock_of(case.device)
-    for name in filter(wanted, case.methods):
-        try:
-            call = case.methods[name]()
-            row = case.check(call())
-            row["extra_mb"] = peak_extra_mb(call, case.device)
-            timed[name] = clock.prepare(call)
-        except Unavailable as reason:
-            row = {"left_out": str(reason)}
-        except Exception as error:  # a method that fails is a row, not the end of the run
-            row = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        rows[name] = row
-    try:
-        limits = ceilings(case, gemm_size)
-        for kind, (call, _) in limits.items():
-            rows[f"ceiling: {kind}"] = {}
-            timed[f"ceiling: {kind}"] = clock.prepare(call)
-    except Exception as error:  # a GPU that a method has left in error: that method's row says which
-        rows["ceilings"], timed = {"failed": f"{type(error).__name__}: {error}"[:300]}, {}
-    if timed:
-        quick = {name: method for name, method in timed.items() if method.took <= max(seconds, ONCE)}
-        rounds = max(FEWEST, min(MOST, math.floor(seconds / max(1e-9, sum(method.took for method in quick.values())))))
-        times = interleaved(quick, rounds) | {name: [timed[name].took] * rounds for name in timed.keys() - quick.keys()}
-        for name, method in timed.items():
-            rows[name] |= {"clock": method.clock, "rounds": rounds if name in quick else 1, **summary(times[name])}
-        compared(case, rows, times, {kind: work for kind, (_, work) in limits.items()})
-    return [{**case.describe(), "method": name, **row} for name, row in rows.items()]
+    """`seconds` is how long the timing of the case should take."""
+    bench, longest = Bench(case, gemm_size, wanted), max(seconds, ONCE)
+    bench.run(rounds_in(seconds, bench.took(longest)), longest)
+    return bench.results()
+
+
+def rounds_in(seconds: float, took: float) -> int:
+    return max(FEWEST, min(MOST, math.floor(seconds / max(1e-9, took))))
 
 
 def compared(case: Case, rows: dict[str, dict], times: dict[str, list[float]], works: dict[str, float]) -> None:

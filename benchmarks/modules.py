@@ -10,7 +10,17 @@ from torch import Tensor
 import vqops
 from benchmarks import baselines, correctness
 from benchmarks.baselines import Call, leaf
-from benchmarks.cases import DECAY, Case, by_name, check_of_indices, ema_state, gradient_in, in_both_orders, search_work
+from benchmarks.cases import (
+    DECAY,
+    Case,
+    by_name,
+    check_of_indices,
+    ema_state,
+    exact_indices,
+    gradient_in,
+    in_both_orders,
+    search_work,
+)
 from benchmarks.shapes import Shape
 from vqops.vqvae2 import VQVAE2, VQVAE2Config
 
@@ -24,7 +34,7 @@ def training_step(shape: Shape, device: str, every: bool = False) -> Case:
     def build():
         x, codebook = shape.data(device)
         grad = gradient_in(x)
-        check_indices = check_of_indices(x, codebook, (shape, device))
+        check_indices = check_of_indices(x, codebook, partial(exact_indices, shape, device))
 
         def check(found) -> dict:  # of the first step: the codebook has moved by the later ones
             quantized, indices, loss = found
@@ -95,7 +105,7 @@ def evaluation(shape: Shape, device: str) -> Case:
             "addmm + argmin + lookup": by_hand,
             "vector-quantize-pytorch": partial(module, partial(baselines.incumbent, codebook)),
         }
-        return methods, check_of_indices(x, codebook, (shape, device))
+        return methods, check_of_indices(x, codebook, partial(exact_indices, shape, device))
 
     return Case("evaluation", shape, device, build, search_work(shape, device, torch.float32, 8))
 

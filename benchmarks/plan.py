@@ -10,12 +10,12 @@ from functools import partial
 import torch
 
 from benchmarks import cases, codecs, growth, levels, modules, soft
-from benchmarks.baselines import Unavailable
+from benchmarks import sets as instruction_sets
 from benchmarks.measure import measure
 from benchmarks.rows import label
-from benchmarks.shapes import CALLS, LEVEL_CALLS, LEVEL_STEPS, PLAIN, RESIDUALS, SEARCHES, SHAPES, STEPS, Shape
+from benchmarks.shapes import CALLS, LEVEL_CALLS, LEVEL_STEPS, PLAIN, RESIDUALS, SEARCHES, SETS, SHAPES, STEPS, Shape
 
-OFFSETS = (0.0, 10.0, 100.0, 1000.0)
+OFFSETS = (10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
 SLOW_TO_START = "torch.compile"  # tens of seconds of compiler for each shape: not in --quick, and in --full for one
 ANY = re.compile("")
@@ -155,6 +155,13 @@ def by_implementation(run: Run, searches: list[Shape], steps: list[Shape]) -> It
         yield timed(modules.training_step(shape, run.device, every=True), shape == steps[0])
 
 
+def sets(run: Run) -> Iterator[Task]:
+    """Whatever set this process has."""
+    if run.device == "cpu":
+        given = run.sized({"cpu": SETS}), run.seconds, lambda method: bool(run.methods.search(method))
+        yield Task("sets of kernels", partial(instruction_sets.rows, *given))
+
+
 def plain(run: Run) -> Iterator[Task]:
     """Without a kernel: "pytorch" beside what is written by hand."""
     for shape in run.sized({run.device: PLAIN}):
@@ -164,23 +171,10 @@ def plain(run: Run) -> Iterator[Task]:
 
 
 def exactness(run: Run) -> Iterator[Task]:
-    """Wrong indices where data is not centred, and with the codes of an untrained model; nothing is timed."""
-    data = [{"offset": offset} for offset in OFFSETS] + [{"spread": 1e-3}]
+    """Searches of data that is not centred, and with the codes of an untrained model: peers find wrong indices."""
     for shape in run.named(("VQ-VAE-2 top",) if run.quick else ("VQ-VAE-2 top", "VQGAN f16")):
-        for given in data:
-            case = cases.nearest(shape, run.device, **given)
-            facts = {**case.describe(), "op": "exactness", **given}
-            yield Task(label(facts), partial(wrong_indices, run, case, facts), facts)
-
-
-def wrong_indices(run: Run, case: cases.Case, facts: dict) -> Iterator[dict]:
-    for name, make in case.methods.items():
-        if name.startswith((SLOW_TO_START, "vqops, prepared")) or not run.methods.search(name):
-            continue
-        try:
-            yield {**facts, "method": name, **case.check(make()())}
-        except Unavailable:
-            continue
+        for given in [{"offset": offset} for offset in OFFSETS] + [{"spread": 1e-3}]:
+            yield run.timed(cases.nearest(shape, run.device, **given))
 
 
 def growing(run: Run) -> Iterator[Task]:
@@ -196,5 +190,5 @@ def memory(run: Run) -> Iterator[Task]:
         yield Task(f"memory of {op}", partial(growth.memory, op, run.device, run.quick))
 
 
-PARTS = search, statistics, quantize, residual, assignments, steps, kernels, plain, exactness, growing, memory
+PARTS = search, statistics, quantize, residual, assignments, steps, kernels, sets, plain, exactness, growing, memory
 STAGES = {stage.__name__: stage for stage in PARTS}

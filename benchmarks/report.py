@@ -1,7 +1,7 @@
 """`python -m benchmarks.report`: the tables and figures of the documentation, from the committed rows and nothing else.
 
 In README.md and the PAGES of docs/, what stands between `<!-- benchmarks:NAME -->` and `<!-- /benchmarks -->` is
-replaced by the block of that name (BLOCKS), one part per machine that has rows of it; `NAME of FOLDER` has only
+replaced by the block of that name (BLOCKS), of all machines that have rows of it; `NAME of FOLDER` has only those of
 that one. Figures go to docs/figures/.
 """
 
@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.figures import draw_growth, draw_memory, draw_search
+from benchmarks.causes import CAUSES, cause_of
+from benchmarks.figures import draw_growth, draw_memory, draw_search, draw_sets
 from benchmarks.gpu.page import first_run
 from benchmarks.rows import label
 from benchmarks.shapes import SHAPES
 from benchmarks.tables import (
-    OURS,
     SHORT,
     SIZE,
+    Line,
     Machine,
     by_case,
+    grouped,
     machines,
     number,
+    of_machines,
     peer_columns,
     ratio_cell,
     size,
@@ -29,16 +32,28 @@ from benchmarks.tables import (
     times,
     wrong,
 )
+from benchmarks.worth import sets
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("benchmarks.md", "cpu.md", "gpu.md")
 # Of docs/benchmarks.md.
 STAGES = ("search", "statistics", "quantize", "residual", "assignments", "steps", "exactness", "growing", "memory")
 MARKED = re.compile(r"(<!-- benchmarks:([\w-]+)(?: of ([\w-]+))? -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
-NAMED = ("machine", "cpu-kernels", "gpu-kernels", "gpu-run")  # blocks whose text names the machine
-PARTS_OF_OURS = ("no quantizer", "searches alone", "vqops.quantize a level")
+PARTS_OF_OURS = ("no quantizer", "searches alone")  # nothing that a user can take instead
 FIXED_COST_MS = 1.0  # a search below this is mostly the call itself
-FIGURES = {"search": ("search", draw_search), "growth": ("growing", draw_growth), "memory": ("memory", draw_memory)}
+FIGURES = {
+    "search": ("search", draw_search, "search time of the peers over that of vqops"),
+    "growth": ("growing", draw_growth, "time over N, K and D"),
+    "memory": ("memory", draw_memory, "extra memory over K"),
+    "sets": ("sets", draw_sets, "rates of the sets of kernels over that of sgemm"),
+}
+
+Block = Callable[[list[Machine], str], str]  # of machines, with the folder of the figures
+
+
+def each(part: Callable[[Machine, str], str]) -> Block:
+    """A part a machine, one after the other."""
+    return lambda found, figures: "\n\n".join(filter(None, (part(machine, figures) for machine in found)))
 
 
 def measured(machine: Machine, figures: str) -> str:
@@ -48,7 +63,7 @@ def measured(machine: Machine, figures: str) -> str:
     every = [row for found in rows.values() for row in found]
     if not rows["search"]:
         return ""
-    lines.append(f"**{machine.name}**, {conditions(rows['search'])}.")
+    lines.append(f"**{machine.name}**{identity(machine)}, {conditions(rows['search'])}.")
     commits = dict.fromkeys(row["commit"] for row in every)
     lines.append(f"Sources measured: commit {', '.join(f'`{commit}`' for commit in commits)}.")
     loads = [found[0]["load"] for found in rows.values() if found and found[0].get("load") is not None]
@@ -64,216 +79,262 @@ def measured(machine: Machine, figures: str) -> str:
     return "\n".join(lines)
 
 
+def identity(machine: Machine) -> str:
+    """What the processor calls itself, where the name of the machine is not that."""
+    said = machine.first.get("processor")
+    if not said:
+        return ""
+    known = [machine.first["device"]] if "microarchitecture" in said else []
+    return ", ".join(["", *known, f"{said['vendor']} family {said['family']} model {said['model']}"])
+
+
 def conditions(rows: list[dict]) -> str:
     threads = f"{rows[0]['threads']} thread" + "s" * (rows[0]["threads"] != 1)
     clock = next((f"{row['clock']} time" for row in rows if "clock" in row), "nothing timed")
     return ", ".join([threads, clock, *(f"{name} {version}" for name, version in rows[0]["versions"].items())])
 
 
-def bounds(machine: Machine, figures: str) -> str:
-    """The bound of the search at each shape, and what a user can do."""
-    lines = []
-    for found in by_case(searches(machine)).values():
-        if "vqops" in found:
-            row, prepared = found["vqops"], found.get("vqops, prepared")
-            cause, remedy = bound(row, prepared)
-            share = f"{row['share_of_ceiling']:.2f}"
-            lines.append([*size(row), number(row["p50_ms"]), share, ratio_cell(prepared), cause, remedy])
-    heads = [*SIZE, "ms", "share of GEMM", "prepared", "bound by", "what you can do"]
-    return table(heads, lines)
+def bounds(found: list[Machine], figures: str) -> str:
+    """The share of the GEMM rate and the bound of the search at each shape, a column a machine."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for machine in found:
+        for methods in by_case(searches(machine)).values():
+            if "vqops" in methods:
+                row = methods["vqops"]
+                cell = f"{row['share_of_ceiling']:.2f}, {bound(row, methods.get('vqops, prepared'))}"
+                lines.setdefault(tuple(size(row)), {})[machine.name] = cell
+    names = list(dict.fromkeys(name for cells in lines.values() for name in cells))
+    return table([*SIZE, *names], [[*of, *(cells.get(name, "-") for name in names)] for of, cells in lines.items()])
 
 
-def bound(row: dict, prepared: dict | None) -> tuple[str, str]:
+def bound(row: dict, prepared: dict | None) -> str:
     fixed = row["p50_ms"] < FIXED_COST_MS
     if prepared and prepared["times_vqops"] < 0.75 and row["share_of_ceiling"] < 1:
-        packing = "memory: the codebook is packed for few vectors"
-        cause = "launch, and preparing the codebook" if fixed else packing
-        return cause, "more vectors a call; `vqops.prepare` where codes stay as they are"
+        return "launch and packing" if fixed else "memory: packing"
     if fixed:
-        return "launch: the fixed cost of a call", "more vectors a call"
+        return "launch"
     if row["D"] <= 16:
-        return "epilogue: a comparison every D products", "a smaller K; a larger D costs little more"
-    if row["share_of_ceiling"] < 0.7:
-        return "memory: codes pass through the caches for few vectors", "more vectors a call"
-    return "matrix units", "nothing but a smaller N, K or D"
+        return "epilogue"
+    return "memory" if row["share_of_ceiling"] < 0.7 else "matrix units"
 
 
-def shapes(machine: Machine, figures: str) -> str:
-    found = {row["shape"]: row for row in machine.rows("search") if row["shape"] in SHAPES}
-    return table([*SIZE, "from"], [[*size(row), SHAPES[name].model] for name, row in found.items()])
+def shapes(found: list[Machine], figures: str) -> str:
+    rows = {tuple(size(row)): row for machine in found for row in machine.rows("search") if row["shape"] in SHAPES}
+    return table([*SIZE, "from"], [[*of, SHAPES[row["shape"]].model] for of, row in rows.items()])
 
 
 def searches(machine: Machine, float32: bool = True) -> list[dict]:
     return [row for row in machine.rows("search", "nearest") if (row["dtype"] == "float32") == float32]
 
 
-def search(machine: Machine, figures: str) -> str:
-    return peer_columns(by_case(searches(machine)), SIZE, size, "share of GEMM")
+def search(found: list[Machine], figures: str) -> str:
+    """Of centred data, then of what stage `exactness` has moved or made small."""
+
+    def rows_of(machine: Machine) -> list[dict]:
+        return searches(machine) + [row for row in machine.rows("exactness") if row.get("offset") != 0]
+
+    describe = lambda row: [*size(row), data(row)]  # noqa: E731
+    return peer_columns(found, rows_of, [*SIZE, "data"], describe, "share of GEMM", counted=True)
 
 
-def dtypes(machine: Machine, figures: str) -> str:
-    found = by_case(searches(machine, float32=False))
-    return peer_columns(found, ["dtype", *SIZE], lambda row: [row["dtype"], *size(row)])
+def data(row: dict) -> str:
+    if "spread" in row:
+        return "small codes"
+    return f"all + {row['offset']:g}" if "offset" in row else "normal"
 
 
-def statistics(machine: Machine, figures: str) -> str:
-    sums, update = (by_case(machine.rows("statistics", op)) for op in ("code_sums", "ema_update_"))
-    parts = [peer_columns(sums, SIZE, size, "share of copy")] if sums else []
-    if update:
-        codes = peer_columns(update, ["shape", "D", "K"], lambda row: [row["shape"], *size(row)[2:]], "share of copy")
-        parts += ["`ema_update_`:", codes]
-    return "\n\n".join(parts)
+def dtypes(found: list[Machine], figures: str) -> str:
+    describe = lambda row: [row["dtype"], *size(row)]  # noqa: E731
+    return peer_columns(found, partial(searches, float32=False), ["dtype", *SIZE], describe, counted=True)
 
 
-def quantize(machine: Machine, figures: str) -> str:
-    backward = by_case(machine.rows("quantize", "quantize_backward"))
-    if not backward:
-        return ""
-    forward = peer_columns(by_case(machine.rows("quantize", "quantize")), SIZE, size, "share of GEMM")
-    named = peer_columns(backward, ["gradient", *SIZE], lambda row: [gradient(row), *size(row)], "share of copy")
-    return f"{forward}\n\nBackward:\n\n{named}"
+def titled(parts: dict[str, str]) -> str:
+    return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
+
+
+def statistics(found: list[Machine], figures: str) -> str:
+    sums, update = (lambda machine, op=op: machine.rows("statistics", op) for op in ("code_sums", "ema_update_"))
+    of_codes = lambda row: [row["shape"], f"{grouped(row['D'])}, {grouped(row['K'])}"]  # noqa: E731
+    return titled(
+        {
+            "`code_sums`:": peer_columns(found, sums, SIZE, size, "share of copy"),
+            "`ema_update_`:": peer_columns(found, update, ["shape", "D, K"], of_codes, "share of copy"),
+        }
+    )
+
+
+def quantize(found: list[Machine], figures: str) -> str:
+    forward, backward = (
+        lambda machine, op=op: machine.rows("quantize", op) for op in ("quantize", "quantize_backward")
+    )
+    describe = lambda row: [gradient(row), *size(row)]  # noqa: E731
+    return titled(
+        {
+            "Forward:": peer_columns(found, forward, SIZE, size, "share of GEMM"),
+            "Backward:": peer_columns(found, backward, ["gradient", *SIZE], describe, "share of copy"),
+        }
+    )
 
 
 def gradient(row: dict) -> str:
     return row["gradient"].replace("_", "-")
 
 
-def assignments(machine: Machine, figures: str) -> str:
+def assignments(found: list[Machine], figures: str) -> str:
     """Time and memory beside those of PyTorch."""
-    lines = []
-    for found in by_case(machine.rows("search", "sample") + machine.rows("assignments")).values():
-        ours, *peers = (row for method, row in found.items() if not method.startswith("ceiling"))
-        for row in peers:
-            megabytes = [number(each["extra_mb"]) for each in (ours, row)]
-            lines.append([f"`{ours['op']}`", *size(ours), times(ours), ratio_cell(row), *megabytes])
-    return table(["op", *SIZE, "vqops ms: p50 (p20-p80)", "PyTorch", "vqops MB", "PyTorch MB"], lines)
+
+    def lines_of(machine: Machine) -> Iterator[Line]:
+        for methods in by_case(machine.rows("search", "sample") + machine.rows("assignments")).values():
+            ours, *peers = (row for method, row in methods.items() if not method.startswith("ceiling"))
+            for row in peers:
+                megabytes = [number(each["extra_mb"]) for each in (ours, row)]
+                yield [f"`{ours['op']}`", *size(ours)], [times(ours), ratio_cell(row), *megabytes]
+
+    heads = ["vqops ms: p50 (p20-p80)", "PyTorch", "vqops MB", "PyTorch MB"]
+    return of_machines(found, lines_of, ["op", *SIZE], heads)
 
 
-def residual(machine: Machine, figures: str) -> str:
+def residual(found: list[Machine], figures: str) -> str:
     """The op, and ResidualVQ in training and in use."""
-    parts = []
+    parts = {}
     for title, op, more in (
         ("The op:", "residual_quantize", lambda row: ["yes" if row["sums"] else "no"]),
         ("A training step of `ResidualVQ`:", "residual training step", lambda row: []),
         ("`ResidualVQ` in eval:", "residual evaluation", lambda row: []),
     ):
-        heads = ["levels", *SIZE, *(["sums"] if op == "residual_quantize" else [])]
-        found = by_case(machine.rows("residual", op))
-        if found:
-            describe = lambda row, more=more: [str(row["levels"]), *size(row), *more(row)]  # noqa: E731
-            parts.append(f"{title}\n\n{peer_columns(found, heads, describe)}")
-    return "\n\n".join(parts)
+        heads = ["levels", *SIZE[1:], *(["sums"] if op == "residual_quantize" else [])]
+        describe = lambda row, more=more: [str(row["levels"]), *size(row)[1:], *more(row)]  # noqa: E731
+        parts[title] = peer_columns(found, lambda machine, op=op: machine.rows("residual", op), heads, describe)
+    return titled(parts)
 
 
-def codec(machine: Machine, figures: str) -> str:
-    heads = ["quantizer of", "levels", "frames", "D", "K"]
+def codec(found: list[Machine], figures: str) -> str:
+    heads = ["quantizer of", "levels", "frames, D, K"]
     describe = lambda row: [row["model"], str(row["levels"]), *size(row)[1:]]  # noqa: E731
-    return peer_columns(by_case(machine.rows("residual", "codec")), heads, describe)
+    return peer_columns(found, lambda machine: machine.rows("residual", "codec"), heads, describe)
 
 
-def step(machine: Machine, figures: str) -> str:
-    return peer_columns(by_case(machine.rows("steps", "training step")), SIZE, size)
+def step(found: list[Machine], figures: str) -> str:
+    return peer_columns(found, lambda machine: machine.rows("steps", "training step"), SIZE, size)
 
 
-def system(machine: Machine, figures: str) -> str:
-    return peer_columns(by_case(machine.rows("steps", "VQ-VAE-2 training step")), ["step", "vectors", "D", "K"], size)
+def system(found: list[Machine], figures: str) -> str:
+    heads = ["step", "vectors, D, K"]
+    return peer_columns(found, lambda machine: machine.rows("steps", "VQ-VAE-2 training step"), heads, size)
 
 
-def evaluation(machine: Machine, figures: str) -> str:
-    return peer_columns(by_case(machine.rows("steps", "evaluation")), SIZE, size)
+def evaluation(found: list[Machine], figures: str) -> str:
+    return peer_columns(found, lambda machine: machine.rows("steps", "evaluation"), SIZE, size)
 
 
-def plain(machine: Machine, figures: str) -> str:
+def plain(found: list[Machine], figures: str) -> str:
     """"pytorch" as a multiple of what is written by hand."""
-    lines = []
-    for found in by_case(machine.rows("plain")).values():
-        ours = found["vqops pytorch"]
-        for name in found.keys() - {"vqops pytorch"}:
-            if name.startswith("ceiling"):
-                continue
-            theirs = found[name]
-            took = f"{number(1 / theirs['times_vqops'])} x"
-            lines.append([ours["op"], *size(ours)[1:], times(ours), f"{times(theirs)}{wrong(theirs)}", took])
-    commit = f"\n\nCommit `{machine.rows('plain')[0]['commit']}`." if lines else ""
-    return table(["op", "N", "D", "K", '"pytorch" ms: p50 (p20-p80)', "by hand ms", "of that"], lines) + commit
+
+    def lines_of(machine: Machine) -> Iterator[Line]:
+        for methods in by_case(machine.rows("plain")).values():
+            ours = methods["vqops pytorch"]
+            for name, row in methods.items():
+                if row is not ours and not name.startswith("ceiling"):
+                    took = f"{number(1 / row['times_vqops'])} x"
+                    yield [ours["op"], *size(ours)[1:]], [times(ours), f"{times(row)}{wrong(row)}", took]
+
+    made = of_machines(found, lines_of, ["op", "N, D, K"], ['"pytorch" ms: p50 (p20-p80)', "by hand ms", "of that"])
+    commits = dict.fromkeys(f"`{row['commit']}`" for machine in found for row in machine.rows("plain"))
+    return f"{made}\n\nCommit {', '.join(commits)}." if made else ""
 
 
-def exactness(machine: Machine, figures: str) -> str:
-    """Share of wrong indices, in percent."""
-    rows = machine.rows("exactness")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        data = "codes 1000 times smaller" if "spread" in row else f"all values + {row['offset']:g}"
-        cases.setdefault((row["shape"], data), {})[row["method"]] = row
-    lines = [
-        [*key, *(f"{number(100 * found[m]['wrong'] / found[m]['checked'])} %" if m in found else "-" for m in methods)]
-        for key, found in cases.items()
-    ]
-    return table(["shape", "data", *(SHORT.get(method, method) for method in methods)], lines)
+def pictures(kind: str, found: list[Machine], figures: str) -> str:
+    stage, _, text = FIGURES[kind]
+    having = [machine for machine in found if machine.rows(stage)]
+    shown = [f"![{text}]({figures}/benchmarks_{machine.folder.name}_{kind}.svg)" for machine in having]
+    names = [f"**{machine.name}**\n\n" * (len(having) > 1) for machine in having]
+    return "\n\n".join(map("".join, zip(names, shown, strict=True)))
 
 
-def growth(machine: Machine, figures: str) -> str:
-    rows = machine.rows("growing", "growth exponent")
-    if not rows:
+def growth(found: list[Machine], figures: str) -> str:
+    rows = {machine.name: machine.rows("growing", "growth exponent") for machine in found}
+    methods = list(dict.fromkeys(row["method"] for each in rows.values() for row in each))
+
+    def lines_of(machine: Machine) -> Iterator[Line]:
+        exponents: dict[str, dict[str, str]] = {}
+        for row in rows[machine.name]:
+            over = f"{row['axis']} from {grouped(row['from'])} to {grouped(row['to'])}"
+            exponents.setdefault(over, {})[row["method"]] = f"{row['exponent']:.2f}"
+        for over, of in exponents.items():
+            yield [over], [of.get(method, "-") for method in methods]
+
+    heads = [SHORT.get(method, method) for method in methods]
+    made = of_machines(found, lines_of, ["exponent of time over"], heads)
+    return f"{pictures('growth', found, figures)}\n\n{made}".strip()
+
+
+def threads(found: list[Machine], figures: str) -> str:
+    def lines_of(machine: Machine) -> Iterator[Line]:
+        for row in machine.rows("growing", "nearest"):
+            if row["axis"] == "threads":
+                yield [row["method"], str(row["threads"])], [times(row), f"{number(row['times_one_thread'])} x"]
+
+    return of_machines(found, lines_of, ["method", "threads"], ["wall ms: p50 (p20-p80)", "as fast as one thread"])
+
+
+def memory(found: list[Machine], figures: str) -> str:
+    rows = {machine.name: machine.rows("memory", "memory law") for machine in found}
+    limits = " or ".join(dict.fromkeys(f"{row['limit_gib']} GiB" for each in rows.values() for row in each))
+
+    def lines_of(machine: Machine) -> Iterator[Line]:
+        for row in rows[machine.name]:
+            bytes = [number(row[f"bytes_per_{of}"]) for of in ("NK", "N", "K")]
+            yield [row["of"], row["method"]], [*bytes, grouped(row["largest_N_equal_K"])]
+
+    heads = ["bytes a vector and code", "bytes a vector", "bytes a code", f"largest N = K in {limits}"]
+    made = of_machines(found, lines_of, ["op", "method"], heads)
+    return f"{pictures('memory', found, figures)}\n\n{made}".strip()
+
+
+def losses(found: list[Machine], figures: str) -> str:
+    """Every peer that was faster, from all stages, by cause."""
+    if not any(machine.rows("search") for machine in found):
         return ""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    axes = dict.fromkeys((row["axis"], row["from"], row["to"]) for row in rows)
-    exponents = {(row["axis"], row["method"]): row["exponent"] for row in rows}
-    heads = ["exponent of time over", *(SHORT.get(method, method) for method in methods)]
-    lines = [[f"{a} from {b} to {c}", *(f"{exponents[a, m]:.2f}" for m in methods)] for a, b, c in axes]
-    return picture("growth", "time over N, K and D", machine, figures) + f"\n\n{table(heads, lines)}"
+    lost = {machine.name: list(lost_cases(machine)) for machine in found}
+    parts = {}
+    for cause in (*CAUSES, None):
+
+        def lines_of(machine: Machine, cause=cause) -> Iterator[Line]:
+            for case, cells in lost[machine.name]:
+                if cause_of(case[0]) == cause:
+                    yield case, cells
+
+        title = f"**{cause or 'Cause unknown.'}**"
+        parts[title] = of_machines(found, lines_of, ["case", "peer"], ["of our time", "against ours"])
+    return titled(parts) or "In none of these cases was a peer faster."
 
 
-def threads(machine: Machine, figures: str) -> str:
-    rows = [row for row in machine.rows("growing", "nearest") if row["axis"] == "threads"]
-    lines = [[row["method"], str(row["threads"]), times(row), f"{number(row['times_one_thread'])} x"] for row in rows]
-    return table(["method", "threads", "wall ms: p50 (p20-p80)", "as fast as one thread"], lines)
-
-
-def memory(machine: Machine, figures: str) -> str:
-    rows = machine.rows("memory", "memory law")
-    if not rows:
-        return ""
-    limits = " or ".join(dict.fromkeys(f"{row['limit_gib']} GiB" for row in rows))
-    largest = f"largest N = K in {limits}"
-    heads = ["op", "method", "bytes a vector and code", "bytes a vector", "bytes a code", largest]
-    lines = [
-        [
-            row["of"],
-            row["method"],
-            *(number(row[f"bytes_per_{of}"]) for of in ("NK", "N", "K")),
-            f"{row['largest_N_equal_K']:,.0f}".replace(",", " "),
-        ]
-        for row in rows
-    ]
-    return picture("memory", "extra memory over K", machine, figures) + f"\n\n{table(heads, lines)}"
-
-
-def losses(machine: Machine, figures: str) -> str:
-    """Every peer that was faster, from all stages."""
-    lines = []
-    if not machine.rows("search"):
-        return ""
-    for stage in ("search", "statistics", "quantize", "residual", "assignments", "steps", "growing"):
-        for found in by_case(machine.rows(stage)).values():
-            for name, row in found.items():
-                if name in OURS or name in PARTS_OF_OURS or row.get("times_vqops", 1) >= 1:
+def lost_cases(machine: Machine) -> Iterator[Line]:
+    for stage in (*STAGES, "kernels", "sets"):
+        for methods in by_case(machine.rows(stage)).values():
+            ours = next((row for row in methods.values() if is_ours(row) and row.get("times_vqops") == 1), None)
+            for name, row in methods.items():
+                peer = not is_ours(row) and not name.startswith("ceiling") and name not in PARTS_OF_OURS
+                if ours is None or not peer or row.get("times_vqops", 1) >= 1:
                     continue
-                milliseconds = f"{number(row['p50_ms'])} against {number(found['vqops']['p50_ms'])} ms"
-                op = ", ".join([row["op"], *variant(row)])
-                took = f"{name} took {number(row['times_vqops'])} x our time ({milliseconds})"
-                where = f"{row['shape']}, {row['axis']} = {row[row['axis']]}" if "axis" in row else row["shape"]
-                lines.append(f"- {op}, {where}: {took}{wrong(row)}.")
+                milliseconds = f"{number(row['p50_ms'])} against {number(ours['p50_ms'])} ms"
+                yield [case_name(row), name], [f"{number(row['times_vqops'])} x{wrong(row)}", milliseconds]
     for op in ("nearest", "training step"):
         rows = machine.rows("memory", op)
         largest = [row for row in rows if all(row[axis] == rows[-1][axis] for axis in "NK")]
         ours = next((row["extra_mb"] for row in largest if row["method"] == "vqops"), 0.0)
         for row in largest:
             if row["extra_mb"] < ours:
-                took = f"{row['method']} took {number(row['extra_mb'])} against {number(ours)} MB"
-                lines.append(f"- memory of {op}, N = {row['N']}, D = {row['D']}, K = {row['K']}: {took}.")
-    return "\n".join(lines) or "- In none of these cases was a peer faster."
+                took = f"{number(row['extra_mb'])} against {number(ours)} MB"
+                share = f"{number(row['extra_mb'] / ours)} x"
+                yield [f"memory of {op}, {size(row)[1]}", row["method"]], [share, took]
+
+
+def case_name(row: dict) -> str:
+    """As benchmarks/causes.py names it."""
+    where = f"{row['shape']}, {row['axis']} = {row[row['axis']]}" if "axis" in row else row["shape"]
+    more = [data(row)] if "offset" in row or "spread" in row else [row["data"]] if "data" in row else []
+    return ", ".join([row["op"], *variant(row), where, *more])
 
 
 def variant(row: dict) -> list[str]:
@@ -302,7 +363,7 @@ def kernels(of_gpu: bool, machine: Machine, figures: str) -> str:
     shown.sort(key=lambda row: row["committed"])
     commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in shown))
     parts = [f"**{machine.name}**, {conditions(rows)}, commit {commits}."]
-    heads = ["op", "N, D, K", "ms", "GFLOP/s", "share of the ceiling", "of multiply-adds", "times as long:"]
+    heads = ["op", "N, D, K", "ms", "GFLOP/s", "share of the ceiling", "of multiply-adds", "times as long (wrong):"]
     parts += [table(heads, lines)]
     latest = {label(row): row for row in rows if "failed" in row or "p50_ms" in row}.values()
     done = {row.get("case") for row in latest if "p50_ms" in row}  # after a process that did not end well, too
@@ -348,26 +409,25 @@ def rates(row: dict, gemm: dict) -> list[str]:
 
 def multiples(ours: dict, found: dict[str, dict]) -> str:
     others = {name: row for name, row in found.items() if row is not ours and not name.startswith("ceiling")}
-    return ", ".join(f"{SHORT.get(name, name)} {row['times_vqops']:.3g}{wrong(row)}" for name, row in others.items())
+    counted = {name: f" ({row['wrong']})" if "wrong" in row else "" for name, row in others.items()}
+    return ", ".join(
+        f"{SHORT.get(name, name)} {row['times_vqops']:.3g}{counted[name]}" for name, row in others.items()
+    )
 
 
-def picture(kind: str, text: str, machine: Machine, figures: str) -> str:
-    stage, _ = FIGURES[kind]
-    return f"![{text}]({figures}/benchmarks_{machine.folder.name}_{kind}.svg)" if machine.rows(stage) else ""
-
-
-BLOCKS: dict[str, Callable[[Machine, str], str]] = {
+BLOCKS: dict[str, Block] = {
     block.__name__: block
     for block in (
         *(bounds, shapes, search, dtypes, statistics, quantize, assignments, step, system, evaluation),
-        *(residual, codec, plain, exactness, growth, threads, memory, losses),
+        *(residual, codec, plain, growth, threads, memory, losses, sets),
     )
 } | {
-    "machine": measured,
-    "search-figure": partial(picture, "search", "search time of the peers over that of vqops"),
-    "cpu-kernels": partial(kernels, False),
-    "gpu-kernels": partial(kernels, True),
-    "gpu-run": first_run,
+    "machine": each(measured),
+    "search-figure": partial(pictures, "search"),
+    "sets-figure": partial(pictures, "sets"),
+    "cpu-kernels": each(partial(kernels, False)),
+    "gpu-kernels": each(partial(kernels, True)),
+    "gpu-run": each(first_run),
 }
 
 
@@ -376,11 +436,7 @@ def rendered(text: str, found: list[Machine], figures: str) -> str:
 
     def block(match: re.Match) -> str:
         wanted = [machine for machine in found if match[3] in (None, machine.folder.name)]
-        made = {machine.name: BLOCKS[match[2]](machine, figures) for machine in wanted}
-        made = {name: text for name, text in made.items() if text}
-        titled = len(made) > 1 and match[2] not in NAMED
-        parts = [f"**{name}**\n\n{text}" if titled else text for name, text in made.items()]
-        return "\n".join([match[1] + ("\n\n".join(parts) or "No run yet."), match[4]])
+        return "\n".join([match[1] + (BLOCKS[match[2]](wanted, figures) or "No run yet."), match[4]])
 
     return MARKED.sub(block, text)
 
@@ -390,7 +446,7 @@ def main(root: Path = ROOT) -> None:
     folder = root / "docs" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for machine in found:
-        for kind, (stage, draw) in FIGURES.items():
+        for kind, (stage, draw, _) in FIGURES.items():
             if machine.rows(stage):
                 draw(machine, folder / f"benchmarks_{machine.folder.name}_{kind}.svg")
     for path in (*(root / "docs" / page for page in PAGES), root / "README.md"):

@@ -11,11 +11,13 @@ from statistics import quantiles
 
 import torch
 
+from benchmarks import processor
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("vqops", "numpy", "faiss-cpu", "scikit-learn", "vector-quantize-pytorch", "flash-kmeans", "transformers")
 PACKAGES += ("triton",)
 LABEL = ("op", "shape", "axis", "N", "D", "K", "dtype", "direction", "gradient", "indices", "offset", "spread")
-LABEL += ("levels", "sums", "model", "method", "threads")
+LABEL += ("data", "levels", "sums", "model", "method", "threads")
 
 
 def label(row: dict) -> str:
@@ -33,7 +35,8 @@ def environment(device: str = "cpu") -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"device": name_of(device), "versions": versions, **revision()}
+    about = {"processor": processor.facts()} if device == "cpu" else {}
+    return {"device": name_of(device), **about, "versions": versions, **revision()}
 
 
 def instructions(device: str) -> str:

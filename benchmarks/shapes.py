@@ -70,6 +70,8 @@ SEARCHES = {
         *((2**16, 256, 2**18), (2**15, 512, 1024)),
     ],
 }
+# On which the sets of CPU kernels are compared.
+SETS = [(32768, 64, 512), (65536, 64, 1024), (32768, 128, 1024), (4096, 256, 8192), (8192, 8, 16384)]
 # Of a model in use: a second of EnCodec, of Mimi, an image of LlamaGen, a single vector.
 CALLS = [(75, 128, 1024), (13, 256, 2048), (256, 8, 16384), (1, 256, 2048)]
 STEPS = {"cpu": [(32768, 128, 1024)], "cuda": [(2**20, 64, 512), (2**20, 128, 1024)]}

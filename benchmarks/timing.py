@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 
+LONG = 0.01  # seconds of a call whose first one shows what the next will take
 WARMUP = 3  # calls on a GPU, before its graph is captured
 
 
@@ -40,8 +41,9 @@ class Cpu:
                 call()
             return (read() - start) / calls
 
-        call()
         took = seconds(1)
+        if took < LONG:
+            took = seconds(1)
         calls = max(1, int(1e-3 / max(took, 1e-6)))
         return Timed(self.clock, lambda: seconds(calls), took * calls)
 
@@ -77,11 +79,13 @@ def clock_of(device: str) -> Cpu | Cuda:
     return Cpu() if device == "cpu" else Cuda()
 
 
-def interleaved(timed: dict[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call in each round for each method."""
-    seconds, order, shuffle = {name: [] for name in timed}, list(timed), random.Random(0).shuffle
+def interleaved(
+    timed: dict[str, Timed], rounds: int, draw: random.Random | None = None
+) -> dict[str, list[float]]:
+    """Seconds per call in each round for each method. `draw` gives the orders; by default the same in each run."""
+    seconds, order, draw = {name: [] for name in timed}, list(timed), draw or random.Random(0)
     for _ in range(rounds):
-        shuffle(order)
+        draw.shuffle(order)
         for name in order:
             seconds[name].append(timed[name].seconds())
     return seconds

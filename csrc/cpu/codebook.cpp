@@ -191,9 +191,9 @@ private:
 // The error of the decision, relative to |X|^2 + |C|^2.
 double decision_of(int64_t D) { return 1.01 * double(D / 8 + 8) * kDouble; }
 
-Header header_of(const Codes& codes, float scale) {
+Header header_of(const Codes& codes, float scale, const Instructions& set) {
     const double decision = codes.cosine ? 4 * double(codes.D + 16) * kDouble : 1.01 * decision_of(codes.D);
-    return {layout(), codes.cosine, codes.K, codes.D, 0, 0, 0, scale, float(decision), -1};
+    return {layout(set), codes.cosine, codes.K, codes.D, 0, 0, 0, scale, float(decision), -1};
 }
 
 // Starts, slacks and panels of the codes in their places, whose radii are in `slack`; NaN: there is none.
@@ -233,7 +233,7 @@ float rest_of(double norm, const Header& header) {
 }
 
 void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
-                   const Parallel& parallel) {
+                   const Parallel& parallel, const Instructions& set) {
     const Codes codes{rows, h, K, D, cosine};
     const Packed packed(memory, K, D);
     const float scale = choose_centre(codes, packed.centre);
@@ -257,21 +257,22 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
         if (!std::isnan(facts.radius[k])) first = k;
     // The code that is nearest to a row is likely to be near the centre: with those first, fewer become candidates on
     // the way. Not in few dimensions, where the nearest code lies at the row's own radius.
-    if (D >= kManyDimensions || instructions().by_radius)
+    if (D >= kManyDimensions || set.by_radius)
         std::sort(packed.code, packed.code + screened,
                   [&](int32_t a, int32_t b) { return facts.radius[a] < facts.radius[b]; });
     for (int64_t k = 0; k < screened; k++) packed.slack[k] = facts.radius[packed.code[k]];  // by place from here on
 
-    *packed.header = header_of(codes, scale);
+    *packed.header = header_of(codes, scale, set);
     packed.header->screened = screened, packed.header->far = far, packed.header->repeats = repeats;
     packed.header->first = first;
-    write_panels(codes, packed, K, instructions(), parallel);
+    write_panels(codes, packed, K, set, parallel);
 }
 
 void pack_fours(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
                 std::vector<int32_t>& far, const Parallel& parallel) {
     const Codes codes{rows, h, K, D, cosine};
-    const int64_t places = places_of(K), lanes = drawing_instructions().lanes;
+    const Instructions& set = drawing_instructions();
+    const int64_t places = places_of(K), lanes = set.lanes;
     const Packed packed(memory, places, D);
     const float scale = choose_centre(codes, packed.centre);
     std::fill(packed.centre + D, packed.centre + round_up(D, 16), 0.0f);
@@ -285,9 +286,9 @@ void pack_fours(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosine, 
         packed.slack[place] = k < K && radius[k] <= kFar ? radius[k] : NAN;
         if (k < K && radius[k] > kFar) far.push_back(int32_t(k));
     }
-    *packed.header = header_of(codes, scale);
+    *packed.header = header_of(codes, scale, set);
     packed.header->screened = places;
-    write_panels(codes, packed, places, drawing_instructions(), parallel);
+    write_panels(codes, packed, places, set, parallel);
 }
 
 }  // namespace vqops

@@ -26,7 +26,7 @@ struct Header {
     int64_t first;     // the lowest index of a finite code; -1 where none is
 };
 static_assert(sizeof(Header) == 64);
-inline int32_t layout() { return 0x76710010 + instructions().layout; }
+inline int32_t layout(const Instructions& set = instructions()) { return 0x76710010 + set.layout; }
 
 // A code further than this from the centre, in units of the typical norm, is decided in float64 for every row.
 constexpr float kFar = 0x1p40f;
@@ -63,9 +63,9 @@ struct Packed {
 // `rest` of a row's bound (docs/exactness.md): what the upper one adds for every code.
 float rest_of(double norm, const Header& header);
 
-// Prepare head h of a codebook [H, K, D] into `memory` of Packed::bytes(K, D).
+// Prepare head h of a codebook [H, K, D] into `memory` of Packed::bytes(K, D, set).
 void pack_codebook(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
-                   const Parallel& parallel);
+                   const Parallel& parallel, const Instructions& set = instructions());
 
 // The same for draws, into Packed::bytes(places, D, drawing_instructions()): all codes in the order of the generator's words, which come in
 // fours. Of each 4 lanes codes, code 4 i + j is in place j lanes + i. Those that are not finite are absent; far ones

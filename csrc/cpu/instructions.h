@@ -140,6 +140,8 @@ struct Instructions {
     // All codes against `rows` rows of a block, a multiple of the tile.
     void (*screen)(const void* block, int64_t rows, const Panels& panels, const OpenCodes& open);
     const Instructions* drawing;  // the set whose layouts `draw` takes; null for this one
+    const Instructions* precise;  // one that takes float, for rows that bfloat16 leaves too many candidates; or null
+    double too_often;  // share of such rows from which on all others go there at once
     // The same for the largest keys, of panels in the order of `fours` (codebook.h).
     void (*draw)(const void* block, int64_t rows, const Panels& panels, const Draws& draws);
     UnpreparedKernel* unprepared;

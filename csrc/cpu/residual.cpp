@@ -71,14 +71,17 @@ private:
     std::vector<double> sums_;
 };
 
+typedef std::vector<std::unique_ptr<PreciseCodebook>> PreciseLevels;
+
 // What a task needs of its thread.
 template <class T>
 class Worker {
 public:
-    Worker(const ResidualInputs& in, const ResidualResult& result, int64_t rows)
+    // `precise`: of the levels, or none.
+    Worker(const ResidualInputs& in, const ResidualResult& result, int64_t rows, const PreciseLevels& precise)
         : in_(in), left_(in, result, rows), shape_{1, rows, 0, in.D, in.cosine}, x_(left_.as_rows()),
           codebook_(in.levels[0].codebook), mask_(left_.mask()), found_{left_.indices(), 1, nullptr, nullptr},
-          most_(rows_of_block(instructions(), in.D, rows)), screen_(shape_, x_, codebook_, mask_, found_, most_) {}
+          most_(rows_of_block(instructions(), in.D, rows)), screen_(instructions(), shape_, x_, codebook_, mask_, found_, most_), precise_(precise) {}
 
     // Rows [begin, end) of head h through all levels; the errors of a level are `stride` from those of the next.
     void run(int64_t h, int64_t begin, int64_t end, double* errors, int64_t stride) {
@@ -91,7 +94,8 @@ public:
             codebook_ = level.codebook.from(h, 0);
             const char* memory = static_cast<const char*>(level.packed) + h * Packed::bytes(level.K, in_.D);
             const Packed packed(memory, level.K, in_.D);
-            for (int64_t i = 0; i < count; i += block) screen_.run(0, i, std::min(i + block, count), packed);
+            for (int64_t i = 0; i < count; i += block)
+                screen_.run(0, i, std::min(i + block, count), packed, precise_[l].get(), h);
             left_.take_off(codebook_, l, errors + l * stride);
         }
         left_.write();
@@ -107,6 +111,7 @@ private:
     SearchResult found_;
     const int64_t most_;
     Screen screen_;
+    const PreciseLevels& precise_;
 };
 
 template <class T>
@@ -117,10 +122,13 @@ void many(const ResidualInputs& in, const ResidualResult& result, const Parallel
     Errors sums(in, cut.group);
     std::vector<double> of_all(shared ? groups * sums.size() : 0);  // groups that threads share are few
     const auto rows_from = [&](int64_t n) { return std::min(cut.group, in.N - n); };
+    PreciseLevels precise;
+    for (int64_t l = 0; l < in.running; l++)
+        precise.push_back(precise_codebook({in.H, in.N, in.levels[l].K, in.D, in.cosine}, in.levels[l].codebook));
     std::atomic<int64_t> next{0};
     parallel.over(std::min<int64_t>(parallel.threads, tasks), [&](int64_t, int64_t) {
         const DefaultFloatMode mode;
-        Worker<T> worker(in, result, cut.task);
+        Worker<T> worker(in, result, cut.task, precise);
         std::vector<double> own(shared ? 0 : sums.size());
         for (int64_t number; (number = next++) < tasks;) {
             const int64_t group = number / cut.per_group, h = group / cut.groups, n = group % cut.groups * cut.group;

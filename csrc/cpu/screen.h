@@ -8,17 +8,20 @@
 // per row. Operations: 2 N K (D + 1), fused.
 // The product gives lower bounds (docs/exactness.md); a code stays a candidate while its lower bound does not exceed
 // the least upper bound of its row. Rows left with one candidate are done; the others are decided in float64 (exact.h).
-// A row with more candidates than its list holds is queued: compared with all codes by float32 differences, whose error
-// is relative to the distance itself (unprepared.h).
+// A row with more candidates than its list holds is queued: where the set rounds to bfloat16, for one that takes float
+// (precise.h); then it is compared with all codes by float32 differences, whose error is relative to the distance itself
+// (unprepared.h).
 #pragma once
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "candidates.h"
 #include "codebook.h"
 #include "decide.h"
+#include "precise.h"
 #include "unprepared.h"
 
 namespace vqops {
@@ -35,21 +38,45 @@ inline int64_t rows_of_block(const Instructions& set, int64_t D, int64_t share) 
 // One thread's workspace for blocks of one shape.
 class Screen {
 public:
-    Screen(const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
+    Screen(const Instructions& set, const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
            const SearchResult& result, int64_t rows)
-        : shape_(shape), x_(x), codebook_(codebook), mask_(mask), result_(result), set_(instructions()),
+        : shape_(shape), x_(x), codebook_(codebook), mask_(mask), result_(result), set_(set), most_(rows),
           block_(rows * set_.row_bytes(shape.D)), work_(set_.screen_bytes(rows, shape.D, result.k)),
           values_(new float[set_.tile * shape.D]), zeros_(new float[shape.D]()), candidates_(rows, result.k),
           decision_(shape, x, codebook, result), rows_(rows) {
         std::fill_n(block_.data, rows * set_.row_bytes(shape.D), 0);  // places without a row are multiplied, too
     }
 
-    void run(int64_t h, int64_t begin, int64_t end, const Packed& packed) {
+    // Rows [begin, end) of head h. `precise`, or null: of the same codes, where that is its head `precise_head`.
+    void run(int64_t h, int64_t begin, int64_t end, const Packed& packed, PreciseCodebook* precise,
+             int64_t precise_head) {
+        std::vector<int64_t>& rows = given_rows_;
+        rows.resize(end - begin);
+        std::iota(rows.begin(), rows.end(), begin);
+        if (precise && precise->takes_all()) return run_precisely(h, *precise, precise_head, rows.data(), end - begin);
+        const int64_t queued = screen(h, rows.data(), end - begin, packed);
+        if (precise && precise->takes(end - begin, queued) && queued > 0)
+            return run_precisely(h, *precise, precise_head, rows_.data(), queued);
+        if (queued > 0) scan_queue(shape_, x_, codebook_, h, rows_.data(), queued, decision_, result_.k);
+    }
+
+    // Rows that were decided so. Those that were screened twice count as scanned, unless they have no code.
+    int64_t rows_of(Tier tier) const {
+        int64_t count = decision_.tiers[tier];
+        if (!precise_) return count;
+        for (const Tier again : {kCertified, kDecided, kScanned, kNoCode})
+            if (tier == (again == kNoCode ? kNoCode : kScanned)) count += precise_->decision_.tiers[again];
+        return count;
+    }
+
+private:
+    // Settles rows of head h but for those with too many candidates: returns their number, and leaves them in `rows_`.
+    int64_t screen(int64_t h, const int64_t* rows, int64_t count, const Packed& packed) {
         packed_ = &packed;
         int64_t screened = 0, taken = 0;
-        for (int64_t n = begin; n < end; n++) {
-            if (take(h, n, taken)) rows_[screened + taken++] = n;
-            if (taken < set_.tile && n + 1 < end) continue;
+        for (int64_t i = 0; i < count; i++) {
+            if (take(h, rows[i], taken)) rows_[screened + taken++] = rows[i];
+            if (taken < set_.tile && i + 1 < count) continue;
             place(h, screened, taken);
             screened += taken;
             taken = 0;
@@ -60,12 +87,23 @@ public:
         int64_t queued = 0;
         for (int64_t r = 0; r < screened; r++)
             if (!candidates_.left_out(r) && !decide(h, rows_[r], r)) rows_[queued++] = rows_[r];
-        if (queued > 0) scan_queue(shape_, x_, codebook_, h, rows_.data(), queued, decision_, result_.k);
+        return queued;
     }
 
-    const int64_t* tiers() const { return decision_.tiers; }
+    void run_precisely(int64_t h, PreciseCodebook& precise, int64_t precise_head, const int64_t* rows, int64_t count) {
+        if (!precise_) {
+            const int64_t most = rows_of_block(precise.set, shape_.D, most_);
+            precise_ = std::make_unique<Screen>(precise.set, shape_, x_, codebook_, mask_, result_, most);
+        }
+        Screen& screen = *precise_;
+        const Packed packed = precise.head(precise_head);
+        for (int64_t i = 0; i < count; i += screen.most_) {
+            const int64_t queued = screen.screen(h, rows + i, std::min(screen.most_, count - i), packed);
+            if (queued > 0)
+                scan_queue(shape_, x_, codebook_, h, screen.rows_.data(), queued, screen.decision_, result_.k);
+        }
+    }
 
-private:
     // Reads row n as vector i of those to be placed. False: it is settled without screening.
     bool take(int64_t h, int64_t n, int64_t i) {
         if (!mask_.keeps(h, n)) return decision_.write_none(h, n, true), false;
@@ -141,6 +179,7 @@ private:
     const RowMask& mask_;
     const SearchResult& result_;
     const Instructions& set_;
+    const int64_t most_;  // rows of a block
     const Packed* packed_ = nullptr;
     const CacheLines block_;  // as the set lays rows out
     const CacheLines work_;
@@ -148,7 +187,8 @@ private:
     const float* vectors_[kMostTile];
     Candidates candidates_;
     Decision decision_;
-    std::vector<int64_t> rows_;
+    std::vector<int64_t> rows_, given_rows_;
+    std::unique_ptr<Screen> precise_;
 };
 
 }  // namespace vqops

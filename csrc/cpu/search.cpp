@@ -20,20 +20,21 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
     }
     const int64_t rows = rows_of_block(instructions(), shape.D, (shape.H * shape.N + parallel.threads - 1) / parallel.threads);
     const int64_t blocks_per_head = (shape.N + rows - 1) / rows;
+    const std::unique_ptr<PreciseCodebook> precise = precise_codebook(shape, codebook);
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> totals[kTiers] = {};
     parallel.over(std::min<int64_t>(parallel.threads, shape.H * blocks_per_head), [&](int64_t, int64_t) {
         const DefaultFloatMode mode;
-        Screen screen(shape, x, codebook, mask, result, rows);
+        Screen screen(instructions(), shape, x, codebook, mask, result, rows);
         for (int64_t task; (task = next++) < shape.H * blocks_per_head;) {
             const int64_t h = task / blocks_per_head, begin = task % blocks_per_head * rows;
             const char* head = static_cast<const char*>(memory) + h * Packed::bytes(shape.K, shape.D);
             const Packed packed(head, shape.K, shape.D);
             const int64_t end = std::min(begin + rows, shape.N);
-            screen.run(h, begin, end, packed);
+            screen.run(h, begin, end, packed, precise.get(), h);
             if (follow) follow(h, begin, end);
         }
-        for (int tier = 0; tier < kTiers; tier++) totals[tier] += screen.tiers()[tier];
+        for (int tier = 0; tier < kTiers; tier++) totals[tier] += screen.rows_of(Tier(tier));
     });
     for (int tier = 0; result.tiers && tier < kTiers; tier++) result.tiers[tier] += totals[tier];
 }

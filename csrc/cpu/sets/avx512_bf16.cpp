@@ -36,7 +36,7 @@ struct Avx512Bf16 : PairWords<Floats16> {
 
 }  // namespace
 
-constexpr Instructions avx512_bf16 = Kernels<Avx512Bf16>::table(unprepared_avx2, kGroupOfAvx2, turn_back_avx2);
+constexpr Instructions avx512_bf16 = Kernels<Avx512Bf16>::table(unprepared_avx2, kGroupOfAvx2, turn_back_avx2, &avx512);
 
 }  // namespace vqops
 

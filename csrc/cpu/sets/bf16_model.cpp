@@ -37,7 +37,7 @@ struct Bf16Model : PairWords<Floats4> {
 }  // namespace
 
 constexpr Instructions bf16_model =
-    Kernels<Bf16Model>::table(unprepared_portable, kGroupOfPortable, turn_back_portable);
+    Kernels<Bf16Model>::table(unprepared_portable, kGroupOfPortable, turn_back_portable, &portable);
 
 }  // namespace vqops
 #endif

@@ -693,8 +693,8 @@ struct TileKernels : TileShape {
         return memory[0];
     }
 
-    // The rest of the set is `others`, of the same processor.
-    static constexpr Instructions table(Instructions others, const Instructions* drawing) {
+    // The rest of the set is `others`, of the same processor; `floats` takes what is left to a set that takes float.
+    static constexpr Instructions table(Instructions others, const Instructions* floats) {
         Instructions set = others;
         set.name = Set::kName;
         set.tile = set.codes = kPair;
@@ -707,7 +707,8 @@ struct TileKernels : TileShape {
         set.start_roundings = start_roundings;
         set.place_rows = place_rows, set.place_codes = place_codes;
         set.screen_bytes = screen_bytes, set.screen = screen;
-        set.drawing = drawing;
+        set.drawing = set.precise = floats;
+        set.too_often = 0.5;  // the pass before is a small part of what float takes
         set.spin = spin;
         set.spin_products = int(4 * kSums * kStep);
         return set;

@@ -77,6 +77,19 @@ struct RowSums {
     void (*fold)(void* owner, int64_t code);
 };
 
+// The averages of the codes of one head (ema.h).
+struct EmaHead {
+    int64_t K, D;
+    float decay, eps;
+    bool cosine;
+    // All contiguous: size [K], average [K, D], codes [K, D] (null: left alone), sums [K, D]; counts [K] as int64 or
+    // float; weight [K] or null.
+    float *size, *average, *codes;
+    const int64_t* counts;
+    const float* weighted_counts;
+    const float *sums, *weight;
+};
+
 struct RowNorm {
     float square;     // summed in float
     double at_least;  // at least the norm
@@ -134,6 +147,10 @@ struct Instructions {
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
     void (*add_rows)(const RowSums& task);
+    // An EMA update of codes [begin, end): their averages, and the largest magnitude of each; then the codes, which need
+    // the total of all sizes.
+    void (*move_averages)(const EmaHead& head, int64_t begin, int64_t end, float* largest);
+    void (*move_codes)(const EmaHead& head, float total, int64_t begin, int64_t end, const float* largest);
     void (*absorb)(const void* memory, int64_t steps, HashLanes& lanes);  // a step: a word for each lane
     float (*spin)(int64_t steps, float value);
     int spin_products;  // multiply-adds per step

@@ -325,6 +325,11 @@ void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, co
     const float kept = *static_cast<const float*>(decay.const_data_ptr());
     for (int64_t h = 0; h < H; h++) {
         const EmaHead head = {
+            K,
+            D,
+            kept,
+            float(eps),
+            cosine,
             float_data(op, cluster_size, "cluster_size") + h * K,
             float_data(op, embed_avg, "embed_avg") + h * K * D,
             embed ? float_data(op, *embed, "embed") + h * K * D : nullptr,
@@ -333,7 +338,7 @@ void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, co
             static_cast<const float*>(summed.const_data_ptr()) + h * K * D,
             weights ? static_cast<const float*>(weights->const_data_ptr()) + h * K : nullptr,
         };
-        ema_update(head, K, D, kept, float(eps), cosine, threads());
+        ema_update(head, threads());
     }
 }
 

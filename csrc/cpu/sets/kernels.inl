@@ -13,6 +13,7 @@
 
 #include "words.inl"
 #include "draws.inl"
+#include "ema.inl"
 #include "hash.inl"
 
 template <class Set>
@@ -274,6 +275,8 @@ struct Kernels {
             .dot = exact_dot,
             .measure = measure,
             .add_rows = add_rows,
+            .move_averages = Averaging<Set>::move_averages,
+            .move_codes = Averaging<Set>::move_codes,
             .absorb = Hashing<Set>::absorb,
             .spin = spin,
             .spin_products = kTile * kCodes * Set::kPerWord,

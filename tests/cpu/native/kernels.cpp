@@ -11,6 +11,7 @@
 #include "../../../csrc/cpu/row_buffer.h"
 #include "../../../csrc/noise.h"
 #include "../../../csrc/cpu/ema.h"
+#include "../../../csrc/ema_step.h"
 #include "../../../csrc/cpu/quantize_backward.h"
 #include "../../../csrc/cpu/gather.h"
 #include "../../../csrc/cpu/hash.h"
@@ -122,8 +123,9 @@ void run(const Case& test, bool cosine) {
     expect(backward(shape, in, grad_x.data(), grad_codebook.data(), parallel) < 0, "range", test.name, 1);
     levels(test, shape, rows, codes, kept, memory, parallel);
     for (int64_t h = 0; h < H; h++)
-        ema_update({&size[h * K], &average[h * K * D], &c[h * K * D], &counts[h * K], nullptr, &sums[h * K * D], nullptr},
-                   K, D, 0.9f, 1e-5f, cosine, parallel);
+        ema_update({K, D, 0.9f, 1e-5f, cosine, &size[h * K], &average[h * K * D], &c[h * K * D], &counts[h * K], nullptr,
+                    &sums[h * K * D], nullptr},
+                   parallel);
     indices.assign(H * N, K);
     if (N) expect(sum_codes(shape, rows, chosen, nullptr, {counts.data(), sums.data()}, parallel) == 0, "unnoticed index",
                   test.name, 2);
@@ -204,6 +206,51 @@ void exact() {
                    "exact", D);
         expect(set.dot(wide_x.data, wide_c.data, wide_x.padded) == exact_product(a, b, D), "dot", "exact", D);
     }
+}
+
+// An EMA update is plain loops over the arithmetic of ema_step.h, bit for bit, at every length: what is not finite moves
+// nothing, neither its code nor the total.
+void averages() {
+    std::mt19937 random(4);
+    std::normal_distribution<float> normal;
+    const int64_t K = 37;
+    const float eps = 1e-5f;
+    for (int64_t D = 1; D < 40; D++)
+        for (const float decay : {0.0f, 0.3f, 0.9f, 1.0f})
+            for (const bool cosine : {false, true}) {
+                std::vector<float> size(K), average(K * D), codes(K * D), sums(K * D), counts(K), weight(K);
+                for (auto* values : {&average, &codes, &sums})
+                    for (float& value : *values) value = normal(random);
+                for (int64_t k = 0; k < K; k++)
+                    size[k] = k % 5 ? float(k) : 0, counts[k] = float(random() % 9), weight[k] = float(random() % 5) / 4;
+                sums[3 * D] = NAN, sums[9 * D - 1] = INFINITY, sums[15 * D + D / 2] = 3e38f, average[15 * D + D / 2] = -3e38f;
+                counts[20] = INFINITY, counts[21] = NAN, weight[21] = 1;
+                std::vector<float> new_size = size, new_average = average, new_codes = codes;
+                for (int64_t k = 0; k < K; k++) {
+                    const float step = (1 - decay) * weight[k], next = lerp(size[k], counts[k], step);
+                    std::vector<float> moved(D);
+                    for (int64_t i = 0; i < D; i++) moved[i] = lerp(average[k * D + i], sums[k * D + i], step);
+                    if (!is_finite(next) || !finite(moved.data(), D)) continue;
+                    new_size[k] = next;
+                    std::copy(moved.begin(), moved.end(), &new_average[k * D]);
+                }
+                double total = 0;  // exact, so in any order: they have few bits
+                for (int64_t k = 0; k < K; k++) total += new_size[k];
+                for (int64_t k = 0; k < K; k++) {
+                    std::vector<float> code(D);
+                    const float n = smoothed_size(new_size[k], float(total), float(K), eps);
+                    double square[4] = {};
+                    for (int64_t i = 0; i < D; i++) code[i] = new_average[k * D + i] / n;
+                    for (int64_t i = 0; i < D; i++) square[i % 4] += double(code[i]) * code[i];
+                    const double norm = divisor((square[0] + square[2]) + (square[1] + square[3]));
+                    if (!finite(code.data(), D)) continue;
+                    for (int64_t i = 0; i < D; i++) new_codes[k * D + i] = cosine ? float(code[i] / norm) : code[i];
+                }
+                ema_update({K, D, decay, eps, cosine, size.data(), average.data(), codes.data(), nullptr, counts.data(),
+                            sums.data(), weight.data()},
+                           two_threads());
+                expect(size == new_size && average == new_average && codes == new_codes, "values", "averages", D);
+            }
 }
 
 // All 65536 half-precision patterns survive a round trip; NaN stays NaN.
@@ -305,6 +352,7 @@ int main() {
             for (const float scale : {1.0f, 1e-18f, 1e15f}) bounds(scale, 1, halfway, positive);
     bounds(1e-20f, 1e-20f, false, false);
     exact();
+    averages();
     hashes();
     conversions();
     model();

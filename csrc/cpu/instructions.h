@@ -64,14 +64,15 @@ struct Given {
     float scale;
 };
 
-// Rows as they lie in memory, to be added up by code: those of codes [first, first + count) are added to target[code -
-// first]. After each 256th row of a code, `fold` is called with it (code_sums.h).
+// Rows as they lie in memory, to be added up by code: those of codes [first, first + count) are added to sums [count, D].
+// With `target` to target[code - first], and after each 256th row of a code `fold` is called with it (code_sums.h).
 struct RowSums {
     const int64_t* indices;
     int64_t index_stride;
     const float* rows;
     int64_t row_stride, N, D, first, count;
-    float* const* target;
+    float* sums;
+    float* const* target;  // null: no code has more than a run
     uint8_t* length;  // rows so far, modulo 256
     void* owner;
     void (*fold)(void* owner, int64_t code);

@@ -43,11 +43,11 @@ template <class T>
 int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, void* grad_codebook,
             const Parallel& parallel) {
     const int64_t H = shape.H, N = shape.N, K = shape.K, D = shape.D;
-    std::vector<CodeCounts> codes(H);
-    for (int64_t h = 0; h < H; h++) {
-        const int64_t wrong = codes[h].count(in.indices, h, N);
-        if (wrong >= 0) return h * N + wrong;
-    }
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t n = 0; n < N; n++) {
+            const int64_t k = in.indices.given(h, n);
+            if (k < -1 || k >= K) return h * N + n;
+        }
     const bool in_place = in.passing != Passing::none && in.quantized && in.quantized->has_float_rows() &&
                           in.x.has_float_rows() && in.codebook.has_float_rows() && !in.units;
     for (int64_t h = 0; h < H && grad_x; h++) {
@@ -67,8 +67,13 @@ int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, vo
     }
     if (!grad_codebook) return -1;
     std::vector<T> sums(K * D, T(0));
+    std::vector<int64_t> counts(in.error ? K : 0);
     for (int64_t h = 0; h < H; h++) {
-        if (in.error) codes[h].sum(D, sums.data(), [&] { return RowGradient<T>(shape, in, h); }, parallel);
+        if (in.error) {
+            CodeCounts codes;
+            codes.count(in.indices, h, N, counts.data());
+            codes.sum(D, sums.data(), [&] { return RowGradient<T>(shape, in, h); }, parallel);
+        }
         for (int64_t k = 0; k < K; k++)
             write_row(grad_codebook, in.codebook.dtype, h * K + k, D, sums.data() + k * D);
     }

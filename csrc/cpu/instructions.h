@@ -145,6 +145,8 @@ struct Instructions {
     double (*exact_distance)(const float* x, const float* c, int64_t D);
     double (*take_off)(float* rest, float* total, const float* code, int64_t D);  // of rest and code, as they were
     RotationKernel* turn_back;
+    // out = g + 2 (x - q) error, of a row.
+    void (*add_error)(const float* x, const float* q, const float* g, float error, int64_t D, float* out);
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
     void (*add_rows)(const RowSums& task);

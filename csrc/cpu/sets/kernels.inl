@@ -235,6 +235,14 @@ struct Kernels {
         return {add_lanes(key), add_lanes(square)};
     }
 
+    static void add_error(const float* x, const float* q, const float* g, float error, int64_t D, float* out) {
+        const auto eight = [](const float* p) -> const FloatLanes& { return *reinterpret_cast<const FloatLanes*>(p); };
+        int64_t i = 0;
+        for (; i + 8 <= D; i += 8)
+            *reinterpret_cast<FloatLanes*>(out + i) = eight(g + i) + 2 * (eight(x + i) - eight(q + i)) * error;
+        for (; i < D; i++) out[i] = g[i] + 2 * (x[i] - q[i]) * error;
+    }
+
     template <bool in_runs>
     VQOPS_INLINE void add_rows_of(RowSums task) {  // a copy, which no sum can lie in
         const int64_t D = task.D;
@@ -283,6 +291,7 @@ struct Kernels {
             .exact_distance = exact_distance,
             .take_off = take_off,
             .turn_back = turn_back,
+            .add_error = add_error,
             .dot = exact_dot,
             .measure = measure,
             .add_rows = add_rows,

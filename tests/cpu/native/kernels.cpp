@@ -253,6 +253,69 @@ void averages() {
             }
 }
 
+// Sums by code are added in runs of 256, bit for bit, at every length, whatever the threads; and so is the gradient of a
+// codebook, where the rows' gradients are those of straight-through.
+void sums() {
+    std::mt19937 random(6);
+    std::normal_distribution<float> normal;
+    const Parallel alone = {1, [](int64_t size, const std::function<void(int64_t, int64_t)>& body) { body(0, size); }};
+    const int64_t N = 700;
+    for (int64_t D = 1; D < 40; D++)
+        for (const int64_t K : {1, 3, 50}) {
+            std::vector<float> x(N * D), q(K * D), g(N * D), error(N), expected(K * D), grad(K * D);
+            for (auto* values : {&x, &q, &g, &error})
+                for (float& value : *values) value = normal(random);
+            std::vector<int64_t> indices(N), counts(K);
+            for (int64_t& k : indices) k = int64_t(random() % (K + 1)) - 1;
+            const auto add = [&](std::vector<float>& sums, const auto& row) {
+                for (int64_t k = 0; k < K; k++) {
+                    std::vector<float> run(D), total(D);
+                    counts[k] = 0;
+                    const auto fold = [&] {
+                        for (int64_t i = 0; i < D; i++) total[i] += run[i], run[i] = 0;
+                    };
+                    for (int64_t n = 0; n < N; n++) {
+                        if (indices[n] != k) continue;
+                        for (int64_t i = 0; i < D; i++) run[i] += row(n, i);
+                        if (++counts[k] % kRun == 0) fold();
+                    }
+                    fold();
+                    std::copy(total.begin(), total.end(), &sums[k * D]);
+                }
+            };
+            const auto from_error = [&](int64_t n, int64_t i) {
+                return 2 * (x[n * D + i] - q[std::max<int64_t>(indices[n], 0) * D + i]) * error[n];
+            };
+            add(expected, [&](int64_t n, int64_t i) { return x[n * D + i]; });
+            add(grad, [&](int64_t n, int64_t i) { return from_error(n, i) * -0.25f; });
+            const SearchShape shape = {1, N, K, D, false};
+            const Rows rows = {x.data(), DType::float32, 0, D, 1}, codes = {q.data(), DType::float32, 0, D, 1};
+            const Rows of_g = {g.data(), DType::float32, 0, D, 1}, of_error = {error.data(), DType::float32, 0, 1, 1};
+            const Indices chosen = {indices.data(), 0, 1, K};
+            for (const Parallel& parallel : {alone, two_threads()}) {
+                std::vector<float> found(K * D, NAN), grad_x(N * D, NAN), grad_codebook(K * D, NAN);
+                std::vector<int64_t> count(K, -1);
+                expect(sum_codes(shape, rows, chosen, nullptr, {count.data(), found.data()}, parallel) < 0, "range",
+                       "sums", D);
+                expect(found == expected && count == counts, "values", "sums", D);
+                for (const Rows* given : {&of_error, static_cast<const Rows*>(nullptr)}) {
+                    const BackwardInputs in = {&of_g, given, rows, codes, chosen, {}, Passing::straight_through, 0.25,
+                                               false};
+                    backward(shape, in, grad_x.data(), grad_codebook.data(), parallel);
+                    bool right = true;
+                    for (int64_t n = 0; n < N; n++)
+                        for (int64_t i = 0; i < D; i++) {
+                            const float value = grad_x[n * D + i], passed = g[n * D + i];
+                            if (!given) right &= value == passed;
+                            else right &= indices[n] < 0 ? value != value : value == passed + from_error(n, i);
+                        }
+                    expect(right, "gradient of x", "sums", D);
+                    expect(grad_codebook == (given ? grad : std::vector<float>(K * D)), "gradient of codes", "sums", D);
+                }
+            }
+        }
+}
+
 // All 65536 half-precision patterns survive a round trip; NaN stays NaN.
 void conversions() {
     for (uint32_t bits = 0; bits < 65536; bits++) {
@@ -353,6 +416,7 @@ int main() {
     bounds(1e-20f, 1e-20f, false, false);
     exact();
     averages();
+    sums();
     hashes();
     conversions();
     model();

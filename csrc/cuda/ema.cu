@@ -12,7 +12,7 @@ void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, co
     const int64_t H = embed_avg.size(0), K = embed_avg.size(1), D = embed_avg.size(2);
     const Gpu gpu(embed_avg);
     const bool counted = counts.scalar_type() == ScalarType::Long;
-    const Tensor summed = as_float(sums), number = counted ? as_contiguous(counts) : as_float(counts);
+    const Tensor summed = as_float(sums), number = counted ? torch::stable::contiguous(counts) : as_float(counts);
     const OptionalTensor weights = weight ? OptionalTensor(as_float(*weight)) : std::nullopt;
     const Tensor total = gpu.allocate(4 * H);
     ema_update(gpu, EmaState{H, K, D, float_data(op, cluster_size, "cluster_size"),

@@ -62,9 +62,12 @@ struct Averaging {
             last = larger(last, bits);
         }
         typedef Whole Mask;
-        if constexpr (kWidth == 8) most = larger(most, VQOPS_SHUFFLE(most, most, 4, 5, 6, 7, 0, 1, 2, 3));
-        if constexpr (kWidth == 8) most = larger(most, VQOPS_SHUFFLE(most, most, 2, 3, 0, 1, 6, 7, 4, 5));
-        else most = larger(most, VQOPS_SHUFFLE(most, most, 2, 3, 0, 1));
+        if constexpr (kWidth == 8) {
+            most = larger(most, VQOPS_SHUFFLE(most, most, 4, 5, 6, 7, 0, 1, 2, 3));
+            most = larger(most, VQOPS_SHUFFLE(most, most, 2, 3, 0, 1, 6, 7, 4, 5));
+        } else {
+            most = larger(most, VQOPS_SHUFFLE(most, most, 2, 3, 0, 1));
+        }
         return __builtin_bit_cast(float, larger(larger(most[0], most[1]), last));
     }
 
@@ -115,7 +118,7 @@ struct Averaging {
         for (int64_t i = whole; i < D; i++) code[i] = float(code[i] / norm);
     }
 
-    // The quotients of a code are finite if the largest is, and so is their unit.
+    // All quotients of a code are finite if the largest is, and so is their unit.
     static void move_codes(const EmaHead& head, float total, int64_t begin, int64_t end, const float* largest) {
         const int64_t D = head.D;
         for (int64_t k = begin; k < end; k++) {

@@ -72,15 +72,30 @@ inline Indices indices_of(const char* op, const Tensor& indices, const Tensor& x
     return {static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0), indices.stride(1), K};
 }
 
+// torch::stable::new_empty without the dispatcher, which takes longer than a small op.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t stride = 1;
+    for (int64_t i = int64_t(sizes.size()) - 1; i >= 0; stride *= std::max<int64_t>(sizes[i--], 1)) strides[i] = stride;
+    int32_t device, index;
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, index, &made));
+    return Tensor(made);
+}
+
 // Of errors and distances.
 inline ScalarType real_type(const Tensor& x) {
     return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor unused(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, {0}, type); }
+inline Tensor unused(const Tensor& like, ScalarType type) { return new_tensor(like, {0}, type); }
 
 inline Tensor new_or_unused(const Tensor& t, bool wanted) {
-    return wanted ? torch::stable::new_empty(t, t.sizes()) : unused(t, t.scalar_type());
+    return wanted ? new_tensor(t, t.sizes(), t.scalar_type()) : unused(t, t.scalar_type());
 }
 
 inline Tensor snapshot_of(const Tensor& codebook, bool wanted) {
@@ -122,7 +137,12 @@ inline float* float_data(const char* op, const Tensor& t, const char* name) {
     return static_cast<float*>(t.mutable_data_ptr());
 }
 
-inline Tensor as_float(const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float)); }
+// Where nothing is to be done no op is called, which takes longer than a small update.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor as_float(const Tensor& t) {
+    return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
 
 inline void check_ema_arguments(const char* op, const Tensor& cluster_size, const Tensor& embed_avg,
                                 const OptionalTensor& embed, const Tensor& counts, const Tensor& sums,

@@ -60,17 +60,17 @@ private:
 int64_t sum_codes(const SearchShape& shape, const Rows& x, const Indices& indices, const Rows* weight,
                   const Sums& result, const Parallel& parallel) {
     const int64_t K = shape.K, D = shape.D;
+    std::vector<int64_t> unweighted(weight ? K : 0);
     for (int64_t h = 0; h < shape.H; h++) {
         CodeCounts codes;
-        const int64_t wrong = codes.count(indices, h, shape.N);
+        int64_t* counts = weight ? unweighted.data() : static_cast<int64_t*>(result.counts) + h * K;
+        const int64_t wrong = codes.count(indices, h, shape.N, counts);
         if (wrong >= 0) return h * shape.N + wrong;
         float* sums = result.sums + h * K * D;
         if (x.has_float_rows() && !shape.cosine && !weight) codes.sum(D, sums, x.floats(h, 0), x.row_stride, parallel);
         else codes.sum(D, sums, [&] { return SummedRow(shape, x, h, weight); }, parallel);
         if (weight)
             codes.sum(1, static_cast<float*>(result.counts) + h * K, [&] { return WeightRow(*weight, h); }, parallel);
-        else
-            std::copy(codes.counts().begin(), codes.counts().end(), static_cast<int64_t*>(result.counts) + h * K);
     }
     return -1;
 }

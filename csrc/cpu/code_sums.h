@@ -17,19 +17,19 @@ namespace vqops {
 // The indices of one head and how often each code occurs.
 class CodeCounts {
 public:
-    // Returns the place of an index that is neither -1 nor a code, or -1.
-    int64_t count(const Indices& indices, int64_t h, int64_t N) {
-        indices_ = indices, h_ = h, N_ = N;
-        counts_.assign(indices.K, 0);
+    // Fills counts [K], which must stay. Returns the place of an index that is neither -1 nor a code, or -1.
+    int64_t count(const Indices& indices, int64_t h, int64_t N, int64_t* counts) {
+        indices_ = indices, h_ = h, N_ = N, counts_ = counts;
+        std::fill(counts, counts + indices.K, 0);
+        int64_t most = 0;
         for (int64_t n = 0; n < N; n++) {
             const int64_t k = indices.given(h, n);
             if (k < -1 || k >= indices.K) return n;
-            if (k >= 0) counts_[k]++;
+            if (k >= 0) most = std::max(most, ++counts[k]);
         }
+        most_ = most;
         return -1;
     }
-
-    const std::vector<int64_t>& counts() const { return counts_; }
 
     // sums [K, D] = the sum of the rows of each code. `reader()` gives a thread its `row(n)`, a pointer to D values.
     template <class T, class Reader>
@@ -41,9 +41,9 @@ public:
                 const int64_t k = indices_.given(h_, n);
                 if (k < first || k >= last) continue;
                 const T* values = row(n);
-                T* sum = runs.target[k - first];
+                T* sum = runs.target.empty() ? runs.sums + (k - first) * D : runs.target[k - first];
                 for (int64_t i = 0; i < D; i++) sum[i] += values[i];
-                if (++runs.length[k - first] == 0) runs.fold(k - first);
+                if (!runs.target.empty() && ++runs.length[k - first] == 0) runs.fold(k - first);
             }
             runs.finish();
         });
@@ -55,7 +55,9 @@ public:
             Runs<float> runs(*this, first, last, D, sums);
             const auto fold = [](void* self, int64_t code) { static_cast<Runs<float>*>(self)->fold(code); };
             instructions().add_rows({indices_.data + h_ * indices_.head_stride, indices_.row_stride, rows, row_stride,
-                                     N_, D, first, last - first, runs.target.data(), runs.length.data(), &runs, fold});
+                                     N_, D, first, last - first, runs.sums,
+                                     runs.target.empty() ? nullptr : runs.target.data(), runs.length.data(),
+                                     &runs, fold});
             runs.finish();
         });
     }
@@ -64,7 +66,8 @@ private:
     // Calls body(first, last) on ranges of codes with about as many rows each, one thread per range.
     template <class Body>
     void over_ranges(const Parallel& parallel, const Body& body) const {
-        const int64_t K = int64_t(counts_.size()), threads = std::max(1, parallel.threads);
+        const int64_t K = indices_.K, threads = parallel.threads;
+        if (threads <= 1) return body(0, K);
         std::vector<int64_t> bounds(threads + 1, K);
         bounds[0] = 0;
         int64_t total = 0, seen = 0;
@@ -79,25 +82,27 @@ private:
         });
     }
 
-    // Sums in the making of a range of codes. Those of more than one run collect the current run beside the total.
+    // Sums in the making of a range of codes. Where one has more than a run, each has a target: that code's current run,
+    // kept beside its total, and the total itself of all others. Without one there are no lists.
     template <class T>
     struct Runs {
-        Runs(const CodeCounts& codes, int64_t first, int64_t last, int64_t D, T* sums)
-            : target(last - first), length(last - first, 0), D_(D), sums_(sums + first * D) {
-            std::fill(sums_, sums_ + (last - first) * D, T(0));
+        Runs(const CodeCounts& codes, int64_t first, int64_t last, int64_t D, T* all) : sums(all + first * D), D_(D) {
+            std::fill(sums, sums + (last - first) * D, T(0));
+            if (codes.most_ <= kRun) return;
             int64_t long_codes = 0;
             for (int64_t k = first; k < last; k++) long_codes += codes.counts_[k] > kRun;
             runs_.assign(long_codes * D, T(0));
+            target.resize(last - first), length.resize(last - first);
             T* run = runs_.data();
             for (int64_t k = first; k < last; k++) {
                 const bool is_long = codes.counts_[k] > kRun;
-                target[k - first] = is_long ? run : sums_ + (k - first) * D;
+                target[k - first] = is_long ? run : sums + (k - first) * D;
                 run += is_long ? D : 0;
             }
         }
 
         void fold(int64_t code) {
-            T *total = sums_ + code * D_, *run = target[code];
+            T *total = sums + code * D_, *run = target[code];
             if (run == total) return;
             for (int64_t i = 0; i < D_; i++) total[i] += run[i], run[i] = 0;
         }
@@ -106,18 +111,18 @@ private:
             for (int64_t code = 0; code < int64_t(target.size()); code++) fold(code);
         }
 
+        T* const sums;
         std::vector<T*> target;
         std::vector<uint8_t> length;  // of the current run, modulo 256
 
     private:
         const int64_t D_;
-        T* const sums_;
         std::vector<T> runs_;
     };
 
     Indices indices_ = {};
-    int64_t h_ = 0, N_ = 0;
-    std::vector<int64_t> counts_;
+    int64_t h_ = 0, N_ = 0, most_ = 0;
+    const int64_t* counts_ = nullptr;
 };
 
 // Weighted counts, and sums of the rows of x, or of their units for cosine. weight may be null; counts are then int64.

@@ -71,17 +71,31 @@ struct Given {
     float scale;
 };
 
-// Rows as they lie in memory, to be added up by code: those of codes [first, first + count) are added to target[code -
-// first]. After each 256th row of a code, `fold` is called with it (code_sums.h).
+// Rows as they lie in memory, to be added up by code: those of codes [first, first + count) are added to sums [count, D].
+// With `target` to target[code - first], and after each 256th row of a code `fold` is called with it (code_sums.h).
 struct RowSums {
     const int64_t* indices;
     int64_t index_stride;
     const float* rows;
     int64_t row_stride, N, D, first, count;
-    float* const* target;
+    float* sums;
+    float* const* target;  // null: no code has more than a run
     uint8_t* length;  // rows so far, modulo 256
     void* owner;
     void (*fold)(void* owner, int64_t code);
+};
+
+// The averages of the codes of one head (ema.h).
+struct EmaHead {
+    int64_t K, D;
+    float decay, eps;
+    bool cosine;
+    // All contiguous: size [K], average [K, D], codes [K, D] (null: left alone), sums [K, D]; counts [K] as int64 or
+    // float; weight [K] or null.
+    float *size, *average, *codes;
+    const int64_t* counts;
+    const float* weighted_counts;
+    const float *sums, *weight;
 };
 
 struct RowNorm {
@@ -150,9 +164,15 @@ struct Instructions {
     double (*exact_distance)(const float* x, const float* c, int64_t D);
     double (*take_off)(float* rest, float* total, const float* code, int64_t D);  // of rest and code, as they were
     RotationKernel* turn_back;
+    // out = g + 2 (x - q) error, of a row.
+    void (*add_error)(const float* x, const float* q, const float* g, float error, int64_t D, float* out);
     double (*dot)(const double* x, const double* c, int64_t padded);
     CodeFacts (*measure)(const double* code, const double* weights, const double* centre, double scale, int64_t padded);
     void (*add_rows)(const RowSums& task);
+    // An EMA update of codes [begin, end): their averages, and the largest magnitude of each; then the codes, which need
+    // the total of all sizes.
+    void (*move_averages)(const EmaHead& head, int64_t begin, int64_t end, float* largest);
+    void (*move_codes)(const EmaHead& head, float total, int64_t begin, int64_t end, const float* largest);
     void (*absorb)(const void* memory, int64_t steps, HashLanes& lanes);  // a step: a word for each lane
     float (*spin)(int64_t steps, float value);
     int spin_products;  // multiply-adds per step

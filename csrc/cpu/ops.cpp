@@ -37,7 +37,7 @@ Tensor prepare(const Tensor& codebook, std::string metric) {
     const bool cosine = is_cosine("prepare", metric);
     check_search_arguments("prepare", codebook, codebook, std::nullopt);
     const int64_t H = codebook.size(0), K = codebook.size(1), D = codebook.size(2);
-    Tensor packed = torch::stable::new_empty(codebook, {H * Packed::bytes(K, D)}, ScalarType::Byte);
+    Tensor packed = new_tensor(codebook, {H * Packed::bytes(K, D)}, ScalarType::Byte);
     char* memory = static_cast<char*>(packed.mutable_data_ptr());
     for (int64_t h = 0; h < H; h++)
         pack_codebook(rows_of("prepare", codebook), h, K, D, cosine, memory + h * Packed::bytes(K, D), threads());
@@ -120,7 +120,7 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
 
 Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,
                OptionalTensor prepared) {
-    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    Tensor indices = new_tensor(x, {x.size(0), x.size(1)}, ScalarType::Long);
     run_search("nearest", x, codebook, mask, metric, prepared,
                {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr, nullptr});
     return indices;
@@ -130,15 +130,15 @@ std::tuple<Tensor, Tensor> nearest_topk(const Tensor& x, const Tensor& codebook,
                                         std::string metric, OptionalTensor prepared) {
     STD_TORCH_CHECK(k >= 1 && k <= kLargestK && k <= codebook.size(1), "nearest_topk: k must be from 1 to min(K, ",
                     kLargestK, "), got ", k);
-    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Long);
-    Tensor distances = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, real_type(x));
+    Tensor indices = new_tensor(x, {x.size(0), x.size(1), k}, ScalarType::Long);
+    Tensor distances = new_tensor(x, {x.size(0), x.size(1), k}, real_type(x));
     run_search("nearest_topk", x, codebook, mask, metric, prepared,
                {static_cast<int64_t*>(indices.mutable_data_ptr()), k, distances.mutable_data_ptr(), nullptr});
     return {indices, distances};
 }
 
 Tensor search_statistics(const Tensor& x, const Tensor& codebook, std::string metric) {
-    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    Tensor indices = new_tensor(x, {x.size(0), x.size(1)}, ScalarType::Long);
     Tensor tiers = torch::stable::new_zeros(x, {kTiers}, ScalarType::Long);
     run_search("search_statistics", x, codebook, std::nullopt, metric, std::nullopt,
                {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr,
@@ -152,7 +152,7 @@ Tensor sample(const Tensor& x, const Tensor& codebook, const Tensor& temperature
     check_search_arguments("sample", x, codebook, mask);
     const double given = temperature_of("sample", temperature, seed);
     if (given == 0) return nearest(x, codebook, mask, metric, std::nullopt);
-    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    Tensor indices = new_tensor(x, {x.size(0), x.size(1)}, ScalarType::Long);
     const Tensor numbers = torch::stable::contiguous(seed);
     draw_codes(shape_of(x, codebook, cosine), rows_of("sample", x), rows_of("sample", codebook), mask_of(mask), given,
                static_cast<const int64_t*>(numbers.const_data_ptr()), static_cast<int64_t*>(indices.mutable_data_ptr()),
@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor> sums_of(const char* op, const Tensor& x, const Tensor
                                    const OptionalTensor& weight, bool units) {
     STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [H, N, D]");
     const int64_t H = x.size(0), D = x.size(2);
-    Tensor counts = torch::stable::new_empty(x, {H, K}, weight ? ScalarType::Float : ScalarType::Long);
-    Tensor sums = torch::stable::new_empty(x, {H, K, D}, ScalarType::Float);
+    Tensor counts = new_tensor(x, {H, K}, weight ? ScalarType::Float : ScalarType::Long);
+    Tensor sums = new_tensor(x, {H, K, D}, ScalarType::Float);
     const Rows weights = weight ? rows_of(op, *weight) : Rows{};
     const int64_t wrong = sum_codes({H, x.size(1), K, D, units}, rows_of(op, x), indices_of(op, indices, x, K),
                                     weight ? &weights : nullptr,
@@ -183,9 +183,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
     const Tensor& x, const Tensor& codebook, OptionalTensor mask, OptionalTensor weight, std::string metric,
     std::string, bool with_sums, double, bool normalize, bool snapshot, OptionalTensor prepared) {
     const bool units = metric == "cosine" && normalize;
-    Tensor indices = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
-    Tensor quantized = torch::stable::new_empty(x, x.sizes());
-    Tensor error = torch::stable::new_empty(x, {x.size(0), x.size(1)}, real_type(x));
+    Tensor indices = new_tensor(x, {x.size(0), x.size(1)}, ScalarType::Long);
+    Tensor quantized = new_tensor(x, x.sizes(), x.scalar_type());
+    Tensor error = new_tensor(x, {x.size(0), x.size(1)}, real_type(x));
     const Gathered gathered = {quantized.mutable_data_ptr(), error.mutable_data_ptr(), units};
     run_search("quantize", x, codebook, mask, metric, prepared,
                {static_cast<int64_t*>(indices.mutable_data_ptr()), 1, nullptr, nullptr}, &gathered);
@@ -260,15 +260,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(
         held.push_back(codebook);
         all += codebook.size(1);
     }
-    Tensor quantized = torch::stable::new_empty(x, x.sizes());
-    Tensor indices = torch::stable::new_empty(x, {in.H, in.N, Q}, ScalarType::Long);
-    Tensor error = torch::stable::new_empty(x, {in.H, Q}, real_type(x));
+    Tensor quantized = new_tensor(x, x.sizes(), x.scalar_type());
+    Tensor indices = new_tensor(x, {in.H, in.N, Q}, ScalarType::Long);
+    Tensor error = new_tensor(x, {in.H, Q}, real_type(x));
     int64_t* found = static_cast<int64_t*>(indices.mutable_data_ptr());
     quantize_levels(in, {quantized.mutable_data_ptr(), found, error.mutable_data_ptr()}, threads());
     Tensor counts = unused(x, ScalarType::Long), sums = unused(x, ScalarType::Float);
     if (with_sums) {
-        counts = torch::stable::new_empty(x, {in.H, all}, ScalarType::Long);
-        sums = torch::stable::new_empty(x, {in.H, all, in.D}, ScalarType::Float);
+        counts = new_tensor(x, {in.H, all}, ScalarType::Long);
+        sums = new_tensor(x, {in.H, all, in.D}, ScalarType::Float);
         sum_levels(in, found, static_cast<int64_t*>(counts.mutable_data_ptr()),
                    static_cast<float*>(sums.mutable_data_ptr()), threads());
     }
@@ -320,11 +320,16 @@ void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, co
     const bool cosine = is_cosine(op, metric), counted = counts.scalar_type() == ScalarType::Long;
     check_ema_arguments(op, cluster_size, embed_avg, embed, counts, sums, decay, weight);
     const int64_t H = embed_avg.size(0), K = embed_avg.size(1), D = embed_avg.size(2);
-    const Tensor summed = as_float(sums), number = counted ? torch::stable::contiguous(counts) : as_float(counts);
+    const Tensor summed = as_float(sums), number = counted ? as_contiguous(counts) : as_float(counts);
     const OptionalTensor weights = weight ? OptionalTensor(as_float(*weight)) : std::nullopt;
     const float kept = *static_cast<const float*>(decay.const_data_ptr());
     for (int64_t h = 0; h < H; h++) {
         const EmaHead head = {
+            K,
+            D,
+            kept,
+            float(eps),
+            cosine,
             float_data(op, cluster_size, "cluster_size") + h * K,
             float_data(op, embed_avg, "embed_avg") + h * K * D,
             embed ? float_data(op, *embed, "embed") + h * K * D : nullptr,
@@ -333,7 +338,7 @@ void ema_update_(Tensor cluster_size, Tensor embed_avg, OptionalTensor embed, co
             static_cast<const float*>(summed.const_data_ptr()) + h * K * D,
             weights ? static_cast<const float*>(weights->const_data_ptr()) + h * K : nullptr,
         };
-        ema_update(head, K, D, kept, float(eps), cosine, threads());
+        ema_update(head, threads());
     }
 }
 

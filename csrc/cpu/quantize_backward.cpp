@@ -15,9 +15,16 @@ void run_in_place(const SearchShape& shape, const BackwardInputs& in, float* gra
                   int64_t end) {
     const int64_t D = shape.D;
     const bool rotates = in.passing == Passing::rotation;
+    float* const first = grad_x + (h * shape.N + begin) * D;
+    if (!in.error && !rotates && !in.mask.data && in.quantized->row_stride == D) {
+        const float* g = in.quantized->floats(h, begin);
+        std::copy(g, g + (end - begin) * D, first);
+        return;
+    }
+    const Instructions& set = instructions();
     const std::vector<float> none(D, NAN);  // in the place of a code
     for (int64_t n = begin; n < end; n++) {
-        float* __restrict out = grad_x + (h * shape.N + n) * D;
+        float* out = first + (n - begin) * D;
         if (!in.mask.keeps(h, n)) {
             std::fill(out, out + D, 0.0f);
             continue;
@@ -32,10 +39,10 @@ void run_in_place(const SearchShape& shape, const BackwardInputs& in, float* gra
         const float* q = k < 0 ? none.data() : in.codebook.floats(h, k);
         if (rotates) {
             std::fill(out, out + D, 0.0f);
-            instructions().turn_back(x, q, g, in.error ? &factor : nullptr, D, out, nullptr);
-            continue;
+            set.turn_back(x, q, g, in.error ? &factor : nullptr, D, out, nullptr);
+        } else {
+            set.add_error(x, q, g, factor, D, out);
         }
-        for (int64_t i = 0; i < D; i++) out[i] = g[i] + 2 * (x[i] - q[i]) * factor;
     }
 }
 
@@ -43,11 +50,11 @@ template <class T>
 int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, void* grad_codebook,
             const Parallel& parallel) {
     const int64_t H = shape.H, N = shape.N, K = shape.K, D = shape.D;
-    std::vector<CodeCounts> codes(H);
-    for (int64_t h = 0; h < H; h++) {
-        const int64_t wrong = codes[h].count(in.indices, h, N);
-        if (wrong >= 0) return h * N + wrong;
-    }
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t n = 0; n < N; n++) {
+            const int64_t k = in.indices.given(h, n);
+            if (k < -1 || k >= K) return h * N + n;
+        }
     const bool in_place = in.passing != Passing::none && in.quantized && in.quantized->has_float_rows() &&
                           in.x.has_float_rows() && in.codebook.has_float_rows() && !in.units;
     for (int64_t h = 0; h < H && grad_x; h++) {
@@ -66,11 +73,21 @@ int64_t run(const SearchShape& shape, const BackwardInputs& in, void* grad_x, vo
         });
     }
     if (!grad_codebook) return -1;
-    std::vector<T> sums(K * D, T(0));
+    // The sums are the gradient where they have its type.
+    const bool same = in.codebook.dtype == (std::is_same_v<T, double> ? DType::float64 : DType::float32);
+    std::vector<T> own(same ? 0 : K * D);
+    std::vector<int64_t> counts(K);
     for (int64_t h = 0; h < H; h++) {
-        if (in.error) codes[h].sum(D, sums.data(), [&] { return RowGradient<T>(shape, in, h); }, parallel);
-        for (int64_t k = 0; k < K; k++)
-            write_row(grad_codebook, in.codebook.dtype, h * K + k, D, sums.data() + k * D);
+        T* sums = same ? static_cast<T*>(grad_codebook) + h * K * D : own.data();
+        if (in.error) {
+            CodeCounts codes;
+            codes.count(in.indices, h, N, counts.data());
+            codes.sum(D, sums, [&] { return RowGradient<T>(shape, in, h); }, parallel);
+        } else {
+            std::fill(sums, sums + K * D, T(0));
+        }
+        for (int64_t k = 0; k < K && !same; k++)
+            write_row(grad_codebook, in.codebook.dtype, h * K + k, D, sums + k * D);
     }
     return -1;
 }

@@ -140,6 +140,7 @@ void to_codebooks(const LevelGradients& in, void* grad, const Parallel& parallel
     const DType real = std::is_same_v<R, double> ? DType::float64 : DType::float32;
     int64_t written = 0;
     std::vector<T> sums;
+    std::vector<int64_t> counts;
     for (int64_t h = 0; h < in.H; h++) {
         Rest<R> rest(in.x.from(h, 0), real, in.N, in.D);
         for (int64_t l = 0, first = 0; l < in.Q(); first += in.sizes[l++]) {
@@ -153,7 +154,8 @@ void to_codebooks(const LevelGradients& in, void* grad, const Parallel& parallel
                 const BackwardInputs step = {nullptr, &error, rest.rows(), in.codebooks.from(h, first), chosen, {},
                                              Passing::none, in.codebook_error_scale, in.units};
                 CodeCounts codes;
-                codes.count(chosen, 0, in.N);
+                counts.resize(K);
+                codes.count(chosen, 0, in.N, counts.data());
                 codes.sum(in.D, sums.data(), [&] { return RowGradient<T>(shape, step, 0); }, parallel);
                 if (l + 1 < in.running) rest.take_off(step.codebook, chosen, parallel);
             }

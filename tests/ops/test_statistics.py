@@ -184,6 +184,18 @@ def test_nothing_poisons_the_codebook(implementation, bad, metric):
     assert embed.isfinite().all()
 
 
+def test_what_is_not_taken_is_not_in_the_total(implementation):
+    """Codes are those of the sizes that stand in the end. Here none, so that all of them stay."""
+    size, average, embed = on(implementation, torch.zeros(1, 4), torch.zeros(1, 4, 9), torch.randn(1, 4, 9))
+    before = embed.clone()
+    counts, sums = torch.tensor([[0.0, 5, 0, 0]]), torch.randn(1, 4, 9)
+    sums[0, 1, 7] = NAN
+    implementation.ema_update_(size, average, embed, counts, sums, 0.5, 0.0)
+    assert (size == 0).all()
+    UNCHANGED.same(average[0, 1].cpu(), torch.zeros(9))
+    UNCHANGED.same(embed, before)
+
+
 def test_an_empty_codebook_keeps_its_codes(implementation):
     """All sizes 0 and nothing counted: 0 / 0 for every code."""
     embed = torch.randn(1, 3, 2, device=implementation.device)

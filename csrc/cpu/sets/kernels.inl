@@ -14,6 +14,7 @@
 
 #include "words.inl"
 #include "draws.inl"
+#include "ema.inl"
 #include "hash.inl"
 
 template <class Set>
@@ -237,21 +238,40 @@ struct Kernels {
         return {add_lanes(key), add_lanes(square)};
     }
 
-    static void add_rows(const RowSums& task) {
-        const int64_t ahead = 1024 / (task.D + 1) + 1;  // rows of which to ask for early: 4 KB, measured on a Zen 4
+    static void add_error(const float* x, const float* q, const float* g, float error, int64_t D, float* out) {
+        const auto eight = [](const float* p) -> const FloatLanes& { return *reinterpret_cast<const FloatLanes*>(p); };
+        int64_t i = 0;
+        for (; i + 8 <= D; i += 8)
+            *reinterpret_cast<FloatLanes*>(out + i) = eight(g + i) + 2 * (eight(x + i) - eight(q + i)) * error;
+        for (; i < D; i++) out[i] = g[i] + 2 * (x[i] - q[i]) * error;
+    }
+
+    template <bool in_runs>
+    VQOPS_INLINE void add_rows_of(RowSums task) {  // a copy, which no sum can lie in
+        const int64_t D = task.D;
+        const int64_t ahead = 1024 / (D + 1) + 1;  // rows of which to ask for early: 4 KB, measured on a Zen 4
         for (int64_t n = 0; n < task.N; n++) {
             const uint64_t k = uint64_t(task.indices[n * task.index_stride] - task.first);
             if (k >= uint64_t(task.count)) continue;
             const float* row = task.rows + n * task.row_stride;
-            float* sum = task.target[k];
+            float* sum = in_runs ? task.target[k] : task.sums + k * D;
             const float* next = n + ahead < task.N ? row + ahead * task.row_stride : row;
-            for (int64_t i = 0; i < task.D; i += 16) __builtin_prefetch(next + i);
+            for (int64_t i = 0; i < D; i += 16) __builtin_prefetch(next + i);
             int64_t i = 0;
-            for (; i + kWidth <= task.D; i += kWidth)
+            for (; i + kWidth <= D; i += kWidth)
                 *reinterpret_cast<UnalignedVector*>(sum + i) = Set::load(sum + i) + Set::load(row + i);
-            for (; i < task.D; i++) sum[i] += row[i];
-            if (++task.length[k] == 0) task.fold(task.owner, int64_t(k));
+            if (kWidth > 8 && i + 8 <= D) {
+                *reinterpret_cast<FloatLanes*>(sum + i) += *reinterpret_cast<const FloatLanes*>(row + i);
+                i += 8;
+            }
+            for (; i < D; i++) sum[i] += row[i];
+            if (in_runs && ++task.length[k] == 0) task.fold(task.owner, int64_t(k));
         }
+    }
+
+    static void add_rows(const RowSums& task) {
+        if (task.target) add_rows_of<true>(task);
+        else add_rows_of<false>(task);
     }
 
     static constexpr Instructions table(UnpreparedKernel unprepared, int group, RotationKernel turn_back,
@@ -284,9 +304,12 @@ struct Kernels {
             .exact_distance = exact_distance,
             .take_off = take_off,
             .turn_back = turn_back,
+            .add_error = add_error,
             .dot = exact_dot,
             .measure = measure,
             .add_rows = add_rows,
+            .move_averages = Averaging<Set>::move_averages,
+            .move_codes = Averaging<Set>::move_codes,
             .absorb = Hashing<Set>::absorb,
             .spin = spin,
             .spin_products = kTile * kCodes * Set::kPerWord,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../contract.h"
+#include "../../ema_step.h"
 #include "../instructions.h"
 
 #if defined(__x86_64__)

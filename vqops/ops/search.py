@@ -141,7 +141,7 @@ def search_statistics(
     """How `nearest` decided the rows of x; the four numbers add up to the number of rows.
 
     [0] certified by the fast pass alone, [1] decided in float64 among the few codes its error bound left,
-    [2] compared with every code once more, value by value, [3] without a code (not finite, or no finite code).
+    [2] compared with every code once more, more precisely, [3] without a code (not finite, or no finite code).
     Many rows in [2] say why a search is slow: nearly identical codes, or values far apart in scale.
     The reference compares everything in float64.
 

@@ -50,7 +50,7 @@ def emulate(program, instructions):
     return subprocess.run([EMULATOR, program], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("asked, ran", [("", "portable"), ("bf16_model", "bf16_model")])
+@pytest.mark.parametrize("asked, ran", [("", "portable"), ("bf16_model", "bf16_model"), ("amx_model", "amx_model")])
 def test_kernels(program, asked, ran):
     result = emulate(program, asked)
     assert result.returncode == 0, result.stdout + result.stderr

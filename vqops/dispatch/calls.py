@@ -1,0 +1,76 @@
+"""How a call reaches an op: past what `torch.library` does for autograd, in Python, longer than a small op takes."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverloadPacket
+
+# function(op, *arguments): a call of the op, and the views between the caller's shapes and the op's.
+Calling = Callable[..., Any]
+PLAIN = {Tensor, torch.nn.Parameter}
+
+
+class Gradient(NamedTuple):
+    """An op's, as `torch.library.register_autograd` has it; `op` is the one that its backward calls."""
+
+    setup_context: Callable
+    backward: Callable
+    op: OpOverloadPacket
+
+
+GRADIENTS: dict[OpOverloadPacket, Gradient] = {}
+
+
+def call(function: Calling, op: OpOverloadPacket, *arguments: Any, needed: bool = False) -> Any:
+    """function(op, *arguments); needed: with a gradient to x or the codebook, the first two of the arguments."""
+    if is_transformed():
+        return function(op, *arguments)
+    if not needed:
+        return function(past_autograd(op), *arguments)
+    if is_looked_at() or any(type(t) not in PLAIN for t in arguments[:2]):
+        return function(op, *arguments)
+    return Differentiable.apply(*arguments[:2], function, op, arguments)
+
+
+def is_transformed() -> bool:
+    """Whether the call becomes a graph, or another call."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+def is_looked_at() -> bool:
+    """Whether a tracer or a mode waits for the op itself."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or torch.jit.is_tracing()
+
+
+@cache
+def past_autograd(op: OpOverloadPacket) -> Callable:
+    """The op where nothing needs a gradient, which autograd would find out."""
+
+    def run(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.default(*arguments)
+
+    return run
+
+
+class Differentiable(torch.autograd.Function):
+    """A call with the gradient of its op. What `torch.library` makes of the same takes four times as long."""
+
+    @staticmethod
+    def forward(ctx, x, codebook, function, op, arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = function(op.default, *arguments)
+        ctx.of = GRADIENTS[op]
+        ctx.of.setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        _, backward, op = ctx.of
+        graph = torch.is_grad_enabled() or is_transformed()  # create_graph, is_grads_batched
+        of_x, of_codebook, *_ = backward(ctx, *gradients, op=op if graph else past_autograd(op))
+        return of_x, of_codebook, None, None, None

@@ -30,7 +30,7 @@ def call(function: Calling, op: OpOverloadPacket, *arguments: Any, needed: bool 
         return function(op, *arguments)
     if not needed:
         return function(past_autograd(op), *arguments)
-    if is_looked_at() or any(type(t) not in PLAIN for t in arguments[:2]):
+    if not runs_itself() or any(type(t) not in PLAIN for t in arguments[:2]):
         return function(op, *arguments)
     return Differentiable.apply(*arguments[:2], function, op, arguments)
 
@@ -40,10 +40,11 @@ def is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
-def is_looked_at() -> bool:
-    """Whether a tracer or a mode waits for the op itself."""
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return modes > 0 or torch.jit.is_tracing()
+def runs_itself() -> bool:
+    """Whether nothing but its kernels sees the call: no transform, tracer or mode."""
+    if is_transformed() or torch.jit.is_tracing():
+        return False
+    return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() == 0
 
 
 @cache

@@ -21,6 +21,8 @@ class Calls(nn.Module):
     codebook_size: int
     heads: int
     commitment_use_cross_entropy_loss: bool
+    stochastic_sample_codes: bool
+    straight_through: bool
     in_place_codebook_optimizer: Optimizer | None
 
     def _check_call(
@@ -57,10 +59,11 @@ class Calls(nn.Module):
         return indices
 
     def _temperature(self, given: Tensor | float | None, x: Tensor) -> Tensor | None:  # ()
-        """Of the probabilities of codes in training; None for 0, where the nearest has all, and in eval."""
+        """Of the probabilities of codes in training; None for 0, where the nearest has all, in eval, and where nothing
+        asks for them."""
         if not isinstance(given, Tensor | None):
             check_not_negative(self.owner, sample_codebook_temp=given)
-        if not self.training:
+        if not self.training or not (self.stochastic_sample_codes or self.straight_through):
             return None
         if given is None:
             positive = self.numbers.positive["sample_codebook_temp"]

@@ -61,10 +61,13 @@ class Quantizing(InPlaceOptimizer, WithLosses):
         freeze_codebook: bool | None,
         transform: Callable[[Tensor], Tensor] | None = None,
         ema_update: bool | None = None,
+        weight: UpdateWeight | None = None,
+        accumulate: bool = False,
     ) -> Call:
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         temperature = self._temperature(temperature, x)
-        return Call(self.training and not frozen, topk, temperature, transform, ema_update)
+        learning = self.training and not frozen
+        return Call(learning, topk, temperature, transform, ema_update, weight, accumulate)
 
     def _collects(self, call: Call) -> bool:
         return call.learning and call.topk is None and self._codebook.collects(call.ema_update)
@@ -82,7 +85,7 @@ class Quantizing(InPlaceOptimizer, WithLosses):
             self.numbers.follow_(codebook.embed)
         changes = self._observes(call) or self._optimizes(call)
         if changes or self._collects(call):
-            check_first_run(codebook.embed.detach(), self.owner)
+            check_first_run(codebook.embed, self.owner)
         if (codebook.is_initted and not changes) or torch.compiler.is_compiling():
             return nullcontext()
         kept = [codebook.restored_on_failure()]
@@ -141,8 +144,9 @@ class Quantizing(InPlaceOptimizer, WithLosses):
             kind = "directional"
         else:
             kind = "rotation" if self.rotation_trick else "straight_through"
+        variance = self.numbers["directional_reparam_variance"] if kind == "directional" else None
         more = self.numbers["sync_update_v"] if self.numbers.positive["sync_update_v"] else None
-        return Passing(kind, temperature, self.numbers["directional_reparam_variance"], more)
+        return Passing(kind, temperature, variance, more)
 
     def _searched(
         self, rows: Tensor, positions: tuple[int, ...], learn: bool, call: Call

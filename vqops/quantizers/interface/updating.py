@@ -30,7 +30,7 @@ class Updating(nn.Module):
         mask = layout.mask(x, mask, None)
         if not self._codebook.collects():
             return
-        check_first_run(self._codebook.embed.detach(), self.owner)
+        check_first_run(self._codebook.embed, self.owner)
         rows = layout.rows(x, self.project_in, mask)
         self._codebook.keep_float32_()
         chosen = layout.index_rows(indices)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
 
-# function(op, *arguments): a call of the op, and the views between the caller's shapes and the op's.
-Calling = Callable[..., Any]
+Calling = Callable[..., Any]  # function(op, *arguments): the op, and views between the caller's shapes and its own
 PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -25,14 +24,20 @@ GRADIENTS: dict[OpOverloadPacket, Gradient] = {}
 
 
 def call(function: Calling, op: OpOverloadPacket, *arguments: Any, needed: bool = False) -> Any:
-    """function(op, *arguments); needed: with a gradient to x or the codebook, the first two of the arguments."""
+    """function(op, *arguments); needed: with a gradient to the first two, x and a codebook or a list of them."""
     if is_transformed():
         return function(op, *arguments)
     if not needed:
         return function(past_autograd(op), *arguments)
-    if not runs_itself() or any(type(t) not in PLAIN for t in arguments[:2]):
+    x, codes = arguments[:2]
+    tensors = (x, *codes) if isinstance(codes, list) else (x, codes)
+    if not runs_itself() or any(type(t) not in PLAIN for t in tensors):
         return function(op, *arguments)
-    return Differentiable.apply(*arguments[:2], function, op, arguments)
+    return Differentiable.apply(*tensors, function, op, arguments)
+
+
+def as_given(op: OpOverloadPacket, *arguments: Any) -> Any:
+    return op(*arguments)
 
 
 def is_transformed() -> bool:
@@ -42,7 +47,7 @@ def is_transformed() -> bool:
 
 def runs_itself() -> bool:
     """Whether nothing but its kernels sees the call: no transform, tracer or mode."""
-    if is_transformed() or torch.jit.is_tracing():
+    if is_transformed() or torch._C._is_tracing():
         return False
     return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() == 0
 
@@ -62,7 +67,8 @@ class Differentiable(torch.autograd.Function):
     """A call with the gradient of its op. What `torch.library` makes of the same takes four times as long."""
 
     @staticmethod
-    def forward(ctx, x, codebook, function, op, arguments):
+    def forward(ctx, *given):
+        *_, function, op, arguments = given
         with torch._C._AutoDispatchBelowAutograd():
             output = function(op.default, *arguments)
         ctx.of = GRADIENTS[op]
@@ -73,5 +79,5 @@ class Differentiable(torch.autograd.Function):
     def backward(ctx, *gradients):
         _, backward, op = ctx.of
         graph = torch.is_grad_enabled() or is_transformed()  # create_graph, is_grads_batched
-        of_x, of_codebook, *_ = backward(ctx, *gradients, op=op if graph else past_autograd(op))
-        return of_x, of_codebook, None, None, None
+        of_x, of_codes, *_ = backward(ctx, *gradients, op=op if graph else past_autograd(op))
+        return of_x, *(of_codes if isinstance(of_codes, list) else [of_codes]), None, None, None

@@ -344,7 +344,7 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
         RuntimeError when activation checkpointing repeats a step that has updated the codebook, before any change.
         """
         layout = self._layout
-        indices = self._check_call(x, indices, topk, ema_update, ema_update_weight)
+        indices = self._check_call(layout, x, indices, topk, ema_update, ema_update_weight)
         mask = layout.mask(x, mask, lens)
         how = codebook_transform_fn, ema_update, ema_update_weight, accum_ema_update
         call = self._call(x, topk, sample_codebook_temp, freeze_codebook, *how)

@@ -118,12 +118,18 @@ def step_of(
 
 def scale_of(step: Step, counts: Tensor, sums: Tensor) -> Tensor | None:  # [H, K]
     """How far each code's averages move: 0 for all of a head without a row. None where all move all the way."""
-    weight, rows = step.weight, counts.sum(-1, keepdim=True)
-    if weight is None and rows.device.type == "cpu" and runs_itself() and 0 not in rows.view(-1).tolist():
+    weight = step.weight
+    if weight is None and all_have_rows(step.indices):
         return None
-    scale = (rows > 0).float().expand_as(counts)
+    scale = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
     if weight is None:
         return scale
     weight = weight if isinstance(weight, Tensor) else weight(sums, counts.float())
     step.codebook.check_update_weight(weight)
     return scale * weight.detach().float()
+
+
+def all_have_rows(indices: Tensor) -> bool:  # [H, N]
+    """Whether each head has a row with a code, as far as the host sees at once: on a CPU, by their first rows."""
+    readable = indices.device.type == "cpu" and indices.shape[1] > 0 and runs_itself()
+    return readable and min(indices.select(1, 0).tolist()) >= 0

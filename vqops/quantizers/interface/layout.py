@@ -98,10 +98,12 @@ class Layout(NamedTuple):
         z = given if isinstance(project, nn.Identity) else project(given)
         if self.heads > 1:
             return self.heads_first(z.reshape(-1, self.heads, z.shape[-1] // self.heads))
-        return reshaped(z, 1, -1, z.shape[-1])
+        if z.dim() == 3 and runs_itself() and len(z) == 1:
+            return z
+        return z.reshape(1, -1, z.shape[-1])
 
     def rows_back(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, D] -> [*positions, heads * D]
-        return reshaped(self.heads_last(rows), *positions, self.heads * rows.shape[-1])
+        return reshaped(self.heads_last(rows), (*positions, self.heads * rows.shape[-1]))
 
     def output(
         self,
@@ -128,7 +130,7 @@ class Layout(NamedTuple):
         return self.heads_first(indices.reshape(-1, self.heads))
 
     def indices_back(self, indices: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N] -> [*positions(, heads)]
-        return reshaped(self.heads_last(indices), *positions, *[self.heads] * (self.heads > 1))
+        return reshaped(self.heads_last(indices), (*positions, *[self.heads] * (self.heads > 1)))
 
     def grouped(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, ...] -> [H, G, M, ...]
         """The rows of each of the G positions of a sample, from all M samples and the heads that share a codebook."""
@@ -156,9 +158,7 @@ class Layout(NamedTuple):
         return t.transpose(0, 1) if self.separate else t
 
 
-def reshaped(t: Tensor, *shape: int) -> Tensor:
-    """t itself where it has the shape, since a view and its gradient take as long as a sum; a trace would keep that for
-    other shapes."""
-    if runs_itself() and t.dim() == len(shape) and all(n in (-1, m) for n, m in zip(shape, t.shape, strict=True)):
-        return t
-    return t.reshape(shape)
+def reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """t itself where it has the shape: a view with its gradient takes as long as a sum. A trace, which is for other
+    shapes, too, always has the view."""
+    return t if runs_itself() and t.shape == shape else t.reshape(shape)

@@ -69,7 +69,8 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *given):
         *_, function, op, arguments = given
-        with torch._C._AutoDispatchBelowAutograd():
+        # Below what tells views apart, too: a result that is one could not be changed in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             output = function(op.default, *arguments)
         ctx.of = GRADIENTS[op]
         ctx.of.setup_context(ctx, arguments, output)

@@ -81,7 +81,8 @@ def move_(steps: Sequence[Step]) -> None:
         for step, choice, vector in zip(replacing, chosen, vectors, strict=True):
             step.codebook.replace_dead_(vector, choice.distinct)
     for book in books:
-        book.pending = None
+        if book.pending is not None:  # a Module takes long to set an attribute
+            book.pending = None
 
 
 def restored_if_one_fails(books: set[Codebook]) -> AbstractContextManager:

@@ -160,7 +160,7 @@ def test_what_is_kept_for_the_backward_goes_through_hooks(name):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         found = call(x, codebook, **options)
-    assert any(t.numel() == x.numel() and torch.equal(t.flatten(), x.flatten()) for t in packed)
+    assert any(t.data_ptr() == x.data_ptr() for t in packed)
     REPEATS.same(gradients(found, x, codebook), expected)
 
 

@@ -1,7 +1,6 @@
 """How a call reaches an op: past what `torch.library` does for autograd, in Python, longer than a small op takes."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,9 @@ class Gradient(NamedTuple):
     op: OpOverloadPacket
 
 
+# Also past what marks views: a Function's result that is one could not be changed in place.
+past_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
 GRADIENTS: dict[OpOverloadPacket, Gradient] = {}
 
 
@@ -28,7 +30,8 @@ def call(function: Calling, op: OpOverloadPacket, *arguments: Any, needed: bool 
     if is_transformed():
         return function(op, *arguments)
     if not needed:
-        return function(past_autograd(op), *arguments)
+        with past_autograd():
+            return function(op.default, *arguments)
     x, codes = arguments[:2]
     tensors = (x, *codes) if isinstance(codes, list) else (x, codes)
     if not runs_itself() or any(type(t) not in PLAIN for t in tensors):
@@ -52,25 +55,13 @@ def runs_itself() -> bool:
     return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() == 0
 
 
-@cache
-def past_autograd(op: OpOverloadPacket) -> Callable:
-    """The op where nothing needs a gradient, which autograd would find out."""
-
-    def run(*arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.default(*arguments)
-
-    return run
-
-
 class Differentiable(torch.autograd.Function):
     """A call with the gradient of its op. What `torch.library` makes of the same takes four times as long."""
 
     @staticmethod
     def forward(ctx, *given):
         *_, function, op, arguments = given
-        # Below what tells views apart, too: a result that is one could not be changed in place.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with past_autograd():
             output = function(op.default, *arguments)
         ctx.of = GRADIENTS[op]
         ctx.of.setup_context(ctx, arguments, output)
@@ -79,6 +70,9 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         _, backward, op = ctx.of
-        graph = torch.is_grad_enabled() or is_transformed()  # create_graph, is_grads_batched
-        of_x, of_codes, *_ = backward(ctx, *gradients, op=op if graph else past_autograd(op))
+        if torch.is_grad_enabled() or is_transformed():  # create_graph, is_grads_batched
+            of_x, of_codes, *_ = backward(ctx, *gradients, op=op)
+        else:
+            with past_autograd():
+                of_x, of_codes, *_ = backward(ctx, *gradients, op=op.default)
         return of_x, *(of_codes if isinstance(of_codes, list) else [of_codes]), None, None, None

@@ -85,7 +85,7 @@ def weighted(
             ("codebook_diversity_loss_weight", terms.codebook_diversity),
             ("orthogonal_reg_weight", terms.orthogonal_reg),
         ):
-            if numbers.positive[name] and term is not None:
+            if term is not None and numbers.positive[name]:
                 loss = loss + numbers.times(term, name)
     # So that loss.backward() works with a frozen encoder too; a compiled graph can't return such a tensor.
     if training and not torch.compiler.is_compiling() and torch.is_grad_enabled() and not loss.requires_grad:

@@ -49,10 +49,11 @@ class WithLosses(nn.Module):
     ) -> tuple[LossBreakdown, Tensor | None]:
         """The terms of the loss, None for those without a weight but the first, and that of codebook_loss_weight."""
         error, each, D = found.error, found.error.dim() == 3, rows.shape[-1]
-        commits = self.training and self._commits
+        training, positive = self.training, self.numbers.positive
+        commits = training and self._commits
         if each:
             commitment = error.view(*positions, error.shape[-1]) / D
-            if self.training and not commits:
+            if training and not commits:
                 commitment = torch.zeros_like(commitment)
         elif not commits:
             commitment = error.new_zeros(())
@@ -63,14 +64,14 @@ class WithLosses(nn.Module):
         else:
             commitment = mean_error(error, mask, D)
         diversity, orthogonal, codebook_error = None, None, None
-        if self.training and self.has_codebook_loss:
+        if training and self.has_codebook_loss:
             errors = searched.codebook_error(rows, found.indices)
             codebook_error = errors.view(commitment.shape) / D if each else mean_error(errors, mask, D)
-        if self.training and self.numbers.positive["codebook_diversity_loss_weight"]:
+        if training and positive["codebook_diversity_loss_weight"]:
             grouped = partial(self._layout.grouped, positions=positions)
             entropy = searched.entropy(rows, self.numbers["codebook_diversity_temperature"], mask, grouped)
             diversity = -entropy.sum() / max(entropy.numel(), 1)
-        if self.training and self.numbers.positive["orthogonal_reg_weight"]:
+        if training and positive["orthogonal_reg_weight"]:
             active = self._codebook.in_use(found.indices) if self.orthogonal_reg_active_codes_only else None
             # A clone, since the update moves the codes before the backward.
             codes = self._codebook.embed.clone() if learning else self._codebook.embed.detach()

@@ -36,7 +36,7 @@ def call(function: Calling, op: OpOverloadPacket, *arguments: Any, needed: bool 
     tensors = (x, *codes) if isinstance(codes, list) else (x, codes)
     if not runs_itself() or any(type(t) not in PLAIN for t in tensors):
         return function(op, *arguments)
-    return Differentiable.apply(*tensors, function, op, arguments)
+    return Differentiable.apply(*tensors, (function, op, arguments))
 
 
 def as_given(op: OpOverloadPacket, *arguments: Any) -> Any:
@@ -60,7 +60,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *given):
-        *_, function, op, arguments = given
+        function, op, arguments = given[-1]
         with past_autograd():
             output = function(op.default, *arguments)
         ctx.of = GRADIENTS[op]
@@ -75,4 +75,4 @@ class Differentiable(torch.autograd.Function):
         else:
             with past_autograd():
                 of_x, of_codes, *_ = backward(ctx, *gradients, op=op.default)
-        return of_x, *(of_codes if isinstance(of_codes, list) else [of_codes]), None, None, None
+        return of_x, *(of_codes if isinstance(of_codes, list) else [of_codes]), None

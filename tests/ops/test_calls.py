@@ -6,6 +6,7 @@ from promises import REPEATS
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import vqops
 from vqops import VectorQuantize
@@ -161,6 +162,14 @@ def test_what_is_kept_for_the_backward_goes_through_hooks(name):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         found = call(x, codebook, **options)
     assert any(t.data_ptr() == x.data_ptr() for t in packed)
+    REPEATS.same(gradients(found, x, codebook), expected)
+
+
+@each_call
+def test_what_is_computed_again_in_the_backward_has_its_gradient(name):
+    call, x, codebook, options = given(name)
+    expected = gradients(call(x, codebook, **options), x, codebook)
+    found = checkpoint(lambda *leaves: call(*leaves, **options), x, codebook, use_reentrant=False)
     REPEATS.same(gradients(found, x, codebook), expected)
 
 

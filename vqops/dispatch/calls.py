@@ -70,9 +70,13 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         _, backward, op = ctx.of
-        if torch.is_grad_enabled() or is_transformed():  # create_graph, is_grads_batched
-            of_x, of_codes, *_ = backward(ctx, *gradients, op=op)
-        else:
+
+        # The op alone: what backward has saved may be computed again when it asks for it, with autograd.
+        def run(*arguments):
+            if torch.is_grad_enabled() or is_transformed():  # create_graph, is_grads_batched
+                return op(*arguments)
             with past_autograd():
-                of_x, of_codes, *_ = backward(ctx, *gradients, op=op.default)
+                return op.default(*arguments)
+
+        of_x, of_codes, *_ = backward(ctx, *gradients, op=run)
         return of_x, *(of_codes if isinstance(of_codes, list) else [of_codes]), None

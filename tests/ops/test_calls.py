@@ -3,6 +3,7 @@
 import pytest
 import torch
 from promises import REPEATS
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -201,3 +202,10 @@ def test_a_trace_of_one_sample_serves_several():
     traced = torch.jit.trace(vq, torch.randn(1, 9, D), check_trace=False)
     x = torch.randn(3, 5, D)
     REPEATS.same(traced(x)[:2], vq(x)[:2])
+
+
+def test_a_step_of_fake_tensors_outside_their_mode():
+    with FakeTensorMode():
+        vq, x = VectorQuantize(D, K), torch.randn(1, 9, D)
+    quantized, indices, _ = vq(x)
+    assert quantized.shape == x.shape and indices.shape == (1, 9)

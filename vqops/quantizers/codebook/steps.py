@@ -132,5 +132,5 @@ def scale_of(step: Step, counts: Tensor, sums: Tensor) -> Tensor | None:  # [H, 
 
 def all_have_rows(indices: Tensor) -> bool:  # [H, N]
     """Whether each head has a row with a code, as far as the host sees at once: on a CPU, by their first rows."""
-    readable = indices.device.type == "cpu" and indices.shape[1] > 0 and runs_itself()
-    return readable and min(indices.select(1, 0).tolist()) >= 0
+    readable = type(indices) is Tensor and indices.device.type == "cpu" and runs_itself()  # no fake one
+    return readable and indices.shape[1] > 0 and min(indices.select(1, 0).tolist()) >= 0

@@ -13,7 +13,19 @@ from benchmarks import cases, codecs, growth, levels, modules, soft
 from benchmarks import sets as instruction_sets
 from benchmarks.measure import measure
 from benchmarks.rows import label
-from benchmarks.shapes import CALLS, LEVEL_CALLS, LEVEL_STEPS, PLAIN, RESIDUALS, SEARCHES, SETS, SHAPES, STEPS, Shape
+from benchmarks.shapes import (
+    CALLS,
+    LEAST,
+    LEVEL_CALLS,
+    LEVEL_STEPS,
+    PLAIN,
+    RESIDUALS,
+    SEARCHES,
+    SETS,
+    SHAPES,
+    STEPS,
+    Shape,
+)
 
 OFFSETS = (10.0, 100.0, 1000.0)
 QUICK = ("VQ-VAE-2 top", "DAC", "RQ-VAE")
@@ -75,7 +87,7 @@ class Run:
 
 
 def search(run: Run) -> Iterator[Task]:
-    for shape in run.named(cases.ALL):
+    for shape in [*run.named(cases.ALL), *run.sized(LEAST)]:
         yield run.timed(cases.nearest(shape, run.device), shape.name == "VQGAN f16")
     for shape in run.named(("VQ-VAE-2 top",)):
         for dtype in (torch.float64, torch.float16, torch.bfloat16):
@@ -85,13 +97,13 @@ def search(run: Run) -> Iterator[Task]:
 
 
 def statistics(run: Run) -> Iterator[Task]:
-    for shape in run.named(cases.STATISTICS):
+    for shape in [*run.named(cases.STATISTICS), *run.sized(LEAST)]:
         yield run.timed(cases.code_sums(shape, run.device), shape.name == "VQGAN f16")
         yield run.timed(cases.ema_update(shape, run.device))
 
 
 def quantize(run: Run) -> Iterator[Task]:
-    for shape in run.named(cases.STATISTICS):
+    for shape in [*run.named(cases.STATISTICS), *run.sized(LEAST)]:
         yield run.timed(cases.quantize_forward(shape, run.device))
         for gradient in ("straight_through", "rotation"):
             yield run.timed(cases.quantize_backward(shape, run.device, gradient))
@@ -116,9 +128,9 @@ def assignments(run: Run) -> Iterator[Task]:
 
 
 def steps(run: Run) -> Iterator[Task]:
-    for shape in run.named(modules.STEPS):
+    for shape in [*run.named(modules.STEPS), *run.sized(LEAST)]:
         yield run.timed(modules.training_step(shape, run.device), shape.name == "VQGAN f16")
-    for shape in [*run.named(("VQ-VAE-2 top",)), *run.sized({run.device: CALLS})]:
+    for shape in [*run.named(("VQ-VAE-2 top",)), *run.sized({run.device: CALLS}), *run.sized(LEAST)]:
         yield run.timed(modules.evaluation(shape, run.device))
     size, batch = (64, 4) if run.quick else (256, 1 if run.device == "cpu" else 32)
     yield run.timed(modules.system_step(run.device, size, batch, run.quick))

@@ -74,6 +74,8 @@ SEARCHES = {
 SETS = [(32768, 64, 512), (65536, 64, 1024), (32768, 128, 1024), (4096, 256, 8192), (8192, 8, 16384)]
 # Of a model in use: a second of EnCodec, of Mimi, an image of LlamaGen, a single vector.
 CALLS = [(75, 128, 1024), (13, 256, 2048), (256, 8, 16384), (1, 256, 2048)]
+# A single value: what a call takes whatever it computes.
+LEAST = {"cpu": [(1, 1, 1)], "cuda": [(1, 1, 1)]}
 STEPS = {"cpu": [(32768, 128, 1024)], "cuda": [(2**20, 64, 512), (2**20, 128, 1024)]}
 # Those of plain PyTorch: products that take all the time, and comparisons that do.
 PLAIN = [(4096, 256, 1024), (32768, 64, 512), (65536, 64, 1024), (2048, 8, 16384)]

@@ -20,13 +20,13 @@ from vqops.quantizers.codebook import codebook as codebook_module
 def test_a_failure_of_the_last_level_takes_the_others_back(monkeypatch):
     vq = residual_vq(threshold_ema_dead_code=2)
     vq(torch.randn(2, 9, DIM))
-    before, real, calls = state(vq), codebook_module.ema_update_, []
+    before, real, calls = state(vq), codebook_module.move_averages_, []
 
     def fail_later(*arguments, **keywords):
         calls.append(1)
         return (fail if len(calls) == LEVELS else real)(*arguments, **keywords)
 
-    monkeypatch.setattr(codebook_module, "ema_update_", fail_later)
+    monkeypatch.setattr(codebook_module, "move_averages_", fail_later)
     # The compiled op needs no memory that it could not get.
     with vqops.use_implementation("pytorch"), pytest.raises(RuntimeError, match="lost rank"):
         vq(torch.randn(2, 9, DIM))
@@ -53,7 +53,7 @@ def test_a_failed_step_of_an_optimizer_in_place_is_none(shared, make, monkeypatc
 @pytest.mark.parametrize("lost", PLACES)
 @every_way
 def test_a_failed_call_leaves_every_level(way, lost):
-    if lost == "ema_update_" and way in ("learnable", "implicit"):
+    if lost == "move_averages_" and way in ("learnable", "implicit"):
         lost = "sum_over_ranks"
     vq = residual_vq(way, codebook_dim=4, threshold_ema_dead_code=2, kmeans_init=True)
     for first in (True, False):

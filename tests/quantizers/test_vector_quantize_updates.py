@@ -249,7 +249,7 @@ def fail(*_, **__):
     raise RuntimeError("lost rank")
 
 
-@pytest.mark.parametrize("lost", ["project_out", "weight", "ema_update_"])
+@pytest.mark.parametrize("lost", ["project_out", "weight", "move_averages_"])
 @pytest.mark.parametrize("options", [{}, {"learnable_codebook": True}], ids=str)
 def test_a_first_call_that_fails_takes_its_k_means_back(options, lost, monkeypatch):
     vq = VectorQuantize(3, 8, codebook_dim=2, kmeans_init=True, threshold_ema_dead_code=2, **options)
@@ -257,7 +257,7 @@ def test_a_first_call_that_fails_takes_its_k_means_back(options, lost, monkeypat
     with monkeypatch.context() as patch:
         if lost == "project_out":
             patch.setattr(vq.project_out, "forward", fail)
-        if lost == "ema_update_":
+        if lost == "move_averages_":
             patch.setattr(codebook_module, lost, fail)
         with pytest.raises(RuntimeError, match="lost rank"):
             vq(x, ema_update_weight=fail if lost == "weight" else None)

@@ -6,7 +6,7 @@ import pytest
 
 from vqops.quantizers.codebook import codebook, steps
 
-PLACES = ["sum_over_ranks", "ema_update_", "choose_rows", "project_out"]  # what a training step comes to in turn
+PLACES = ["sum_over_ranks", "move_averages_", "choose_rows", "project_out"]  # what a training step comes to in turn
 
 
 def fail(*_, **__):
@@ -20,5 +20,5 @@ def failing(vq, place: str):
         if place == "project_out":
             patch.setattr(vq.project_out, "forward", fail)
         else:
-            patch.setattr(codebook if place == "ema_update_" else steps, place, fail)
+            patch.setattr(codebook if place == "move_averages_" else steps, place, fail)
         yield

@@ -6,10 +6,12 @@ from importlib import import_module
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from vqops import pytorch, reference, triton_kernels
 from vqops.dispatch import choice
+from vqops.dispatch.calls import GRADIENTS, Gradient
 from vqops.dispatch.choice import Implementation
 
 try:
@@ -116,7 +118,9 @@ def define(
         if autograd is not None:
             backward = autograd.backward
             if autograd.op is not None:
-                backward = partial(backward, op=getattr(torch.ops.vqops, op_name(autograd.op, implementation)))
+                of_gradient = getattr(torch.ops.vqops, op_name(autograd.op, implementation))
+                GRADIENTS[getattr(torch.ops.vqops, op)] = Gradient(autograd.setup_context, backward, of_gradient)
+                backward = partial(backward, op=of_gradient)
             torch.library.register_autograd(f"vqops::{op}", backward, setup_context=autograd.setup_context, lib=library)
         if decomposition is not None:
             rule = decomposed_for_onnx(decomposition)
@@ -156,7 +160,7 @@ def decomposed_for_onnx(decomposition: Callable) -> Callable:
 
 def no_kernel(name: str) -> Callable:
     def refuse(*arguments):
-        device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor)).type
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor)).type
         why = f": CUDA is {kernels.cuda}" if device == "cuda" else ""
         raise RuntimeError(f"{name}: implementation 'compiled' has no kernel for {device}{why}")
 
@@ -213,6 +217,11 @@ def select(name: str, implementation: Implementation | None) -> Callable:
         why = "; it runs as 'pytorch'" if implementation == "compiled" else ", or no Triton (`pip install triton`)"
         raise ValueError(f"{name}: there is no {implementation} implementation{why}")
     return getattr(torch.ops.vqops, op_name(name, implementation))
+
+
+def takes_cpu_kernel(t: Tensor, implementation: Implementation | None = None) -> bool:
+    """Whether a call with this tensor runs as compiled on a CPU, if the op has that."""
+    return t.device.type == "cpu" and resolve(implementation) in (None, "compiled")
 
 
 def has(name: str, implementation: Implementation) -> bool:

@@ -14,7 +14,7 @@ def check_first_run(codebook: Tensor, owner: str) -> None:
     the check before.
     """
     if torch.compiler.is_compiling():
-        torch.ops.vqops.check_first_run_(codebook, owner)
+        torch.ops.vqops.check_first_run_(codebook.detach(), owner)
     else:
         raise_within_backward(codebook, owner)
 

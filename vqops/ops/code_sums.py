@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from vqops.dispatch.library import Implementation, define, select, without_gradient
+from vqops.dispatch.calls import call
+from vqops.dispatch.library import Implementation, define, select, takes_cpu_kernel, without_gradient
 from vqops.ops.checks import check_device, check_floating, check_indices, check_shape, check_weight
+from vqops.ops.heads import one_head, one_row
 
 
 def code_sums(
@@ -41,12 +43,21 @@ def code_sums(
         raise ValueError(f"code_sums: x must be [H, N, D] with heads=True, got {list(x.shape)}")
     if num_codes < 1:
         raise ValueError(f"code_sums: num_codes must be at least 1, got {num_codes}")
-    check_indices("code_sums", indices, num_codes)
-    op = select("code_sums", implementation)
+    checks_itself = takes_cpu_kernel(x, implementation)
+    if not checks_itself:
+        check_indices("code_sums", indices, num_codes)
+    try:
+        return call(in_heads, select("code_sums", implementation), x, indices, num_codes, weight, heads)
+    except RuntimeError:
+        if checks_itself:
+            check_indices("code_sums", indices, num_codes)
+        raise
+
+
+def in_heads(op, x, indices, num_codes, weight, heads):
     if heads:
         return op(x, indices, num_codes, weight)
-    flat = None if weight is None else weight.reshape(1, -1)
-    counts, sums = op(x.reshape(1, -1, x.shape[-1]), indices.reshape(1, -1), num_codes, flat)
+    counts, sums = op(one_head(x), one_row(indices), num_codes, one_row(weight))
     return counts.squeeze(0), sums.squeeze(0)
 
 

@@ -42,7 +42,7 @@ def ema_update_(
     for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"{op}: {name} must be float32, got {tensor.dtype}")
-        if tensor is not None and any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+        if tensor is not None and is_expanded(tensor):
             raise ValueError(f"{op}: {name} is expanded, so its elements share memory; give a copy")
     if embed_avg.dim() != 3:
         raise ValueError(f"{op}: embed_avg must be [H, K, D], got {list(embed_avg.shape)}")
@@ -60,12 +60,34 @@ def ema_update_(
     elif decay.dtype != torch.float32 or decay.dim() > 0:
         raise TypeError(f"{op}: decay must be a number or a 0-d float32 tensor, got {decay.dtype} {list(decay.shape)}")
     check_device(op, cluster_size, decay=decay)
+    move_averages_(cluster_size, embed_avg, embed, counts, sums, decay, eps, weight, metric, implementation)
+
+
+def move_averages_(
+    cluster_size: Tensor,
+    embed_avg: Tensor,
+    embed: Tensor | None,
+    counts: Tensor,
+    sums: Tensor,
+    decay: Tensor,  # () float32
+    eps: float,
+    weight: Tensor | None,
+    metric: Metric,
+    implementation: Implementation | None = None,
+) -> None:
+    """`ema_update_` of arguments that are checked."""
+    op = select("ema_update_", implementation)
     # The kernels want the buffers contiguous.
     dense = [t if t is None or t.is_contiguous() else t.contiguous() for t in (cluster_size, embed_avg, embed)]
-    select(op, implementation)(*dense, counts, sums, decay, eps, weight, metric)
+    op(*dense, counts, sums, decay, eps, weight, metric)
     for tensor, changed in zip((cluster_size, embed_avg, embed), dense, strict=True):
         if changed is not tensor:
             tensor.copy_(changed)
+
+
+def is_expanded(t: Tensor) -> bool:
+    strides = t.stride()
+    return 0 in strides and any(n > 1 and not s for n, s in zip(t.shape, strides, strict=True))
 
 
 def fake_ema_update_(cluster_size, embed_avg, embed, counts, sums, decay, eps=1e-5, weight=None, metric="euclidean"):

@@ -15,7 +15,7 @@ class Heads(NamedTuple):
 
     def row(self, t: Tensor | None) -> Tensor | None:
         """Per-row values in the caller's shape, as [H, N]."""
-        return t.reshape(1, -1) if self.single and t is not None else t
+        return one_row(t) if self.single else t
 
     def rows_back(self, t: Tensor) -> Tensor:
         """[H, N, ...] in the caller's shape."""
@@ -32,5 +32,12 @@ def with_heads(x: Tensor, codebook: Tensor) -> Heads:
     single = codebook.dim() == 2
     if not single:
         return Heads(x, codebook, tuple(x.shape[:-1]), single)
-    rows = x.unsqueeze(0) if x.dim() == 2 else x.reshape(1, -1, x.shape[-1])
-    return Heads(rows, codebook.unsqueeze(0), tuple(x.shape[:-1]), single)
+    return Heads(one_head(x), codebook.unsqueeze(0), tuple(x.shape[:-1]), single)
+
+
+def one_head(t: Tensor | None) -> Tensor | None:  # [..., D] -> [1, N, D]
+    return t if t is None else t.unsqueeze(0) if t.dim() == 2 else t.reshape(1, -1, t.shape[-1])
+
+
+def one_row(t: Tensor | None) -> Tensor | None:  # [...] -> [1, N]
+    return t if t is None else t.unsqueeze(0) if t.dim() == 1 else t.reshape(1, -1)

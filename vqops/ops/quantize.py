@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from vqops import reference
+from vqops.dispatch.calls import call
 from vqops.dispatch.library import Autograd, Implementation, define, select, without_second_derivative
 from vqops.ops.checks import GRADIENTS, Gradient, Metric, check_choice, check_search, check_weight
-from vqops.ops.heads import with_heads
+from vqops.ops.heads import one_head, one_row, with_heads
 from vqops.ops.search import PreparedCodebook, unpack
 from vqops.pytorch import decomposition
 
@@ -72,20 +73,16 @@ def quantize(
     check_search(op, x, codebook, mask, metric)
     check_weight(op, weight, x.shape[:-1])
     check_choice(op, "gradient", gradient, GRADIENTS)
-    heads = with_heads(x, codebook)
-    mask, weight = heads.row(mask), heads.row(weight)
     how = metric, gradient, code_sums, codebook_error_scale, normalize, implementation
-    quantized, indices, error, counts, sums = quantize_rows(heads.x, heads.codebook, packed, mask, weight, *how)
-    rows, codes = heads.rows_back, heads.codes_back
-    return Quantized(rows(quantized), rows(indices), rows(error), codes(counts), codes(sums))
+    return quantize_rows(x, codebook, packed, mask, weight, *how)
 
 
 def quantize_rows(
-    x: Tensor,  # [H, N, D]
-    codebook: Tensor,  # [H, K, D]
+    x: Tensor,  # [..., D], or [H, N, D] with one codebook per head
+    codebook: Tensor,  # [K, D] or [H, K, D]
     packed: Tensor | None,  # of its preparation
-    mask: Tensor | None,  # [H, N] bool
-    weight: Tensor | None,  # [H, N]
+    mask: Tensor | None,  # bool, shape of x without D
+    weight: Tensor | None,  # shape of x without D
     metric: Metric,
     gradient: Gradient,
     code_sums: bool,
@@ -94,14 +91,20 @@ def quantize_rows(
     implementation: Implementation | None = None,
 ) -> Quantized:
     """`quantize` of arguments that are checked."""
+    needed = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
+    how = metric, gradient, code_sums, codebook_error_scale, normalize, needed, packed
     op = select("quantize", implementation)
-    snapshot = torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad)
-    how = metric, gradient, code_sums, codebook_error_scale, normalize, snapshot
-    if snapshot or torch.compiler.is_compiling():
-        return Quantized(*op(x, codebook, mask, weight, *how, packed)[:5])
-    # What torch.library has for autograd, in Python, takes half as long as a short search to find nothing to do.
-    with torch._C._AutoDispatchBelowAutograd():
-        return Quantized(*op(x, codebook, mask, weight, *how, packed)[:5])
+    return Quantized(*call(in_heads, op, x, codebook, mask, weight, *how, needed=needed)[:5])
+
+
+def in_heads(op, x, codebook, mask, weight, *how):
+    """The op in the callers' shapes, but for what it keeps for its backward."""
+    if codebook.dim() == 3:
+        return op(x, codebook, mask, weight, *how)
+    heads = with_heads(x, codebook)
+    quantized, indices, error, counts, sums, old = op(heads.x, heads.codebook, heads.row(mask), heads.row(weight), *how)
+    rows, codes = heads.rows_back, heads.codes_back
+    return rows(quantized), rows(indices), rows(error), codes(counts), codes(sums), old
 
 
 def fake_quantize(
@@ -130,12 +133,13 @@ def fake_quantize(
 
 
 def save_for_backward(ctx, inputs, output):
-    x, _, mask, _, ctx.metric, ctx.gradient, _, ctx.codebook_error_scale, ctx.normalize, snapshot, _ = inputs
+    x, codebook, mask, _, ctx.metric, ctx.gradient, _, ctx.codebook_error_scale, ctx.normalize, snapshot, _ = inputs
     _, indices, _, counts, sums, old = output
     if not snapshot:
         raise RuntimeError("quantize: a gradient is needed, so call it with snapshot=True")
     ctx.mark_non_differentiable(indices, counts, sums, old)
     ctx.set_materialize_grads(False)
+    ctx.single = codebook.dim() == 2
     ctx.save_for_backward(x, old, indices, mask)
 
 
@@ -143,20 +147,14 @@ def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op):
     x, old, indices, mask = ctx.saved_tensors
     x_needed, codebook_needed = ctx.needs_input_grad[:2]
     codebook_needed = codebook_needed and ctx.codebook_error_scale != 0
-    grad_x, grad_codebook = op(
-        grad_quantized,
-        grad_error,
-        x,
-        old,
-        indices,
-        mask,
-        ctx.metric,
-        ctx.gradient,
-        ctx.codebook_error_scale,
-        ctx.normalize,
-        x_needed,
-        codebook_needed,
-    )
+    rows = grad_quantized, grad_error, x, indices, mask
+    if ctx.single:
+        rows = one_head(grad_quantized), one_row(grad_error), one_head(x), one_row(indices), one_row(mask)
+    how = ctx.metric, ctx.gradient, ctx.codebook_error_scale, ctx.normalize, x_needed, codebook_needed
+    grad_x, grad_codebook = op(*rows[:3], old, *rows[3:], *how)
+    if ctx.single:
+        grad_x = grad_x.view(x.shape) if x_needed else None
+        grad_codebook = grad_codebook.squeeze(0) if codebook_needed else None
     return grad_x if x_needed else None, grad_codebook if codebook_needed else None, *[None] * 9
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vqops import reference
+from vqops.dispatch.calls import as_given, call
 from vqops.dispatch.library import Autograd, Implementation, define, select, without_second_derivative
 from vqops.ops.checks import GRADIENTS, Gradient, Metric, check_choice, check_device, check_search, check_shape
 from vqops.ops.heads import with_heads
@@ -165,13 +166,10 @@ def residual_quantize_rows(
     implementation: Implementation | None = None,
 ) -> ResidualRows:
     """`residual_quantize` of arguments that are checked."""
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *codebooks))
+    how = metric, gradient, per_level, code_sums, codebook_error_scale, normalize, needed, packed
     op = select("residual_quantize", implementation)
-    snapshot = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *codebooks))
-    how = metric, gradient, per_level, code_sums, codebook_error_scale, normalize, snapshot
-    if snapshot or torch.compiler.is_compiling():
-        return ResidualRows(*op(x, codebooks, mask, levels, *how, packed)[:5])
-    with torch._C._AutoDispatchBelowAutograd():  # as in quantize_rows
-        return ResidualRows(*op(x, codebooks, mask, levels, *how, packed)[:5])
+    return ResidualRows(*call(as_given, op, x, codebooks, mask, levels, *how, needed=needed)[:5])
 
 
 def fake_residual_quantize(
@@ -212,8 +210,10 @@ def save_for_backward(ctx, inputs, output):
 
 def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op):
     x, old, indices, mask, levels = ctx.saved_tensors
-    needed = ctx.needs_input_grad  # of the arguments that did not have their default, a list for each list of tensors
-    x_needed, codebooks_needed = needed[0], any(needed[1]) and ctx.codebook_error_scale != 0
+    needed = ctx.needs_input_grad
+    # Registered: of the arguments that did not have their default, a list for each list of tensors.
+    wanted = needed[1] if isinstance(needed[1], list) else needed[1 : 1 + len(ctx.sizes)]
+    x_needed, codebooks_needed = needed[0], any(wanted) and ctx.codebook_error_scale != 0
     grad_x, grad_codebooks = op(
         grad_quantized,
         grad_error,
@@ -232,7 +232,7 @@ def backward(ctx, grad_quantized, _indices, grad_error, *_unused, op):
         codebooks_needed,
     )
     by_level = grad_codebooks.split(ctx.sizes, 1) if codebooks_needed else [None] * len(ctx.sizes)
-    by_level = [grad if wanted else None for grad, wanted in zip(by_level, needed[1], strict=True)]
+    by_level = [grad if one else None for grad, one in zip(by_level, wanted, strict=True)]
     rest = ([None] * len(each) if isinstance(each, list) else None for each in needed[2:])
     return grad_x if x_needed else None, by_level, *rest
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vqops.dispatch.calls import as_given, call
 from vqops.dispatch.library import Implementation, define, select, without_gradient
 from vqops.ops.checks import FLOATING, Metric, check_device, check_number, check_search, check_shape
 from vqops.ops.heads import with_heads
@@ -43,7 +44,7 @@ def sample(
     temperature = check_draw("sample", x, codebook, temperature, seed, mask, metric)
     heads = with_heads(x, codebook)
     op = select("sample", implementation)
-    return heads.rows_back(op(heads.x, heads.codebook, temperature, seed, heads.row(mask), metric))
+    return heads.rows_back(call(as_given, op, heads.x, heads.codebook, temperature, seed, heads.row(mask), metric))
 
 
 def sample_topk(
@@ -69,7 +70,7 @@ def sample_topk(
         raise ValueError(f"sample_topk: k must be from 1 to min(K={codebook.shape[-2]}, {LARGEST_K}), got {k}")
     heads = with_heads(x, codebook)
     op = select("sample_topk", implementation)
-    return heads.rows_back(op(heads.x, heads.codebook, temperature, seed, k, heads.row(mask), metric))
+    return heads.rows_back(call(as_given, op, heads.x, heads.codebook, temperature, seed, k, heads.row(mask), metric))
 
 
 def check_draw(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vqops import reference
+from vqops.dispatch.calls import as_given, call
 from vqops.dispatch.library import Implementation, define, is_compiled, kernels, resolve, select, without_gradient
 from vqops.ops.checks import METRICS, Metric, check_choice, check_codebook, check_search
 from vqops.ops.heads import with_heads
@@ -127,7 +128,7 @@ def nearest_topk(
         raise ValueError(f"nearest_topk: k must be from 1 to min(K={codebook.shape[-2]}, {LARGEST_K}), got {k}")
     heads = with_heads(x, codebook)
     op = select("nearest_topk", implementation)
-    indices, distances = op(heads.x, heads.codebook, k, heads.row(mask), metric, packed)
+    indices, distances = call(as_given, op, heads.x, heads.codebook, k, heads.row(mask), metric, packed)
     return heads.rows_back(indices), heads.rows_back(distances)
 
 

@@ -344,10 +344,10 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
         RuntimeError when activation checkpointing repeats a step that has updated the codebook, before any change.
         """
         layout = self._layout
-        indices = self._check_call(x, indices, topk, ema_update, ema_update_weight)
+        indices = self._check_call(layout, x, indices, topk, ema_update, ema_update_weight)
         mask = layout.mask(x, mask, lens)
-        call = self._call(x, topk, sample_codebook_temp, freeze_codebook, codebook_transform_fn, ema_update)
-        call = call._replace(weight=ema_update_weight, accumulate=accum_ema_update)
+        how = codebook_transform_fn, ema_update, ema_update_weight, accum_ema_update
+        call = self._call(x, topk, sample_codebook_temp, freeze_codebook, *how)
         with self._kept_on_failure(call):
             positions = layout.positions(x)
             rows = layout.rows(x, self.project_in, mask)
@@ -362,14 +362,16 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
             zeros, padded = self.return_zeros_for_masked_padding, mask
             if zeros and not self.has_projections:
                 padded = None
-            quantized = layout.output(self.project_out(quantized), padded, x, zeros)
+            if self.has_projections:
+                quantized = self.project_out(quantized)
+            quantized = layout.output(quantized, padded, x, zeros)
             # Last, so that nothing that fails before it leaves a trace.
             if found.step is not None:
                 take_steps_([found.step])
         if indices is not None:
             return quantized, found.loss
         results = quantized, chosen, found.loss
-        return (*results, found.terms) if return_loss_breakdown else results
+        return (*results, found.terms.complete()) if return_loss_breakdown else results
 
     def maybe_split_heads_from_input(self, x: Tensor) -> Tensor:
         """Vectors [b, n, heads * D] by head: [heads, b, n, D] for codebooks of their own, else [1, b * heads, n, D]."""

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from vqops.ops.checks import Gradient, check_device, check_floating
 from vqops.ops.code_sums import code_sums
-from vqops.ops.ema import ema_update_
+from vqops.ops.ema import move_averages_
 from vqops.ops.quantize import Quantized
 from vqops.quantizers.codebook.chosen import Chosen, quantize_chosen, with_gradient_to
 from vqops.quantizers.codebook.kmeans import kmeans
@@ -137,7 +137,7 @@ class Codebook(nn.Module):
         if collect and not collected:
             _, counts, sums = self.statistics(x.detach(), found.indices)
             found = found._replace(counts=counts, sums=sums)
-        if gradient != "none":
+        if gradient != "none" or not (found.quantized.requires_grad or searched.codes.requires_grad):
             return found
         codes = searched.at(found.indices.unsqueeze(-1)).squeeze(2) if searched.codes.requires_grad else None
         return found._replace(quantized=with_gradient_to(codes, found.quantized))
@@ -170,7 +170,7 @@ class Codebook(nn.Module):
 
     def codes(self, learn: bool) -> Tensor:  # [H, K, D]
         """The codes that are searched; `learn`: with their gradient, if they are a Parameter."""
-        codes = self.embed if learn else self.embed.detach()
+        codes = self.embed if learn or not self.embed.requires_grad else self.embed.detach()
         if self.vq_bridge is None:
             return codes
         with torch.autocast(codes.device.type, enabled=False):
@@ -280,13 +280,16 @@ class Codebook(nn.Module):
         rows = F.normalize(x.float(), dim=-1, eps=TINY) if self.metric == "cosine" else x
         return indices, *code_sums(rows, indices, self.embed.shape[1], heads=True)
 
-    def average_(self, counts: Tensor, sums: Tensor, step: Tensor | None, to_codes: bool) -> None:
-        """Move the averages, or without a step none of them, and then the codes if `to_codes`."""
-        decay = torch.ones_like(self.numbers["decay"]) if step is None else self.numbers["decay"]
-        embed = self.embed.float() if to_codes else None  # a Parameter may have been cast
-        ema_update_(self.cluster_size, self.embed_avg, embed, counts, sums, decay, self.eps, step, metric=self.metric)
-        if embed is not None and embed is not self.embed:
-            self.embed.copy_(embed)
+    def average_(
+        self, counts: Tensor, sums: Tensor, share: Tensor | None, to_codes: bool, decay: Tensor | None = None
+    ) -> None:
+        """Move the averages, each by its share of a step, and then the codes if `to_codes`."""
+        decay = self.numbers.decay if decay is None else decay
+        codes = self.embed
+        embed = codes.float() if to_codes else None  # a Parameter may have been cast
+        move_averages_(self.cluster_size, self.embed_avg, embed, counts, sums, decay, self.eps, share, self.metric)
+        if embed is not None and embed is not codes:
+            codes.copy_(embed)
 
     def as_codes(self, x: Tensor) -> Tensor:  # [H, N, D]
         """Rows where `embed` has its codes."""
@@ -311,7 +314,8 @@ class Codebook(nn.Module):
         if self.learnable_codebook:
             raise RuntimeError(f"{self.owner}: update_ema, but learnable_codebook is True: no averages move the codes")
         self.keep_float32_()
-        self.average_(torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_avg), None, True)
+        nothing = torch.zeros_like(self.cluster_size), torch.zeros_like(self.embed_avg)
+        self.average_(*nothing, None, True, decay=torch.ones_like(self.numbers.decay))
 
     @torch.no_grad()
     def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:  # x [H, N, D], mask [H, N] bool

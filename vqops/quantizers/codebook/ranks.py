@@ -17,9 +17,9 @@ def rank(sync: bool = True) -> int:
 
 
 def sum_over_ranks(*tensors: Tensor, dtype: torch.dtype, sync: bool = True) -> list[Tensor]:
-    """Each tensor summed over all ranks, in `dtype`, with one collective for all of them."""
+    """Each tensor summed over all ranks, in `dtype`, with one collective for all of them; of one rank as they are."""
     if num_ranks(sync) == 1:
-        return [t.to(dtype) for t in tensors]
+        return list(tensors)
     packed = torch.cat([t.to(dtype).flatten() for t in tensors])
     dist.all_reduce(packed)
     parts = packed.split([t.numel() for t in tensors])

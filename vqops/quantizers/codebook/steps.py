@@ -1,14 +1,15 @@
 """The step of codebooks that a batch makes: of one, or of all levels of a residual quantizer together."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqops.dispatch.library import resolve
+from vqops.dispatch.calls import runs_itself
+from vqops.dispatch.library import takes_cpu_kernel
 from vqops.quantizers.codebook.codebook import Codebook, UpdateWeight
 from vqops.quantizers.codebook.failure import joined
 from vqops.quantizers.codebook.random_rows import Choice, choose_rows, rows_at
@@ -21,7 +22,7 @@ class Step(NamedTuple):
     codebook: Codebook
     counts: Tensor  # [H, K]
     sums: Tensor  # [H, K, D]
-    valid: Tensor  # [H, N] bool, the rows that dead codes may restart from
+    indices: Tensor  # [H, N], -1 for rows that dead codes must not restart from
     rows_at: Callable[[Tensor], Tensor] | None  # these, [H, K] -> [H, K, D]; None: no code is replaced
     moves: bool  # whether the codes follow the averages
     weight: UpdateWeight | None = None
@@ -55,9 +56,9 @@ def with_pending(steps: Sequence[Step]) -> list[Step]:
         counts, sums = step.counts, step.codebook.sums_of_codes(step.counts, step.sums)
         if (before := waiting.pop(step.codebook, None)) is not None:
             counts, sums = counts + before[0], sums + before[1]
-        elif step.valid.shape[1] == 0 and num_ranks(step.codebook.sync) == 1 and step.codebook not in had:
+        elif step.indices.shape[1] == 0 and num_ranks(step.codebook.sync) == 1 and step.codebook not in had:
             continue
-        told.append(step._replace(counts=counts, sums=sums))
+        told.append(step if sums is step.sums else step._replace(counts=counts, sums=sums))
     return told
 
 
@@ -66,7 +67,8 @@ def move_(steps: Sequence[Step]) -> None:
     replacing = [step for step in steps if step.rows_at is not None]
     chosen, vectors = [], []
     if replacing:
-        chosen = choose_rows([step.valid for step in replacing], [step.counts.shape[1] for step in replacing], sync)
+        valid = [step.indices >= 0 for step in replacing]
+        chosen = choose_rows(valid, [step.counts.shape[1] for step in replacing], sync)
         vectors = [vectors_of(step, choice) for step, choice in zip(replacing, chosen, strict=True)]
     counts, sums = [step.counts for step in steps], [step.sums for step in steps]
     summed = sum_over_ranks(*counts, *sums, *vectors, dtype=torch.float32, sync=sync)
@@ -79,18 +81,20 @@ def move_(steps: Sequence[Step]) -> None:
         for step, choice, vector in zip(replacing, chosen, vectors, strict=True):
             step.codebook.replace_dead_(vector, choice.distinct)
     for book in books:
-        book.pending = None
+        if book.pending is not None:  # a Module takes long to set an attribute
+            book.pending = None
 
 
 def restored_if_one_fails(books: set[Codebook]) -> AbstractContextManager:
     """One codebook moves by an op that does all or nothing; of several, some would have moved when one has no memory.
     The compiled one on a CPU needs none, and copies would take as long as the step where codes outnumber rows."""
-    on_cpu = all(book.embed.device.type == "cpu" for book in books) and resolve(None) in (None, "compiled")
-    return joined([] if len(books) == 1 or on_cpu else [book.restored_on_failure() for book in books])
+    if len(books) == 1 or all(takes_cpu_kernel(book.embed) for book in books):
+        return nullcontext()
+    return joined([book.restored_on_failure() for book in books])
 
 
 def vectors_of(step: Step, choice: Choice) -> Tensor:  # [H, K, D] float32, zero where another rank has the row
-    if step.valid.shape[1] == 0:
+    if step.indices.shape[1] == 0:
         return torch.zeros_like(step.sums)
     return step.rows_at(choice.row).float().masked_fill(~choice.mine.unsqueeze(-1), 0)
 
@@ -110,15 +114,23 @@ def step_of(
     rows = None
     if codebook.replaces_dead:
         rows = partial(rows_at, codebook.as_codes(x)) if isinstance(x, Tensor) else x
-    return Step(codebook, counts, sums, indices >= 0, rows, moves, weight, accumulate)
+    return Step(codebook, counts, sums, indices, rows, moves, weight, accumulate)
 
 
-def scale_of(step: Step, counts: Tensor, sums: Tensor) -> Tensor:  # [H, K]
-    """How far each code's averages move: 0 for all of a head without a row."""
-    scale = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
+def scale_of(step: Step, counts: Tensor, sums: Tensor) -> Tensor | None:  # [H, K]
+    """How far each code's averages move: 0 for all of a head without a row. None where all move all the way."""
     weight = step.weight
+    if weight is None and all_have_rows(step.indices):
+        return None
+    scale = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
     if weight is None:
         return scale
-    weight = weight if isinstance(weight, Tensor) else weight(sums, counts)
+    weight = weight if isinstance(weight, Tensor) else weight(sums, counts.float())
     step.codebook.check_update_weight(weight)
     return scale * weight.detach().float()
+
+
+def all_have_rows(indices: Tensor) -> bool:  # [H, N]
+    """Whether each head has a row with a code, as far as the host sees at once: on a CPU, by their first rows."""
+    readable = type(indices) is Tensor and indices.device.type == "cpu" and runs_itself()  # no fake one
+    return readable and indices.shape[1] > 0 and min(indices.select(1, 0).tolist()) >= 0

@@ -15,16 +15,18 @@ class Calls(nn.Module):
     """The checks of a quantizer's calls."""
 
     _codebook: Codebook
-    _layout: Layout
     numbers: Numbers
     owner: str
     codebook_size: int
     heads: int
     commitment_use_cross_entropy_loss: bool
+    stochastic_sample_codes: bool
+    straight_through: bool
     in_place_codebook_optimizer: Optimizer | None
 
     def _check_call(
         self,
+        layout: Layout,
         x: Tensor,
         indices: Tensor | None,
         topk: int | None,
@@ -33,10 +35,11 @@ class Calls(nn.Module):
     ) -> Tensor | None:
         """The indices as int64."""
         owner = self.owner
-        self._layout.check_input(x)
-        check_device(owner, x, codebook=self._codebook.embed, indices=indices)
+        codebook = self._codebook
+        layout.check_input(x)
+        check_device(owner, x, codebook=codebook.embed, indices=indices)
         if indices is not None:
-            indices = self._layout.indices(indices, self.codebook_size, self._layout.positions(x))
+            indices = layout.indices(indices, self.codebook_size, layout.positions(x))
         if topk is not None:
             check_counts(owner, topk=topk)
             if self.heads > 1:
@@ -47,20 +50,21 @@ class Calls(nn.Module):
                 raise ValueError(f"{owner}: topk is for codes that stay, but in_place_codebook_optimizer moves them")
             if self.training and self.commitment_use_cross_entropy_loss:
                 raise ValueError(f"{owner}: topk has a squared error a code, not commitment_use_cross_entropy_loss")
-        if ema_update and self._codebook.learnable_codebook:
+        if ema_update and codebook.learnable_codebook:
             raise ValueError(f"{owner}: ema_update=True, but learnable_codebook=True: no averages move the codes")
         weight = ema_update_weight
         if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
             raise TypeError(f"{owner}: ema_update_weight must be a tensor or a function, got {type(weight).__name__}")
         if isinstance(weight, Tensor):
-            self._codebook.check_update_weight(weight)
+            codebook.check_update_weight(weight)
         return indices
 
     def _temperature(self, given: Tensor | float | None, x: Tensor) -> Tensor | None:  # ()
-        """Of the probabilities of codes in training; None for 0, where the nearest has all, and in eval."""
+        """Of the probabilities of codes in training; None for 0, where the nearest has all, in eval, and where nothing
+        asks for them."""
         if not isinstance(given, Tensor | None):
             check_not_negative(self.owner, sample_codebook_temp=given)
-        if not self.training:
+        if not self.training or not (self.stochastic_sample_codes or self.straight_through):
             return None
         if given is None:
             positive = self.numbers.positive["sample_codebook_temp"]

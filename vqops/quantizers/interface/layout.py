@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqops.dispatch.calls import runs_itself
 from vqops.ops.checks import check_device, check_floating, check_indices
 
 INTEGERS = (
@@ -44,6 +45,8 @@ class Layout(NamedTuple):
 
     def mask(self, x: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:  # bool [*positions]
         """Which positions to quantize, from the caller's mask or lens."""
+        if mask is None and lens is None:
+            return None
         positions = self.positions(x)
         check_device(self.owner, x, mask=mask, lens=lens)
         if lens is not None:
@@ -92,11 +95,15 @@ class Layout(NamedTuple):
         if mask is not None and not isinstance(project, nn.Identity):
             # Padding may hold anything, and 0 * NaN in the gradient of the projection's weights is NaN.
             given = given.masked_fill(~mask.unsqueeze(-1), 0)
-        z = project(given)
-        return self.heads_first(z.reshape(-1, self.heads, z.shape[-1] // self.heads))
+        z = given if isinstance(project, nn.Identity) else project(given)
+        if self.heads > 1:
+            return self.heads_first(z.reshape(-1, self.heads, z.shape[-1] // self.heads))
+        if z.dim() == 3 and runs_itself() and len(z) == 1:
+            return z
+        return z.reshape(1, -1, z.shape[-1])
 
     def rows_back(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, D] -> [*positions, heads * D]
-        return self.heads_last(rows).reshape(*positions, self.heads * rows.shape[-1])
+        return reshaped(self.heads_last(rows), (*positions, self.heads * rows.shape[-1]))
 
     def output(
         self,
@@ -123,7 +130,7 @@ class Layout(NamedTuple):
         return self.heads_first(indices.reshape(-1, self.heads))
 
     def indices_back(self, indices: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N] -> [*positions(, heads)]
-        return self.heads_last(indices).reshape(*positions, *[self.heads] * (self.heads > 1))
+        return reshaped(self.heads_last(indices), (*positions, *[self.heads] * (self.heads > 1)))
 
     def grouped(self, rows: Tensor, positions: tuple[int, ...]) -> Tensor:  # [H, N, ...] -> [H, G, M, ...]
         """The rows of each of the G positions of a sample, from all M samples and the heads that share a codebook."""
@@ -149,3 +156,9 @@ class Layout(NamedTuple):
 
     def heads_last(self, t: Tensor) -> Tensor:  # [H, N, ...] -> [n, heads, ...], or the same values in this order
         return t.transpose(0, 1) if self.separate else t
+
+
+def reshaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """t itself where it has the shape: a view with its gradient takes as long as a sum. A trace, which is for other
+    shapes, too, always has the view."""
+    return t if runs_itself() and t.shape == shape else t.reshape(shape)

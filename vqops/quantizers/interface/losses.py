@@ -14,15 +14,19 @@ class LossBreakdown(NamedTuple):
     """The terms of the loss before their weights; 0 for a term without a weight."""
 
     commitment: Tensor  # shape of the loss
-    codebook_diversity: Tensor
-    orthogonal_reg: Tensor
-    inplace_optimize: Tensor
+    codebook_diversity: Tensor | None  # None until it is `complete`
+    orthogonal_reg: Tensor | None
+    inplace_optimize: Tensor | None
+
+    def complete(self) -> "LossBreakdown":
+        zero = self.commitment.new_zeros(())
+        return LossBreakdown(*(zero if term is None else term for term in self))
 
 
 def mean_error(error: Tensor, mask: Tensor | None, dim: int) -> Tensor:  # error [H, N], bool mask [H, N]
     """The mean of the squared differences whose sums over `dim` features are `error`, without the masked; 0 of none."""
     rows = max(error.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    return error.sum() / rows / dim
+    return error.sum() / (rows * dim)
 
 
 def mean_cross_entropy(entropy: Tensor, targets: Tensor) -> Tensor:  # [H, N], [H, N] int64 -> ()
@@ -74,15 +78,15 @@ def weighted(
     The losses of candidates [*positions, k] are for ranking them, in eval too, then with a weight of 1 instead of 0.
     """
     each = terms.commitment.dim() > 0
-    loss = terms.commitment * numbers["commitment_weight"] if commits and (training or each) else terms.commitment
+    loss = numbers.times(terms.commitment, "commitment_weight") if commits and (training or each) else terms.commitment
     if training:
         for name, term in (
             ("codebook_loss_weight", codebook_error),
             ("codebook_diversity_loss_weight", terms.codebook_diversity),
             ("orthogonal_reg_weight", terms.orthogonal_reg),
         ):
-            if numbers.positive[name] and term is not None:
-                loss = loss + term * numbers[name]
+            if term is not None and numbers.positive[name]:
+                loss = loss + numbers.times(term, name)
     # So that loss.backward() works with a frozen encoder too; a compiled graph can't return such a tensor.
     if training and not torch.compiler.is_compiling() and torch.is_grad_enabled() and not loss.requires_grad:
         loss.requires_grad_()

@@ -61,10 +61,13 @@ class Quantizing(InPlaceOptimizer, WithLosses):
         freeze_codebook: bool | None,
         transform: Callable[[Tensor], Tensor] | None = None,
         ema_update: bool | None = None,
+        weight: UpdateWeight | None = None,
+        accumulate: bool = False,
     ) -> Call:
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         temperature = self._temperature(temperature, x)
-        return Call(self.training and not frozen, topk, temperature, transform, ema_update)
+        learning = self.training and not frozen
+        return Call(learning, topk, temperature, transform, ema_update, weight, accumulate)
 
     def _collects(self, call: Call) -> bool:
         return call.learning and call.topk is None and self._codebook.collects(call.ema_update)
@@ -77,12 +80,12 @@ class Quantizing(InPlaceOptimizer, WithLosses):
 
     def _kept_on_failure(self, call: Call) -> AbstractContextManager:
         """For a call whose state changes before all that can fail is done; `_quantize` goes on in it."""
-        codebook = self._codebook
+        codebook, codes = self._codebook, self._codebook.embed
         if self.training or call.topk is not None:
-            self.numbers.follow_(codebook.embed)
+            self.numbers.follow_(codes)
         changes = self._observes(call) or self._optimizes(call)
         if changes or self._collects(call):
-            check_first_run(codebook.embed.detach(), self.owner)
+            check_first_run(codes, self.owner)
         if (codebook.is_initted and not changes) or torch.compiler.is_compiling():
             return nullcontext()
         kept = [codebook.restored_on_failure()]
@@ -96,19 +99,23 @@ class Quantizing(InPlaceOptimizer, WithLosses):
         call: Call,
         targets: Tensor | None = None,  # [H, N] int64
     ) -> Quantization:
-        codebook, learning = self._codebook, call.learning
-        codebook.ready_(rows.detach(), mask)
+        codebook, learning, fixed = self._codebook, call.learning, rows.detach()
+        codebook.ready_(fixed, mask)
         if self._observes(call):
-            codebook.observe_(rows.detach(), mask)
+            codebook.observe_(fixed, mask)
         in_place = None
         if self._optimizes(call):
             with torch.enable_grad():
                 searched = self._searched(rows, positions, True, call)
-                in_place = self._optimize_in_place(rows.detach(), searched, mask)
+                in_place = self._optimize_in_place(fixed, searched, mask)
         searched = self._searched(rows, positions, learning, call)
+        if not self.training and call.topk is None and targets is None:
+            found = searched.quantize(fixed, mask, "none", False, 0.0)
+            nothing = found.error.new_zeros(())
+            return Quantization(found.quantized, found.indices, nothing, LossBreakdown(nothing, None, None, None), None)
 
         # In eval only the cross entropy reaches the input.
-        given = rows if self.training else rows.detach()
+        given = rows if self.training else fixed
         passing = self._passing(call.temperature)
         drawn = call.temperature if self.stochastic_sample_codes else None
         how = {"gradient": passing.of_search(), "learn": learning, "temperature": drawn}
@@ -121,7 +128,7 @@ class Quantizing(InPlaceOptimizer, WithLosses):
 
         step = None
         if collects:
-            statistics = rows.detach(), found.indices, found.counts, found.sums
+            statistics = fixed, found.indices, found.counts, found.sums
             step = step_of(codebook, *statistics, call.ema_update, call.weight, call.accumulate)
         if targets is not None:
             targets = targets if mask is None else targets.masked_fill(~mask, -1)
@@ -141,8 +148,9 @@ class Quantizing(InPlaceOptimizer, WithLosses):
             kind = "directional"
         else:
             kind = "rotation" if self.rotation_trick else "straight_through"
+        variance = self.numbers["directional_reparam_variance"] if kind == "directional" else None
         more = self.numbers["sync_update_v"] if self.numbers.positive["sync_update_v"] else None
-        return Passing(kind, temperature, self.numbers["directional_reparam_variance"], more)
+        return Passing(kind, temperature, variance, more)
 
     def _searched(
         self, rows: Tensor, positions: tuple[int, ...], learn: bool, call: Call

@@ -47,31 +47,33 @@ class WithLosses(nn.Module):
         learning: bool,
         in_place: Tensor | None,
     ) -> tuple[LossBreakdown, Tensor | None]:
-        """The terms of the loss, and that of codebook_loss_weight."""
-        each, D, nothing = found.error.dim() == 3, rows.shape[-1], found.error.new_zeros(())
-        commitment, diversity, orthogonal, codebook_error = nothing, nothing, nothing, None
+        """The terms of the loss, None for those without a weight but the first, and that of codebook_loss_weight."""
+        error, each, D = found.error, found.error.dim() == 3, rows.shape[-1]
+        training, positive = self.training, self.numbers.positive
+        commits = training and self._commits
         if each:
-            commitment = found.error.view(*positions, found.error.shape[-1]) / D
-            if self.training and not self._commits:
+            commitment = error.view(*positions, error.shape[-1]) / D
+            if training and not commits:
                 commitment = torch.zeros_like(commitment)
-        elif self.training and self._commits:
-            if self.commitment_use_cross_entropy_loss:
-                fixed = replace(searched, codes=searched.codes.detach()) if self.has_codebook_loss else searched
-                entropy = fixed.cross_entropy(rows, found.indices)
-                commitment = mean_cross_entropy(entropy, found.indices) + nan_if_lost(found.error)
-            else:
-                commitment = mean_error(found.error, mask, D)
-        if self.training and self.has_codebook_loss:
+        elif not commits:
+            commitment = error.new_zeros(())
+        elif self.commitment_use_cross_entropy_loss:
+            fixed = replace(searched, codes=searched.codes.detach()) if self.has_codebook_loss else searched
+            entropy = fixed.cross_entropy(rows, found.indices)
+            commitment = mean_cross_entropy(entropy, found.indices) + nan_if_lost(error)
+        else:
+            commitment = mean_error(error, mask, D)
+        diversity, orthogonal, codebook_error = None, None, None
+        if training and self.has_codebook_loss:
             errors = searched.codebook_error(rows, found.indices)
             codebook_error = errors.view(commitment.shape) / D if each else mean_error(errors, mask, D)
-        if self.training and self.numbers.positive["codebook_diversity_loss_weight"]:
+        if training and positive["codebook_diversity_loss_weight"]:
             grouped = partial(self._layout.grouped, positions=positions)
             entropy = searched.entropy(rows, self.numbers["codebook_diversity_temperature"], mask, grouped)
             diversity = -entropy.sum() / max(entropy.numel(), 1)
-        if self.training and self.numbers.positive["orthogonal_reg_weight"]:
+        if training and positive["orthogonal_reg_weight"]:
             active = self._codebook.in_use(found.indices) if self.orthogonal_reg_active_codes_only else None
             # A clone, since the update moves the codes before the backward.
             codes = self._codebook.embed.clone() if learning else self._codebook.embed.detach()
             orthogonal = orthogonality(codes, active, self.orthogonal_reg_max_codes)
-        in_place = nothing if in_place is None else in_place
         return LossBreakdown(commitment, diversity, orthogonal, in_place), codebook_error

@@ -25,12 +25,12 @@ class Updating(nn.Module):
         x, indices and mask as in forward; index -1 leaves a vector out. Also in eval and with freeze_codebook, since it
         is asked for. A learnable codebook has nothing to update, unless threshold_ema_dead_code keeps averages.
         """
-        indices = self._check_call(x, indices, None, None, None)
         layout = self._layout
+        indices = self._check_call(layout, x, indices, None, None, None)
         mask = layout.mask(x, mask, None)
         if not self._codebook.collects():
             return
-        check_first_run(self._codebook.embed.detach(), self.owner)
+        check_first_run(self._codebook.embed, self.owner)
         rows = layout.rows(x, self.project_in, mask)
         self._codebook.keep_float32_()
         chosen = layout.index_rows(indices)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vqops.dispatch.calls import runs_itself
 from vqops.quantizers.options.checks import as_number, check_needs
 
 
@@ -32,12 +33,18 @@ class Numbers(nn.Module):
         """A copy, which a backward may keep while the number changes."""
         return self._buffers[name].clone()
 
+    def times(self, t: Tensor, name: str) -> Tensor:
+        """t times the number, which is 1 as often as not."""
+        return t if runs_itself() and self.values[name] == 1 else t * self[name]
+
     def follow_(self, tensor: Tensor) -> None:
         """To the device of a tensor and back to float32, after what bypasses `_apply`: trainers that cast, and a
         state_dict that is assigned to a module without memory."""
-        for name, buffer in self._buffers.items():
-            if buffer.device != tensor.device or buffer.dtype != torch.float32:
-                self._restore(name, tensor.device)
+        first, device = next(iter(self._buffers.values())), tensor.device
+        if first.dtype == torch.float32 and first.device == device:  # what befalls one befalls all
+            return
+        for name in self._buffers:
+            self._restore(name, device)
 
     def _restore(self, name: str, device: torch.device) -> None:
         self._buffers[name] = torch.full((), self.values[name], dtype=torch.float32, device=device)

@@ -88,9 +88,9 @@ def of_one_codebook(steps: list[Step], input_rows: InputRows) -> list[Step]:
         return steps
     steps = [step._replace(moves=False, rows_at=None) for step in steps]
     codebook = steps[-1].codebook
-    valid = torch.stack([step.valid for step in steps], -1).flatten(1)  # [1, N levels]
+    indices = torch.stack([step.indices for step in steps], -1).flatten(1)  # [1, N levels]
     rows = partial(rows_of_any_level, len(steps), input_rows) if codebook.replaces_dead else None
-    steps[-1] = steps[-1]._replace(valid=valid, rows_at=rows, moves=codebook.averages())
+    steps[-1] = steps[-1]._replace(indices=indices, rows_at=rows, moves=codebook.averages())
     return steps
 
 

@@ -104,11 +104,11 @@ def losses_of(layers: Sequence[VectorQuantize], error: Tensor, rows: Tensor, mas
     if not layers[0].training:
         return torch.zeros_like(error)
     count = max(rows.shape[1], 1) if mask is None else mask.sum().clamp_min(1)
-    weighted = zip(layers, error.unbind(), strict=True)
+    each = zip(layers, (error / (count * D)).unbind(), strict=True)
     losses = torch.stack(
         [
-            level / count / D * layer.numbers["commitment_weight"] if layer._commits else torch.zeros_like(level)
-            for layer, level in weighted
+            layer.numbers.times(level, "commitment_weight") if layer._commits else torch.zeros_like(level)
+            for layer, level in each
         ]
     )
     if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not losses.requires_grad:

@@ -228,6 +228,26 @@ void absorbed(bool crowded) {
     }
 }
 
+// Half the square of a code, to which each step of 32 products adds a little less than half of its last bit.
+void small_steps() {
+    const int64_t part = 2048, D = 3 * part;
+    const std::vector<float> x(instructions().tile * D, -0x1p-26f * part / 32 * 0.9f);
+    std::vector<float> c(3 * D);
+    for (int64_t k = 0; k < 3; k++) std::fill_n(&c[k * D + k * part], part, 1);
+    check_bounds("small steps", x, c, D, 1);
+}
+
+// More tiles of codes than are noted at a time, and rows so short that nearly all of a bound is the code's.
+void many_panels() {
+    std::mt19937 random(8);
+    std::normal_distribution<float> normal;
+    const int64_t D = 40, K = 9000;
+    std::vector<float> x(instructions().tile * D), c(K * D);
+    for (float& value : x) value = normal(random) * 1e-6f;
+    for (float& value : c) value = random() % 4 ? 0 : normal(random);  // so that the centre is zero
+    check_bounds("many panels", x, c, D, K);
+}
+
 // A square rounded by itself, which no compiler may fuse with what it is added to. (Products of two floats are exact.)
 double apart(double square) {
     volatile double rounded = square;
@@ -473,6 +493,8 @@ int main() {
                 for (const float scale : {1.0f, 1e-18f, 1e15f}) bounds(scale, 1, halfway, positive, crowded);
     bounds(1e-20f, 1e-20f, false, false, false);
     for (const bool crowded : {false, true}) absorbed(crowded);
+    small_steps();
+    many_panels();
     exact();
     averages();
     sums();

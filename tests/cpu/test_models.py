@@ -55,6 +55,7 @@ def test_what_breaks_error_bounds(built, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_ops(built, model):
     """Dtypes, heads, masks, metrics, prepared codebooks, residual levels, threads."""
-    tests = [ROOT / "tests" / "ops" / name for name in ("test_search.py", "test_quantize.py", "test_residual_quantize.py")]
+    names = ("test_search.py", "test_quantize.py", "test_residual_quantize.py")
+    tests = [ROOT / "tests" / "ops" / name for name in names]
     result = run(built, model, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "compiled", *tests)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr

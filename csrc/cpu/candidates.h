@@ -19,8 +19,7 @@ public:
     // The lists as the screening pass fills them.
     OpenCodes open(int64_t codes, void* work) {
         return {threshold.data(), rest.data(), count_.data(), code_.data(), lower_.data(), capacity_, room_,
-                int32_t(codes), this, full, k_ > 1 ? candidate : nullptr,
-                too_many, k_, work};
+                int32_t(codes), this, full, k_ > 1 ? candidate : nullptr, too_many, k_, work};
     }
 
     void start(int64_t row) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -153,13 +154,16 @@ void mark_repeats(const Codes& codes, const Facts& facts) {
 class PanelWriter {
 public:
     PanelWriter(const Codes& codes, const Packed& packed, const Instructions& set)
-        : codes_(codes), packed_(packed), set_(set), bytes_(set_.codes * set_.code_bytes(codes.D)), work_(new uint32_t[bytes_ / 4]),
+        : codes_(codes), packed_(packed), set_(set), bytes_(set_.codes * set_.code_bytes(codes.D)),
+          work_(new uint32_t[bytes_ / 4]),
           values_(size_t(set_.codes * codes.D)), zeros_(size_t(codes.D)), row_(codes.D) {}
 
     // Panel p: codes `numbers` of the codebook, of the given radii.
     void write(int64_t p, const int32_t* numbers, const double* radii, int64_t count) {
-        const bool given = codes_.rows.dtype != DType::float64 && !codes_.cosine;
         const float scale = packed_.header->scale;
+        // Of codes near the largest float a difference overflows that is not far.
+        const bool overflows = scale * std::numeric_limits<float>::max() <= kFar;
+        const bool given = codes_.rows.dtype != DType::float64 && !codes_.cosine && !overflows;
         const float* vectors[kMostCodes];
         for (int64_t j = 0; j < count; j++) {
             float* const buffer = &values_[size_t(j * codes_.D)];

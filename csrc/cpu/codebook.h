@@ -67,9 +67,9 @@ float rest_of(double norm, const Header& header);
 void pack_codebook(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
                    const Parallel& parallel, const Instructions& set = instructions());
 
-// The same for draws, into Packed::bytes(places, D, drawing_instructions()): all codes in the order of the generator's words, which come in
-// fours. Of each 4 lanes codes, code 4 i + j is in place j lanes + i. Those that are not finite are absent; far ones
-// are absent and listed.
+// The same for draws, into Packed::bytes(places, D, drawing_instructions()): all codes in the order of the generator's
+// words, which come in fours. Of each 4 lanes codes, code 4 i + j is in place j lanes + i. Those that are not finite are
+// absent; far ones are absent and listed.
 inline int64_t places_of(int64_t K) { return round_up(K, 4 * drawing_instructions().lanes); }
 void pack_fours(const Rows& codebook, int64_t h, int64_t K, int64_t D, bool cosine, void* memory,
                 std::vector<int32_t>& far, const Parallel& parallel);

@@ -93,11 +93,12 @@ const Instructions& choose() {
         }
         throw std::runtime_error(given + ", but it must be one of: " + compiled_instructions());
     }
-    const Instructions* best = &portable;
+    const Instructions *best = &portable, *floats = best;
     for (auto choice = choices.rbegin(); choice != choices.rend(); choice++) {
         const Instructions& set = *choice->set;
         if (!choice->supported()) continue;
-        if (set.worth == 0 || multiply_add_rate(set) > set.worth * multiply_add_rate(*best)) best = &set;
+        if (set.worth == 0) best = floats = &set;
+        else if (multiply_add_rate(set) > set.worth * multiply_add_rate(*floats)) best = &set;
     }
     return *best;
 }

@@ -81,7 +81,8 @@ public:
     Worker(const ResidualInputs& in, const ResidualResult& result, int64_t rows, const PreciseLevels& precise)
         : in_(in), left_(in, result, rows), shape_{1, rows, 0, in.D, in.cosine}, x_(left_.as_rows()),
           codebook_(in.levels[0].codebook), mask_(left_.mask()), found_{left_.indices(), 1, nullptr, nullptr},
-          most_(rows_of_block(instructions(), in.D, rows)), screen_(instructions(), shape_, x_, codebook_, mask_, found_, most_), precise_(precise) {}
+          most_(rows_of_block(instructions(), in.D, rows)),
+          screen_(instructions(), shape_, x_, codebook_, mask_, found_, most_), precise_(precise) {}
 
     // Rows [begin, end) of head h through all levels; the errors of a level are `stride` from those of the next.
     void run(int64_t h, int64_t begin, int64_t end, double* errors, int64_t stride) {

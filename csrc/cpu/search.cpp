@@ -18,7 +18,8 @@ void search(const SearchShape& shape, const Rows& x, const Rows& codebook, const
         for (int64_t h = 0; follow && h < shape.H; h++) follow(h, 0, shape.N);
         return;
     }
-    const int64_t rows = rows_of_block(instructions(), shape.D, (shape.H * shape.N + parallel.threads - 1) / parallel.threads);
+    const int64_t share = (shape.H * shape.N + parallel.threads - 1) / parallel.threads;
+    const int64_t rows = rows_of_block(instructions(), shape.D, share);
     const int64_t blocks_per_head = (shape.N + rows - 1) / rows;
     const std::unique_ptr<PreciseCodebook> precise = precise_codebook(shape, codebook);
     std::atomic<int64_t> next{0};

@@ -56,6 +56,14 @@ def halfway():
     return x.bfloat16().float() * (1 + 2**-8 - 2**-23), codes.bfloat16().float() * (1 + 2**-8 - 2**-23)
 
 
+def largest():
+    """The first code is the nearest of all rows, and its difference from the others overflows float32."""
+    x, codes = torch.zeros(150, 8), torch.full((40, 8), 3.2e38)
+    x[:, 0], codes[0], codes[0, 0] = 3.3e38, 0, -3.2e38
+    codes[1:, 1] -= 1e33 * torch.arange(39)
+    return x, codes
+
+
 def special():
     x, codes = normal(150, 17), normal(140, 17, seed=1)
     for row, value in enumerate((float("nan"), float("inf"), 3e38, 0.0, 1e-42, -1e30)):
@@ -83,6 +91,7 @@ CASES = {
     "rounding of half the square": half_square,
     "halfway": halfway,
     "special values": special,
+    "largest values": largest,
     "float64": lambda: (normal(150, 16).double(), normal(200, 16, seed=1).double()),
     "float16": lambda: (normal(150, 16).half(), normal(200, 16, seed=1).half()),
     "bfloat16 rows": lambda: (normal(150, 16).bfloat16(), normal(200, 16, seed=1)),

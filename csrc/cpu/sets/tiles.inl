@@ -35,7 +35,7 @@ struct TileKernels : TileShape {
     static constexpr int64_t kPair = 2 * kTile;  // rows and codes that pass together
     static constexpr int64_t kChunk = 256;       // pairs of tiles of codes; bounds what is noted
     static constexpr int64_t kLateRows = 128;    // of the second tier at a time
-    static constexpr int32_t kFewTiles = 4;      // open ones that a row of the first tier may have, for each code wanted
+    static constexpr int32_t kFewTiles = 4;      // open ones that a row of the first tier may have, a code wanted
     // Cycles, on a Xeon of 2023: of a product of a step, of what follows those of 32 codes and rows, of a tile that is
     // computed once more and read. They decide what the second tier is worth.
     static constexpr int64_t kStepCost = 16, kPassCost = 120, kOpenCost = 170;
@@ -235,8 +235,8 @@ struct TileKernels : TileShape {
     struct Noted {
         int64_t count;
         alignas(64) int32_t open[kTile];  // tiles of each row, once all are noted
-        int32_t pair[kChunk + 1];
-        alignas(64) float least[kChunk + 1][2][kTile];
+        int32_t pair[kChunk];
+        alignas(64) float least[kChunk][2][kTile];
     };
 
     // Rows of a tier, and what is known of them. The threshold of a row that is none is NaN, which nothing is below.
@@ -485,7 +485,7 @@ struct TileKernels : TileShape {
         const Noted& noted = block.noted[group];
         for (int64_t r = 0; r < kTile; r++) {
             const int64_t row = block.row[group * kTile + r];
-            if (noted.open[r] > open.capacity && open.threshold[row] > -__builtin_inff()) open.too_many(open.owner, row);
+            if (noted.open[r] > open.capacity) open.too_many(open.owner, row);
             else rows |= unsigned(noted.open[r] > 0) << r;
         }
         return rows;
@@ -608,7 +608,8 @@ struct TileKernels : TileShape {
                 tiles += left < open.capacity ? left : open.capacity;
             }
         const int64_t steps = steps_of(part.D), passes = (late + kPair - 1) / kPair;
-        if (tiles * (kOpenCost + steps * kStepCost) <= passes * part.count * (12 * steps * kStepCost + kPassCost)) return 0;
+        const int64_t looking = tiles * (kOpenCost + steps * kStepCost);
+        if (looking <= passes * part.count * (12 * steps * kStepCost + kPassCost)) return 0;
         for (int64_t i = 0; i < late; i++) {
             const int32_t row = work.late_of_all[i];
             block.noted[row / kTile].open[row % kTile] = 0;

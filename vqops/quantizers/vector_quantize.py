@@ -362,9 +362,7 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
             zeros, padded = self.return_zeros_for_masked_padding, mask
             if zeros and not self.has_projections:
                 padded = None
-            if self.has_projections:
-                quantized = self.project_out(quantized)
-            quantized = layout.output(quantized, padded, x, zeros)
+            quantized = layout.output(self.project_out(quantized), padded, x, zeros)
             # Last, so that nothing that fails before it leaves a trace.
             if found.step is not None:
                 take_steps_([found.step])

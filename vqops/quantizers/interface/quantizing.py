@@ -110,7 +110,7 @@ class Quantizing(InPlaceOptimizer, WithLosses):
                 in_place = self._optimize_in_place(fixed, searched, mask)
         searched = self._searched(rows, positions, learning, call)
         if not self.training and call.topk is None and targets is None:
-            found = searched.quantize(fixed, mask, "none", False, 0.0)
+            found = codebook(fixed, searched, mask, gradient="none", learn=False, collect=False)
             nothing = found.error.new_zeros(())
             return Quantization(found.quantized, found.indices, nothing, LossBreakdown(nothing, None, None, None), None)
 

@@ -20,7 +20,8 @@ class LossBreakdown(NamedTuple):
 
     def complete(self) -> "LossBreakdown":
         zero = self.commitment.new_zeros(())
-        return LossBreakdown(*(zero if term is None else term for term in self))
+        # A clone, since the loss, which its user may change in place, may be the commitment itself.
+        return LossBreakdown(self.commitment.clone(), *(zero if term is None else term for term in self[1:]))
 
 
 def mean_error(error: Tensor, mask: Tensor | None, dim: int) -> Tensor:  # error [H, N], bool mask [H, N]

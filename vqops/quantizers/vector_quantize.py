@@ -369,7 +369,7 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
         if indices is not None:
             return quantized, found.loss
         results = quantized, chosen, found.loss
-        return (*results, found.terms.complete()) if return_loss_breakdown else results
+        return (*results, found.terms.breakdown()) if return_loss_breakdown else results
 
     def maybe_split_heads_from_input(self, x: Tensor) -> Tensor:
         """Vectors [b, n, heads * D] by head: [heads, b, n, D] for codebooks of their own, else [1, b * heads, n, D]."""

@@ -192,9 +192,17 @@ def test_an_index_that_is_no_code(wrong, heads, name):
         vqops.code_sums(x, indices, K, heads=heads, implementation=name)
 
 
-def test_indices_of_another_type():
+@pytest.mark.parametrize("name", ["compiled", "pytorch", "reference", None])
+@pytest.mark.parametrize("rows", [0, 9])
+def test_indices_of_another_type(rows, name):
     with pytest.raises(TypeError, match=r"code_sums: indices must be int64, got torch.int32"):
-        vqops.code_sums(torch.randn(9, D), torch.zeros(9, dtype=torch.int32), K)
+        vqops.code_sums(torch.randn(rows, D), torch.zeros(rows, dtype=torch.int32), K, implementation=name)
+
+
+def test_a_graph_is_not_made_with_indices_of_another_type():
+    sums = torch.compile(lambda x, indices: vqops.code_sums(x, indices, K), backend="eager")
+    with pytest.raises(TypeError, match=r"code_sums: indices must be int64, got torch.int32"):
+        sums(torch.randn(9, D), torch.zeros(9, dtype=torch.int32))
 
 
 def test_a_trace_of_one_sample_serves_several():

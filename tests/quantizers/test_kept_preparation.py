@@ -58,6 +58,13 @@ def test_frozen_training_prepares_once(prepared):
     assert prepared() == 1
 
 
+def test_a_parameter_without_a_gradient_is_prepared_once(prepared):
+    vq = VectorQuantize(DIM, CODES, learnable_codebook=True).requires_grad_(False).eval()
+    for _ in range(3):
+        assert_nearest(vq, torch.randn(200, DIM))
+    assert prepared() == 1
+
+
 def test_a_step_that_learns_keeps_nothing(prepared):
     vq = VectorQuantize(DIM, CODES)
     for _ in range(3):

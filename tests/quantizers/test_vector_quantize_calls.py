@@ -363,6 +363,29 @@ def test_the_breakdown_is_without_weights():
     assert [term.item() for term in vq.eval()(x, return_loss_breakdown=True)[3]] == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_that_is_changed_leaves_its_terms(training):
+    *_, loss, terms = VectorQuantize(DIM, CODES).train(training)(torch.randn(50, DIM), return_loss_breakdown=True)
+    before = terms.commitment.clone()
+    with torch.no_grad():
+        loss += 1
+    UNCHANGED.same(terms.commitment, before)
+
+
+# Hooks of users
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("heads", HEADS)
+def test_forward_hooks_see_each_stage(heads, training):
+    vq, seen = VectorQuantize(DIM, CODES, **HEADS[heads]).train(training), []
+    names = ["project_in", "_codebook", "project_out"]
+    for name in names:
+        vq.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    vq(torch.randn(50, DIM))
+    assert seen == names
+
+
 # Errors
 
 

@@ -249,6 +249,29 @@ def fail(*_, **__):
     raise RuntimeError("lost rank")
 
 
+@pytest.mark.parametrize("name", ["cluster_size", "embed_avg", "embed"])
+def test_an_expanded_buffer_is_an_error_before_any_change(name):
+    vq = VectorQuantize(3, 8)
+    given = vq.state_dict()
+    given[f"_codebook.{name}"] = given[f"_codebook.{name}"][:, :1].expand_as(given[f"_codebook.{name}"])
+    vq.load_state_dict(given, assign=True)
+    before = state(vq)
+    with pytest.raises(ValueError, match=f"{name} is expanded, so its elements share memory"):
+        vq(torch.randn(2, 9, 3))
+    UNCHANGED.same(vq.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["cluster_size", "embed_avg"])
+def test_a_buffer_that_was_left_behind_is_an_error(name):
+    """Not a step of nothing, which is what PyTorch makes of ops on the meta device."""
+    vq = VectorQuantize(3, 8)
+    setattr(vq._codebook, name, getattr(vq._codebook, name).to("meta"))
+    before = vq.codebook.clone()
+    with pytest.raises(ValueError, match=r"embed_avg is on (meta, x is on cpu|cpu, x is on meta)"):
+        vq(torch.randn(2, 9, 3))
+    UNCHANGED.same(vq.codebook, before)
+
+
 @pytest.mark.parametrize("lost", ["project_out", "weight", "move_averages_"])
 @pytest.mark.parametrize("options", [{}, {"learnable_codebook": True}], ids=str)
 def test_a_first_call_that_fails_takes_its_k_means_back(options, lost, monkeypatch):

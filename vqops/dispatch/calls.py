@@ -11,8 +11,8 @@ Calling = Callable[..., Any]  # function(op, *arguments): the op, and views betw
 PLAIN = {Tensor, torch.nn.Parameter}
 
 
-class Gradient(NamedTuple):
-    """An op's, as `torch.library.register_autograd` has it; `op` is the one that its backward calls."""
+class OpGradient(NamedTuple):
+    """As `torch.library.register_autograd` has it; `op` is the one that its backward calls."""
 
     setup_context: Callable
     backward: Callable
@@ -22,7 +22,7 @@ class Gradient(NamedTuple):
 # Also past what marks views: a Function's result that is one could not be changed in place.
 past_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
-GRADIENTS: dict[OpOverloadPacket, Gradient] = {}
+OP_GRADIENTS: dict[OpOverloadPacket, OpGradient] = {}
 
 
 def call(function: Calling, op: OpOverloadPacket, *arguments: Any, needed: bool = False) -> Any:
@@ -63,7 +63,7 @@ class Differentiable(torch.autograd.Function):
         function, op, arguments = given[-1]
         with past_autograd():
             output = function(op.default, *arguments)
-        ctx.of = GRADIENTS[op]
+        ctx.of = OP_GRADIENTS[op]
         ctx.of.setup_context(ctx, arguments, output)
         return output
 

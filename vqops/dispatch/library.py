@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from vqops import pytorch, reference, triton_kernels
 from vqops.dispatch import choice
-from vqops.dispatch.calls import GRADIENTS, Gradient
+from vqops.dispatch.calls import OP_GRADIENTS, OpGradient
 from vqops.dispatch.choice import Implementation
 
 try:
@@ -119,7 +119,8 @@ def define(
             backward = autograd.backward
             if autograd.op is not None:
                 of_gradient = getattr(torch.ops.vqops, op_name(autograd.op, implementation))
-                GRADIENTS[getattr(torch.ops.vqops, op)] = Gradient(autograd.setup_context, backward, of_gradient)
+                gradient = OpGradient(autograd.setup_context, backward, of_gradient)
+                OP_GRADIENTS[getattr(torch.ops.vqops, op)] = gradient
                 backward = partial(backward, op=of_gradient)
             torch.library.register_autograd(f"vqops::{op}", backward, setup_context=autograd.setup_context, lib=library)
         if decomposition is not None:

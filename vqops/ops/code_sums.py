@@ -43,7 +43,7 @@ def code_sums(
         raise ValueError(f"code_sums: x must be [H, N, D] with heads=True, got {list(x.shape)}")
     if num_codes < 1:
         raise ValueError(f"code_sums: num_codes must be at least 1, got {num_codes}")
-    checks_itself = takes_cpu_kernel(x, implementation)
+    checks_itself = indices.dtype == torch.int64 and takes_cpu_kernel(x, implementation)
     if not checks_itself:
         check_indices("code_sums", indices, num_codes)
     try:

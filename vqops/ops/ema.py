@@ -42,8 +42,6 @@ def ema_update_(
     for name, tensor in (("cluster_size", cluster_size), ("embed_avg", embed_avg), ("embed", embed)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"{op}: {name} must be float32, got {tensor.dtype}")
-        if tensor is not None and is_expanded(tensor):
-            raise ValueError(f"{op}: {name} is expanded, so its elements share memory; give a copy")
     if embed_avg.dim() != 3:
         raise ValueError(f"{op}: embed_avg must be [H, K, D], got {list(embed_avg.shape)}")
     shape = tuple(embed_avg.shape)
@@ -52,14 +50,12 @@ def ema_update_(
     for name, tensor in (("cluster_size", cluster_size), ("counts", counts), ("weight", weight)):
         check_shape(op, name, tensor, shape[:2], "[H, K] of embed_avg")
     check_choice(op, "metric", metric, METRICS)
-    check_device(op, cluster_size, embed_avg=embed_avg, embed=embed, counts=counts, sums=sums, weight=weight)
     if not isinstance(decay, Tensor):
         if not 0 <= decay <= 1:
             raise ValueError(f"{op}: decay must be in [0, 1], got {decay}")
         decay = torch.full((), decay, dtype=torch.float32, device=cluster_size.device)
     elif decay.dtype != torch.float32 or decay.dim() > 0:
         raise TypeError(f"{op}: decay must be a number or a 0-d float32 tensor, got {decay.dtype} {list(decay.shape)}")
-    check_device(op, cluster_size, decay=decay)
     move_averages_(cluster_size, embed_avg, embed, counts, sums, decay, eps, weight, metric, implementation)
 
 
@@ -75,19 +71,19 @@ def move_averages_(
     metric: Metric,
     implementation: Implementation | None = None,
 ) -> None:
-    """`ema_update_` of arguments that are checked."""
+    """`ema_update_` of arguments that are checked, but for where they are and how the buffers lie in memory."""
     op = select("ema_update_", implementation)
+    buffers = {"cluster_size": cluster_size, "embed_avg": embed_avg, "embed": embed}
+    check_device("ema_update_", cluster_size, **buffers, counts=counts, sums=sums, weight=weight, decay=decay)
+    spread = {name: t for name, t in buffers.items() if t is not None and not t.is_contiguous()}
+    for name, tensor in spread.items():
+        if any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(f"ema_update_: {name} is expanded, so its elements share memory; give a copy")
     # The kernels want the buffers contiguous.
-    dense = [t if t is None or t.is_contiguous() else t.contiguous() for t in (cluster_size, embed_avg, embed)]
-    op(*dense, counts, sums, decay, eps, weight, metric)
-    for tensor, changed in zip((cluster_size, embed_avg, embed), dense, strict=True):
-        if changed is not tensor:
-            tensor.copy_(changed)
-
-
-def is_expanded(t: Tensor) -> bool:
-    strides = t.stride()
-    return 0 in strides and any(n > 1 and not s for n, s in zip(t.shape, strides, strict=True))
+    dense = buffers | {name: tensor.contiguous() for name, tensor in spread.items()}
+    op(*dense.values(), counts, sums, decay, eps, weight, metric)
+    for name, tensor in spread.items():
+        tensor.copy_(dense[name])
 
 
 def fake_ema_update_(cluster_size, embed_avg, embed, counts, sums, decay, eps=1e-5, weight=None, metric="euclidean"):

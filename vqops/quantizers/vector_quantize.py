@@ -362,16 +362,14 @@ class VectorQuantize(Calls, Decoding, Quantizing, Settings, Updating):
             zeros, padded = self.return_zeros_for_masked_padding, mask
             if zeros and not self.has_projections:
                 padded = None
-            if self.has_projections:
-                quantized = self.project_out(quantized)
-            quantized = layout.output(quantized, padded, x, zeros)
+            quantized = layout.output(self.project_out(quantized), padded, x, zeros)
             # Last, so that nothing that fails before it leaves a trace.
             if found.step is not None:
                 take_steps_([found.step])
         if indices is not None:
             return quantized, found.loss
         results = quantized, chosen, found.loss
-        return (*results, found.terms.complete()) if return_loss_breakdown else results
+        return (*results, found.terms.breakdown()) if return_loss_breakdown else results
 
     def maybe_split_heads_from_input(self, x: Tensor) -> Tensor:
         """Vectors [b, n, heads * D] by head: [heads, b, n, D] for codebooks of their own, else [1, b * heads, n, D]."""

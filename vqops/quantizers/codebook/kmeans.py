@@ -42,4 +42,4 @@ def kmeans(
             new = F.normalize(new, dim=-1, eps=TINY)
         kept = (counts > 0) & new.isfinite().all(-1)
         means = new.where(kept.unsqueeze(-1), means)
-    return means, counts
+    return means, counts.float()  # of one rank integers

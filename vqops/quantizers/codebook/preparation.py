@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from vqops.dispatch.calls import PLAIN
 from vqops.dispatch.library import define, is_compiled, kernels, resolve, takes_cpu_kernel
 from vqops.ops.checks import Metric
 from vqops.ops.search import PreparedCodebook, version_of
@@ -44,7 +45,7 @@ def can_be_kept(codes: Tensor) -> bool:
     # What is exported or traced must not depend on a tensor that is no state of the module.
     traced = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level()
     if not torch.compiler.is_compiling():  # of which a mode is no part
-        traced = traced or type(codes) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+        traced = traced or type(codes) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0
     return not traced and takes_cpu_kernel(codes)
 
 

@@ -95,7 +95,7 @@ class Layout(NamedTuple):
         if mask is not None and not isinstance(project, nn.Identity):
             # Padding may hold anything, and 0 * NaN in the gradient of the projection's weights is NaN.
             given = given.masked_fill(~mask.unsqueeze(-1), 0)
-        z = given if isinstance(project, nn.Identity) else project(given)
+        z = project(given)
         if self.heads > 1:
             return self.heads_first(z.reshape(-1, self.heads, z.shape[-1] // self.heads))
         if z.dim() == 3 and runs_itself() and len(z) == 1:

@@ -14,13 +14,23 @@ class LossBreakdown(NamedTuple):
     """The terms of the loss before their weights; 0 for a term without a weight."""
 
     commitment: Tensor  # shape of the loss
-    codebook_diversity: Tensor | None  # None until it is `complete`
-    orthogonal_reg: Tensor | None
-    inplace_optimize: Tensor | None
+    codebook_diversity: Tensor
+    orthogonal_reg: Tensor
+    inplace_optimize: Tensor
 
-    def complete(self) -> "LossBreakdown":
+
+class LossTerms(NamedTuple):
+    """The terms of a `LossBreakdown`; None for one without a weight, but for the first."""
+
+    commitment: Tensor
+    codebook_diversity: Tensor | None = None
+    orthogonal_reg: Tensor | None = None
+    inplace_optimize: Tensor | None = None
+
+    def breakdown(self) -> LossBreakdown:
         zero = self.commitment.new_zeros(())
-        return LossBreakdown(*(zero if term is None else term for term in self))
+        # A clone, since the loss, which its user may change in place, may be the commitment itself.
+        return LossBreakdown(self.commitment.clone(), *(zero if term is None else term for term in self[1:]))
 
 
 def mean_error(error: Tensor, mask: Tensor | None, dim: int) -> Tensor:  # error [H, N], bool mask [H, N]
@@ -67,7 +77,7 @@ def orthogonality(
 
 
 def weighted(
-    terms: LossBreakdown,
+    terms: LossTerms,
     codebook_error: Tensor | None,  # () or the commitment's shape, with the gradient to the codes alone
     numbers: Numbers,
     training: bool,

@@ -15,7 +15,7 @@ from vqops.quantizers.codebook.searched import RowCodes, SharedCodes, unit
 from vqops.quantizers.codebook.steps import Step, step_of
 from vqops.quantizers.interface.gradients import Passing, with_gradient
 from vqops.quantizers.interface.in_place import InPlaceOptimizer
-from vqops.quantizers.interface.losses import LossBreakdown, mean_cross_entropy, weighted
+from vqops.quantizers.interface.losses import LossTerms, mean_cross_entropy, weighted
 from vqops.quantizers.interface.terms import WithLosses
 
 
@@ -37,7 +37,7 @@ class Quantization(NamedTuple):
     quantized: Tensor  # [H, N, D], topk [H, N, k, D]
     indices: Tensor  # [H, N], topk [H, N, k]
     loss: Tensor  # (), topk [*positions, k]; with targets their mean cross entropy
-    terms: LossBreakdown | None
+    terms: LossTerms | None
     step: Step | None  # of the codes, for `take_steps_`
 
 
@@ -110,9 +110,9 @@ class Quantizing(InPlaceOptimizer, WithLosses):
                 in_place = self._optimize_in_place(fixed, searched, mask)
         searched = self._searched(rows, positions, learning, call)
         if not self.training and call.topk is None and targets is None:
-            found = searched.quantize(fixed, mask, "none", False, 0.0)
+            found = codebook(fixed, searched, mask, gradient="none", learn=False, collect=False)
             nothing = found.error.new_zeros(())
-            return Quantization(found.quantized, found.indices, nothing, LossBreakdown(nothing, None, None, None), None)
+            return Quantization(found.quantized, found.indices, nothing, LossTerms(nothing), None)
 
         # In eval only the cross entropy reaches the input.
         given = rows if self.training else fixed

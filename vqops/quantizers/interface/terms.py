@@ -12,7 +12,7 @@ from vqops.quantizers.codebook.codebook import Codebook
 from vqops.quantizers.codebook.searched import RowCodes, SharedCodes
 from vqops.quantizers.interface.layout import Layout
 from vqops.quantizers.interface.losses import (
-    LossBreakdown,
+    LossTerms,
     mean_cross_entropy,
     mean_error,
     nan_if_lost,
@@ -46,8 +46,8 @@ class WithLosses(nn.Module):
         positions: tuple[int, ...],
         learning: bool,
         in_place: Tensor | None,
-    ) -> tuple[LossBreakdown, Tensor | None]:
-        """The terms of the loss, None for those without a weight but the first, and that of codebook_loss_weight."""
+    ) -> tuple[LossTerms, Tensor | None]:
+        """The terms of the loss, and that of codebook_loss_weight."""
         error, each, D = found.error, found.error.dim() == 3, rows.shape[-1]
         training, positive = self.training, self.numbers.positive
         commits = training and self._commits
@@ -76,4 +76,4 @@ class WithLosses(nn.Module):
             # A clone, since the update moves the codes before the backward.
             codes = self._codebook.embed.clone() if learning else self._codebook.embed.detach()
             orthogonal = orthogonality(codes, active, self.orthogonal_reg_max_codes)
-        return LossBreakdown(commitment, diversity, orthogonal, in_place), codebook_error
+        return LossTerms(commitment, diversity, orthogonal, in_place), codebook_error

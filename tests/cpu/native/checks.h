@@ -63,8 +63,11 @@ struct Case {
 void levels(const Case& test, const SearchShape& shape, const Rows& x, const Rows& codebook, const RowMask& mask,
             const void* memory, const Parallel& parallel);
 
-// The model of AMX tiles is the instruction (tiles.cpp).
-void tiles();
+// In files of their names; models() are those of bfloat16 instructions.
+void bounds();
+void averages();
+void sums();  // averages.cpp
+void models();
 
 // The float mode of the threads that call (modes.cpp).
 void modes();

@@ -1,14 +1,46 @@
-// The model of tdpbf16ps, on which the tests of other processors rest, is the instruction, bit for bit.
+// The models of bfloat16 instructions, on which the tests of other processors rest, are the instructions, bit for bit.
 
 #include <cmath>
 #include <cstring>
 #include <random>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../../../csrc/cpu/instructions.h"
 #include "../../../csrc/cpu/sets/bf16_model.h"
 #include "checks.h"
 
 namespace vqops {
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512bf16"))) static float hardware_pair(float sum, uint32_t x, uint32_t c) {
+    const __m512 added =
+        _mm512_dpbf16_ps(_mm512_set1_ps(sum), __m512bh(_mm512_set1_epi32(int(x))), __m512bh(_mm512_set1_epi32(int(c))));
+    return _mm512_cvtss_f32(added);
+}
+#endif
+
+// The model of vdpbf16ps is the instruction, bit for bit, where there is one.
+static void pairs() {
+#if defined(__x86_64__)
+    if (!__builtin_cpu_supports("avx512bf16")) return;
+    std::mt19937 random(3);
+    for (int64_t n = 0; n < 200000; n++) {
+        // Exponents close together, so that sums round; some denormal, some of extreme exponents.
+        const auto half = [&] {
+            const uint32_t exponent = n % 4 ? 120 + random() % 16 : n % 8 ? random() % 4 : 60 + random() % 8;
+            return (random() & 1) << 15 | exponent << 7 | (random() & 127);
+        };
+        const uint32_t x = half() | half() << 16, c = half() | half() << 16;
+        float sum = real(BFloat16{uint16_t(half())}) * (1 + float(random() % 65536) * 0x1p-24f);
+        if (n % 16 == 5) sum = std::ldexp(sum, -60);
+        const float modelled = add_pair(sum, x, c), found = hardware_pair(sum, x, c);
+        expect(std::memcmp(&modelled, &found, 4) == 0, "vdpbf16ps", "model", n);
+    }
+#endif
+}
 
 #if defined(VQOPS_AMX)
 #if defined(__clang__)
@@ -29,7 +61,8 @@ static void multiply_in_hardware(ModelTile& to, const ModelTile& codes, const Mo
 }
 #endif
 
-void tiles() {
+// The same of tdpbf16ps and a whole tile.
+static void tiles() {
 #if defined(VQOPS_AMX)
     if (std::strcmp(instructions().name, "amx_bf16") != 0) return;
     std::mt19937 random(4);
@@ -57,6 +90,11 @@ void tiles() {
         expect(same, "tdpbf16ps", "tiles", n);
     }
 #endif
+}
+
+void models() {
+    pairs();
+    tiles();
 }
 
 }  // namespace vqops

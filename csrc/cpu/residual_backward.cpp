@@ -79,7 +79,8 @@ private:
 class FloatGradient {
 public:
     FloatGradient(const LevelGradients& in, int64_t h)
-        : in_(in), h_(h), D(in.D), rotates_(in.passing == Passing::rotation && in.quantized), g_(D), rest_(D), sum_(D), none_(D, NAN),
+        : in_(in), h_(h), D(in.D), rotates_(in.passing == Passing::rotation && in.quantized), g_(D), rest_(D), sum_(D),
+          none_(D, NAN),
           times_(!in.quantized || in.passing != Passing::straight_through ? 0 : in.per_level ? in.running : 1) {}
 
     static bool takes(const LevelGradients& in) {

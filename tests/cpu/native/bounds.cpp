@@ -15,7 +15,7 @@ namespace vqops {
 // centred), the upper bound that follows from it at least that and half of `rest`. So is the threshold, of the least t.
 // `wanted` codes are asked for: one, so that some stay open, or all.
 static void check_bounds(const char* name, const std::vector<float>& x, const std::vector<float>& c, int64_t D,
-                  int64_t wanted) {
+                         int64_t wanted) {
     const int64_t N = instructions().tile, K = int64_t(c.size()) / D;
     const Rows codes = {c.data(), DType::float32, K * D, D, 1};
     const CacheLines memory(Packed::bytes(K, D));

@@ -20,7 +20,6 @@ constexpr double kStart = 0x1p-23;         // rounding of start
 constexpr double kHalf = 0x1p-22;          // rounding of the radius that |c|^2 / 2 is computed from
 constexpr double kSlack = 0x1p-20;         // both of these, and rounding of slack
 constexpr double kUnderflow = 0x1p-120;    // per dimension
-constexpr int64_t kManyDimensions = 32;
 constexpr int64_t kSample = 64;      // codes that the centre and the scale are taken from
 
 // The codebook of one head in float64, as the distances that screening approximates see it: c, or c / |c| for cosine.
@@ -259,9 +258,7 @@ void pack_codebook(const Rows& rows, int64_t h, int64_t K, int64_t D, bool cosin
     std::fill(packed.code + listed, packed.code + round_up(K, 32), 0);
     for (int64_t k = K; k-- > 0;)
         if (!std::isnan(facts.radius[k])) first = k;
-    // The code that is nearest to a row is likely to be near the centre: with those first, fewer become candidates on
-    // the way. Not in few dimensions, where the nearest code lies at the row's own radius.
-    if (D >= kManyDimensions || set.by_radius)
+    if (set.by_radius(D))
         std::sort(packed.code, packed.code + screened,
                   [&](int32_t a, int32_t b) { return facts.radius[a] < facts.radius[b]; });
     for (int64_t k = 0; k < screened; k++) packed.slack[k] = facts.radius[packed.code[k]];  // by place from here on

@@ -139,7 +139,7 @@ struct Instructions {
     // times the rate of multiply-adds in float.
     double worth;
     int direct;      // rows that are searched as fast without a preparation as with one (unprepared.h)
-    bool by_radius;  // the bounds of a panel are those of its largest radius, so like should lie with like
+    bool (*by_radius)(int64_t D);  // whether the codes lie in the order of their norms, from the centre
     // The layouts of rows and codes, the coefficients of their bounds included, are the set's own.
     int layout;                        // id of the panels, as this set and those that have the same lay them out
     int64_t (*row_bytes)(int64_t D);   // of a row in a block,

@@ -59,3 +59,24 @@ def test_the_ops(built, model):
     tests = [ROOT / "tests" / "ops" / name for name in names]
     result = run(built, model, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "compiled", *tests)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr
+
+
+PRODUCTS = """
+import torch, vqops
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+crowded = normal(2, 40).repeat_interleave(200, 0) + 2e-3 * normal(400, 40)  # closer than a bfloat16
+for x, codes in ((normal(800, 8), normal(3000, 8)), (normal(800, 40), crowded)):
+    print(*vqops.search_statistics(x, codes).tolist())
+"""
+
+
+def test_three_products_of_tiles_leave_few_candidates(built):
+    """In few dimensions at once; else for rows that one product leaves more than their lists hold."""
+    result = run(built, "amx_model", "-c", PRODUCTS)
+    assert result.returncode == 0, result.stderr
+    (certified, *_), (*_, again, _) = (map(int, line.split()) for line in result.stdout.splitlines())
+    assert certified > 780
+    assert again == 0

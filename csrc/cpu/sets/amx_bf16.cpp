@@ -49,7 +49,12 @@ struct AmxBf16 : Floats16 {
         return Vector(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
 
-    // 16 lines of 16 words.
+    VQOPS_INLINE Vector widened(const uint16_t* halves) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves));
+        return Vector(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+
+    // 16 lines of 16 words, which may be the same memory.
     VQOPS_INLINE void transpose(const void* from, void* to) {
         __m512i a[16], b[16];
         char* const line = static_cast<char*>(to);

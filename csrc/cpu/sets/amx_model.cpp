@@ -39,11 +39,17 @@ struct AmxModel {
         }
         return value;
     }
+    VQOPS_INLINE Vector widened(const uint16_t* halves) {
+        Vector value = {};
+        for (int i = 0; i < 16; i++) value[i] = from_pair(halves[i]);
+        return value;
+    }
     VQOPS_INLINE void transpose(const void* from, void* to) {
+        uint32_t lines[256], turned[256];
+        __builtin_memcpy(lines, from, sizeof(lines));
         for (int i = 0; i < 16; i++)
-            for (int j = 0; j < 16; j++)
-                __builtin_memcpy(static_cast<char*>(to) + (j * 16 + i) * 4,
-                                 static_cast<const char*>(from) + (i * 16 + j) * 4, 4);
+            for (int j = 0; j < 16; j++) turned[j * 16 + i] = lines[i * 16 + j];
+        __builtin_memcpy(to, turned, sizeof(turned));
     }
 
     static thread_local ModelTile tile[8];

@@ -16,8 +16,11 @@ struct TileShape {
     VQOPS_INLINE int64_t vectors_bytes(int64_t D) { return steps_of(D) * kBytes * (folds(D) ? 1 : 2); }  // of 16
 
     struct RowBounds {  // of 16 rows
-        float radius[kTile], lost[kTile];                  // first tier,
-        float radius3[kTile], lost3[kTile], low3[kTile];   // and of three products
+        float radius[kTile], lost[kTile];
+        union {
+            float all[kTile];  // with one product: norms
+            float low[kTile];  // with three
+        };
     };
     struct CodeBounds {  // the largest of 32 codes, in a line of a cache
         float radius, lost, lost3, low;
@@ -41,14 +44,18 @@ struct TilePlacing : TileShape {
     typedef typename Set::Vector Vector;
     typedef uint16_t HalfWord __attribute__((may_alias));
 
-    // Sums over 16 vectors: squares of the whole, of what hi leaves, of what hi and lo leave, of lo.
-    struct Squares16 {
-        Vector all[kTile], lost[kTile], left[kTile], low[kTile];
+    // Sums over 16 vectors: squares of the whole and of what hi leaves; of codes also of what hi and lo leave, and of lo.
+    struct RowSquares {
+        Vector all[kTile], lost[kTile];
+    };
+    struct CodeSquares : RowSquares {
+        Vector left[kTile], low[kTile];
     };
 
     // Dimensions [d, d + 32) of from - minus, scaled, as hi and lo.
+    template <class Squares>
     VQOPS_INLINE void split(const float* from, const float* minus, float scale, int64_t D, int64_t d, HalfWord* hi,
-                            HalfWord* lo, int64_t i, Squares16& squares) {
+                            HalfWord* lo, int64_t i, Squares& squares) {
         alignas(64) float value[kStep];
         const int64_t some = D - d < kStep ? D - d : kStep;
         if (some < kStep) {
@@ -61,11 +68,13 @@ struct TilePlacing : TileShape {
             const Vector whole = some < kStep ? Set::load(value + v * kTile)
                                               : (Set::load(from + at) - Set::load(minus + at)) * Set::broadcast(scale);
             const Vector lost = whole - Set::halves(whole, hi + v * kTile);
-            const Vector low = Set::halves(lost, lo + v * kTile), left = lost - low;
+            const Vector low = Set::halves(lost, lo + v * kTile);
             squares.all[i] += whole * whole;
             squares.lost[i] += lost * lost;
-            squares.left[i] += left * left;
-            squares.low[i] += low * low;
+            if constexpr (requires { squares.low; }) {
+                squares.left[i] += (lost - low) * (lost - low);
+                squares.low[i] += low * low;
+            }
         }
     }
 
@@ -77,16 +86,10 @@ struct TilePlacing : TileShape {
         return sum;
     }
 
-    // At least the norms of 16 vectors, of squares summed in float; as norm_of (words.inl).
-    struct Norms {
-        Vector square, all, lost, left, low;
-    };
-    VQOPS_INLINE Norms norms_of(const Squares16& squares, int64_t D) {
-        const Vector factor = Set::broadcast(1 + 1e-5f + float(D) * 0x1p-23f);
-        const Vector underflow = Set::broadcast(float(D) * 0x1p-70f), square = sum_each(squares.all);
-        const auto norm = [&](Vector sum) { return Set::square_root(sum) * factor + underflow; };
-        return {square, norm(square), norm(sum_each(squares.lost)), norm(sum_each(squares.left)),
-                norm(sum_each(squares.low))};
+    // At least the norms of 16 vectors, of sums of squares in float; as norm_of (words.inl).
+    VQOPS_INLINE Vector norms_of(Vector sums, int64_t D) {
+        return Set::square_root(sums) * Set::broadcast(1 + 1e-5f + float(D) * 0x1p-23f) +
+               Set::broadcast(float(D) * 0x1p-70f);
     }
 
     // Where the three bfloat16 of a folded vector lie: hi of a row is met by hi and lo of a code, lo by hi.
@@ -95,48 +98,55 @@ struct TilePlacing : TileShape {
         for (int64_t d = 0; d < D; d++) line[d] = first[d], line[D + d] = second[d], line[2 * D + d] = third[d];
     }
 
-    // 16 rows of a block, negated, since tiles only add.
+    // 16 rows of a block, negated, since tiles only add. Only hi is turned: few rows need lo.
     static __attribute__((noinline)) void place_group(const Given& rows, int64_t first, int64_t count, char* group,
                                                       RowNorm* norms) {
         const int64_t D = rows.D, steps = steps_of(D);
-        Squares16 squares{};
-        alignas(64) HalfWord hi[kTile * kStep], lo[kTile * kStep];
-        for (int64_t i = 0; i < kTile * kStep; i++) hi[i] = lo[i] = 0;
+        RowSquares squares{};
+        alignas(64) HalfWord hi[kTile * kStep], small[kTile * kStep];
+        for (int64_t i = 0; i < kTile * kStep; i++) hi[i] = small[i] = 0;
         for (int64_t step = 0; step < steps; step++) {
+            HalfWord* const lo = folds(D) ? small : reinterpret_cast<HalfWord*>(group + (steps + step) * kBytes);
             for (int64_t r = 0; r < count; r++)
                 split(rows.centre, rows.vectors[first + r], rows.scale, D, step * kStep, hi + r * kStep, lo + r * kStep,
                       r, squares);
-            char* const to = group + step * kBytes;
-            if (folds(D)) {
-                alignas(64) HalfWord folded[kTile * kStep];
-                for (int64_t i = 0; i < kTile * kStep; i++) folded[i] = 0;
-                for (int64_t r = 0; r < count; r++) {
-                    HalfWord* const line = folded + r * kStep;
-                    fold(line, hi + r * kStep, hi + r * kStep, lo + r * kStep, D);
-                    for (int64_t i = 0; i < 3; i++) line[3 * D + i] = 0x3f80;  // 1, for the start of the sums
-                }
-                Set::transpose(folded, to);
-            } else {
-                Set::transpose(hi, to);
-                Set::transpose(lo, to + steps * kBytes);
+            for (int64_t r = 0; folds(D) && r < count; r++) {
+                alignas(64) HalfWord line[kStep] = {};
+                fold(line, hi + r * kStep, hi + r * kStep, lo + r * kStep, D);
+                for (int64_t i = 0; i < 3; i++) line[3 * D + i] = 0x3f80;  // 1, for the start of the sums
+                __builtin_memcpy(hi + r * kStep, line, sizeof(line));
             }
+            Set::transpose(hi, group + step * kBytes);
         }
-        const Norms found = norms_of(squares, D);
-        bound_rows(found, D, *reinterpret_cast<RowBounds*>(group + vectors_bytes(D)));
-        for (int64_t r = 0; r < count; r++) norms[r] = {found.square[r], double(found.all[r]) * (1 + 0x1p-20)};
+        const Vector square = sum_each(squares.all), all = norms_of(square, D);
+        const Vector lost = norms_of(sum_each(squares.lost), D) + all * Set::broadcast(float(1.02 * kUnit));
+        const Vector held = Set::broadcast(float(kRoom)) * (all + lost);  // with room, at least the norm of hi
+        const Vector one = Set::broadcast(float(double(roundings(1, D)) * kUnit));
+        RowBounds& bounds = *reinterpret_cast<RowBounds*>(group + vectors_bytes(D));
+        Set::store(bounds.radius, Set::broadcast(float(kRoom)) * lost + one * held);
+        Set::store(bounds.lost, held);
+        Set::store(bounds.all, all);
+        if (folds(D)) bound_precisely(small, 1, kTile * kStep, D, bounds);
+        for (int64_t r = 0; r < count; r++) norms[r] = {square[r], double(all[r]) * (1 + 0x1p-20)};
     }
 
-    VQOPS_INLINE void bound_rows(const Norms& norm, int64_t D, RowBounds& to) {
-        const Vector room = Set::broadcast(float(kRoom)), formed = norm.all * Set::broadcast(float(1.02 * kUnit));
-        const Vector one = Set::broadcast(float(double(roundings(1, D)) * kUnit));
-        const Vector three = Set::broadcast(float(double(roundings(3, D)) * kUnit));
-        const Vector lost = norm.lost + formed, left = norm.left + formed;
-        const Vector held = norm.all + lost, both = held + norm.low;  // at least the norm of hi, those of hi and lo
-        Set::store(to.radius, room * (lost + one * held));
-        Set::store(to.lost, room * held);
-        Set::store(to.radius3, room * (left + three * both));
-        Set::store(to.lost3, room * both);
-        Set::store(to.low3, room * (norm.low + three * both + three * both));
+    // The bounds of 16 rows for three products, of those for one and of `lo`, `steps` times 16 lines of 32. What lo leaves
+    // is at most 2^-8 of lo.
+    VQOPS_INLINE void bound_precisely(const HalfWord* lo, int64_t steps, int64_t to_next_step, int64_t D,
+                                      RowBounds& bounds) {
+        Vector squares[kTile] = {};
+        for (int64_t step = 0; step < steps; step++)
+            for (int64_t i = 0; i < 2 * kTile; i++) {
+                const Vector low = Set::widened(lo + step * to_next_step + i * kTile);
+                squares[i / 2] += low * low;
+            }
+        const Vector room = Set::broadcast(float(kRoom)), low = norms_of(sum_each(squares), D);
+        const Vector left = low * Set::broadcast(0x1p-8f) + Set::load(bounds.all) * Set::broadcast(float(1.02 * kUnit));
+        const Vector both = Set::load(bounds.lost) + room * low;  // with room, at least the norms of hi and lo
+        const Vector three = Set::broadcast(float(double(roundings(3, D)) * kUnit)) * both;
+        Set::store(bounds.radius, room * left + three);
+        Set::store(bounds.lost, both);
+        Set::store(bounds.low, room * low + three + three);
     }
 
     static void place_rows(const Given& rows, int64_t first, void* block, RowNorm* norms) {
@@ -153,25 +163,26 @@ struct TilePlacing : TileShape {
         for (int64_t i = 0; i < panel_bytes(D); i++) to[i] = 0;
         CodeBounds& bounds = *reinterpret_cast<CodeBounds*>(to + 2 * vectors_bytes(D));
         for (int64_t tile = 0; tile < 2; tile++) {
-            Squares16 squares{};
+            CodeSquares squares{};
             char* const hi = to + tile * steps * kBytes;
             const int64_t first = tile * kTile, count = codes.count - first < kTile ? codes.count - first : kTile;
             for (int64_t j = 0; j < count; j++) place_code(codes, first + j, hi + j * kStep * 2, j, squares);
             for (int64_t j = 0; folds(D) && j < kTile; j++)
                 fold_start(j < count ? start[first + j] : __builtin_inff(),
                            reinterpret_cast<HalfWord*>(hi + j * kStep * 2) + 3 * D);
-            const Norms norm = norms_of(squares, D);
+            const Vector lost = norms_of(sum_each(squares.lost), D), left = norms_of(sum_each(squares.left), D);
+            const Vector low = norms_of(sum_each(squares.low), D);
             for (int64_t j = 0; j < count; j++) {
                 const double formed = 1.01 * kUnit * radius[first + j];
                 raise(bounds.radius, radius[first + j]);
-                raise(bounds.lost, double(norm.lost[j]) + formed);
-                raise(bounds.lost3, double(norm.left[j]) + formed);
-                raise(bounds.low, double(norm.low[j]));
+                raise(bounds.lost, double(lost[j]) + formed);
+                raise(bounds.lost3, double(left[j]) + formed);
+                raise(bounds.low, double(low[j]));
             }
         }
     }
 
-    VQOPS_INLINE void place_code(const Given& codes, int64_t k, char* hi, int64_t j, Squares16& squares) {
+    VQOPS_INLINE void place_code(const Given& codes, int64_t k, char* hi, int64_t j, CodeSquares& squares) {
         const int64_t D = codes.D, steps = steps_of(D);
         if (folds(D)) {
             HalfWord high[kStep], low[kStep];

@@ -1,7 +1,8 @@
 // The screening pass in matrix tiles: 16 codes against 16 rows, 32 dimensions an instruction, in bfloat16. A set says
 //   kName, kWorth, kLayout                     see instructions.h
 //   Vector, load, store, broadcast             sixteen floats
-//   not_above, square_root, halves, transpose  of them; halves are bfloat16
+//   not_above, square_root, transpose          of them
+//   halves, widened                            to and from bfloat16
 //   configure, release                         the tiles, for the time of a call
 //   zero<i>, load<i>, store<i>                 tile i, 16 lines of 64 bytes side by side
 //   multiply<i, a, b>                          tile i += codes in tile a, rows in tile b
@@ -37,7 +38,8 @@ struct TileKernels : TileShape {
     // Of 16 rows: the pairs of tiles that may be open, with their least sums.
     struct Noted {
         int64_t count;
-        alignas(64) int32_t open[kTile];  // tiles of each row, once all are noted
+        alignas(64) int32_t open[kTile];  // tiles of each row, once all are noted,
+        uint16_t rows[kChunk][2];         // and the rows of each tile that have it open
         int32_t pair[kChunk];
         alignas(64) float least[kChunk][2][kTile];
     };
@@ -125,11 +127,8 @@ struct TileKernels : TileShape {
     template <Tier tier>
     VQOPS_INLINE Vector width_of(const char* group, const Charge& codes, int64_t D) {
         const RowBounds& rows = *reinterpret_cast<const RowBounds*>(group + vectors_bytes(D));
-        if constexpr (tier == kOne)
-            return Set::load(rows.radius) * codes.radius + Set::load(rows.lost) * codes.lost;
-        else
-            return Set::load(rows.radius3) * codes.radius + Set::load(rows.lost3) * codes.lost +
-                   Set::load(rows.low3) * codes.low;
+        const Vector width = Set::load(rows.radius) * codes.radius + Set::load(rows.lost) * codes.lost;
+        return tier == kOne ? width : width + Set::load(rows.low) * codes.low;
     }
 
     VQOPS_INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }  // b if one is NaN
@@ -259,26 +258,24 @@ struct TileKernels : TileShape {
 
     // ---- Tiles that stay open.
 
-    // Counts those of each row, now that the thresholds are known.
+    // Says which are open to which rows, now that the thresholds are known, and counts those of each row.
     template <Tier tier>
-    static void count_open(const Block& block, const Part& part) {
+    static void mark_open(const Block& block, const Part& part) {
         for (int64_t g = 0; g < block.count; g++) {
             Noted& noted = block.noted[g];
             const Vector threshold = Set::load(block.threshold + g * kTile);
             Whole open = {};
             for (int64_t i = 0; i < noted.count; i++) {
-                const Vector limit = limit_of<tier>(block, part, g, noted.pair[i], threshold);
-                open -= Set::load(noted.least[i][0]) <= limit;
-                open -= Set::load(noted.least[i][1]) <= limit;
+                const char* rows = block.groups + g * group_bytes(part.D);
+                const Vector limit = threshold + width_of<tier>(rows, charge_of<tier>(part, noted.pair[i]), part.D);
+                for (int t = 0; t < 2; t++) {
+                    const Vector least = Set::load(noted.least[i][t]);
+                    noted.rows[i][t] = uint16_t(Set::not_above(least, limit));
+                    open -= least <= limit;
+                }
             }
             *reinterpret_cast<Whole*>(noted.open) = open;
         }
-    }
-
-    template <Tier tier>
-    VQOPS_INLINE Vector limit_of(const Block& block, const Part& part, int64_t group, int64_t pair, Vector threshold) {
-        const char* rows = block.groups + group * group_bytes(part.D);
-        return threshold + width_of<tier>(rows, charge_of<tier>(part, pair), part.D);
     }
 
     // The rows of a group that are to be looked at in its open tiles. Those with more of them than a list holds are
@@ -328,34 +325,42 @@ struct TileKernels : TileShape {
         const Vector width = width_of<tier>(block.groups + tile.group * group_bytes(part.D), codes, part.D);
         const Vector limit = Set::load(block.threshold + tile.group * kTile) + width;
         const int64_t first = tile.pair * kPair + tile.tile * kTile;
-        alignas(64) float sum[kSums], widths[kTile];
-        alignas(64) int32_t below[kTile];
-        Whole found = {};
-        for (int j = 0; j < kTile; j++) {
-            Vector value = Set::load(sums + j * kTile);
-            if (tier != kFolded) value += Set::broadcast(start_of(part.start[first + j]));
-            Set::store(sum + j * kTile, value);
-            found |= (value <= limit) & (Whole{} + (1 << j));
-        }
-        *reinterpret_cast<Whole*>(below) = found;
-        Set::store(widths, width);
         const int64_t real = open.codes - (part.first * kPair + first);  // the others are padding
         if (real <= 0) return;
+        alignas(64) float widths[kTile];
+        alignas(64) int32_t below[kTile];
+        Whole found = {};
+        VQOPS_UNROLL_ALL
+        for (int j = 0; j < kTile; j++) {
+            const Vector value = Set::load(sums + j * kTile) + Set::broadcast(added<tier>(part, first + j));
+            found |= (value <= limit) & (Whole{} + (1 << j));
+        }
+        if (real < kTile) found &= Whole{} + ((1 << real) - 1);
+        *reinterpret_cast<Whole*>(below) = found;
+        Set::store(widths, width);
         for (unsigned mask = tile.mask; mask; mask &= mask - 1) {
             const int r = __builtin_ctz(mask);
-            unsigned left = unsigned(below[r]);
-            if (real < kTile) left &= (1u << real) - 1;
             const int64_t row = block.row[tile.group * kTile + r];
-            for (; left; left &= left - 1) {
-                const int j = __builtin_ctz(left);
-                const float value = sum[j * kTile + r], slack = part.slack[first + j] + open.rest[row];
-                take(part.first * kPair + first + j, row, value - widths[r], value + (widths[r] + slack), open);
+            for (unsigned left = unsigned(below[r]); left; left &= left - 1) {
+                const int64_t j = __builtin_ctz(left), code = part.first * kPair + first + j;
+                const float value = sums[j * kTile + r] + added<tier>(part, first + j);
+                if (!open.candidate) {
+                    list(code, row, value - widths[r], open);
+                    continue;
+                }
+                const float slack = part.slack[first + j] + open.rest[row];
+                open.candidate(open.owner, row, code, value - widths[r], value + (widths[r] + slack));
             }
         }
     }
 
-    VQOPS_INLINE void take(int64_t code, int64_t row, float lower, float upper, const OpenCodes& open) {
-        if (open.candidate) return open.candidate(open.owner, row, code, lower, upper);
+    // To a sum that began with zero.
+    template <Tier tier>
+    VQOPS_INLINE float added(const Part& part, int64_t code) {
+        return tier == kFolded ? 0 : start_of(part.start[code]);
+    }
+
+    VQOPS_INLINE void list(int64_t code, int64_t row, float lower, const OpenCodes& open) {
         const int32_t count = open.count[row];
         if (count < 0) return;  // given up
         open.code[row * open.room + count] = int32_t(code);
@@ -381,12 +386,10 @@ struct TileKernels : TileShape {
         for (int64_t g = 0; g < block.count; g++) {
             const Noted& noted = block.noted[g];
             const unsigned rows = few_open(block, g, open);
-            const Vector threshold = Set::load(block.threshold + g * kTile);
             for (int64_t i = 0; rows && i < noted.count; i++) {
                 const int64_t pair = noted.pair[i];
-                const Vector limit = limit_of<tier>(block, part, g, pair, threshold);
                 for (int32_t t = 0; t < 2; t++) {
-                    const unsigned mask = rows & Set::not_above(Set::load(noted.least[i][t]), limit);
+                    const unsigned mask = rows & noted.rows[i][t];
                     if (!mask) continue;
                     const char* codes = part.panel + pair * panel_bytes(part.D) + t * steps * kBytes;
                     for (int64_t line = 0; line < steps * kBytes; line += 64) __builtin_prefetch(codes + line);
@@ -420,17 +423,30 @@ struct TileKernels : TileShape {
         return late;
     }
 
-    // Rows of the first tier side by side, with whole pairs of groups.
+    // Rows of the first tier side by side, with whole pairs of groups, lo turned as well.
     static Block gather(Work& work, const Block& block, const int32_t* rows, int64_t count, int64_t D) {
-        const int64_t size = group_bytes(D), padded = (count + kPair - 1) / kPair * kPair;
-        for (int64_t i = 0; i < padded; i++) {
-            const int64_t row = rows[i < count ? i : 0];  // any, where there is none
-            const uint32_t* from = reinterpret_cast<const uint32_t*>(block.groups + row / kTile * size) + row % kTile;
-            uint32_t* to = reinterpret_cast<uint32_t*>(work.late + i / kTile * size) + i % kTile;
-            for (int64_t line = 0; line < size / 64; line++) to[line * kTile] = from[line * kTile];
-            work.late_row[i] = int32_t(row);
-            work.late_rest[i] = block.rest[row];
-            work.late_threshold[i] = i < count ? block.threshold[row] : __builtin_nanf("");
+        const int64_t size = group_bytes(D), steps = steps_of(D), padded = (count + kPair - 1) / kPair * kPair;
+        for (int64_t first = 0; first < padded; first += kTile) {
+            char* const to = work.late + first / kTile * size;
+            RowBounds& bounds = *reinterpret_cast<RowBounds*>(to + vectors_bytes(D));
+            for (int64_t i = first; i < first + kTile; i++) {
+                const int64_t row = rows[i < count ? i : 0], r = row % kTile;  // any, where there is none
+                const char* from = block.groups + row / kTile * size;
+                const auto* turned = reinterpret_cast<const uint32_t*>(from);
+                for (int64_t line = 0; line < steps * kTile; line++)
+                    reinterpret_cast<uint32_t*>(to)[line * kTile + i - first] = turned[line * kTile + r];
+                for (int64_t step = steps; step < 2 * steps; step++)
+                    __builtin_memcpy(to + step * kBytes + (i - first) * 64, from + step * kBytes + r * 64, 64);
+                const auto& of_row = *reinterpret_cast<const RowBounds*>(from + vectors_bytes(D));
+                bounds.lost[i - first] = of_row.lost[r], bounds.all[i - first] = of_row.all[r];
+                work.late_row[i] = int32_t(row);
+                work.late_rest[i] = block.rest[row];
+                work.late_threshold[i] = i < count ? block.threshold[row] : __builtin_nanf("");
+            }
+            const auto* lo = reinterpret_cast<const uint16_t*>(to + steps * kBytes);
+            TilePlacing<Set>::bound_precisely(lo, steps, kBytes / 2, D, bounds);
+            for (int64_t step = steps; step < 2 * steps; step++)
+                Set::transpose(to + step * kBytes, to + step * kBytes);
         }
         return {work.late,     padded / kTile, work.late_threshold, work.late_rest,
                 work.late_row, work.noted,     work.late_least};
@@ -442,7 +458,7 @@ struct TileKernels : TileShape {
             const Block late = gather(work, block, work.late_of_all + i, some, part.D);
             forget(work, late);
             pass<kThree>(work, late, part);
-            count_open<kThree>(late, part);
+            mark_open<kThree>(late, part);
             for (int64_t r = 0; r < some; r++) open.threshold[late.row[r]] = late.threshold[r];
             look_again<kThree>(work, late, part, open);
         }
@@ -456,7 +472,7 @@ struct TileKernels : TileShape {
                 work.slack[p] = part.slack[j] > work.slack[p] ? part.slack[j] : work.slack[p];
         }
         pass<tier>(work, block, part);
-        count_open<tier>(block, part);
+        mark_open<tier>(block, part);
         const int64_t late = tier == kOne ? take_late(work, block, part, open) : 0;
         look_again<tier>(work, block, part, open);
         if (late > 0) screen_late(work, block, part, late, open);
@@ -478,6 +494,9 @@ struct TileKernels : TileShape {
         }
         Set::release();
     }
+
+    // The bounds of a panel are those of its largest radius, so like lies with like, unless they are close anyway.
+    static bool by_radius(int64_t D) { return !folds(D); }
 
     // The pass without its loads and what follows the products.
     static float spin(int64_t steps, float value) {
@@ -505,7 +524,7 @@ struct TileKernels : TileShape {
         set.most_rows = 384, set.block_bytes = 512 * 1024;
         set.worth = Set::kWorth;
         set.direct = 0;
-        set.by_radius = true;
+        set.by_radius = by_radius;
         set.layout = Set::kLayout;
         set.row_bytes = row_bytes, set.code_bytes = code_bytes;
         set.start_roundings = start_roundings;

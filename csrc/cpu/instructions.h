@@ -153,11 +153,11 @@ struct Instructions {
     int64_t (*screen_bytes)(int64_t rows, int64_t D, int64_t wanted);  // that `screen` works in
     // All codes against `rows` rows of a block, a multiple of the tile.
     void (*screen)(const void* block, int64_t rows, const Panels& panels, const OpenCodes& open);
-    const Instructions* drawing;  // the set whose layouts `draw` takes; null for this one
-    const Instructions* precise;  // one that takes float, for rows that bfloat16 leaves too many candidates; or null
-    double too_often;  // share of such rows from which on all others go there at once
     // The same for the largest keys, of panels in the order of `fours` (codebook.h).
     void (*draw)(const void* block, int64_t rows, const Panels& panels, const Draws& draws);
+    const Instructions* drawing;  // the set whose layouts `draw` takes; null for this one
+    const Instructions* precise;  // one that takes float, for rows that bfloat16 leaves too many candidates; or null
+    double too_often;             // share of such rows from which on all others go there at once
     UnpreparedKernel* unprepared;
     int group;  // codes that `unprepared` takes together
     double (*exact_cost)(const double* x, const double* c, int64_t padded, bool cosine);  // exact.h

@@ -1,9 +1,9 @@
 // Screen: the fast pass over a block of rows, and the decisions that it leaves open.
 //
 // One block of rows of x against all K codes, in panels of 16 or 32.
-//   registers     14 x 32 sums (AVX-512) or 6 x 16 (AVX2), the whole inner product of a tile
+//   registers     14 x 32 sums (AVX-512), 6 x 16 (AVX2) or 32 x 32 (AMX: sets/tiles.inl), the whole inner product of a tile
 //   first cache   the tile's codes, D + 1 words each, while all rows of the block pass over them
-//   second cache  the block's rows, centred, scaled and rounded to words, at most 96 KB
+//   second cache  the block's rows, centred, scaled and rounded to words, at most 96 KB (AMX: 512 KB)
 // A word is a float or two dimensions as bfloat16. Read: x once, the packed codebook once per block. Written: one index
 // per row. Operations: 2 N K (D + 1), fused.
 // The product gives lower bounds (docs/exactness.md); a code stays a candidate while its lower bound does not exceed
@@ -26,8 +26,8 @@
 
 namespace vqops {
 
-constexpr float kFarRow = 0x1p60f;          // rows beyond could overflow float32 in a product with a code
-constexpr int64_t kDeepest = 1 << 17;       // the bound's constants hold up to here
+constexpr float kFarRow = 0x1p60f;     // rows beyond could overflow float32 in a product with a code
+constexpr int64_t kDeepest = 1 << 17;  // the bound's constants hold up to here
 
 // Rows that a thread takes at once of those that it is to have.
 inline int64_t rows_of_block(const Instructions& set, int64_t D, int64_t share) {
@@ -60,7 +60,7 @@ public:
         if (queued > 0) scan_queue(shape_, x_, codebook_, h, rows_.data(), queued, decision_, result_.k);
     }
 
-    // Rows that were decided so. Those that were screened twice count as scanned, unless they have no code.
+    // Rows that were decided so. Those that were screened precisely count as scanned, unless they have no code.
     int64_t rows_of(Tier tier) const {
         int64_t count = decision_.tiers[tier];
         if (!precise_) return count;

@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu prepare                       beforehand: a binary and packages to bring along
 python -m benchmarks.gpu rehearse --out rows            the whole plan on a CPU, with small inputs
 python -m benchmarks.gpu all --out rows                 on the GPU machine: nine minutes at most, each part with a limit
-python -m benchmarks.gpu all --out rows --parts triton_suite,check,bench --seconds 240         a second call
+python -m benchmarks.gpu all --out rows --parts triton_suite,check,bench,processor --seconds 240   a second call
 python -m benchmarks.gpu publish rows                   for each call: rows, record and pages of the documentation
 
 `all` needs no network and no compiler, if what `prepare` made came along: benchmarks/gpu/carried/ and

@@ -11,8 +11,9 @@
     triton_suite   the tests of the ops with the Triton kernels
     check          `vqops check` itself; its record is kept in --out/record.json
     bench          `python -m benchmarks --stage kernels`, smallest cases first
+    processor      tests and times of the CPU kernels: its processor may have instructions that no other at hand has
 
-All but the last two are one call, which may end before the last of them; what is left, and these, a second one.
+All but the last three are one call, which may end before the last of them; what is left, and these, a second one.
 """
 
 import importlib.util
@@ -39,7 +40,7 @@ from vqops.dispatch.records import VARIABLE
 LOG = 12_000_000  # characters of an output that are kept
 LEAST = 15.0  # seconds, without which no part begins
 AT_ONCE = 6  # processes on the GPU
-SECOND_CALL = ("check", "bench")
+SECOND_CALL = ("check", "bench", "processor")
 SMALL = 6  # of the cases, a rehearsal takes each so-manieth
 WGMMA = [name for name in CASES if re.fullmatch(r"nearest \d+ x (64|128|200|256|400|512) x \d+", name)]
 SANITIZED = [  # each kernel once, and where it shares its work with others
@@ -221,12 +222,23 @@ class Plan:
         command = [sys.executable, "-m", "benchmarks", *how, "--out", self.folder]
         return self.command("bench", command, seconds)["outcome"] == "passed"
 
+    def processor(self) -> bool:
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cpu/test_kernels.py"]
+        if self.rehearsal:
+            return self.command("processor tests", [*tests, "-k", "unknown"], 60)["outcome"] == "passed"
+        outcomes = [self.command("processor tests", tests, 120)["outcome"]]
+        for name in (instructions("cpu"), "avx512"):
+            how = ["--full", "--stage", "kernels", "--method", "^(vqops$|ceiling)", "--seconds", "45"]
+            command = [sys.executable, "-m", "benchmarks", *how, "--out", self.folder / name]
+            outcomes.append(self.command(f"processor {name}", command, 100, VQOPS_CPU=name)["outcome"])
+        return set(outcomes) == {"passed"}
+
 
 PARTS: dict[str, Callable[[Plan], bool]] = {
     part.__name__: part
     for part in (
         *(Plan.facts, Plan.cases, Plan.mma, Plan.times, Plan.triton, Plan.profile),
-        *(Plan.suite, Plan.sanitizer, Plan.triton_suite, Plan.check, Plan.bench),
+        *(Plan.suite, Plan.sanitizer, Plan.triton_suite, Plan.check, Plan.bench, Plan.processor),
     )
 }
 

@@ -10,17 +10,21 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.causes import CAUSES, cause_of
 from benchmarks.figures import draw_growth, draw_memory, draw_search, draw_sets
 from benchmarks.gpu.page import first_run
-from benchmarks.rows import label
+from benchmarks.kernel_tables import kernels
+from benchmarks.losses import losses
 from benchmarks.shapes import SHAPES
 from benchmarks.tables import (
     SHORT,
     SIZE,
+    STAGES,
     Line,
     Machine,
     by_case,
+    conditions,
+    data,
+    gradient,
     grouped,
     machines,
     number,
@@ -30,16 +34,14 @@ from benchmarks.tables import (
     size,
     table,
     times,
+    titled,
     wrong,
 )
 from benchmarks.worth import sets
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("benchmarks.md", "cpu.md", "gpu.md")
-# Of docs/benchmarks.md.
-STAGES = ("search", "statistics", "quantize", "residual", "assignments", "steps", "exactness", "growing", "memory")
 MARKED = re.compile(r"(<!-- benchmarks:([\w-]+)(?: of ([\w-]+))? -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
-PARTS_OF_OURS = ("no quantizer", "searches alone")  # nothing that a user can take instead
 FIXED_COST_MS = 1.0  # a search below this is mostly the call itself
 FIGURES = {
     "search": ("search", draw_search, "search time of the peers over that of vqops"),
@@ -88,12 +90,6 @@ def identity(machine: Machine) -> str:
     return ", ".join(["", *known, f"{said['vendor']} family {said['family']} model {said['model']}"])
 
 
-def conditions(rows: list[dict]) -> str:
-    threads = f"{rows[0]['threads']} thread" + "s" * (rows[0]["threads"] != 1)
-    clock = next((f"{row['clock']} time" for row in rows if "clock" in row), "nothing timed")
-    return ", ".join([threads, clock, *(f"{name} {version}" for name, version in rows[0]["versions"].items())])
-
-
 def bounds(found: list[Machine], figures: str) -> str:
     """The share of the GEMM rate and the bound of the search at each shape, a column a machine."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
@@ -137,19 +133,9 @@ def search(found: list[Machine], figures: str) -> str:
     return peer_columns(found, rows_of, [*SIZE, "data"], describe, "share of GEMM", counted=True)
 
 
-def data(row: dict) -> str:
-    if "spread" in row:
-        return "small codes"
-    return f"all + {row['offset']:g}" if "offset" in row else "normal"
-
-
 def dtypes(found: list[Machine], figures: str) -> str:
     describe = lambda row: [row["dtype"], *size(row)]  # noqa: E731
     return peer_columns(found, partial(searches, float32=False), ["dtype", *SIZE], describe, counted=True)
-
-
-def titled(parts: dict[str, str]) -> str:
-    return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
 
 
 def statistics(found: list[Machine], figures: str) -> str:
@@ -174,10 +160,6 @@ def quantize(found: list[Machine], figures: str) -> str:
             "Backward:": peer_columns(found, backward, ["gradient", *SIZE], describe, "share of copy"),
         }
     )
-
-
-def gradient(row: dict) -> str:
-    return row["gradient"].replace("_", "-")
 
 
 def assignments(found: list[Machine], figures: str) -> str:
@@ -289,130 +271,6 @@ def memory(found: list[Machine], figures: str) -> str:
     heads = ["bytes a vector and code", "bytes a vector", "bytes a code", f"largest N = K in {limits}"]
     made = of_machines(found, lines_of, ["op", "method"], heads)
     return f"{pictures('memory', found, figures)}\n\n{made}".strip()
-
-
-def losses(found: list[Machine], figures: str) -> str:
-    """Every peer that was faster, from all stages, by cause."""
-    if not any(machine.rows("search") for machine in found):
-        return ""
-    lost = {machine.name: list(lost_cases(machine)) for machine in found}
-    parts = {}
-    for cause in (*CAUSES, None):
-
-        def lines_of(machine: Machine, cause=cause) -> Iterator[Line]:
-            for case, cells in lost[machine.name]:
-                if cause_of(case[0]) == cause:
-                    yield case, cells
-
-        title = f"**{cause or 'Cause unknown.'}**"
-        parts[title] = of_machines(found, lines_of, ["case", "peer"], ["of our time", "against ours"])
-    return titled(parts) or "In none of these cases was a peer faster."
-
-
-def lost_cases(machine: Machine) -> Iterator[Line]:
-    for stage in (*STAGES, "kernels", "sets"):
-        for methods in by_case(machine.rows(stage)).values():
-            ours = next((row for row in methods.values() if is_ours(row) and row.get("times_vqops") == 1), None)
-            for name, row in methods.items():
-                peer = not is_ours(row) and not name.startswith("ceiling") and name not in PARTS_OF_OURS
-                if ours is None or not peer or row.get("times_vqops", 1) >= 1:
-                    continue
-                milliseconds = f"{number(row['p50_ms'])} against {number(ours['p50_ms'])} ms"
-                yield [case_name(row), name], [f"{number(row['times_vqops'])} x{wrong(row)}", milliseconds]
-    for op in ("nearest", "training step"):
-        rows = machine.rows("memory", op)
-        largest = [row for row in rows if all(row[axis] == rows[-1][axis] for axis in "NK")]
-        ours = next((row["extra_mb"] for row in largest if row["method"] == "vqops"), 0.0)
-        for row in largest:
-            if row["extra_mb"] < ours:
-                took = f"{number(row['extra_mb'])} against {number(ours)} MB"
-                share = f"{number(row['extra_mb'] / ours)} x"
-                yield [f"memory of {op}, {size(row)[1]}", row["method"]], [share, took]
-
-
-def case_name(row: dict) -> str:
-    """As benchmarks/causes.py names it."""
-    where = f"{row['shape']}, {row['axis']} = {row[row['axis']]}" if "axis" in row else row["shape"]
-    more = [data(row)] if "offset" in row or "spread" in row else [row["data"]] if "data" in row else []
-    return ", ".join([row["op"], *variant(row), where, *more])
-
-
-def variant(row: dict) -> list[str]:
-    """The facts that set a case apart from others of its op and sizes."""
-    parts = [row["dtype"]] if row["dtype"] != "float32" else []
-    if "gradient" in row:
-        parts.append(gradient(row))
-    return parts + ([row["indices"]] if row.get("indices", "uniform") != "uniform" else [])
-
-
-def kernels(of_gpu: bool, machine: Machine, figures: str) -> str:
-    """A line per case of the kernels' own sizes."""
-    rows = machine.rows("kernels")
-    if not rows or rows[0]["instructions"].startswith("sm_") != of_gpu:
-        return ""
-    lines, shown, older = [], [], []
-    for newest, before in runs_of_cases(machine):
-        ours = next((row for row in newest.values() if is_ours(row) and row["times_vqops"] == 1), None)
-        if ours is None:
-            continue
-        shown += newest.values()
-        op = ", ".join([ours["op"], *ours["method"].split()[1:], *variant(ours)])
-        sizes = ", ".join(str(ours[axis]) for axis in "NDK")
-        lines.append([op, sizes, *rates(ours, newest.get("ceiling: gemm", {})), multiples(ours, newest)])
-        older += [f"{op} {sizes}: {number(row['p50_ms'])} ms (`{row['commit']}`)" for row in before]
-    shown.sort(key=lambda row: row["committed"])
-    commits = ", ".join(dict.fromkeys(f"`{row['commit']}`" for row in shown))
-    parts = [f"**{machine.name}**, {conditions(rows)}, commit {commits}."]
-    heads = ["op", "N, D, K", "ms", "GFLOP/s", "share of the ceiling", "of multiply-adds", "times as long (wrong):"]
-    parts += [table(heads, lines)]
-    latest = {label(row): row for row in rows if "failed" in row or "p50_ms" in row}.values()
-    done = {row.get("case") for row in latest if "p50_ms" in row}  # after a process that did not end well, too
-    failed = [row for row in latest if "failed" in row and (row["method"] != "all" or row["case"] not in done)]
-    failed = [f"{row['method']} ({row['op']} {row['shape']}): {row['failed']}" for row in failed]
-    by_events = dict.fromkeys(row["method"] for row in shown if row["clock"] == "events")
-    parts += [f"Failed: {'; '.join(failed)}."] if failed else []
-    parts += [f"Not from a CUDA graph, which can't hold them: {', '.join(by_events)}."] if by_events else []
-    parts += [f"Measured again since, and shown from there: {'; '.join(older)}."] if older else []
-    return "\n\n".join(parts)
-
-
-def runs_of_cases(machine: Machine) -> Iterator[tuple[dict[str, dict], list[dict]]]:
-    """Per case of the stage `kernels`: the rows of its newest run in any stage by method, and ours of older commits."""
-    found: dict[tuple, dict[tuple, dict[str, dict]]] = {}
-    for stage in ("kernels", *STAGES):
-        for row in machine.rows(stage):
-            if row["method"].startswith("ceiling") or ("p50_ms" in row and row.get("axis") != "threads"):
-                case = tuple(row.get(key) for key in ("op", "N", "D", "K", "dtype", "gradient", "indices"))
-                run = row["committed"], stage == "kernels", row.get("axis", "")
-                found.setdefault(case, {}).setdefault(run, {})[row["method"]] = row
-    for runs in found.values():
-        if any(kernels for _, kernels, _ in runs):
-            *before, newest = (rows for _, rows in sorted(runs.items()))
-            commits = {row["commit"] for row in newest.values()}
-            older = [rows["vqops"] for rows in before if "vqops" in rows]
-            yield newest, [row for row in older if row["commit"] not in commits]
-
-
-def is_ours(row: dict) -> bool:
-    return row["method"].startswith("vqops")
-
-
-def rates(row: dict, gemm: dict) -> list[str]:
-    """Cells of a row's time, its rate, and its shares of what the machine can do."""
-    cells = [f"{row['p50_ms']:.3g}", f"{row['gflops']:.0f}" if "ceiling" in row and "gflops" in row else "", "", ""]
-    if "share_of_ceiling" in row:
-        cells[2] = f"{row['share_of_ceiling']:.2f}" + (" (copy)" if row["ceiling"] == "copy" else "")
-        if "gflops" in row and "multiply_add_gflops" in gemm:
-            cells[3] = f"{row['gflops'] / gemm['multiply_add_gflops']:.2f}"
-    return cells
-
-
-def multiples(ours: dict, found: dict[str, dict]) -> str:
-    others = {name: row for name, row in found.items() if row is not ours and not name.startswith("ceiling")}
-    counted = {name: f" ({row['wrong']})" if "wrong" in row else "" for name, row in others.items()}
-    return ", ".join(
-        f"{SHORT.get(name, name)} {row['times_vqops']:.3g}{counted[name]}" for name, row in others.items()
-    )
 
 
 BLOCKS: dict[str, Block] = {

@@ -16,7 +16,8 @@ SHORT = {
     "faiss IndexFlatL2": "faiss",
 }
 
-
+# Of docs/benchmarks.md.
+STAGES = ("search", "statistics", "quantize", "residual", "assignments", "steps", "exactness", "growing", "memory")
 ANY_OF = ("search", "kernels", "sets", "first_run")  # stages, one of which every machine has
 
 
@@ -151,3 +152,35 @@ def ratio_cell(row: dict | None, counted: bool = False) -> str:
 
 
 SIZE = ["shape", "N, D, K"]
+
+
+def titled(parts: dict[str, str]) -> str:
+    return "\n\n".join(f"{title}\n\n{part}".strip() for title, part in parts.items() if part)
+
+
+def conditions(rows: list[dict]) -> str:
+    threads = f"{rows[0]['threads']} thread" + "s" * (rows[0]["threads"] != 1)
+    clock = next((f"{row['clock']} time" for row in rows if "clock" in row), "nothing timed")
+    return ", ".join([threads, clock, *(f"{name} {version}" for name, version in rows[0]["versions"].items())])
+
+
+def is_ours(row: dict) -> bool:
+    return row["method"].startswith("vqops")
+
+
+def variant(row: dict) -> list[str]:
+    """The facts that set a case apart from others of its op and sizes."""
+    parts = [row["dtype"]] if row["dtype"] != "float32" else []
+    if "gradient" in row:
+        parts.append(gradient(row))
+    return parts + ([row["indices"]] if row.get("indices", "uniform") != "uniform" else [])
+
+
+def data(row: dict) -> str:
+    if "spread" in row:
+        return "small codes"
+    return f"all + {row['offset']:g}" if "offset" in row else "normal"
+
+
+def gradient(row: dict) -> str:
+    return row["gradient"].replace("_", "-")

@@ -154,8 +154,8 @@ class PanelWriter {
 public:
     PanelWriter(const Codes& codes, const Packed& packed, const Instructions& set)
         : codes_(codes), packed_(packed), set_(set), bytes_(set_.codes * set_.code_bytes(codes.D)),
-          work_(new uint32_t[bytes_ / 4]),
-          values_(size_t(set_.codes * codes.D)), zeros_(size_t(codes.D)), row_(codes.D) {}
+          work_(new uint32_t[bytes_ / 4]), values_(size_t(set_.codes * codes.D)), zeros_(size_t(codes.D)),
+          row_(codes.D) {}
 
     // Panel p: codes `numbers` of the codebook, of the given radii.
     void write(int64_t p, const int32_t* numbers, const double* radii, int64_t count) {

@@ -17,13 +17,14 @@ inline void* at_line(void* memory) {
 
 // Not set to anything.
 struct CacheLines {
-    explicit CacheLines(int64_t bytes) : held_(new char[bytes + 63]), data(static_cast<char*>(at_line(held_.get()))) {}
+    explicit CacheLines(int64_t bytes) : held_(new char[bytes + 63]) {
+        data = static_cast<char*>(at_line(held_.get()));
+    }
+
+    char* data;
 
 private:
     std::unique_ptr<char[]> held_;
-
-public:
-    char* const data;
 };
 
 struct AlignedRow {

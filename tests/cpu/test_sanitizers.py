@@ -24,8 +24,11 @@ def program(tmp_path_factory):
     return target
 
 
+SETS = ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable", "bf16_model", "amx_model"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("instructions", ["avx512_bf16", "avx512", "avx2", "portable", "bf16_model", "amx_model"])
+@pytest.mark.parametrize("instructions", SETS)
 def test_kernels_under_sanitizers(program, instructions):
     result = subprocess.run([program], env={**os.environ, "VQOPS_CPU": instructions}, capture_output=True, text=True)
     if "this processor has no such instructions" in result.stderr:

@@ -22,13 +22,13 @@ struct TileShape {
             float low[kTile];  // with three
         };
     };
-    struct CodeBounds {  // the largest of 32 codes, in a line of a cache
+    struct CodeBounds {  // the largest of 32 codes
         float radius, lost, lost3, low;
-        float padding[12];
     };
+    static constexpr int64_t kLine = 64;  // of a cache, for these
 
     VQOPS_INLINE int64_t group_bytes(int64_t D) { return vectors_bytes(D) + int64_t(sizeof(RowBounds)); }
-    VQOPS_INLINE int64_t panel_bytes(int64_t D) { return 2 * vectors_bytes(D) + int64_t(sizeof(CodeBounds)); }
+    VQOPS_INLINE int64_t panel_bytes(int64_t D) { return 2 * vectors_bytes(D) + kLine; }
     static int64_t row_bytes(int64_t D) { return group_bytes(D) / kTile; }
     static int64_t code_bytes(int64_t D) { return panel_bytes(D) / kPair; }
 
@@ -160,7 +160,8 @@ struct TilePlacing : TileShape {
     static void place_codes(const Given& codes, const double* radius, const float* start, void*, void* panel) {
         const int64_t D = codes.D, steps = steps_of(D);
         char* const to = static_cast<char*>(panel);
-        for (int64_t i = 0; i < panel_bytes(D); i++) to[i] = 0;
+        const bool whole = codes.count == kPair && !folds(D);  // all of its vectors are written
+        for (int64_t i = whole ? 2 * vectors_bytes(D) : 0; i < panel_bytes(D); i++) to[i] = 0;
         CodeBounds& bounds = *reinterpret_cast<CodeBounds*>(to + 2 * vectors_bytes(D));
         for (int64_t tile = 0; tile < 2; tile++) {
             CodeSquares squares{};

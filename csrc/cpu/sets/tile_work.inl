@@ -37,7 +37,8 @@ struct TileWork : TileShape {
     struct Work {
         alignas(64) float sums[4 * kSums];
         alignas(64) float start[2][2 * kSums];  // of two tiles of codes, a line each; two, since stores are late
-        float slack[kChunk];                    // the largest of each panel
+        float slack[kChunk];                    // the largest of each panel,
+        CodeBounds codes[kChunk];               // and its coefficients, side by side
         float late_threshold[kLateRows], late_rest[kLateRows];
         int32_t late_row[kLateRows];
         int64_t wanted;

@@ -39,9 +39,8 @@ struct TileKernels : TileWork {
         Vector radius, lost, low;
     };
     template <Tier tier>
-    VQOPS_INLINE Charge charge_of(const Part& part, int64_t p) {
-        const CodeBounds& codes =
-            *reinterpret_cast<const CodeBounds*>(part.panel + p * panel_bytes(part.D) + 2 * vectors_bytes(part.D));
+    VQOPS_INLINE Charge charge_of(const Work& work, int64_t p) {
+        const CodeBounds& codes = work.codes[p];
         return {Set::broadcast(codes.radius), Set::broadcast(tier == kOne ? codes.lost : codes.lost3),
                 Set::broadcast(codes.low)};
     }
@@ -89,9 +88,9 @@ struct TileKernels : TileWork {
 
     // The sums of two tiles of codes and one of rows.
     template <Tier tier>
-    VQOPS_INLINE void note(Work& work, const Block& block, int64_t group, const float* sums, int64_t pair,
-                           const Charge& codes, int64_t D) {
-        const Vector first = least_of(sums), second = least_of(sums + 2 * kSums), least = smaller(first, second);
+    VQOPS_INLINE void note(Work& work, const Block& block, int64_t group, const float* sums, const float* next_sums,
+                           int64_t pair, const Charge& codes, int64_t D) {
+        const Vector first = least_of(sums), second = least_of(next_sums), least = smaller(first, second);
         const Vector width = width_of<tier>(block.groups + group * group_bytes(D), codes, D);
         const Vector above = width + (Set::broadcast(work.slack[pair]) + Set::load(block.rest + group * kTile));
         if (work.wanted == 1) {
@@ -122,6 +121,33 @@ struct TileKernels : TileWork {
         }
     }
 
+    // The same for the first step. Each tile gives up the sums before when it is needed, so that stores and products
+    // overlap.
+    template <Tier tier>
+    VQOPS_INLINE void multiply_first(Work& work, const char* codes, int64_t to_next_codes, const char* rows,
+                                     int64_t to_next_rows, const float* start) {
+        Set::template load<4>(codes);
+        Set::template load<6>(rows);
+        begin<tier, 0>(work.sums, start);
+        Set::template multiply<0, 4, 6>();
+        Set::template load<7>(rows + to_next_rows);
+        begin<tier, 1>(work.sums + kSums, start);
+        Set::template multiply<1, 4, 7>();
+        Set::template load<5>(codes + to_next_codes);
+        begin<tier, 2>(work.sums + 2 * kSums, start + kSums);
+        Set::template multiply<2, 5, 6>();
+        begin<tier, 3>(work.sums + 3 * kSums, start + kSums);
+        Set::template multiply<3, 5, 7>();
+    }
+
+    // Stores a tile, and starts the next sums in it.
+    template <Tier tier, int i>
+    VQOPS_INLINE void begin(float* sums, const float* start) {
+        Set::template store<i>(sums);
+        if constexpr (tier == kFolded) Set::template zero<i>();
+        else Set::template load<i>(start);
+    }
+
     VQOPS_INLINE void spread_start(const float* start, int64_t codes, float* to) {
         for (int64_t j = 0; j < codes; j++) Set::store(to + j * kTile, Set::broadcast(start_of(start[j])));
     }
@@ -132,25 +158,19 @@ struct TileKernels : TileWork {
     static void pass(Work& work, const Block& block, const Part& part) {
         const int64_t D = part.D, steps = steps_of(D), group_size = group_bytes(D);
         for (int64_t g = 0; g < block.count; g++) block.noted[g].count = 0;
-        float* const sums = work.sums;
+        if (tier != kThree && steps == 1) return pass_held<tier, 1>(work, block, part);
+        if (tier == kOne && steps == 2) return pass_held<tier, 2>(work, block, part);
         Charge before{};
         int64_t group = -1, pair = 0;
         for (int64_t p = 0; p < part.count; p++) {
-            const Charge codes = charge_of<tier>(part, p);
+            const Charge codes = charge_of<tier>(work, p);
             const char* panel = part.panel + p * panel_bytes(D);
             float* const start = work.start[p % 2];
-            if (tier != kFolded) spread_start(part.start + p * kPair, kPair, start);
+            spread_start(part.start + p * kPair, kPair, start);
             for (int64_t g = 0; g < block.count; g += 2) {
                 const char* rows = block.groups + g * group_size;
-                Set::template store<0>(sums);
-                begin<tier, 0>(start);
-                Set::template store<1>(sums + kSums);
-                begin<tier, 1>(start);
-                Set::template store<2>(sums + 2 * kSums);
-                begin<tier, 2>(start + kSums);
-                Set::template store<3>(sums + 3 * kSums);
-                begin<tier, 3>(start + kSums);
-                multiply(panel, steps * kBytes, rows, group_size, steps);
+                multiply_first<tier>(work, panel, steps * kBytes, rows, group_size, start);
+                multiply(panel + kBytes, steps * kBytes, rows + kBytes, group_size, steps - 1);
                 if constexpr (tier == kThree) {
                     multiply(panel + 2 * steps * kBytes, steps * kBytes, rows, group_size, steps);
                     multiply(panel, steps * kBytes, rows + steps * kBytes, group_size, steps);
@@ -159,38 +179,73 @@ struct TileKernels : TileWork {
                 group = g, pair = p, before = codes;
             }
         }
-        Set::template store<0>(sums);
-        Set::template store<1>(sums + kSums);
-        Set::template store<2>(sums + 2 * kSums);
-        Set::template store<3>(sums + 3 * kSums);
+        Set::template store<0>(work.sums);
+        Set::template store<1>(work.sums + kSums);
+        Set::template store<2>(work.sums + 2 * kSums);
+        Set::template store<3>(work.sums + 3 * kSums);
         note_both<tier>(work, block, group, pair, before, D);
-    }
-
-    template <Tier tier, int i>
-    VQOPS_INLINE void begin(const float* start) {
-        if constexpr (tier == kFolded) Set::template zero<i>();
-        else Set::template load<i>(start);
     }
 
     template <Tier tier>
     VQOPS_INLINE void note_both(Work& work, const Block& block, int64_t group, int64_t pair, const Charge& codes,
                                 int64_t D) {
-        note<tier>(work, block, group, work.sums, pair, codes, D);
-        note<tier>(work, block, group + 1, work.sums + kSums, pair, codes, D);
+        const float* const sums = work.sums;
+        note<tier>(work, block, group, sums, sums + 2 * kSums, pair, codes, D);
+        note<tier>(work, block, group + 1, sums + kSums, sums + 3 * kSums, pair, codes, D);
+    }
+
+    // The same where the codes of a panel stay in tiles, four of the eight: 32 codes against 16 rows at a time, whose sums
+    // are noted one time later still.
+    template <Tier tier, int steps>
+    static void pass_held(Work& work, const Block& block, const Part& part) {
+        const int64_t D = part.D, group_size = group_bytes(D);
+        Charge codes[2];
+        int64_t pair[2], group[2] = {-1, -1};  // of the sums in tiles, and of those in memory
+        float *sums = work.sums, *noted = work.sums + 2 * kSums;
+        for (int64_t p = 0; p < part.count; p++) {
+            codes[p % 2] = charge_of<tier>(work, p);
+            const char* panel = part.panel + p * panel_bytes(D);
+            float* const start = work.start[p % 2];
+            if (tier != kFolded) spread_start(part.start + p * kPair, kPair, start);
+            Set::template load<4>(panel), Set::template load<5>(panel + steps * kBytes);
+            if (steps == 2) Set::template load<6>(panel + kBytes), Set::template load<7>(panel + 3 * kBytes);
+            for (int64_t g = 0; g < block.count; g++) {
+                const char* rows = block.groups + g * group_size;
+                Set::template load<2>(rows);
+                begin<tier, 0>(sums, start);
+                Set::template multiply<0, 4, 2>();
+                begin<tier, 1>(sums + kSums, start + kSums);
+                Set::template multiply<1, 5, 2>();
+                if constexpr (steps == 2) {
+                    Set::template load<3>(rows + kBytes);
+                    Set::template multiply<0, 6, 3>();
+                    Set::template multiply<1, 7, 3>();
+                }
+                if (group[1] >= 0) note<tier>(work, block, group[1], noted, noted + kSums, pair[1], codes[pair[1] % 2], D);
+                group[1] = group[0], pair[1] = pair[0];
+                group[0] = g, pair[0] = p;
+                float* const other = sums;
+                sums = noted, noted = other;
+            }
+        }
+        if (group[1] >= 0) note<tier>(work, block, group[1], noted, noted + kSums, pair[1], codes[pair[1] % 2], D);
+        Set::template store<0>(sums);
+        Set::template store<1>(sums + kSums);
+        note<tier>(work, block, group[0], sums, sums + kSums, pair[0], codes[pair[0] % 2], D);
     }
 
     // ---- Tiles that stay open.
 
     // Says which are open to which rows, now that the thresholds are known, and counts those of each row.
     template <Tier tier>
-    static void mark_open(const Block& block, const Part& part) {
+    static void mark_open(const Work& work, const Block& block, const Part& part) {
         for (int64_t g = 0; g < block.count; g++) {
             Noted& noted = block.noted[g];
             const Vector threshold = Set::load(block.threshold + g * kTile);
             Whole open = {};
             for (int64_t i = 0; i < noted.count; i++) {
                 const char* rows = block.groups + g * group_bytes(part.D);
-                const Vector limit = threshold + width_of<tier>(rows, charge_of<tier>(part, noted.pair[i]), part.D);
+                const Vector limit = threshold + width_of<tier>(rows, charge_of<tier>(work, noted.pair[i]), part.D);
                 for (int t = 0; t < 2; t++) {
                     const Vector least = Set::load(noted.least[i][t]);
                     noted.rows[i][t] = uint16_t(Set::not_above(least, limit));
@@ -242,9 +297,9 @@ struct TileKernels : TileWork {
 
     // Hands on the codes of a tile below the thresholds. Here `start` is added last, which is within the same bounds.
     template <Tier tier>
-    static void read_open(const float* sums, const Block& block, const Part& part, const OpenTile& tile,
+    static void read_open(const Work& work, const float* sums, const Block& block, const Part& part, const OpenTile& tile,
                           const OpenCodes& open) {
-        const Charge codes = charge_of<tier>(part, tile.pair);
+        const Charge codes = charge_of<tier>(work, tile.pair);
         const Vector width = width_of<tier>(block.groups + tile.group * group_bytes(part.D), codes, part.D);
         const Vector limit = Set::load(block.threshold + tile.group * kTile) + width;
         const int64_t first = tile.pair * kPair + tile.tile * kTile;
@@ -303,7 +358,7 @@ struct TileKernels : TileWork {
             if (count > 1) multiply_open<tier, 1>(work, tiles[1], part);
             if (count > 2) multiply_open<tier, 2>(work, tiles[2], part);
             if (count > 3) multiply_open<tier, 3>(work, tiles[3], part);
-            for (int i = 0; i < count; i++) read_open<tier>(work.sums + i * kSums, block, part, tiles[i], open);
+            for (int i = 0; i < count; i++) read_open<tier>(work, work.sums + i * kSums, block, part, tiles[i], open);
             count = 0;
         };
         for (int64_t g = 0; g < block.count; g++) {
@@ -315,7 +370,6 @@ struct TileKernels : TileWork {
                     const unsigned mask = rows & noted.rows[i][t];
                     if (!mask) continue;
                     const char* codes = part.panel + pair * panel_bytes(part.D) + t * steps * kBytes;
-                    for (int64_t line = 0; line < steps * kBytes; line += 64) __builtin_prefetch(codes + line);
                     tiles[count++] = {block.groups + g * group_bytes(part.D), codes, g, pair, t, mask};
                     if (count == 4) read_all();
                 }
@@ -381,21 +435,31 @@ struct TileKernels : TileWork {
             const Block late = gather(work, block, work.late_of_all + i, some, part.D);
             forget(work, late);
             pass<kThree>(work, late, part);
-            mark_open<kThree>(late, part);
+            mark_open<kThree>(work, late, part);
             for (int64_t r = 0; r < some; r++) open.threshold[late.row[r]] = late.threshold[r];
             look_again<kThree>(work, late, part, open);
         }
     }
 
+    // Of 32 values, none of them negative.
+    VQOPS_INLINE float largest_of(const float* values) {
+        const Vector a = Set::load(values), b = Set::load(values + kTile);
+        alignas(64) float each[kTile];
+        Set::store(each, a < b ? b : a);
+        for (int64_t n = kTile / 2; n > 0; n /= 2)
+            for (int64_t i = 0; i < n; i++) each[i] = each[i] < each[i + n] ? each[i + n] : each[i];
+        return each[0];
+    }
+
     template <Tier tier>
     static void screen_part(Work& work, const Block& block, const Part& part, const OpenCodes& open) {
         for (int64_t p = 0; p < part.count; p++) {
-            work.slack[p] = 0;
-            for (int64_t j = p * kPair; j < (p + 1) * kPair; j++)
-                work.slack[p] = part.slack[j] > work.slack[p] ? part.slack[j] : work.slack[p];
+            work.slack[p] = largest_of(part.slack + p * kPair);
+            work.codes[p] = *reinterpret_cast<const CodeBounds*>(part.panel + p * panel_bytes(part.D) +
+                                                                 2 * vectors_bytes(part.D));
         }
         pass<tier>(work, block, part);
-        mark_open<tier>(block, part);
+        mark_open<tier>(work, block, part);
         const int64_t late = tier == kOne ? take_late(work, block, part, open) : 0;
         look_again<tier>(work, block, part, open);
         if (late > 0) screen_late(work, block, part, late, open);

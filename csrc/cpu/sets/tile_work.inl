@@ -5,6 +5,9 @@ struct TileWork : TileShape {
     static constexpr int64_t kLateRows = 128;  // of the second tier at a time
     static constexpr int64_t kLateGroups = kLateRows / kTile;
 
+    // Products: hi.hi, three, or three and the start in one step.
+    enum Tier { kOne, kThree, kFolded };
+
     // Of 16 rows: the pairs of tiles that may be open, with their least sums.
     struct Noted {
         int64_t count;

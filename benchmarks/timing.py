@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-LONG = 0.01  # seconds of a call whose first one shows what the next will take
+LONG = 0.01  # seconds of a call of which caches are a small part, and whose first one shows what the next will take
 SHORT_CALLS = 5  # of a short one, of which the fastest says how many fit a millisecond
 WARMUP = 3  # calls on a GPU, before its graph is captured
 
@@ -27,9 +27,9 @@ class Timed:
 class Cpu:
     """Processor time on one thread, which other programs do not stretch; else wall time.
 
-    A method that takes less than a millisecond is called as often in a row as fits one, with its data in cache: after a
-    call that is not timed, since what other methods leave of the caches and of the allocator would count for the more
-    the fewer calls follow.
+    A method that takes less than a millisecond is called as often in a row as fits one. All but long ones are timed with
+    their data in cache, after a call that is not: what other methods leave of the caches and of the allocator can take
+    a millisecond by itself, and would count for the more the fewer calls follow.
     """
 
     def __init__(self, clock: str = ""):
@@ -38,8 +38,8 @@ class Cpu:
     def prepare(self, call: Callable[[], object]) -> Timed:
         read = time.process_time if self.clock == "process" else time.perf_counter
 
-        def seconds(calls: int) -> float:
-            if calls > 1:
+        def seconds(calls: int, warm: bool = False) -> float:
+            if warm:
                 call()
             start = read()
             for _ in range(calls):
@@ -47,10 +47,10 @@ class Cpu:
             return (read() - start) / calls
 
         took = seconds(1)
-        if took < LONG:
+        if short := took < LONG:
             took = min(seconds(1) for _ in range(SHORT_CALLS))
         calls = max(1, int(1e-3 / max(took, 1e-6)))
-        return Timed(self.clock, lambda: seconds(calls), took * calls)
+        return Timed(self.clock, lambda: seconds(calls, warm=short), took * (calls + short))
 
 
 class Cuda:

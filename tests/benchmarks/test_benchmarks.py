@@ -67,6 +67,22 @@ def test_a_round_times_each_method_once_in_an_order_of_its_own():
     assert all(sorted(order) == list(names) for order in orders) and len(orders) > 5
 
 
+@pytest.mark.parametrize("took, timed, before", [(0.0003, 3, 1), (0.002, 1, 1), (0.02, 1, 0)])
+def test_all_but_long_calls_are_timed_with_warm_caches(monkeypatch, took, timed, before):
+    now, called = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += took
+        called.append(took)
+
+    prepared = timing.Cpu("wall").prepare(call)
+    called.clear()
+    assert prepared.seconds() == pytest.approx(took, rel=0.01)
+    assert len(called) == timed + before
+
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -19,37 +19,42 @@ CAUSES: dict[str, tuple[str, ...]] = {
         "nearest, 4096 x 256 x 8192, patches",
         "nearest, 8192 x 8 x 16384, patches",
     ),
-    "The order of addition is fixed: rows are sorted by code, and those of a code gathered and added in runs. That, a "
-    "pass over the indices that looks for one out of range, and arrays of K counts outweigh the additions where a code "
-    "has few rows. `index_add_` adds in the order of the rows.": (
+    "Measured before sums by code and EMA updates were written anew: lists of rows by code where none has many, and "
+    "averages and codes moved without the vector instructions of the processor.": (
         "code_sums, VQGAN f16",
-        "code_sums, VQGAN f16 16384",
-        "code_sums, LlamaGen",
-    ),
-    "Averages and codes are passed over twice, by code without the vector instructions of the processor, since a code "
-    "whose averages are not finite must keep them; PyTorch does not look.": (
-        "ema_update_, VQ-VAE-2 bottom",
-        "ema_update_, VQGAN f16",
-        "ema_update_, VQGAN f16 16384",
+        *("ema_update_, VQ-VAE-2 bottom", "ema_update_, VQGAN f16", "ema_update_, VQGAN f16 16384"),
         "ema_update_, LlamaGen",
     ),
-    "A backward in Python around the op, and K counts that only a gradient of the codes needs, for few rows; that of "
-    "PyTorch is in C++.": (
+    "Reading rows and writing sums, which are new memory, is most of the time of both; on the Zen 3 so were lists of "
+    "rows by code. On the Xeon it changes from run to run which of the two is ahead.": (
+        *("code_sums, VQGAN f16 16384", "code_sums, LlamaGen", "code_sums, 32768 x 128 x 1024"),
+    ),
+    "The codes come from memory, once, and that is the time of both.": ("nearest, 32 x 256 x 65536",),
+    "A module reads its codes to know whether what it has packed is still theirs, and then what is packed: twice as "
+    "much memory for few vectors, and the fixed cost of its call in Python.": (
+        *("evaluation, 13 x 256 x 2048", "evaluation, 1 x 256 x 2048", "residual evaluation, 1 x 256 x 2048"),
+    ),
+    "A backward in Python around the op, which takes longer than the op where rows are few and short; that of PyTorch "
+    "is in C++.": (
         "quantize_backward, straight-through, VQGAN f16 16384",
         "quantize_backward, rotation, VQGAN f16 16384",
         "quantize_backward, straight-through, LlamaGen",
         "quantize_backward, rotation, LlamaGen",
+        "quantize_backward, straight-through, 1 x 1 x 1",
     ),
     "The fixed cost of a call: checks of arguments, of the state of a module and dispatch, in Python, which few lines "
     "by hand do without.": (
         "nearest, 1 x 128 x 1024",
-        "training step, RQ-VAE",
-        "evaluation, 1 x 256 x 2048",
+        *("nearest, 1 x 1 x 1", "quantize, 1 x 1 x 1", "code_sums, 1 x 1 x 1"),
+        *("training step, RQ-VAE", "training step, 1 x 1 x 1"),
+        "evaluation, 1 x 1 x 1",
     ),
     "No kernel yet: distances come from products in float64.": (
-        *("code_cross_entropy, VQGAN f16", "code_cross_entropy, VQGAN f16 16384"),
-        *("assignment_entropy, VQGAN f16", "assignment_entropy, VQGAN f16 16384"),
-        *("soft_codes, VQGAN f16", "soft_codes, VQGAN f16 16384"),
+        *(
+            f"{op}, {shape}"
+            for op in ("code_cross_entropy", "assignment_entropy", "soft_codes")
+            for shape in ("VQ-VAE-2 bottom", "VQGAN f16", "VQGAN f16 16384", "LlamaGen")
+        ),
     ),
     "The packed codebook; `vqops.prepare` keeps it, but it is memory all the same. scikit-learn goes through the codes "
     "a part at a time.": ("memory of nearest, 12 288, 64, 8 192",),

@@ -86,7 +86,8 @@ def identity(machine: Machine) -> str:
     said = machine.first.get("processor")
     if not said:
         return ""
-    known = [machine.first["device"]] if "microarchitecture" in said else []
+    device = machine.first["device"]
+    known = [device] if device != machine.processor else []
     return ", ".join(["", *known, f"{said['vendor']} family {said['family']} model {said['model']}"])
 
 

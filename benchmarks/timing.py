@@ -27,9 +27,9 @@ class Timed:
 class Cpu:
     """Processor time on one thread, which other programs do not stretch; else wall time.
 
-    A method that takes less than a millisecond is called as often in a row as fits one. All but long ones are timed with
-    their data in cache, after a call that is not: what other methods leave of the caches and of the allocator can take
-    a millisecond by itself, and would count for the more the fewer calls follow.
+    A method that takes less than a millisecond is called as often in a row as fits one. All but long ones are timed
+    with their data in cache, after a call that is not: what other methods leave of the caches and of the allocator can
+    take a millisecond by itself, and would count for the more the fewer calls follow.
     """
 
     def __init__(self, clock: str = ""):

@@ -176,7 +176,7 @@ struct TilePass : TileWork {
     static void pass_held(Work& work, const Block& block, const Part& part) {
         const int64_t D = part.D, group_size = group_bytes(D);
         Charge codes[2];
-        int64_t pair[2], group[2] = {-1, -1};  // of the sums in tiles, and of those in memory
+        int64_t pair[2] = {}, group[2] = {-1, -1};  // of the sums in tiles, and of those in memory
         float *sums = work.sums, *noted = work.sums + 2 * kSums;
         const auto note_sums = [&](const float* from, int64_t g, int64_t p) {
             note<tier>(work, block, g, from, from + kSums, p, codes[p % 2], D);

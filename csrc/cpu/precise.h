@@ -18,10 +18,6 @@ public:
     PreciseCodebook(const Instructions& set, const SearchShape& shape, const Rows& codebook)
         : set(set), shape_(shape), codebook_(codebook), heads_(new Head[shape.H]) {}
 
-    // The first rows are few, since they may show that all others begin here.
-    static constexpr int64_t kFirstRows = 128;
-    bool is_untried() const { return screened_ == 0; }
-
     // Takes note of rows that were screened, and of those among them that go on. False: they are too few for packing.
     bool takes(int64_t screened, int64_t queued) {
         screened_ += screened;

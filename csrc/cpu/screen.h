@@ -50,11 +50,6 @@ public:
     // Rows [begin, end) of head h. `precise`, or null: of the same codes, where that is its head `precise_head`.
     void run(int64_t h, int64_t begin, int64_t end, const Packed& packed, PreciseCodebook* precise,
              int64_t precise_head) {
-        const int64_t few = PreciseCodebook::kFirstRows;
-        if (precise && precise->is_untried() && end - begin > few) {
-            run(h, begin, begin + few, packed, precise, precise_head);
-            begin += few;
-        }
         std::vector<int64_t>& rows = given_rows_;
         rows.resize(end - begin);
         std::iota(rows.begin(), rows.end(), begin);
@@ -80,7 +75,6 @@ private:
         packed_ = &packed;
         int64_t screened = 0, taken = 0;
         for (int64_t i = 0; i < count; i++) {
-            if (i + set_.tile < count) fetch(h, rows[i + set_.tile]);
             if (take(h, rows[i], taken)) rows_[screened + taken++] = rows[i];
             if (taken < set_.tile && i + 1 < count) continue;
             place(h, screened, taken);
@@ -108,13 +102,6 @@ private:
             if (queued > 0)
                 scan_queue(shape_, x_, codebook_, h, screen.rows_.data(), queued, screen.decision_, result_.k);
         }
-    }
-
-    // Asks for a row before it is read: placing it takes less time than memory.
-    void fetch(int64_t h, int64_t n) const {
-        if (!x_.has_float_rows()) return;
-        const char* const row = reinterpret_cast<const char*>(x_.floats(h, n));
-        for (int64_t i = 0; i < shape_.D * 4; i += 64) __builtin_prefetch(row + i);
     }
 
     // Reads row n as vector i of those to be placed. False: it is settled without screening.

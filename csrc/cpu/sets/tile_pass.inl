@@ -174,12 +174,15 @@ struct TilePass : TileWork {
     // noted one group later still.
     template <Tier tier, int steps>
     static void pass_held(Work& work, const Block& block, const Part& part) {
+        struct Sums {
+            float* memory;
+            int64_t group = -1, pair = 0;
+        };
         const int64_t D = part.D, group_size = group_bytes(D);
-        Charge codes[2];
-        int64_t pair[2] = {}, group[2] = {-1, -1};  // of the sums in tiles, and of those in memory
-        float *sums = work.sums, *noted = work.sums + 2 * kSums;
-        const auto note_sums = [&](const float* from, int64_t g, int64_t p) {
-            note<tier>(work, block, g, from, from + kSums, p, codes[p % 2], D);
+        Charge codes[2];  // of this panel and the one before
+        Sums last = {work.sums}, stored = {work.sums + 2 * kSums};  // in tiles; in memory
+        const auto note_sums = [&](const Sums& sums) {
+            note<tier>(work, block, sums.group, sums.memory, sums.memory + kSums, sums.pair, codes[sums.pair % 2], D);
         };
         for (int64_t p = 0; p < part.count; p++) {
             codes[p % 2] = charge_of<tier>(work, p);
@@ -191,25 +194,23 @@ struct TilePass : TileWork {
             for (int64_t g = 0; g < block.count; g++) {
                 const char* rows = block.groups + g * group_size;
                 Set::template load<2>(rows);
-                begin<tier, 0>(sums, start);
+                begin<tier, 0>(last.memory, start);
                 Set::template multiply<0, 4, 2>();
-                begin<tier, 1>(sums + kSums, start + kSums);
+                begin<tier, 1>(last.memory + kSums, start + kSums);
                 Set::template multiply<1, 5, 2>();
                 if constexpr (steps == 2) {
                     Set::template load<3>(rows + kBytes);
                     Set::template multiply<0, 6, 3>();
                     Set::template multiply<1, 7, 3>();
                 }
-                if (group[1] >= 0) note_sums(noted, group[1], pair[1]);
-                group[1] = group[0], pair[1] = pair[0];
-                group[0] = g, pair[0] = p;
-                float* const other = sums;
-                sums = noted, noted = other;
+                if (stored.group >= 0) note_sums(stored);
+                const Sums next = {stored.memory, g, p};
+                stored = last, last = next;
             }
         }
-        if (group[1] >= 0) note_sums(noted, group[1], pair[1]);
-        Set::template store<0>(sums);
-        Set::template store<1>(sums + kSums);
-        note_sums(sums, group[0], pair[0]);
+        if (stored.group >= 0) note_sums(stored);
+        Set::template store<0>(last.memory);
+        Set::template store<1>(last.memory + kSums);
+        note_sums(last);
     }
 };

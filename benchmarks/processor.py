@@ -1,7 +1,9 @@
 """What tells processors apart that share a name: a virtual machine calls a Zen 3 and a Zen 4 both "AMD EPYC"."""
 
+import re
 from pathlib import Path
 
+MARKS = re.compile(r"\((?:R|TM)\)| Processor\b")
 CPUINFO = Path("/proc/cpuinfo")
 FACTS = {"vendor": "vendor_id", "family": "cpu family", "model": "model", "stepping": "stepping"}
 # Families and models as arch/x86/kernel/cpu/amd.c and arch/x86/include/asm/intel-family.h of Linux have them.
@@ -19,6 +21,11 @@ KNOWN = {
         "Granite Rapids": (173, 174),
     },
 }
+
+
+def plain(name: str) -> str:
+    """Without marks: Intel Xeon, of Intel(R) Xeon(R) Processor."""
+    return MARKS.sub("", name)
 
 
 def facts() -> dict[str, str | int]:

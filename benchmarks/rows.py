@@ -65,7 +65,7 @@ def folder_of(device: str) -> Path:
 
 
 def folder_named(device: str) -> str:
-    return re.sub(r"\W+", "-", device.lower()).strip("-")
+    return re.sub(r"\W+", "-", processor.plain(device).lower()).strip("-")
 
 
 def revision() -> dict:

@@ -1,10 +1,10 @@
 """Rows of results as tables: machines that have some, the rows of a case side by side, and how figures are written."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.processor import plain
 from benchmarks.rows import read
 
 OURS = ("vqops", "vqops, prepared")
@@ -20,7 +20,6 @@ SHORT = {
 # Of docs/benchmarks.md.
 STAGES = ("search", "statistics", "quantize", "residual", "assignments", "steps", "exactness", "growing", "memory")
 ANY_OF = ("search", "kernels", "sets", "first_run")  # stages, one of which every machine has
-MARKS = re.compile(r"\((?:R|TM)\)| Processor\b")  # that names of processors hold beside the name
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Machine:
     @property
     def processor(self) -> str:
         """By its microarchitecture where the rows know it: virtual machines give several the same name."""
-        return self.first.get("processor", {}).get("microarchitecture") or MARKS.sub("", self.first["device"])
+        return self.first.get("processor", {}).get("microarchitecture") or plain(self.first["device"])
 
     @property
     def name(self) -> str:

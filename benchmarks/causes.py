@@ -25,8 +25,8 @@ CAUSES: dict[str, tuple[str, ...]] = {
         *("ema_update_, VQ-VAE-2 bottom", "ema_update_, VQGAN f16", "ema_update_, VQGAN f16 16384"),
         "ema_update_, LlamaGen",
     ),
-    "On the AMD processors measured before sums by code were written anew. On the Xeon most of the time of both goes into "
-    "reading rows and writing sums, which are new memory, and which is ahead changes from run to run.": (
+    "On the AMD processors measured before sums by code were written anew. On the Xeon most of the time of both goes "
+    "into reading rows and writing sums, which are new memory, and which is ahead changes from run to run.": (
         *("code_sums, VQGAN f16 16384", "code_sums, LlamaGen", "code_sums, 32768 x 128 x 1024"),
     ),
     "The codes come from memory, once, and that is the time of both.": ("nearest, 32 x 256 x 65536",),

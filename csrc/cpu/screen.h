@@ -1,7 +1,7 @@
 // Screen: the fast pass over a block of rows, and the decisions that it leaves open.
 //
 // One block of rows of x against all K codes, in panels of 16 or 32.
-//   registers     14 x 32 sums (AVX-512), 6 x 16 (AVX2) or 32 x 32 (AMX: sets/tiles.inl), the whole inner product of a tile
+//   registers     14 x 32 sums (AVX-512), 6 x 16 (AVX2) or 32 x 32 (AMX: sets/tile_pass.inl), the inner product of a tile
 //   first cache   the tile's codes, D + 1 words each, while all rows of the block pass over them
 //   second cache  the block's rows, centred, scaled and rounded to words, at most 96 KB (AMX: 512 KB)
 // A word is a float or two dimensions as bfloat16. Read: x once, the packed codebook once per block. Written: one index

@@ -32,42 +32,11 @@ struct CodeTiles {
     VQOPS_HOST_DEVICE void each(Block& block, Stage* stages, const uint16_t* x, Use use) const {
         const int pieces = int(width / kPiece), tiles = int((K + Cores::kCodes - 1) / Cores::kCodes);
         const int64_t groups = (tiles + kTiles - 1) / kTiles, from = groups * share / shares;
-        const int begin = int(from), steps = int(groups * (share + 1) / shares - from) * pieces;
-        auto products = block.template registers<Products>();
-        auto a = block.template registers<FragmentA<kRowTiles>>();
-        auto b = block.template registers<FragmentB<kCodeTiles>>();
+        const int begin = int(from), count = int(groups * (share + 1) / shares - from);
         Next next = {0, 0, 0, packed.codes + begin * kStored * kTile * width, packed.constants + begin * kStored};
-        for (int step = 0; step < kInFlight; step++) fetch(block, stages, next, steps, pieces);
-        for (int step = 0, piece = 0, tile = begin * kTiles; step < steps; step++) {
-            block.template cp_async_wait_sync<kInFlight - 1, Cores::kWarpgroups>();
-            const Stage& stage = stages[step % Cores::kStages];
-            const bool last = piece == pieces - 1;
-            const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
-            if constexpr (Cores::kWarpgroups) {
-                const auto rows_of = [&](int t, int i) { return rows + Cores::group_row(t, i) * kPiece; };
-                block.wgmma_start(products, rows_of, stage.codes, piece != 0);
-            }
-            fetch(block, stages, next, steps, pieces);
-            for (int i = 0; i < kTiles && tile + i < tiles; i++) {
-                if constexpr (Cores::kWarpgroups) {
-                    if (last) block.template wgmma_wait<0>(products);
-                    else block.template wgmma_wait<1>(products);
-                } else {
-                    if (piece == 0) block.for_threads([&](int t) { products[t] = {}; });
-                    for (int depth = 0; depth < kPiece; depth += 16) {
-                        block.for_threads([&](int t) {
-                            if (kPiece > 16 || (step == 0 && i == 0))  // else they stay in registers
-                                load_a(rows, t, depth, a[t]);
-                            load_b(stage.codes + i * kTile * kPiece, t, depth, b[t]);
-                        });
-                        block.mma_m16n8k16(products, a, b);
-                    }
-                }
-                if (last) use((tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
-            }
-            piece = last ? 0 : piece + 1;
-            if (last) tile += kTiles;
-        }
+        for (int step = 0; step < kInFlight; step++) fetch(block, stages, next, count * pieces, pieces);
+        if constexpr (Cores::kWarpgroups) by_warpgroups(block, stages, x, next, begin, count, pieces, use);
+        else by_warps(block, stages, x, next, begin, count, pieces, tiles, use);
         block.for_threads_sync([](int) {});  // the stages are free for something else
     }
 
@@ -81,6 +50,58 @@ private:
         const uint16_t* codes;       // of the group's first tile, first piece
         const Constants* constants;  // of its first tile
     };
+
+    // The wait for all products of a tile stands behind the loop over its pieces: under a condition in it, ptxas would
+    // wait for all of them at each piece (C7517).
+    template <class Block, class Use>
+    VQOPS_HOST_DEVICE void by_warpgroups(Block& block, Stage* stages, const uint16_t* x, Next& next, int begin,
+                                         int count, int pieces, Use& use) const {
+        auto products = block.template registers<Products>();
+        int slot = 0;
+        for (int tile = begin; tile < begin + count; tile++) {
+            const Stage* stage = stages;
+            for (int piece = 0; piece < pieces; piece++) {
+                block.template cp_async_wait_sync<kInFlight - 1, true>();
+                stage = stages + slot, slot = slot == Cores::kStages - 1 ? 0 : slot + 1;
+                const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
+                const auto rows_of = [&](int t, int i) { return rows + Cores::group_row(t, i) * kPiece; };
+                block.wgmma_start(products, rows_of, stage->codes, piece != 0);
+                fetch(block, stages, next, count * pieces, pieces);
+                block.template wgmma_wait<1>(products);
+            }
+            block.template wgmma_wait<0>(products);
+            use(tile * Cores::kCodes, stage->constants, products);
+        }
+    }
+
+    template <class Block, class Use>
+    VQOPS_HOST_DEVICE void by_warps(Block& block, Stage* stages, const uint16_t* x, Next& next, int begin, int count,
+                                    int pieces, int tiles, Use& use) const {
+        auto products = block.template registers<Products>();
+        auto a = block.template registers<FragmentA<kRowTiles>>();
+        auto b = block.template registers<FragmentB<kCodeTiles>>();
+        for (int step = 0, piece = 0, tile = begin * kTiles; step < count * pieces; step++) {
+            block.template cp_async_wait_sync<kInFlight - 1, false>();
+            const Stage& stage = stages[step % Cores::kStages];
+            const bool last = piece == pieces - 1;
+            const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
+            fetch(block, stages, next, count * pieces, pieces);
+            for (int i = 0; i < kTiles && tile + i < tiles; i++) {
+                if (piece == 0) block.for_threads([&](int t) { products[t] = {}; });
+                for (int depth = 0; depth < kPiece; depth += 16) {
+                    block.for_threads([&](int t) {
+                        if (kPiece > 16 || (step == 0 && i == 0))  // else they stay in registers
+                            load_a(rows, t, depth, a[t]);
+                        load_b(stage.codes + i * kTile * kPiece, t, depth, b[t]);
+                    });
+                    block.mma_m16n8k16(products, a, b);
+                }
+                if (last) use((tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
+            }
+            piece = last ? 0 : piece + 1;
+            if (last) tile += kTiles;
+        }
+    }
 
     template <class Block>
     VQOPS_HOST_DEVICE void fetch(Block& block, Stage* stages, Next& next, int steps, int pieces) const {

@@ -50,19 +50,24 @@ def cases_of(rows: list[dict]) -> Iterator[str]:
 
 
 def times_of(rows: list[dict]) -> str:
-    found = {tuple(row["kernels"]): row for row in rows if row["part"] == "times" and "kernels" in row}
+    found, loaded = (
+        {tuple(row["kernels"]): row for row in rows if row["part"] == part and "kernels" in row}
+        for part in ("times", "loader")
+    )
     lines = []
     for shape, row in found.items():
         name = " x ".join(map(str, shape))
         if "failed" in row:
-            lines.append([name, "failed", "", "", row["failed"].replace("\n", " ").replace("|", "/")[-160:]])
+            lines.append([name, "failed", "", "", "", row["failed"].replace("\n", " ").replace("|", "/")[-160:]])
             continue
         kernels = list(row.get("microseconds", {}).items())[:LARGEST]
         each = "; ".join(f"{short(kernel)} {number(time)}" for kernel, time in kernels)
         certified = f"{100 * row['tiers'][0] / max(1, sum(row['tiers'])):.2f} %"
         wrong = f"; {row['wrong']} wrong" * bool(row["wrong"])
-        lines.append([name, f"{number(row['p50_ms'])}{wrong}", number(row["tflops"]), certified, each])
-    return table(["N x D x K", "ms", "TFLOP/s", "certified", "its largest kernels, microseconds"], lines)
+        loader = loaded.get(shape, {})
+        other = number(loader["p50_ms"]) if "p50_ms" in loader else "failed" * bool(loader)
+        lines.append([name, f"{number(row['p50_ms'])}{wrong}", other, number(row["tflops"]), certified, each])
+    return table(["N x D x K", "ms", "with a loader", "TFLOP/s", "certified", "its largest kernels, microseconds"], lines)
 
 
 def short(kernel: str) -> str:

@@ -4,6 +4,7 @@
     cases          the cases of `vqops check` with CUDA C++ and PyTorch, each by several processes at once
     mma            the depths of wgmma once more with mma.sync in its place: which of the two is wrong, if one is
     times          the search at seven shapes: time of a CUDA graph, of each kernel, rows by tier
+    loader         both for the depths of wgmma where its blocks have a loader
     triton         the cases with the Triton kernels, which are compiled first
     profile        the hardware counters of three shapes
     suite          the tests of the ops with the CUDA kernels and with PyTorch, on all cores
@@ -124,7 +125,13 @@ class Plan:
         return self.judge("mma", "compiled", WGMMA, 45, VQOPS_WGMMA="0")
 
     def times(self) -> bool:
-        right = [self.time(shape) for shape in self.shapes()]
+        right = [self.time("times", shape) for shape in self.shapes()]
+        return all(right)
+
+    def loader(self) -> bool:
+        chosen = {"VQOPS_WGMMA": "loader"}
+        right = [self.judge("loader", "compiled", WGMMA, 45, **chosen)]
+        right += [self.time("loader", shape, **chosen) for shape in self.shapes() if 32 < shape[1] <= 512]
         return all(right)
 
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -135,13 +142,13 @@ class Plan:
         device = self.device.partition(":")[0]
         return [sys.executable, "-m", "benchmarks.gpu.kernels", *shape, "--device", device, *flags]
 
-    def time(self, shape: tuple[int, int, int]) -> bool:
-        status, output = run_limited(self.of_kernels(shape), self.left(60), ROOT)
+    def time(self, part: str, shape: tuple[int, int, int], **environment: str) -> bool:
+        status, output = run_limited(self.of_kernels(shape), self.left(60), ROOT, **environment)
         rows = list(filter(None, map(heard, output.splitlines())))
         if rows:
-            return not self.write("times", **rows[-1])["wrong"]
+            return not self.write(part, **rows[-1])["wrong"]
         how = "out of time" if status is None else f"ended with {status}: {output.strip()[-500:]}"
-        self.write("times", kernels=shape, failed=how)
+        self.write(part, kernels=shape, failed=how)
         return False
 
     def profile(self) -> bool:
@@ -237,7 +244,7 @@ class Plan:
 PARTS: dict[str, Callable[[Plan], bool]] = {
     part.__name__: part
     for part in (
-        *(Plan.facts, Plan.cases, Plan.mma, Plan.times, Plan.triton, Plan.profile),
+        *(Plan.facts, Plan.cases, Plan.mma, Plan.times, Plan.loader, Plan.triton, Plan.profile),
         *(Plan.suite, Plan.sanitizer, Plan.triton_suite, Plan.check, Plan.bench, Plan.processor),
     )
 }

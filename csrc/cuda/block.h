@@ -7,6 +7,7 @@
 //     for_threads_sync(f)      the same, then __syncthreads()
 //     for_threads_syncwarp(f)  the same, then __syncwarp(), for shared memory that one warp alone touches
 //     if_any_in_warp(v, f)     f() for warps with a thread whose v is not 0 (__any_sync); no __syncthreads() in it
+//     any_in_block(v)          whether any thread's v is not 0 (__syncthreads_or), which all agree on
 //     registers<T>()           one T per thread, that lives across steps: r[thread]
 //     shuffle_sum<L>(r)        the sum over groups of L neighbours by __shfl_xor_sync, a fixed tree, given to each of
 //                              them; L = 8: distance.h's tree. shuffle_reduce<L>(r, f): with any function of two
@@ -18,6 +19,17 @@
 //                              n are done
 //     atomic_add, atomic_min, atomic_max
 // Shared memory that another thread reads or writes in the same step must not be touched.
+//
+// A block may have a loader, one thread beside its workers, which are what is a block above; on sm_90a. They meet at
+// barriers of shared memory (mbarrier), each with a phase that flips when all arrivals and bytes it expects are there:
+//     with_loader(load, work)  load(loader) and work(workers), each by its own threads
+//     each_group(f)            f(group) by each warpgroup of the workers; in it only steps that sync a warp
+//     barrier_start(b, n)      n arrivals a phase. barriers_started() before any_in_block(), in which the loader takes
+//                              part
+//     barrier_wait(b, phase)   until this phase is over; barrier_arrive(b) by each warp of a group
+//     bulk_copy(to, from, n, b), expect_bytes(b, n)
+//                              by the loader: n bytes, which count as an arrival at b when all have landed
+//     take_turn, give_turn     of the two groups in turn
 #pragma once
 
 #include "../tensors.h"
@@ -54,10 +66,16 @@ struct Accumulators {
     float v[rows][codes][4];
 };
 
+// In shared memory; between a loader and its workers.
+struct Barrier {
+    uint64_t state;
+};
+
 #ifdef __CUDACC__
 
-// The bodies are empty for the host, which never calls them.
-struct DeviceBlock {
+// The bodies are empty for the host, which never calls them. workers: of a block with a loader, else 0.
+template <int workers>
+struct BlockOf {
     int64_t index;
 
     template <class T>
@@ -71,11 +89,18 @@ struct DeviceBlock {
         return {};
     }
 
+    VQOPS_HOST_DEVICE void sync() const {
+#ifdef __CUDA_ARCH__
+        if constexpr (workers == 0) __syncthreads();
+        else asm volatile("barrier.cta.sync.aligned 1, %0;" ::"n"(workers) : "memory");
+#endif
+    }
+
     template <class F>
     VQOPS_HOST_DEVICE void for_threads_sync(F f) const {
 #ifdef __CUDA_ARCH__
         f(int(threadIdx.x));
-        __syncthreads();
+        sync();
 #endif
     }
 
@@ -126,6 +151,15 @@ struct DeviceBlock {
 #endif
     }
 
+    template <class R>
+    VQOPS_HOST_DEVICE bool any_in_block(R& wanted) const {
+#ifdef __CUDA_ARCH__
+        return __syncthreads_or(wanted.value);
+#else
+        return false;
+#endif
+    }
+
     VQOPS_HOST_DEVICE void cp_async(void* to, const void* from) const {
 #ifdef __CUDA_ARCH__
         const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
@@ -145,7 +179,7 @@ struct DeviceBlock {
 #ifdef __CUDA_ARCH__
         asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
         if constexpr (for_wgmma) fence_proxy_async();
-        __syncthreads();
+        sync();
 #endif
     }
 
@@ -218,7 +252,105 @@ struct DeviceBlock {
         atomicMax(place, value);
 #endif
     }
+
+    // The loader is a warpgroup of which one thread works: registers are handed from it to the workers by warpgroups.
+    template <int n, class Load, class Work>
+    VQOPS_HOST_DEVICE void with_loader(Load load, Work work) const {
+#ifdef __CUDA_ARCH__
+        BlockOf<n> part = {index};
+        if (threadIdx.x >= n) {
+            registers_of_loader();
+            load(part);
+        } else {
+            registers_of_workers();
+            work(part);
+        }
+#endif
+    }
+
+    VQOPS_HOST_DEVICE bool is_loader() const {
+#ifdef __CUDA_ARCH__
+        return threadIdx.x == workers;
+#else
+        return false;
+#endif
+    }
+
+    // Of the loader, which has no thread that wants anything.
+    VQOPS_HOST_DEVICE bool any_in_block() const {
+#ifdef __CUDA_ARCH__
+        return __syncthreads_or(0);
+#else
+        return false;
+#endif
+    }
+
+    template <class F>
+    VQOPS_HOST_DEVICE void each_group(F f) const {
+        f(*this);
+    }
+
+    VQOPS_HOST_DEVICE int group() const {
+#ifdef __CUDA_ARCH__
+        return int(threadIdx.x) / 128;
+#else
+        return 0;
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void barrier_start(Barrier& barrier, int arrivals) const {
+#ifdef __CUDA_ARCH__
+        if (threadIdx.x == 0) mbarrier_init(&barrier.state, arrivals);
+#endif
+    }
+
+    // What threads wrote to shared memory before is visible to copies and products after the next barrier of the block.
+    VQOPS_HOST_DEVICE void barriers_started() const {
+#ifdef __CUDA_ARCH__
+        fence_mbarrier_init();
+        fence_proxy_async();
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void barrier_wait(Barrier& barrier, int phase) const {
+#ifdef __CUDA_ARCH__
+        while (!mbarrier_try_wait(&barrier.state, phase)) {
+        }
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void barrier_arrive(Barrier& barrier) const {
+#ifdef __CUDA_ARCH__
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbarrier_arrive(&barrier.state);
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void expect_bytes(Barrier& barrier, int bytes) const {
+#ifdef __CUDA_ARCH__
+        mbarrier_expect(&barrier.state, bytes);
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& barrier) const {
+#ifdef __CUDA_ARCH__
+        cp_async_bulk(to, from, bytes, &barrier.state);
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void take_turn() const {
+#ifdef __CUDA_ARCH__
+        asm volatile("barrier.cta.sync.aligned %0, 256;" ::"r"(2 + group()) : "memory");
+#endif
+    }
+
+    VQOPS_HOST_DEVICE void give_turn() const {
+#ifdef __CUDA_ARCH__
+        asm volatile("barrier.cta.arrive.aligned %0, 256;" ::"r"(3 - group()) : "memory");
+#endif
+    }
 };
+typedef BlockOf<0> DeviceBlock;
 
 #endif
 

@@ -7,18 +7,20 @@ namespace vqops {
 
 // X = s (x - m), C = s (c - m) with a centre m and a power of two s; for cosine X = s x and C = c / |c| - m.
 // Stored: X' and C', float16 times a power of two per row and per code. t = |C|^2 / 2 - X.C orders the codes.
-constexpr double kFarCode = 0x1p30;       // |C| beyond: compared in float64 with every row
+constexpr double kFarCode = 0x1p20;       // |C| beyond: left out
+constexpr double kReach = 0x1p18;         // 2 |X| + the smallest radius beyond: compared in float64, if a code is far
+constexpr float kFarBound = 0x1p38f;      // at most |C|^2 / 2 - X.C of a far code, for rows within kReach
 constexpr double kFarRow = 0x1p40;        // |X| beyond: compared in float64 with every code
 constexpr double kSmallestRadius = 0x1p-24;
+constexpr double kMostError = 0x1p-10;    // of a code, relative to its radius, which grows where the error is larger
 constexpr int kSmallestExponent = -46;    // of a norm, for the powers of two
 constexpr float kAbsentStart = 0x1p120f;  // more than any start: a code that is left out
-constexpr float kAlwaysStart = -0x1p100f; // less than any start: a code that stays a candidate of every row
 constexpr float kNoThreshold = 0x1p110f;  // of a row at first: only codes that are left out lie above
 constexpr double kRoom = 1.02;            // a row's radius: its own share of the epilogue; twice that in its spread
 constexpr double kEpilogue = 0x1p-21;     // 8 u, of |X'| r
 constexpr double kSpread = 0x1p-20;       // twice that, from the lower to the upper bound
 constexpr double kStart = 0x1p-20;        // the epilogue's of |C|^2 / 2, and rounding of start; three times in slack
-constexpr double kTwice = 2.02;           // the decision's error in |C|^2, two halves; twice that in slack
+constexpr double kTwice = 2.02;           // 2; the decision's error in |C|^2, two halves, twice that in slack
 constexpr double kRest = 2.05;            // what L has none of, in both bounds
 constexpr double kUpward = 1 + 0x1p-20;   // to float32
 
@@ -49,18 +51,27 @@ VQOPS_HOST_DEVICE RowBound row_bound(double norm, double error, double worst, in
 VQOPS_HOST_DEVICE float code_start(double half, int64_t D) {
     return float(half * (1 - kStart - kTwice * decision(D, false)));
 }
-VQOPS_HOST_DEVICE float code_slack(double half, int64_t D) {
-    return float(half * (3 * kStart + 2 * kTwice * decision(D, false)));
+// What U has more of |C|^2 / 2 than L, in units of start.
+VQOPS_HOST_DEVICE float slack_of_start(int64_t D) {
+    return float((3 * kStart + 2 * kTwice * decision(D, false)) * (1 + 0x1p-16));
 }
 
-// Lower bound of t less its decision's error, from the accumulated product in units of `unit`.
-VQOPS_HOST_DEVICE float lower_bound(float product, float unit, float start, float code_radius, float row_radius) {
-    return fmaf(-row_radius, code_radius, fmaf(-unit, product, start));
+// start - X'.C', from the accumulated product in units of `unit`: what the bounds are made of.
+VQOPS_HOST_DEVICE float score_of(float product, float unit, float start) { return fmaf(-unit, product, start); }
+
+// Lower bound of t less its decision's error.
+VQOPS_HOST_DEVICE float lower_bound(float score, float code_radius, const RowBound& row) {
+    return fmaf(-row.radius, code_radius, score);
 }
 
-// Upper bound of t and its decision's error, from the lower one.
-VQOPS_HOST_DEVICE float upper_bound(float lower, float slack, float code_radius, const RowBound& row) {
-    return fmaf(row.spread, code_radius, lower) + (slack + row.rest);
+// The score above which a code of this radius, or a smaller one, has a lower bound above the threshold.
+VQOPS_HOST_DEVICE float score_limit(float threshold, float code_radius, const RowBound& row) {
+    return fmaf(row.radius, code_radius, threshold);
+}
+
+// Upper bound of t and its decision's error, from the lower one; slack: slack_of_start().
+VQOPS_HOST_DEVICE float upper_bound(float lower, float start, float slack, float code_radius, const RowBound& row) {
+    return fmaf(row.spread, code_radius, lower) + fmaf(slack, start, row.rest);
 }
 
 // 2^exponent as a double.

@@ -27,20 +27,30 @@ struct CodeTiles {
     int64_t K, width;
     int64_t share, shares;  // which part of the codes, of how many
 
-    // use(first, constants, products) for the products of all rows with Cores::kCodes codes from `first`.
+    // Whole products of this share, counted in kCodes or, of several a stage, in stages.
+    struct Range {
+        int begin, count;
+    };
+    VQOPS_HOST_DEVICE Range range() const {
+        const int64_t groups = (tiles() + kTiles - 1) / kTiles, from = groups * share / shares;
+        return {int(from), int(groups * (share + 1) / shares - from)};
+    }
+
+    // use(block, first, constants, products) for the products of all rows with Cores::kCodes codes from `first`.
     template <class Block, class Use>
     VQOPS_HOST_DEVICE void each(Block& block, Stage* stages, const uint16_t* x, Use use) const {
-        const int pieces = int(width / kPiece), tiles = int((K + Cores::kCodes - 1) / Cores::kCodes);
-        const int64_t groups = (tiles + kTiles - 1) / kTiles, from = groups * share / shares;
-        const int begin = int(from), count = int(groups * (share + 1) / shares - from);
+        const int pieces = int(width / kPiece);
+        const auto [begin, count] = range();
         Next next = {0, 0, 0, packed.codes + begin * kStored * kTile * width, packed.constants + begin * kStored};
         for (int step = 0; step < kInFlight; step++) fetch(block, stages, next, count * pieces, pieces);
         if constexpr (Cores::kWarpgroups) by_warpgroups(block, stages, x, next, begin, count, pieces, use);
-        else by_warps(block, stages, x, next, begin, count, pieces, tiles, use);
+        else by_warps(block, stages, x, next, begin, count, pieces, use);
         block.for_threads_sync([](int) {});  // the stages are free for something else
     }
 
 private:
+    VQOPS_HOST_DEVICE int tiles() const { return int((K + Cores::kCodes - 1) / Cores::kCodes); }
+
     static constexpr int kWords = kTile * kPiece / 8;  // of 16 bytes, of a piece of a stored tile
     static constexpr int kConstants = sizeof(Constants) / 16;
 
@@ -70,13 +80,13 @@ private:
                 block.template wgmma_wait<1>(products);
             }
             block.template wgmma_wait<0>(products);
-            use(tile * Cores::kCodes, stage->constants, products);
+            use(block, tile * Cores::kCodes, stage->constants, products);
         }
     }
 
     template <class Block, class Use>
     VQOPS_HOST_DEVICE void by_warps(Block& block, Stage* stages, const uint16_t* x, Next& next, int begin, int count,
-                                    int pieces, int tiles, Use& use) const {
+                                    int pieces, Use& use) const {
         auto products = block.template registers<Products>();
         auto a = block.template registers<FragmentA<kRowTiles>>();
         auto b = block.template registers<FragmentB<kCodeTiles>>();
@@ -86,7 +96,7 @@ private:
             const bool last = piece == pieces - 1;
             const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
             fetch(block, stages, next, count * pieces, pieces);
-            for (int i = 0; i < kTiles && tile + i < tiles; i++) {
+            for (int i = 0; i < kTiles && tile + i < tiles(); i++) {
                 if (piece == 0) block.for_threads([&](int t) { products[t] = {}; });
                 for (int depth = 0; depth < kPiece; depth += 16) {
                     block.for_threads([&](int t) {
@@ -96,7 +106,7 @@ private:
                     });
                     block.mma_m16n8k16(products, a, b);
                 }
-                if (last) use((tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
+                if (last) use(block, (tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
             }
             piece = last ? 0 : piece + 1;
             if (last) tile += kTiles;

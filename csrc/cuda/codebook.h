@@ -2,7 +2,8 @@
 //
 //   Centre       a block per 64 dimensions: the median of a sample of 32 codes, which no single code can move
 //   Scale        a block per head: a power of two that brings the sample's median distance from the centre to [1, 2)
-//   MarkRepeats  8 threads per code: the lowest index of each of two hashes, by which repeats are found
+//   MarkCodes    8 threads per code: the lowest index of each of two hashes, by which repeats are found; the power of
+//                two that all codes of a tile are stored in units of
 //   Pack         32 threads per code: the code centred, scaled, rounded; read two to four times, from cache
 // Everything is computed in float64: the codebook is small next to the search. Any centre is correct, and so is
 // any hash: a repeat that is missed is one more candidate.
@@ -20,6 +21,7 @@ constexpr int kWholeTiles = 128;  // the packed codebook is a multiple of it: tw
 constexpr int kSample = 32;
 constexpr int64_t kMostCodes = 1 << 30;
 constexpr int32_t kUnmarked = 0x7f7f7f7f;  // memset writes it
+constexpr double kMostHalf = 0x1.ffp15;    // float16 has a little more
 constexpr double kMostDivisor = 0x1p511;   // of a code; c.c of the decision may overflow where that of Pack does not
 
 // Dimensions as stored: whole steps of the loop over them, of 64, 32 or 16.
@@ -46,39 +48,47 @@ struct OfCodes {
     VQOPS_HOST_DEVICE float operator[](int c) const { return two[c / 2].v[c % 2]; }
 };
 
-// Constants of the bounds of a tile's codes, see bound.h. The sign of slack, also of a zero, says that a code repeats
-// one of a lower index.
-struct Constants {
-    OfCodes start, slack, radius, unit;
-
-    VQOPS_HOST_DEVICE bool repeats(int c) const { return std::signbit(slack[c]); }
-    VQOPS_HOST_DEVICE float upper(int c, float lower, const RowBound& row) const {
-        return upper_bound(lower, std::fabs(slack[c]), radius[c], row);
-    }
+// Constants of the bounds of a tile's codes, see bound.h.
+struct alignas(16) Constants {
+    OfCodes start;       // kAbsentStart for codes left out, also repeats of one of a lower index
+    OfCodes radius;
+    OfCodes start_topk;  // start, where repeats count
+    float unit;          // power of two, of all codes as stored
+    float largest;       // radius
 };
 
-// The largest of a tile.
-struct Most {
-    float radius, slack;
-};
+// Codes left out that may yet be the nearest of a row: none; too far from the centre, which rows near it need not care
+// for; or of no known distance, so that every row is compared with all codes.
+enum Far : int32_t { kNoneFar, kSomeFar, kAnywhere };
 
 // One head. K' is K rounded up to whole tiles, D' the dimensions as stored.
 struct Packed {
     float *scale, *worst;  // [1] twice; worst: the largest relative error of a code (row_bound)
+    float* closest;        // [1] the smallest radius
     int32_t* first;        // [1] the first finite code, kUnmarked if there is none
+    Far* far;              // [1]
     float* centre;         // [D]
     Constants* constants;  // [K' / 64]
-    Most* most;            // [K' / 64]
     uint16_t* codes;       // [K' / 64, pieces, 64, piece] float16, C / unit, a piece as shared memory will have it
 
     VQOPS_HOST_DEVICE static Packed take(Memory& memory, int64_t K, int64_t D) {
         const int64_t codes = round_up(K, kWholeTiles);
         Packed p;
-        p.scale = memory.take<float>(1), p.worst = memory.take<float>(1);
-        p.first = memory.take<int32_t>(1), p.centre = memory.take<float>(D);
-        p.constants = memory.take<Constants>(codes / kTile), p.most = memory.take<Most>(codes / kTile);
+        p.scale = memory.take<float>(1), p.worst = memory.take<float>(1), p.closest = memory.take<float>(1);
+        p.first = memory.take<int32_t>(1), p.far = memory.take<Far>(1), p.centre = memory.take<float>(D);
+        p.constants = memory.take<Constants>(codes / kTile);
         p.codes = memory.take<uint16_t>(codes * padded(D));
         return p;
+    }
+
+    // Element i of C.
+    VQOPS_HOST_DEVICE double centred(double element, double divisor, int64_t i) const {
+        return (element / divisor - centre[i]) * double(*scale);
+    }
+
+    // Whether the nearest code of a row is among those that are not left out. norm: |X|.
+    VQOPS_HOST_DEVICE bool reaches(double norm) const {
+        return *far == kNoneFar || (*far == kSomeFar && kTwice * norm + *closest < kReach);
     }
 
     VQOPS_HOST_DEVICE static int64_t place(int64_t k, int64_t i, int64_t width) {
@@ -219,11 +229,11 @@ struct Scale {
             int exponent = typical > 0 ? -exponent_of(typical) : 0;
             exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
             *packed.scale = float(power_of_two(exponent));
-            *packed.worst = 0, *packed.first = kUnmarked;
+            *packed.worst = 0, *packed.closest = HUGE_VALF, *packed.first = kUnmarked, *packed.far = kNoneFar;
         });
-        block.for_threads([&](int t) {  // Pack raises them
+        block.for_threads([&](int t) {  // MarkCodes and Pack raise them
             for (int64_t tile = t; tile < round_up(in.K, kWholeTiles) / kTile; tile += kThreads)
-                packed.most[tile] = {0, 0};
+                packed.constants[tile].unit = packed.constants[tile].largest = 0;
         });
     }
 };
@@ -247,7 +257,13 @@ VQOPS_HOST_DEVICE Hash mixed(Hash hash) {
     return {hash.one ^ (hash.one >> 13), hash.two ^ (hash.two >> 13)};
 }
 
-struct MarkRepeats {
+// Positive floats are in the order of their bits.
+template <class Block>
+VQOPS_HOST_DEVICE void atomic_max(Block& block, float* place, float value) {
+    block.atomic_max(reinterpret_cast<int32_t*>(place), ordered(value));
+}
+
+struct MarkCodes {
     static constexpr int kThreads = 256, kCodes = kThreads / 8;
     struct Shared {};
     Preparation in;
@@ -259,19 +275,39 @@ struct MarkRepeats {
     VQOPS_HOST_DEVICE void operator()(Block& block, Shared&) const {
         const uint32_t across = uint32_t((in.K + kCodes - 1) / kCodes), h = uint32_t(block.index) / across;
         auto one = block.template registers<uint32_t>(), two = block.template registers<uint32_t>();
+        auto sums = block.template registers<Doubles<2>>();
+        auto square = block.template registers<double>();
+        const Packed packed = in.head(h);
         const int64_t first = uint32_t(block.index) % across * kCodes;
         const auto code_of = [&](int t) { return first + t / 8; };
         block.for_threads([&](int t) {
             Hash hash = {0, 0};
+            sums[t].v[0] = sums[t].v[1] = 0;
             const int64_t k = code_of(t);
-            for (int64_t i = t % 8; i < in.D && k < in.K; i += 8)
-                add_to_hash(hash, in.codebook.at(in.codebook.offset(h, k), i), i);
+            for (int64_t i = t % 8; i < in.D && k < in.K; i += 8) {
+                const double value = in.codebook.at(in.codebook.offset(h, k), i);
+                sums[t].v[0] += value * value, sums[t].v[1] += 0 * value;
+                add_to_hash(hash, value, i);
+            }
             one[t] = hash.one, two[t] = hash.two;
         });
         block.template shuffle_sum<8>(one);
         block.template shuffle_sum<8>(two);
+        block.template shuffle_sum<8>(sums);
+        block.for_threads([&](int t) {
+            square[t] = 0;
+            const double divisor = in.divisor_of(sums[t].v[0], sums[t].v[1]);
+            for (int64_t i = t % 8; i < in.D && code_of(t) < in.K; i += 8) {
+                const double C = packed.centred(in.codebook.at(in.codebook.offset(h, code_of(t)), i), divisor, i);
+                square[t] += C * C;
+            }
+        });
+        block.template shuffle_sum<8>(square);
         block.for_threads([&](int t) {
             if (t % 8 != 0 || code_of(t) >= in.K) return;
+            const double norm = std::sqrt(square[t]);
+            if (norm <= kFarCode)
+                atomic_max(block, &packed.constants[code_of(t) / kTile].unit, float(power_of_two(unit_exponent(norm))));
             const Hash hash = mixed({one[t], two[t]});
             int32_t* const marks = in.marks + 2 * h * in.slots;
             block.atomic_min(&marks[hash.one & (in.slots - 1)], int32_t(code_of(t)));
@@ -300,7 +336,7 @@ struct Pack {
         const auto code_of = [&](int t) { return first + t / 32; };
         const auto element = [&](int64_t k, int64_t i) { return in.codebook.at(in.codebook.offset(h, k), i); };
         const auto centred = [&](int t, int64_t i) {
-            return (element(code_of(t), i) / divisors[t] - packed.centre[i]) * double(*packed.scale);
+            return packed.centred(element(code_of(t), i), divisors[t], i);
         };
 
         block.for_threads([&](int t) {
@@ -335,15 +371,17 @@ struct Pack {
         });
         block.template shuffle_sum<32>(found);
 
+        const auto unit_of = [&](int t) { return double(packed.constants[code_of(t) / kTile].unit); };
         const auto is_near = [&](int t) {
-            return code_of(t) < in.K && divisors[t] < kMostDivisor && std::sqrt(found[t].v[2]) <= kFarCode;
+            const double norm = std::sqrt(found[t].v[2]);
+            return code_of(t) < in.K && divisors[t] < kMostDivisor && norm <= kFarCode && norm <= kMostHalf * unit_of(t);
         };
         block.for_threads([&](int t) {
             const bool near = is_near(t);
-            const int exponent = near ? unit_exponent(std::sqrt(found[t].v[2])) : 0;
+            const double lift = near ? 1 / unit_of(t) : 0;
             lost[t] = 0;
             for (int64_t i = t % 32; i < width; i += 32) {
-                const double scaled = near && i < in.D ? centred(t, i) * power_of_two(-exponent) : 0.0;
+                const double scaled = near && i < in.D ? centred(t, i) * lift : 0.0;
                 const Float16 half = rounded<Float16>(scaled);
                 const double e = scaled - real(half);
                 lost[t] += e * e;
@@ -357,38 +395,26 @@ struct Pack {
             const int64_t k = code_of(t);
             const bool finite = k < in.K && divisors[t] == divisors[t];
             const bool repeat = k < in.K && (found[t].v[0] == 0 || found[t].v[1] == 0);
-            float start = kAbsentStart, slack = 0, radius = 0, unit = 0;
-            if (finite) {
-                start = kAlwaysStart, slack = -4 * kAlwaysStart;
-                block.atomic_min(packed.first, int32_t(k));
-            }
+            float start = kAbsentStart, radius = 0;
+            Constants& tile = packed.constants[k / kTile];
+            if (finite) block.atomic_min(packed.first, int32_t(k));
             if (is_near(t)) {
                 const double norm = std::sqrt(found[t].v[2]), half = in.cosine ? 0 : found[t].v[2] / 2;
-                const double power = power_of_two(unit_exponent(norm));
-                const double error = std::sqrt(lost[t]) * power * (1 + 0x1p-40) + norm * 0x1p-45 + 0x1p-100 +
+                const double error = std::sqrt(lost[t]) * unit_of(t) * (1 + 0x1p-40) + norm * 0x1p-45 + 0x1p-100 +
                                      (in.cosine ? double(in.D + 16) * 0x1p-51 : 0);
-                const double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
-                start = code_start(half, in.D), slack = code_slack(half, in.D);
-                radius = float(around * (1 + 0x1p-20)), unit = float(power);
+                double around = norm + error > kSmallestRadius ? norm + error : kSmallestRadius;
+                if (around * kMostError < error) around = error / kMostError;
+                start = code_start(half, in.D), radius = float(around * (1 + 0x1p-20));
                 atomic_max(block, packed.worst,
                            float((error + accumulation(width) * (norm + error)) / radius * (1 + 0x1p-20)));
+                atomic_max(block, &tile.largest, radius);
+                block.atomic_min(reinterpret_cast<int32_t*>(packed.closest), ordered(radius));
+            } else if (finite) {
+                block.atomic_max(reinterpret_cast<int32_t*>(packed.far), in.cosine ? kAnywhere : kSomeFar);
             }
-            Constants& tile = packed.constants[k / kTile];
-            tile.start[k % kTile] = start, tile.slack[k % kTile] = slack;
-            tile.radius[k % kTile] = radius, tile.unit[k % kTile] = unit;
-            if (repeat) tile.slack[k % kTile] = -slack;
-            atomic_max(block, &packed.most[k / kTile].radius, radius);
-            atomic_max(block, &packed.most[k / kTile].slack, slack);
+            tile.radius[k % kTile] = radius, tile.start_topk[k % kTile] = start;
+            tile.start[k % kTile] = repeat ? kAbsentStart : start;
         });
-    }
-
-private:
-    // Positive floats are in the order of their bits.
-    template <class Block>
-    static VQOPS_HOST_DEVICE void atomic_max(Block& block, float* place, float value) {
-        int32_t bits;
-        memcpy(&bits, &value, 4);
-        block.atomic_max(reinterpret_cast<int32_t*>(place), bits);
     }
 };
 
@@ -397,7 +423,7 @@ void pack_codebook(const Device& device, const Preparation& in) {
     device.fill(in.marks, kUnmarked & 0xff, in.H * 2 * in.slots * int64_t(sizeof(int32_t)));
     device.launch(Centre{in});
     device.launch(Scale{in});
-    device.launch(MarkRepeats{in});
+    device.launch(MarkCodes{in});
     device.launch(Pack{in});
 }
 

@@ -13,6 +13,7 @@ struct WarpCores {
     static constexpr bool kWarpgroups = false;
     static constexpr int kThreads = 32 * kWarps, kRowTiles = kRowTiles_, kRows = 16 * kWarps * kRowTiles, kCodes = 64;
     static constexpr int kStages = kStages_, kLag = 1;  // a stage is free when all have multiplied it
+    static constexpr bool kLoader = false;
 
     // The first row of a thread's row tile.
     static VQOPS_HOST_DEVICE int row_of(int t, int i) { return (t / 32 * kRowTiles + i) * 16; }
@@ -27,9 +28,18 @@ struct WarpgroupCores {
     static constexpr int kCodes = 128;
     static constexpr int kStages = kStages_, kLag = 2;  // the products of a stage run on while the next is waited for
 
+    static constexpr bool kLoader = false;
+
     // The first row of a group's row tile, and of a thread's in it.
     static VQOPS_HOST_DEVICE int group_row(int t, int i) { return (t / 128 * kRowTiles + i) * 64; }
     static VQOPS_HOST_DEVICE int row_of(int t, int i) { return group_row(t, i) + t % 128 / 32 * 16; }
+};
+
+// The same with two groups that multiply and compare in turn, and a loader beside them (block.h).
+template <int kRowTiles_, int kStages_>
+struct LoadedCores : WarpgroupCores<2, kRowTiles_, kStages_> {
+    static constexpr bool kLoader = true;
+    static constexpr int kLaunched = 128 + WarpgroupCores<2, kRowTiles_, kStages_>::kThreads;
 };
 
 }  // namespace vqops::cuda

@@ -21,8 +21,15 @@ constexpr bool kNeedsWgmma = requires { requires Kernel::Cores::kWarpgroups; };
 template <class Kernel>
 constexpr int kBlocksAtOnce = requires { requires Kernel::kAllRegisters; } ? 1 : 0;
 
+// With a loader there are more threads than work.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, kBlocksAtOnce<Kernel>) run(const __grid_constant__ Kernel kernel) {
+constexpr int kLaunched = [] {
+    if constexpr (requires { requires Kernel::Cores::kLoader; }) return Kernel::Cores::kLaunched;
+    else return Kernel::kThreads;
+}();
+
+template <class Kernel>
+__global__ void __launch_bounds__(kLaunched<Kernel>, kBlocksAtOnce<Kernel>) run(const __grid_constant__ Kernel kernel) {
     if constexpr (kHasWgmma || !kNeedsWgmma<Kernel>) {  // the others are never launched here
         extern __shared__ __align__(1024) unsigned char memory[];
         DeviceBlock block = {int64_t(blockIdx.x)};
@@ -43,7 +50,7 @@ public:
         const size_t shared = kernel.shared_bytes();
         if (shared > 48 * 1024)
             check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "vqops");
-        run<Kernel><<<unsigned(blocks), Kernel::kThreads, shared, stream_>>>(kernel);
+        run<Kernel><<<unsigned(blocks), kLaunched<Kernel>, shared, stream_>>>(kernel);
         check(cudaGetLastError(), "vqops");
     }
 

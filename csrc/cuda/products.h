@@ -2,6 +2,8 @@
 // which the proof of the search takes for granted (exactness.md). Values are taken as they are.
 #pragma once
 
+#include <type_traits>
+
 #include "search.h"
 
 namespace vqops::cuda {
@@ -58,7 +60,7 @@ struct TensorCoreProducts {
                         first + r < in.N && i < in.D ? in.x[(first + r) * in.D + i].bits : uint16_t(0);
         });
         Codes{in.packed, in.K, width(), 0, 1}.each(
-            block, shared.stages, x, [&](int code, const Constants*, auto& products) {
+            block, shared.stages, x, [&](auto&, int code, const Constants*, auto& products) {
                 block.for_threads([&](int t) {
                     ScoresOf<Cores>::each(t, products[t], [&](int own, int tile, int c, float value) {
                         const int64_t n = first + ScoresOf<Cores>::row_of(t, own), k = code + tile * kTile + c;
@@ -68,6 +70,10 @@ struct TensorCoreProducts {
             });
     }
 };
+
+// A loader changes nothing of the products.
+template <class Cores>
+using AloneOf = std::conditional_t<Cores::kLoader, WarpgroupCores<2, Cores::kRowTiles, Cores::kStages>, Cores>;
 
 // By the tensor cores that the search would take, false if it has no fast pass for this depth. `memory`:
 // Packed::bytes(K, D).
@@ -80,7 +86,7 @@ bool multiply(const Device& device, ProductsInputs in, void* memory, const Abili
                                    in.packed = Packed::take(pieces, in.K, in.D);
                                    device.fill(memory, 0, pieces.size);
                                    device.launch(LayCodes{in});
-                                   device.launch(TensorCoreProducts<Cores, kPiece>{in});
+                                   device.launch(TensorCoreProducts<AloneOf<Cores>, kPiece>{in});
                                });
 }
 

@@ -97,7 +97,7 @@ struct RowTile {
                 const double upward = unit * (1 + double(in.D + 64) * 0x1p-28);  // the sums are of 24 bits
                 const double norm = std::sqrt(double(square[t])) * upward;
                 const double error = std::sqrt(double(lost[t])) * upward + norm * RealOf<T>::kRounding;
-                const bool searched = fits(t) && norm <= kFarRow;
+                const bool searched = fits(t) && norm <= kFarRow && codes.reaches(norm);
                 shared.state[r] = searched ? kSearched : is_zero(t) ? kZero : exists(t) ? kQueued : kOutside;
                 shared.unit[r] = searched ? float(unit) : 0;
                 shared.bound[r] = searched ? row_bound(norm, error, *codes.worst, in.D, in.cosine) : RowBound{};

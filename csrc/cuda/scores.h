@@ -29,30 +29,66 @@ struct ScoresOf {
             }
     }
 
-    // Products become lower bounds; least: of each own row. Four operations per score.
+    // A thread's codes by eights, all of one stored tile.
+    static constexpr int kSlot = 8, kSlots = 2 * kCodeTiles / kSlot;
+    struct Slots {
+        float v[kOwn][kSlots];
+    };
+    static VQOPS_HOST_DEVICE int tile_of(int slot) { return slot * 4 * 8 / kTile; }
+
+    // Code i of a slot, of those of the product.
+    static VQOPS_HOST_DEVICE int code_of(int t, int slot, int i) { return (slot * 4 + i / 2) * 8 + t % 4 * 2 + i % 2; }
+    static VQOPS_HOST_DEVICE float& at(Products& products, int own, int slot, int i) {
+        return products.v[own / 2][slot * 4 + i / 2][own % 2 * 2 + i % 2];
+    }
+
+    // Products become scores (bound.h); least: of each own row, by slots. Two operations per score.
+    template <class Rows>
+    static VQOPS_HOST_DEVICE void measure(int t, const Rows& rows, const Constants* constants, Products& products,
+                                          Slots& least) {
+        VQOPS_UNROLL(4)
+        for (int slot = 0; slot < kSlots; slot++) {
+            const Constants& tile = constants[tile_of(slot)];
+            Floats<kOwn> unit;
+            VQOPS_UNROLL(4)
+            for (int own = 0; own < kOwn; own++) unit.v[own] = rows.unit[row_of(t, own)] * tile.unit;
+            VQOPS_UNROLL(4)
+            for (int i = 0; i < kSlot; i += 2) {
+                const auto starts = tile.start.two[code_of(t, slot, i) % kTile / 2];
+                VQOPS_UNROLL(2)
+                for (int e = 0; e < 2; e++)
+                    VQOPS_UNROLL(4)
+                    for (int own = 0; own < kOwn; own++) {
+                        float& score = at(products, own, slot, i + e);
+                        score = score_of(score, unit.v[own], starts.v[e]);
+                        least.v[own][slot] = i + e == 0 ? score : fminf(least.v[own][slot], score);
+                    }
+            }
+        }
+    }
+
+    // Products become lower bounds, where repeats count; least: of each own row. Three operations per score.
     template <class Rows>
     static VQOPS_HOST_DEVICE void bound(int t, const Rows& rows, const Constants* constants, Products& products,
                                         Floats<kOwn>& least) {
-        Floats<kOwn> unit, radius;
         VQOPS_UNROLL(4)
-        for (int own = 0; own < kOwn; own++) {
-            const int r = row_of(t, own);
-            unit.v[own] = rows.unit[r], radius.v[own] = rows.bound[r].radius;
-            least.v[own] = INFINITY;
-        }
-        VQOPS_UNROLL(16)
-        for (int j = 0; j < kCodeTiles; j++) {
-            const Constants& tile = constants[j * 8 / kTile];
-            const int place = j * 8 % kTile / 2 + t % 4;
-            const auto starts = tile.start.two[place], radii = tile.radius.two[place], units = tile.unit.two[place];
-            VQOPS_UNROLL(2)
-            for (int e = 0; e < 2; e++)
-                VQOPS_UNROLL(4)
-                for (int own = 0; own < kOwn; own++) {
-                    float& value = products.v[own / 2][j][own % 2 * 2 + e];
-                    value = lower_bound(value, unit.v[own] * units.v[e], starts.v[e], radii.v[e], radius.v[own]);
-                    least.v[own] = fminf(least.v[own], value);
-                }
+        for (int slot = 0; slot < kSlots; slot++) {
+            const Constants& tile = constants[tile_of(slot)];
+            VQOPS_UNROLL(4)
+            for (int i = 0; i < kSlot; i += 2) {
+                const int place = code_of(t, slot, i) % kTile / 2;
+                const auto starts = tile.start_topk.two[place], radii = tile.radius.two[place];
+                VQOPS_UNROLL(2)
+                for (int e = 0; e < 2; e++)
+                    VQOPS_UNROLL(4)
+                    for (int own = 0; own < kOwn; own++) {
+                        const int r = row_of(t, own);
+                        float& value = at(products, own, slot, i + e);
+                        value = score_of(value, rows.unit[r] * tile.unit, starts.v[e]);
+                        value = lower_bound(value, radii.v[e], rows.bound[r]);
+                        least.v[own] = slot + i + e == 0 ? value : fminf(least.v[own], value);
+                    }
+            }
         }
     }
 };

@@ -63,12 +63,12 @@ struct ScreenTopk {
             }
         });
         Codes{codes, in.K, rows().width(), 0, 1}.each(
-            block, shared.stages, x, [&](int code, const Constants* constants, auto& products) {
+            block, shared.stages, x, [&](auto&, int code, const Constants* constants, auto& products) {
                 keep_candidates(block, shared, codes, code, constants, products);
             });
         for (int r = 0; r < kRowsOfWarp; r++) {
             drop_excluded(block, shared, codes, r, 0);
-            decide(block, shared, h, first, r);
+            decide(block, shared, codes, h, first, r);
         }
     }
 
@@ -112,6 +112,7 @@ private:
         auto held = block.template registers<Held>();
         auto wanted = block.template registers<int32_t>(), below = block.template registers<int32_t>();
         auto limit = block.template registers<uint32_t>();
+        const float slack = slack_of_start(in.D);
         block.for_threads([&](int t) { wanted[t] = shared.count[row_of(t, r)] > most; });
         block.if_any_in_warp(wanted, [&] {
             block.for_threads_syncwarp([&](int t) {
@@ -124,7 +125,8 @@ private:
                     const int32_t code = held[t].code[i] = shared.code[row][place];
                     const float lower = held[t].lower[i] = shared.lower[row][place];
                     const Constants& tile = codes.constants[code / kTile];
-                    held[t].upper[i] = ordered(tile.upper(code % kTile, lower, shared.rows.bound[row]));
+                    held[t].upper[i] = ordered(upper_bound(lower, tile.start_topk[code % kTile], slack,
+                                                           tile.radius[code % kTile], shared.rows.bound[row]));
                 }
                 limit[t] = 0;
             });
@@ -167,7 +169,8 @@ private:
 
     // Each warp's row r: its candidates compared in float64, eight threads per code; the k first are written in order.
     template <class Block>
-    VQOPS_HOST_DEVICE void decide(Block& block, Shared& shared, int64_t h, int64_t first, int r) const {
+    VQOPS_HOST_DEVICE void decide(Block& block, Shared& shared, const Packed& codes, int64_t h, int64_t first,
+                                  int r) const {
         auto sums = block.template registers<Doubles<2>>();
         auto square = block.template registers<double>();
         auto wanted = block.template registers<int32_t>();
@@ -206,7 +209,8 @@ private:
             const int row = row_of(t, r), count = count_of(t);
             if (first + row >= in.N) return;
             const State state = shared.rows.state[row];
-            if (state == kQueued || state == kZero || shared.count[row] > kCapacity) {
+            const bool far = state == kSearched && *codes.far != kNoneFar && shared.threshold[row] >= kFarBound;
+            if (state == kQueued || state == kZero || far || shared.count[row] > kCapacity) {
                 if (t % 32 == 0)
                     out.queue[h * in.N + block.atomic_add(&out.queued[h], 1)] = uint32_t(first + row);
                 return;

@@ -78,15 +78,16 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
 }  // namespace
 
 Abilities abilities_of(int device) {
-    // mma.sync in place of wgmma, so that a GPU can tell which of them is wrong.
+    // So that a GPU can tell which of them is wrong, and which is fast.
     static const char* const asked = std::getenv("VQOPS_WGMMA");
-    static const bool without_wgmma = asked && std::string(asked) == "0";
+    static const std::string name = asked ? asked : "";
+    static const Wgmma wanted = name == "0" ? Wgmma::none : name == "loader" ? Wgmma::loaded : Wgmma::alone;
     int most = 0, major = 0, minor = 0, multiprocessors = 0;
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "vqops");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "vqops");
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "vqops");
-    return {size_t(most), VQOPS_WGMMA && !without_wgmma && major == 9 && minor == 0, multiprocessors};
+    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0 ? wanted : Wgmma::none, multiprocessors};
 }
 
 Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,

@@ -7,10 +7,14 @@
 
 namespace vqops::cuda {
 
+// The products of 32 < D <= 512 on sm_90a, if the kernels are compiled for it: by mma.sync, as elsewhere; by wgmma of
+// blocks without a loader or with one.
+enum class Wgmma : int32_t { none, alone, loaded };
+
 // Limits of the GPU.
 struct Abilities {
     size_t shared_bytes;  // that a block may have
-    bool wgmma;           // and the kernels are compiled for it
+    Wgmma wgmma;
     int64_t multiprocessors;
 };
 
@@ -41,7 +45,11 @@ bool with_nearest_screen(const SearchInputs<T>& in, const SearchOutputs& out, co
     const auto fits = [&](const auto& kernel) { return with_kernel(kernel, abilities, body); };
     if (width == 16) return fits(Screen<T, WarpCores<4, 2, 3>, 16>{in, out, packed, 1});
     if (width == 32) return fits(Screen<T, WarpCores<4, 2, 3>, 32>{in, out, packed, 1});
-    if (abilities.wgmma && width <= 512) {
+    if (abilities.wgmma == Wgmma::loaded && width <= 512) {
+        if (width <= 256) return fits(Screen<T, LoadedCores<2, 3>, 64>{in, out, packed, 1});
+        return fits(Screen<T, LoadedCores<1, 4>, 64>{in, out, packed, 1});
+    }
+    if (abilities.wgmma == Wgmma::alone && width <= 512) {
         // Two blocks of 128 rows an SM: one multiplies while the other compares. 256 rows where that is not the limit.
         if (width <= 128) return fits(Screen<T, WarpgroupCores<1, 2, 3>, 64>{in, out, packed, 1});
         if (width <= 256) return fits(Screen<T, WarpgroupCores<2, 2, 3>, 64>{in, out, packed, 1});

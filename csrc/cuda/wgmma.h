@@ -1,5 +1,6 @@
-// The products of a warpgroup, which sm_90a alone has; names and layouts as in the PTX manual, "Asynchronous Warpgroup
-// Level Matrix Instructions".
+// What sm_90a alone has: the products of a warpgroup, names and layouts as in the PTX manual, "Asynchronous Warpgroup
+// Level Matrix Instructions"; and what a block with a loader needs, "Parallel Synchronization and Communication
+// Instructions: mbarrier", "cp.async.bulk" and "setmaxnreg".
 #pragma once
 
 #include "../host_device.h"
@@ -61,6 +62,45 @@ __device__ __forceinline__ void hold_registers(float* d) { asm volatile("" : VQO
 #undef VQOPS_FLOATS_16
 #undef VQOPS_FLOATS_64
 
+// 384 threads begin with 168 registers each: 128 of them keep 24, 256 have 240.
+__device__ __forceinline__ void registers_of_loader() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
+__device__ __forceinline__ void registers_of_workers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 240;"); }
+
+__device__ __forceinline__ uint32_t in_shared(const void* place) { return uint32_t(__cvta_generic_to_shared(place)); }
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, int phase) {
+    uint32_t over;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(over)
+        : "r"(in_shared(barrier)), "r"(phase)
+        : "memory");
+    return over != 0;
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(in_shared(barrier)) : "memory");
+}
+__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     in_shared(to)),
+                 "l"(from), "r"(bytes), "r"(in_shared(barrier))
+                 : "memory");
+}
+
 #elif defined(__CUDACC__)
 
 constexpr bool kHasWgmma = false;
@@ -72,6 +112,14 @@ template <int n>
 __device__ __forceinline__ void wgmma_wait_group() {}
 __device__ __forceinline__ void wgmma_m64n128k16(float*, uint64_t, uint64_t, bool) {}
 __device__ __forceinline__ void hold_registers(float*) {}
+__device__ __forceinline__ void registers_of_loader() {}
+__device__ __forceinline__ void registers_of_workers() {}
+__device__ __forceinline__ void mbarrier_init(uint64_t*, int) {}
+__device__ __forceinline__ void fence_mbarrier_init() {}
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t*, int) { return true; }
+__device__ __forceinline__ void mbarrier_arrive(uint64_t*) {}
+__device__ __forceinline__ void mbarrier_expect(uint64_t*, int) {}
+__device__ __forceinline__ void cp_async_bulk(void*, const void*, int, uint64_t*) {}
 
 #endif
 

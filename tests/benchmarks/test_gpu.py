@@ -179,7 +179,7 @@ def test_a_whole_rehearsal(tmp_path):
     assert [row["part"] for row in rows if "left" in row] == list(plan_of_gpu.PARTS)
     assert {row["outcome"] for row in rows if "left" in row} == {"passed"}
     judged = [row for row in rows if "case" in row]
-    assert {row["part"] for row in judged} == {"cases", "mma", "triton"} and all(map(is_right, judged))
+    assert {row["part"] for row in judged} == {"cases", "mma", "loader", "triton"} and all(map(is_right, judged))
     assert {row["implementation"] for row in judged} == {"compiled", "pytorch", "triton"}
     assert all({"device", "versions", "commit"} <= row.keys() for row in rows)
     made = page.first_run(Machine(tmp_path), "figures")
@@ -294,6 +294,7 @@ def test_rows_and_record_become_those_of_the_project(tmp_path):
     lines += [{"part": "profile", "outcome": "passed", "left": 80}]
     lines += [{"part": "cases", "implementation": "compiled", "case": "nearest heads", "wrong": {}}]
     lines += [{"part": "times", "kernels": [9, 8, 7], "p50_ms": 1.5, "tflops": 9.0, "tiers": [8, 1, 0, 0], "wrong": 0}]
+    lines += [{**lines[-1], "part": "loader", "p50_ms": 1.25}]
     (out / "first_run.jsonl").write_text("".join(json.dumps(about | line) + "\n" for line in lines))
     facts = {"D": [4, 1024], "K": None, "N": None, "dtypes": ["float32"]}
     named = [{"op": "nearest", "implementation": name, **facts} for name in ("compiled", "triton")]
@@ -306,7 +307,7 @@ def test_rows_and_record_become_those_of_the_project(tmp_path):
     assert ships["results"] == "nvidia-h200"
     text = (root / "docs/gpu.md").read_text()
     assert "| suite | passed | 900 passed |" in text and "| cases | compiled | 1 of 1 |" in text
-    assert "| 9 x 8 x 7 | 1.50 | 9.00 | 88.89 % |" in text and "| profile | passed | counted |" in text
+    assert "| 9 x 8 x 7 | 1.50 | 1.25 | 9.00 | 88.89 % |" in text and "| profile | passed | counted |" in text
     assert "| times | failed |" in text and "| check | no time left |" in text
     kept = root / "benchmarks/results/nvidia-h200"
     publish.publish(kept, root, shipped)  # from where they belong

@@ -69,5 +69,6 @@ def test_wgmma_is_chosen_where_it_may_be(emulated, D):
     cores = {on: emulated.cores_of(*able, c_int64(D)) for on, able in SEARCHES.items()}
     warps = int(D <= 3264)
     assert cores["sm_90a"] == (2 if 32 < D <= 512 else warps)
+    assert cores["sm_90a, loader"] == (3 if 32 < D <= 512 else warps)  # VQOPS_WGMMA=loader
     assert cores["sm_90a without wgmma"] == warps
     assert cores["sm_80"] == int(D <= 2240) and cores["sm_120"] == int(D <= 1216) and cores["float64"] == 0

@@ -13,6 +13,8 @@ from promises import INDICES, ORDER
 from vqops import reference
 from vqops.check.inputs import SEARCHES
 
+LOADER = "sm_90a, loader"
+
 
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
 def kernels(request, emulated):
@@ -32,6 +34,8 @@ def check(kernels, x, codebook, mask=None, metric="euclidean", **options):
 def test_every_index_is_the_reference_s(kernels, name, metric):
     x, c = SEARCHES[name]()
     check(kernels, x, c, metric=metric, adder=4)
+    if 32 < x.shape[2] <= 512:
+        check(kernels, x, c, metric=metric, adder=4, on=LOADER)
     if kernels.descending:
         check(kernels, x, c, torch.rand(x.shape[:2]) > 0.2, metric, on="sm_120")
     else:
@@ -49,8 +53,17 @@ def test_dtypes(kernels, dtype, metric):
 
 @pytest.mark.parametrize("D", [1, 16, 17, 32, 33, 64, 65, 128, 200, 300, 512, 1100])
 def test_dimensions(kernels, D):
-    for architecture in ("sm_80", "sm_90a", "sm_120"):
+    for architecture in ("sm_80", "sm_90a", LOADER, "sm_120"):
         check(kernels, torch.randn(1, 140, D), torch.randn(1, 130, D), adder=4, on=architecture)
+
+
+@pytest.mark.parametrize("on", ["sm_80", "sm_90a", LOADER])
+def test_blocks_without_a_row_to_search(kernels, on):
+    x, c, mask = torch.randn(2, 600, 40), torch.randn(2, 200, 40), torch.zeros(2, 600, dtype=torch.bool)
+    check(kernels, x, c, mask, on=on)
+    mask[1, 300], x[0, :256, 3] = True, torch.nan
+    check(kernels, x, c, mask, on=on)
+    check(kernels, x, c, on=on)
 
 
 def test_strides(kernels):
@@ -74,6 +87,44 @@ def test_one_code_far_out_leaves_the_others_to_the_fast_pass(kernels, size, plac
         x, c = torch.randn(1, 128, 64), torch.randn(1, 512, 64)
         c[0, place] *= size
         assert check(kernels, x, c, multiprocessors=multiprocessors)[2] == 0
+
+
+@pytest.mark.parametrize("on", ["sm_80", "sm_90a", LOADER])
+def test_many_codes_far_out(kernels, on):
+    """They are left out where a row has a nearer one by a factor; rows near them are compared with all."""
+    x, c = torch.randn(1, 128, 40), torch.randn(1, 512, 40)
+    c[0, ::9] *= 1e7
+    assert check(kernels, x, c, on=on)[2] == 0
+    x[0, :30] = c[0, :270:9] * 1.001
+    assert check(kernels, x, c, on=on)[2] == 30
+    check_several(kernels, x, c, 3)
+    check_several(kernels, x, c[:, 80:84], 4)  # one of them far
+    check(kernels, x, c[:, ::9])
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("most", [10, 19])
+def test_codes_of_many_sizes_share_a_power_of_two(kernels, most, metric):
+    """Beside a large code of its tile a small one loses bits, and the other codes' bounds must not feel it."""
+    x, c = torch.randn(1, 150, 70), torch.randn(1, 300, 70)
+    c *= 2.0 ** torch.randint(-30, 1, (1, 300, 1))
+    c[0, ::50] *= 2.0**most
+    x[0, ::2] *= 2.0**-12
+    check(kernels, x, c, metric=metric, adder=4)
+    check_several(kernels, x[:, :70], c, 3, metric=metric)
+
+
+@pytest.mark.parametrize("copies", [2, 5, 20])
+@pytest.mark.parametrize("apart", [1, 2, 8, 16, 32, 64, 128])
+def test_codes_that_the_bounds_cannot_tell_apart(kernels, apart, copies):
+    """In one thread and slot, in several of a product, in several products; each is better than the ones before."""
+    x, c = torch.randn(1, 70, 64), torch.randn(1, 2600, 64)
+    for i in range(copies):
+        c[0, 3 + i * apart] = c[0, 3] * (1 - 1e-6 * i)
+    x[0, :60] = 1.1 * c[0, 3] + 1e-3 * torch.randn(60, 64)
+    for on in ("sm_80", "sm_90a", LOADER):
+        tiers = check(kernels, x, c, on=on, multiprocessors=1)
+        assert tiers[1 if copies < 16 else 2] >= 60
 
 
 def test_zero_rows_have_the_first_finite_code_at_once(kernels):
@@ -145,7 +196,13 @@ def test_several_nearest_of_any_dtype(kernels, dtype):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("D, on", [(5, "sm_90a"), (20, "sm_90a"), (64, "sm_90a"), (70, "sm_80"), (300, "sm_120")])
+@pytest.mark.parametrize(
+    "D, on",
+    [
+        *[(D, "sm_90a") for D in (5, 20, 64)],
+        *[(70, "sm_80"), (300, "sm_120"), (64, LOADER), (300, LOADER)],
+    ],
+)
 def test_blocks_share_the_codes_of_all_rows(kernels, D, on, metric):
     x, c = torch.randn(2, 20, D), torch.randn(2, 1500, D)
     c[:, 1490:] = c[:, :10]  # ties between shares
@@ -173,7 +230,7 @@ def test_blocks_share_the_codes_of_a_few_rows(kernels, left, metric):
 def test_packed_size(kernels, K, D):
     codes = (K + 127) // 128 * 128
     width = next((most for most in (16, 32) if most >= D), (D + 63) // 64 * 64)
-    pieces = (4, 4, 4, 4 * D, 16 * codes, codes // 8, 2 * codes * width)
+    pieces = (4, 4, 4, 4, 4, 4 * D, (3 * 4 * 64 + 16) * codes // 64, 2 * codes * width)
     expected = 3 * sum((size + 255) // 256 * 256 for size in pieces)
     assert kernels.library.packed_bytes(*map(ctypes.c_int64, (3, K, D))) == expected
 

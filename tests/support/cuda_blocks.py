@@ -20,7 +20,10 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # in the
 PASSING = ("none", "straight_through", "rotation")
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 # Shared memory of a block, and whether there is wgmma; "float64" leaves no fast pass.
-SEARCHES_ON = {"sm_80": (L(166912), 0), "sm_90a": (L(232448), 1), "sm_120": (L(101376), 0), "float64": (L(0), 0)}
+SEARCHES_ON = {
+    "sm_80": (L(166912), 0), "sm_90a": (L(232448), 1), "sm_90a, loader": (L(232448), 2), "sm_120": (L(101376), 0),
+    "float64": (L(0), 0),
+}  # fmt: skip
 
 
 class Rows(ctypes.Structure):

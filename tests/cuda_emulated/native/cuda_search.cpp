@@ -7,7 +7,7 @@
 using namespace vqops;
 using namespace vqops::cuda;
 
-// shared_bytes, wgmma and multiprocessors as in search.h, 0 bytes to compare everything in float64; adder as in
+// shared_bytes, wgmma and multiprocessors as in search.h (Abilities), 0 bytes to compare everything in float64; adder as in
 // emulated_block.h
 EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t multiprocessors, int adder, int64_t H,
                    int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask,
@@ -27,18 +27,18 @@ EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t mult
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         search(device, SearchInputs<T>{{H, N, K, D, cosine != 0}, x->as<T>(), *codebook, *mask}, out, packed,
-               Abilities{size_t(shared_bytes), wgmma != 0, multiprocessors});
+               Abilities{size_t(shared_bytes), Wgmma(wgmma), multiprocessors});
     });
 }
 
 EXPORT int64_t packed_bytes(int64_t H, int64_t K, int64_t D) { return H * Packed::bytes(K, D); }
 
-// The tensor cores of the search by depth: 0 without a fast pass, 1 mma.sync, 2 wgmma.
+// The tensor cores of the search by depth: 0 without a fast pass, 1 mma.sync, 2 wgmma, 3 with a loader.
 EXPORT int cores_of(int64_t shared_bytes, int wgmma, int64_t D) {
     int found = 0;
     with_nearest_screen(SearchInputs<float>{{1, 1, 1, D, false}, {}, {}, {}}, {}, {},
-                        Abilities{size_t(shared_bytes), wgmma != 0, 1}, [&]<class Kernel>(const Kernel&) {
-                            found = Kernel::Cores::kWarpgroups ? 2 : 1;
+                        Abilities{size_t(shared_bytes), Wgmma(wgmma), 1}, [&]<class Kernel>(const Kernel&) {
+                            found = Kernel::Cores::kWarpgroups ? 2 + Kernel::Cores::kLoader : 1;
                         });
     return found;
 }
@@ -48,7 +48,7 @@ EXPORT int tensor_core_products(int descending, int64_t shared_bytes, int wgmma,
     const Emulator device = {descending != 0, adder};
     std::vector<double> memory(Packed::bytes(K, D) / 8, NAN);
     return multiply(device, ProductsInputs{N, K, D, x, codes, products, {}}, memory.data(),
-                    Abilities{size_t(shared_bytes), wgmma != 0, 1});
+                    Abilities{size_t(shared_bytes), Wgmma(wgmma), 1});
 }
 
 // The rows of a block and their bounds, as Screen has them: float16 of X in units of `unit`.
@@ -107,10 +107,10 @@ EXPORT void bounds(int adder, int64_t N, int64_t K, int64_t D, const Rows* x, co
             for (int64_t i = 0; i < width; i++) code[i] = real(Float16{packed.codes[Packed::place(k, i, width)]});
             for (int64_t i = 0; i < width; i += adder)
                 product = cores.add_truncated(product, &stored[n * width + i], &code[i]);
-            const float units = unit[n] * tile.unit[c];
-            const float low = lower_bound(product, units, tile.start[c], tile.radius[c], row[n].radius);
+            const float score = score_of(product, unit[n] * tile.unit, tile.start[c]);
+            const float low = lower_bound(score, tile.radius[c], row[n]);
             lower[n * K + k] = low;
-            upper[n * K + k] = tile.upper(c, low, row[n]);
+            upper[n * K + k] = upper_bound(low, tile.start[c], slack_of_start(D), tile.radius[c], row[n]);
             long double t = 0, norm = 0;
             const int64_t place = codebook->offset(0, k);
             for (int64_t i = 0; i < D; i++)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../../csrc/cuda/block.h"
+#include "emulated_roles.h"
 
 namespace vqops::cuda {
 
@@ -26,6 +27,9 @@ struct EmulatedBlock {
     };
     std::vector<std::vector<Copy>> copies = {{}};
     std::vector<std::function<void()>> products = {};
+    // Of a block with a loader: these threads are meant, of a group or of all workers.
+    int begin = 0, end = threads;
+    Roles* roles = nullptr;
 
     template <class T>
     struct Registers {
@@ -40,8 +44,8 @@ struct EmulatedBlock {
 
     template <class F>
     void for_threads_sync(F f) const {
-        for (int i = 0; i < threads; i++) {
-            const int t = descending ? threads - 1 - i : i;
+        for (int i = 0; i < end - begin; i++) {
+            const int t = descending ? end - 1 - i : begin + i;
             if (!idle[t / 32]) f(t);
         }
     }
@@ -60,11 +64,58 @@ struct EmulatedBlock {
     void if_any_in_warp(const Registers<int32_t>& wanted, F f) {
         const std::vector<bool> before = idle;
         idle.assign(idle.size(), true);
-        for (int t = 0; t < threads; t++)
+        for (int t = begin; t < end; t++)
             if (wanted.values[t] && !before[t / 32]) idle[t / 32] = false;
         f();
         idle = before;
     }
+
+    bool any_in_block(const Registers<int32_t>& wanted) const {
+        bool any = false;
+        for (const int32_t value : wanted.values) any = any || value;
+        return roles ? roles->any_of_all(any) : any;
+    }
+
+    // The loader's.
+    bool any_in_block() const { return roles->any_of_all(false); }
+    bool is_loader() const { return true; }
+
+    // A copy lands, in a descending block, when nobody can go on without it.
+    template <int n, class Load, class Work>
+    void with_loader(Load load, Work work) {
+        Roles together(descending);
+        EmulatedBlock workers = *this, loader = *this;
+        workers.roles = loader.roles = &together;
+        loader.begin = loader.end = 0;
+        together.add([&] { load(loader); });
+        together.add([&] { work(workers); });
+        together.run();
+    }
+
+    template <class F>
+    void each_group(F f) {
+        std::vector<EmulatedBlock> groups((end - begin) / 128, *this);
+        std::vector<std::function<void()>> bodies;
+        for (size_t g = 0; g < groups.size(); g++) {
+            groups[g].begin = begin + int(g) * 128, groups[g].end = groups[g].begin + 128;
+            bodies.push_back([&f, &group = groups[g]] { f(group); });
+        }
+        roles->run_beside(bodies);
+    }
+
+    int group() const { return begin / 128; }
+    void barrier_start(Barrier& barrier, int arrivals) const { EmulatedBarrier::start(barrier, arrivals); }
+    void barriers_started() const {}
+    void barrier_wait(Barrier& barrier, int phase) const {
+        roles->wait([&] { return EmulatedBarrier::is_over(barrier, phase); });
+    }
+    void barrier_arrive(Barrier& barrier) const { EmulatedBarrier::arrive(barrier, (end - begin) / 32, 0); }
+    void expect_bytes(Barrier& barrier, int bytes) const { EmulatedBarrier::arrive(barrier, 1, bytes); }
+    void bulk_copy(void* to, const void* from, int bytes, Barrier& barrier) const {
+        roles->copy(to, from, bytes, barrier);
+    }
+    void take_turn() const { roles->take_turn(group()); }
+    void give_turn() const { roles->give_turn(1 - group()); }
 
     void cp_async(void* to, const void* from) {
         memset(to, 0xff, 16);
@@ -97,10 +148,10 @@ struct EmulatedBlock {
     void wgmma_start(Registers<Accumulators<rows, 16>>& c, RowsOf a, const uint16_t* b, bool accumulate) {
         const auto address = [&](const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - shared); };
         std::vector<uint32_t> places;
-        for (int t = 0; t < threads; t += 128)
+        for (int t = begin; t < end; t += 128)
             for (int i = 0; i < rows; i++) places.push_back(address(a(t, i)));
         const uint64_t codes = matrix_descriptor(address(b));
-        const auto product = [this, &c, places, codes, accumulate] {
+        const auto product = [this, first = begin, &c, places, codes, accumulate] {
             for (size_t p = 0; p < places.size(); p++)
                 for (int step = 0; step < 4; step++) {
                     const uint64_t lefts = matrix_descriptor(places[p]) + step * kDescriptorStep;
@@ -108,7 +159,7 @@ struct EmulatedBlock {
                     for (int r = 0; r < 64; r++) take_row(lefts, r, left[r]);
                     for (int r = 0; r < 128; r++) take_row(codes + step * kDescriptorStep, r, right[r]);
                     for (int t = 0; t < 128; t++) {
-                        auto& v = c.values[p / rows * 128 + t].v[p % rows];
+                        auto& v = c.values[first + p / rows * 128 + t].v[p % rows];
                         for (int j = 0; j < 16; j++)
                             for (int e = 0; e < 4; e++) {
                                 const double* const x = left[t / 32 * 16 + t % 32 / 4 + 8 * (e / 2)];
@@ -141,7 +192,7 @@ struct EmulatedBlock {
     void shuffle_reduce(Registers<T>& r, F f) const {
         for (int offset = L / 2; offset > 0; offset /= 2) {
             const std::vector<T> old = r.values;
-            for (int t = 0; t < threads; t++) r.values[t] = f(old[t], old[t ^ offset]);
+            for (int t = begin; t < end; t++) r.values[t] = f(old[t], old[t ^ offset]);
         }
     }
 
@@ -149,7 +200,7 @@ struct EmulatedBlock {
     void shuffle_reduce(Registers<Many<T, n>>& r, F f) const {
         for (int offset = L / 2; offset > 0; offset /= 2) {
             const std::vector<Many<T, n>> old = r.values;
-            for (int t = 0; t < threads; t++)
+            for (int t = begin; t < end; t++)
                 for (int i = 0; i < n; i++) r.values[t].v[i] = f(old[t].v[i], old[t ^ offset].v[i]);
         }
     }
@@ -158,7 +209,7 @@ struct EmulatedBlock {
     void mma_m16n8k16(Registers<Accumulators<rows, codes>>& c, const Registers<FragmentA<rows>>& a,
                       const Registers<FragmentB<codes>>& b) const {
         const auto half = [](uint32_t word, int place) { return double(real(Float16{uint16_t(word >> 16 * place)})); };
-        for (int warp = 0; warp < threads; warp += 32)
+        for (int warp = begin; warp < end; warp += 32)
             for (int i = 0; i < rows; i++)
                 for (int j = 0; j < codes; j++) {
                     double left[16][16], right[8][16];

@@ -87,8 +87,8 @@ struct Packed {
     }
 
     // Whether the nearest code of a row is among those that are not left out. norm: |X|.
-    VQOPS_HOST_DEVICE bool reaches(double norm) const {
-        return *far == kNoneFar || (*far == kSomeFar && kTwice * norm + *closest < kReach);
+    VQOPS_HOST_DEVICE bool reaches(float norm) const {
+        return *far == kNoneFar || (*far == kSomeFar && float(kTwice) * norm + *closest < float(kReach));
     }
 
     VQOPS_HOST_DEVICE static int64_t place(int64_t k, int64_t i, int64_t width) {

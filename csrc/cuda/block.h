@@ -13,6 +13,7 @@
 //                              them; L = 8: distance.h's tree. shuffle_reduce<L>(r, f): with any function of two
 //     cp_async                 16 bytes from global to shared memory, in a step; cp_async_commit() ends a group,
 //                              cp_async_wait_sync<n>() waits for all groups but the last n, then __syncthreads()
+//     ldmatrix                 four matrices of 8 x 8 float16 per warp, by the addresses of its lanes
 //     mma_m16n8k16             mma.sync of each warp, by tiles of rows and codes
 //     wgmma_start, wgmma_wait<n>
 //                              wgmma of 64 x 128 x 64 per warpgroup and row tile, from shared memory; all but the last
@@ -51,7 +52,7 @@ using Floats = Many<float, n>;
 // A thread's fragments of mma.m16n8k16, A of rows and B of codes. With g = lane / 4 and t = lane mod 4, two float16 per
 // word, the lower one first (PTX manual, "Matrix Fragments for mma.m16n8k16"):
 //     FragmentA     rows g, g + 8, g, g + 8 at depths 2t, 2t, 2t + 8, 2t + 8
-//     FragmentB     code g at depths 2t, 2t + 8
+//     FragmentB     code g at depths 2t, 2t + 8 of a tile, and at the same of the next
 //     Accumulators  row g at codes 2t and 2t + 1, row g + 8 at the same
 template <int tiles>
 struct FragmentA {
@@ -59,7 +60,7 @@ struct FragmentA {
 };
 template <int tiles>
 struct FragmentB {
-    uint32_t v[tiles][2];
+    uint32_t v[tiles / 2][4];
 };
 template <int rows, int codes>
 struct Accumulators {
@@ -213,22 +214,43 @@ struct BlockOf {
 #endif
     }
 
-    // c[row_tile][code_tile] += a[row_tile] b[code_tile]^T, all in float16 but the sum.
+    // words(thread)[m]: a thread's two elements of matrix m, as fragments have them. place(lane 8 m + r): row r of it.
+    template <class PlaceOf, class WordsOf>
+    VQOPS_HOST_DEVICE void ldmatrix(PlaceOf place, WordsOf words) const {
+#ifdef __CUDA_ARCH__
+        uint32_t* const w = words(int(threadIdx.x));
+        const uint32_t row = uint32_t(__cvta_generic_to_shared(place(int(threadIdx.x))));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                     : "r"(row));
+#endif
+    }
+
+    // c[row_tile][code_tile] = or += a[row_tile] b[code_tile]^T, all in float16 but the sum.
     template <int rows, int codes>
     VQOPS_HOST_DEVICE void mma_m16n8k16(Registers<Accumulators<rows, codes>>& c, Registers<FragmentA<rows>>& a,
-                                        Registers<FragmentB<codes>>& b) const {
+                                        Registers<FragmentB<codes>>& b, bool accumulate) const {
 #ifdef __CUDA_ARCH__
+        const auto each = [&](auto multiply) {
 #pragma unroll
-        for (int i = 0; i < rows; i++)
+            for (int i = 0; i < rows; i++)
 #pragma unroll
-            for (int j = 0; j < codes; j++) {
-                float* const d = c.value.v[i][j];
-                const uint32_t *const x = a.value.v[i], *const y = b.value.v[j];
+                for (int j = 0; j < codes; j++) multiply(c.value.v[i][j], a.value.v[i], b.value.v[j / 2] + j % 2 * 2);
+        };
+        if (accumulate)
+            each([](float* d, const uint32_t* x, const uint32_t* y) {
                 asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                     "{%0, %1, %2, %3};"
                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                     : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
-            }
+            });
+        else
+            each([](float* d, const uint32_t* x, const uint32_t* y) {
+                asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                    "{%10, %10, %10, %10};"
+                    : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                    : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]), "f"(0.0f));
+            });
 #endif
     }
 

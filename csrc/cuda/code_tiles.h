@@ -1,7 +1,7 @@
 // The codes of a head on their way through shared memory and the tensor cores, and their products with a block's rows.
 //
-// A stage is 64 or 128 codes by 64 dimensions, 256 or 128 codes where a code has 16 or 32. Stages are copied ahead of
-// the products, by cp.async; one barrier per stage. Bytes: the packed codes once per block, from L2.
+// A stage is 64 or 128 codes by 64 dimensions, 128 codes where a code has 16 or 32. Stages are copied ahead of the
+// products, by cp.async; one barrier per stage. Bytes: the packed codes once per block, from L2.
 #pragma once
 
 #include "codebook.h"
@@ -12,9 +12,11 @@ namespace vqops::cuda {
 template <class Cores, int kPiece>
 struct CodeTiles {
     static constexpr int kThreads = Cores::kThreads, kRowTiles = Cores::kRowTiles, kCodeTiles = Cores::kCodes / 8;
-    static constexpr int kTiles = Cores::kWarpgroups ? 1 : 64 / kPiece;  // products of a stage, one after the other
-    static constexpr int kStored = kTiles * Cores::kCodes / kTile;       // tiles of a stage, as they are stored
+    static constexpr int kTiles = kPiece < 64 ? 2 : 1;              // products of a stage, one after the other
+    static constexpr int kStored = kTiles * Cores::kCodes / kTile;  // tiles of a stage, as they are stored
     static constexpr int kInFlight = Cores::kStages - Cores::kLag;
+    // Blocks of an SM that registers shall suffice for. Where codes are short, shared memory does.
+    static constexpr int kBlocksAtOnce = kPiece < 64 ? 3 : 1;
     static_assert(!Cores::kWarpgroups || kPiece == 64);
 
     struct alignas(1024) Stage {  // wgmma counts its swizzle from multiples of 1024
@@ -39,7 +41,7 @@ struct CodeTiles {
     // use(block, first, constants, products) for the products of all rows with Cores::kCodes codes from `first`.
     template <class Block, class Use>
     VQOPS_HOST_DEVICE void each(Block& block, Stage* stages, const uint16_t* x, Use use) const {
-        const int pieces = int(width / kPiece);
+        const int pieces = kPiece < 64 ? 1 : int(width / kPiece);
         const auto [begin, count] = range();
         Next next = {0, 0, 0, packed.codes + begin * kStored * kTile * width, packed.constants + begin * kStored};
         for (int step = 0; step < kInFlight; step++) fetch(block, stages, next, count * pieces, pieces);
@@ -84,33 +86,53 @@ private:
         }
     }
 
+    // A thread's place for ldmatrix in a piece of rows and of codes. A multiple of 8 rows on, the swizzle is the same;
+    // another depth changes bits that it leaves alone.
+    struct Places {
+        int rows, codes;
+    };
+
     template <class Block, class Use>
     VQOPS_HOST_DEVICE void by_warps(Block& block, Stage* stages, const uint16_t* x, Next& next, int begin, int count,
                                     int pieces, Use& use) const {
         auto products = block.template registers<Products>();
         auto a = block.template registers<FragmentA<kRowTiles>>();
         auto b = block.template registers<FragmentB<kCodeTiles>>();
-        for (int step = 0, piece = 0, tile = begin * kTiles; step < count * pieces; step++) {
-            block.template cp_async_wait_sync<kInFlight - 1, false>();
-            const Stage& stage = stages[step % Cores::kStages];
-            const bool last = piece == pieces - 1;
-            const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
-            fetch(block, stages, next, count * pieces, pieces);
-            for (int i = 0; i < kTiles && tile + i < tiles(); i++) {
-                if (piece == 0) block.for_threads([&](int t) { products[t] = {}; });
-                for (int depth = 0; depth < kPiece; depth += 16) {
-                    block.for_threads([&](int t) {
-                        if (kPiece > 16 || (step == 0 && i == 0))  // else they stay in registers
-                            load_a(rows, t, depth, a[t]);
-                        load_b(stage.codes + i * kTile * kPiece, t, depth, b[t]);
-                    });
-                    block.mma_m16n8k16(products, a, b);
+        auto places = block.template registers<Places>();
+        block.for_threads([&](int t) {
+            const int lane = t % 32;
+            places[t].rows = swizzled(Cores::row_of(t, 0) + lane % 16, lane / 16 * 8, kPiece);
+            places[t].codes = swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8, kPiece);
+        });
+        const auto load_rows = [&](const uint16_t* rows, int depth) {
+            VQOPS_UNROLL(2)
+            for (int i = 0; i < kRowTiles; i++)
+                block.ldmatrix([&](int t) { return rows + (places[t].rows ^ depth) + i * 16 * kPiece; },
+                               [&](int t) { return a[t].v[i]; });
+        };
+        const auto load_codes = [&](const uint16_t* codes, int depth) {
+            VQOPS_UNROLL(4)
+            for (int j = 0; j < kCodeTiles / 2; j++)
+                block.ldmatrix([&](int t) { return codes + (places[t].codes ^ depth) + j * 16 * kPiece; },
+                               [&](int t) { return b[t].v[j]; });
+        };
+        for (int tile = begin * kTiles, group = 0; group < count; group++, tile += kTiles)
+            for (int piece = 0; piece < pieces; piece++) {
+                block.template cp_async_wait_sync<kInFlight - 1, false>();
+                static_assert(Cores::kLag == 1);
+                const Stage& stage = stages[next.slot == Cores::kStages - 1 ? 0 : next.slot + 1];  // all others are ahead
+                fetch(block, stages, next, count * pieces, pieces);
+                for (int i = 0; i < kTiles && tile + i < tiles(); i++) {
+                    VQOPS_UNROLL(4)
+                    for (int depth = 0; depth < kPiece; depth += 16) {
+                        load_rows(x + piece * Cores::kRows * kPiece, depth);
+                        load_codes(stage.codes + i * kTile * kPiece, depth);
+                        block.mma_m16n8k16(products, a, b, piece > 0 || depth > 0);
+                    }
+                    if (piece == pieces - 1)
+                        use(block, (tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
                 }
-                if (last) use(block, (tile + i) * Cores::kCodes, stage.constants + i * Cores::kCodes / kTile, products);
             }
-            piece = last ? 0 : piece + 1;
-            if (last) tile += kTiles;
-        }
     }
 
     template <class Block>
@@ -118,51 +140,26 @@ private:
         if (next.step < steps) {
             Stage& stage = stages[next.slot];
             const bool last = next.piece == pieces - 1;
-            // A stage of several products may have tiles behind the last one.
-            const int64_t stored = packed.constants + round_up(K, kWholeTiles) / kTile - next.constants;
-            const int tiles = kStored > 2 && stored < kStored ? int(stored) : kStored;
             const uint16_t* const piece = next.codes + next.piece * kWords * 8;
             block.for_threads([&](int t) {
                 VQOPS_UNROLL(16)
                 for (int i = 0; i < kStored * kWords; i += kThreads) {
                     const int word = i + t, tile = word / kWords;
-                    if (kStored <= 2 || tile < tiles)
-                        block.cp_async(stage.codes + word * 8, piece + (tile * (pieces - 1) * kWords + word) * 8);
+                    block.cp_async(stage.codes + word * 8, piece + (tile * (pieces - 1) * kWords + word) * 8);
                 }
                 for (int i = 0; i < kStored * kConstants && last; i += kThreads) {
                     const int word = i + t;
                     char* const to = reinterpret_cast<char*>(stage.constants);
                     const char* const from = reinterpret_cast<const char*>(next.constants);
-                    if (word < tiles * kConstants) block.cp_async(to + word * 16, from + word * 16);
+                    if (word < kStored * kConstants) block.cp_async(to + word * 16, from + word * 16);
                 }
             });
             next.step++;
-            next.slot = next.slot == Cores::kStages - 1 ? 0 : next.slot + 1;
             next.piece = last ? 0 : next.piece + 1;
             if (last) next.codes += kStored * kTile * width, next.constants += kStored;
         }
+        next.slot = next.slot == Cores::kStages - 1 ? 0 : next.slot + 1;
         block.cp_async_commit();
-    }
-
-    static VQOPS_HOST_DEVICE uint32_t two(const uint16_t* place) { return *reinterpret_cast<const uint32_t*>(place); }
-
-    static VQOPS_HOST_DEVICE void load_a(const uint16_t* x, int t, int depth, FragmentA<kRowTiles>& a) {
-        const int g = t % 32 / 4, d = depth + t % 4 * 2;
-        VQOPS_UNROLL(2)
-        for (int i = 0; i < kRowTiles; i++) {
-            const int r = Cores::row_of(t, i) + g;
-            a.v[i][0] = two(x + swizzled(r, d, kPiece)), a.v[i][1] = two(x + swizzled(r + 8, d, kPiece));
-            a.v[i][2] = two(x + swizzled(r, d + 8, kPiece)), a.v[i][3] = two(x + swizzled(r + 8, d + 8, kPiece));
-        }
-    }
-
-    static VQOPS_HOST_DEVICE void load_b(const uint16_t* codes, int t, int depth, FragmentB<kCodeTiles>& b) {
-        const int g = t % 32 / 4, d = depth + t % 4 * 2;
-        VQOPS_UNROLL(8)
-        for (int j = 0; j < kCodeTiles; j++) {
-            b.v[j][0] = two(codes + swizzled(j * 8 + g, d, kPiece));
-            b.v[j][1] = two(codes + swizzled(j * 8 + g, d + 8, kPiece));
-        }
     }
 };
 

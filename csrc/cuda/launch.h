@@ -19,7 +19,10 @@ constexpr bool kNeedsWgmma = requires { requires Kernel::Cores::kWarpgroups; };
 
 // Blocks of an SM that registers must suffice for; 0: the compiler's choice, which spills where many seem to fit.
 template <class Kernel>
-constexpr int kBlocksAtOnce = requires { requires Kernel::kAllRegisters; } ? 1 : 0;
+constexpr int blocks_at_once() {
+    if constexpr (requires { Kernel::Codes::kBlocksAtOnce; }) return Kernel::Codes::kBlocksAtOnce;
+    return requires { requires Kernel::kAllRegisters; } ? 1 : 0;
+}
 
 // With a loader there are more threads than work.
 template <class Kernel>
@@ -29,7 +32,8 @@ constexpr int kLaunched = [] {
 }();
 
 template <class Kernel>
-__global__ void __launch_bounds__(kLaunched<Kernel>, kBlocksAtOnce<Kernel>) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(kLaunched<Kernel>, blocks_at_once<Kernel>())
+    run(const __grid_constant__ Kernel kernel) {
     if constexpr (kHasWgmma || !kNeedsWgmma<Kernel>) {  // the others are never launched here
         extern __shared__ __align__(1024) unsigned char memory[];
         DeviceBlock block = {int64_t(blockIdx.x)};

@@ -205,9 +205,25 @@ struct EmulatedBlock {
         }
     }
 
+    // As the PTX manual has it: lane 8 m + r gives the place of row r of matrix m, a multiple of 16; lane 4 r + w takes
+    // elements 2 w and 2 w + 1 of row r.
+    template <class PlaceOf, class WordsOf>
+    void ldmatrix(PlaceOf place, WordsOf words) const {
+        for (int warp = begin; warp < end; warp += 32) {
+            uint16_t given[32][8];
+            for (int lane = 0; lane < 32; lane++) {
+                const void* const row = place(warp + lane);
+                if (reinterpret_cast<uintptr_t>(row) % 16 == 0) memcpy(given[lane], row, 16);
+                else memset(given[lane], 0xff, 16);
+            }
+            for (int lane = 0; lane < 32; lane++)
+                for (int m = 0; m < 4; m++) memcpy(words(warp + lane) + m, given[8 * m + lane / 4] + lane % 4 * 2, 4);
+        }
+    }
+
     template <int rows, int codes>
     void mma_m16n8k16(Registers<Accumulators<rows, codes>>& c, const Registers<FragmentA<rows>>& a,
-                      const Registers<FragmentB<codes>>& b) const {
+                      const Registers<FragmentB<codes>>& b, bool accumulate) const {
         const auto half = [](uint32_t word, int place) { return double(real(Float16{uint16_t(word >> 16 * place)})); };
         for (int warp = begin; warp < end; warp += 32)
             for (int i = 0; i < rows; i++)
@@ -216,7 +232,7 @@ struct EmulatedBlock {
                     for (int lane = 0; lane < 32; lane++)
                         for (int place = 0; place < 2; place++) {
                             const int g = lane / 4, t = 2 * (lane % 4) + place;
-                            const uint32_t *x = a.values[warp + lane].v[i], *y = b.values[warp + lane].v[j];
+                            const uint32_t *x = a.values[warp + lane].v[i], *y = b.values[warp + lane].v[j / 2] + j % 2 * 2;
                             left[g][t] = half(x[0], place), left[g + 8][t] = half(x[1], place);
                             left[g][t + 8] = half(x[2], place), left[g + 8][t + 8] = half(x[3], place);
                             right[g][t] = half(y[0], place), right[g][t + 8] = half(y[1], place);
@@ -225,6 +241,7 @@ struct EmulatedBlock {
                         for (int e = 0; e < 4; e++) {
                             float& sum = c.values[warp + lane].v[i][j][e];
                             const double *x = left[lane / 4 + 8 * (e / 2)], *y = right[2 * (lane % 4) + e % 2];
+                            if (!accumulate) sum = 0;
                             for (int d = 0; d < 16; d += adder) sum = add_truncated(sum, x + d, y + d);
                         }
                 }

@@ -17,6 +17,8 @@
 //                              wgmma of 64 x 128 x 64 per warpgroup and row tile, from shared memory; all but the last
 //                              n are done
 //     atomic_add, atomic_min, atomic_max
+//     last_to_arrive(p, n)     whether this block is the last of n to come here, by a counter that starts at 0: it sees
+//                              what the others wrote to global memory before
 // Shared memory that another thread reads or writes in the same step must not be touched.
 #pragma once
 
@@ -216,6 +218,21 @@ struct DeviceBlock {
     VQOPS_HOST_DEVICE void atomic_max(int32_t* place, int32_t value) const {
 #ifdef __CUDA_ARCH__
         atomicMax(place, value);
+#endif
+    }
+
+    VQOPS_HOST_DEVICE bool last_to_arrive(int32_t* arrived, int32_t blocks) const {
+#ifdef __CUDA_ARCH__
+        __syncthreads();
+        bool last = false;
+        if (threadIdx.x == 0) {
+            __threadfence();
+            last = atomicAdd(arrived, 1) == blocks - 1;
+            __threadfence();
+        }
+        return __syncthreads_or(last);
+#else
+        return false;
 #endif
     }
 };

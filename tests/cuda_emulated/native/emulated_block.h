@@ -132,6 +132,9 @@ struct EmulatedBlock {
         }
     }
 
+    // A step of the block and not of its threads. Blocks run one after another.
+    bool last_to_arrive(int32_t* arrived, int32_t blocks) const { return ++*arrived == blocks; }
+
     template <int L, class T>
     void shuffle_sum(Registers<T>& r) const {
         shuffle_reduce<L>(r, [](auto a, auto b) { return a + b; });

@@ -10,6 +10,7 @@
 //     registers<T>()           one T per thread, that lives across steps: r[thread]
 //     shuffle_sum<L>(r)        the sum over groups of L neighbours by __shfl_xor_sync, a fixed tree, given to each of
 //                              them; L = 8: distance.h's tree. shuffle_reduce<L>(r, f): with any function of two
+//     shuffle_sum_each(r, s)   the same for r of L values, of which each of the neighbours is given one: s
 //     cp_async                 16 bytes from global to shared memory, in a step; cp_async_commit() ends a group,
 //                              cp_async_wait_sync<n>() waits for all groups but the last n, then __syncthreads()
 //     mma_m16n8k16             mma.sync of each warp, by tiles of rows and codes
@@ -110,6 +111,23 @@ struct DeviceBlock {
 #pragma unroll
             for (int offset = L / 2; offset > 0; offset /= 2)
                 r.value.v[i] = f(r.value.v[i], __shfl_xor_sync(0xffffffff, r.value.v[i], offset));
+#endif
+    }
+
+    // At each step a thread gives away the half of its sums that others of its group are to have.
+    template <class T, int L>
+    VQOPS_HOST_DEVICE void shuffle_sum_each(Registers<Many<T, L>>& r, Registers<T>& sum) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+        for (int offset = L / 2; offset > 0; offset /= 2)
+#pragma unroll
+            for (int i = 0; i < offset; i++) {
+                T &low = r.value.v[i], &high = r.value.v[i + offset];
+                const bool upper = threadIdx.x & offset;
+                const T given = upper ? low : high, kept = upper ? high : low;
+                low = kept + __shfl_xor_sync(0xffffffff, given, offset);
+            }
+        sum.value = r.value.v[0];
 #endif
     }
 

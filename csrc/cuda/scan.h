@@ -87,37 +87,44 @@ private:
     VQOPS_HOST_DEVICE void find_next(Block& block, Shared& shared, int64_t h, int64_t place, int64_t begin,
                                      int64_t end) const {
         auto best = block.template registers<Best>();
-        auto sums = block.template registers<Doubles<kRows + 2>>();  // rows, 0 * c, c.c
-        block.for_threads([&](int t) { best[t] = {0, -1}; });
+        auto of_code = block.template registers<Doubles<2>>();  // 0 * c, c.c
+        auto of_rows = block.template registers<Doubles<kRows>>();
+        auto sum = block.template registers<double>();  // lane r of the code's eight threads has row r's
+        auto x = block.template registers<Many<const T*, kRows>>();  // another row where there is none
+        block.for_threads([&](int t) {
+            best[t] = {0, -1};
+            VQOPS_UNROLL(8)
+            for (int r = 0; r < kRows; r++) x[t].v[r] = in.x.data + (shared.offset[r] < 0 ? 0 : shared.offset[r]);
+        });
         for (int64_t base = begin; base < end; base += kGroups) {
             block.for_threads([&](int t) {
                 const int64_t k = base + t / kLanes;
-                double* const v = sums[t].v;
-                VQOPS_UNROLL(10)
-                for (int r = 0; r < kRows + 2; r++) v[r] = 0;
-                if (k >= end) return;
-                const int64_t code = in.codebook.offset(h, k);
-                for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
-                    const double c = in.codebook.at(code, i);
-                    v[kRows] += 0 * c;
-                    if (in.cosine) v[kRows + 1] = add_product(v[kRows + 1], c, c);
-                    VQOPS_UNROLL(8)
-                    for (int r = 0; r < kRows; r++) {
-                        const double a = shared.offset[r] < 0 ? 0.0 : double(in.x.at(shared.offset[r], i));
-                        v[r] = in.cosine ? add_product(v[r], a, c) : add_square(v[r], a, c);
-                    }
-                }
+                double zero = 0, square = 0;
+                Doubles<kRows> rows = {};
+                if (k < end)
+                    in.codebook.with_type([&](const auto* codes) {
+                        const auto* const code = codes + in.codebook.offset(h, k);
+                        VQOPS_UNROLL(1)  // more would not fit in the registers of two blocks
+                        for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
+                            const double c = real(code[i * in.codebook.stride]);
+                            zero += 0 * c;
+                            if (in.cosine) square = add_product(square, c, c);
+                            VQOPS_UNROLL(8)
+                            for (int r = 0; r < kRows; r++) {
+                                const double a = real(x[t].v[r][i * in.x.stride]);
+                                rows.v[r] = in.cosine ? add_product(rows.v[r], a, c) : add_square(rows.v[r], a, c);
+                            }
+                        }
+                    });
+                of_code[t].v[0] = zero, of_code[t].v[1] = square, of_rows[t] = rows;
             });
-            block.template shuffle_sum<kLanes>(sums);
-            block.for_threads([&](int t) {  // lane r of the code's eight threads takes row r
+            block.template shuffle_sum<kLanes>(of_code);
+            block.shuffle_sum_each(of_rows, sum);
+            block.for_threads([&](int t) {
                 const int64_t k = base + t / kLanes;
-                const double* const v = sums[t].v;
-                if (k >= end || v[kRows] != 0) return;
-                double cost = 0;
+                if (k >= end || of_code[t].v[0] != 0) return;
+                const double cost = in.cosine ? cosine_cost(sum[t], of_code[t].v[1]) : sum[t];
                 const int row = t % kLanes;
-                VQOPS_UNROLL(8)
-                for (int r = 0; r < kRows; r++) cost += r == row ? v[r] : 0;  // v[row] would put v in memory
-                if (in.cosine) cost = cosine_cost(cost, v[kRows + 1]);
                 if (place > 0 && !before(shared.cost[row], shared.index[row], cost, k)) return;
                 if (before(cost, k, best[t].cost, best[t].index)) best[t] = {cost, int32_t(k)};
             });

@@ -148,6 +148,12 @@ struct EmulatedBlock {
         }
     }
 
+    template <class T, int L>
+    void shuffle_sum_each(Registers<Many<T, L>>& r, Registers<T>& sum) const {
+        shuffle_sum<L>(r);
+        for (int t = 0; t < threads; t++) sum.values[t] = r.values[t].v[t % L];
+    }
+
     template <int L, class T, int n, class F>
     void shuffle_reduce(Registers<Many<T, n>>& r, F f) const {
         for (int offset = L / 2; offset > 0; offset /= 2) {

@@ -27,8 +27,8 @@ public:
         : Stream(current_stream(on.get_device_index()), on.get_device_index()),
           guard_(on.get_device_index()),
           on_(on) {
-        // The runtime is linked statically, and may hold another device for current than torch's runtime, which the
-        // guard speaks to. Nothing is set back: this one's is what the next Gpu finds, the thread's context the guard's.
+        // This runtime is linked statically, and may hold another device for current than torch's, which the guard tells.
+        // Nothing is set back: the thread's context is the guard's matter, and the next Gpu looks again.
         int current = -1;
         check(cudaGetDevice(&current), "vqops");
         if (current != on.get_device_index()) check(cudaSetDevice(on.get_device_index()), "vqops");

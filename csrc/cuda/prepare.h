@@ -14,8 +14,8 @@ struct Counters {
 // What the other kernels start from, by three kinds of blocks side by side:
 //   centre  16 dimensions: in each the median of a sample of 32 codes, which no single code can move
 //   header  a head: the first values of what is raised, lowered or counted; and the scale, a power of two that brings
-//           the typical distance from the centre to [1, 2). That is taken from pairs of sampled codes, which are sqrt(2)
-//           farther from each other: the median of 32, of which no single code has more than two
+//           the typical distance from the centre to [1, 2). That is the median of 32 distances between sampled codes,
+//           by sqrt(2) since two codes are that much farther apart; no single code has more than two of the 32
 //   marks   4096 of a head: no code has been there
 // Bytes: 16 dimensions of each sampled code, for cosine all of them, for its length; the marks written.
 struct Survey {

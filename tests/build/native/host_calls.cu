@@ -1,9 +1,10 @@
-// What the host asks of the CUDA runtime in a search (stand_in.cpp), one line a case: name, kernels, fills; kernels whose
-// attributes are set in the first call on a GPU, in the next one, and on another GPU. With an argument, the nanoseconds
-// of a call: median, of a runtime that takes no time.
+// What the host asks of the CUDA runtime in a search (stand_in.cpp), one line a case: name, kernels, fills; kernels
+// whose attributes are set in the first call on a GPU, in the next one, and on another GPU. With an argument, the
+// nanoseconds of a call: median, of a runtime that takes no time.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <vector>
 
 #include "../../../csrc/cuda/launch.h"
 #include "../../../csrc/cuda/search.h"
@@ -51,7 +52,8 @@ int main(int count, char**) {
             for (int i = 0; i < 10001; i++) {
                 const auto start = std::chrono::steady_clock::now();
                 search_once(c, 0);
-                found.push_back(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+                const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - start;
+                found.push_back(taken.count());
             }
             std::nth_element(found.begin(), found.begin() + 5000, found.end());
             std::printf(" %.0f", found[5000]);

@@ -7,8 +7,8 @@
 using namespace vqops;
 using namespace vqops::cuda;
 
-// The number of kernels and fills. shared_bytes, wgmma and multiprocessors as in search.h, 0 bytes to compare everything
-// in float64; adder as in emulated_block.h
+// Gives the number of kernels and fills. shared_bytes, wgmma and multiprocessors as in search.h, 0 bytes to compare
+// everything in float64; adder as in emulated_block.h
 EXPORT int64_t search(int descending, int64_t shared_bytes, int wgmma, int64_t multiprocessors, int adder, int64_t H,
                       int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask,
                       int cosine, int prepared, int64_t* indices, int64_t k, void* distances, DType dtype,

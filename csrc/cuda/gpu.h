@@ -27,7 +27,7 @@ public:
         : Stream(current_stream(on.get_device_index()), on.get_device_index()),
           guard_(on.get_device_index()),
           on_(on) {
-        // This runtime is linked statically, and may take another device for current than torch's, which the guard sets.
+        // This runtime is linked statically, and may take another device for current than torch's, which the guard set.
         // Nothing is set back: the thread's context is the guard's matter, and the next Gpu looks again.
         int current = -1;
         check(cudaGetDevice(&current), "vqops");

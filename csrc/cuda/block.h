@@ -11,6 +11,7 @@
 //     registers<T>()           one T per thread, that lives across steps: r[thread]
 //     shuffle_sum<L>(r)        the sum over groups of L neighbours by __shfl_xor_sync, a fixed tree, given to each of
 //                              them; L = 8: distance.h's tree. shuffle_reduce<L>(r, f): with any function of two
+//     shuffle_sum_each(r, s)   the same for r of L values, of which each of the neighbours is given one: s
 //     cp_async                 16 bytes from global to shared memory, in a step; cp_async_commit() ends a group,
 //                              cp_async_wait_sync<n>() waits for all groups but the last n, then __syncthreads()
 //     ldmatrix                 four matrices of 8 x 8 float16 per warp, by the addresses of its lanes
@@ -19,6 +20,8 @@
 //                              wgmma of 64 x 128 x 64 per warpgroup and row tile, from shared memory; all but the last
 //                              n are done
 //     atomic_add, atomic_min, atomic_max
+//     last_to_arrive(p, n)     whether this block is the last of n to come here, by a counter that starts at 0: it sees
+//                              what the others wrote to global memory before
 // Shared memory that another thread reads or writes in the same step must not be touched.
 //
 // A block may have a loader, one thread beside its workers, which are what is a block above; on sm_90a. They meet at
@@ -134,6 +137,23 @@ struct BlockOf {
 #pragma unroll
             for (int offset = L / 2; offset > 0; offset /= 2)
                 r.value.v[i] = f(r.value.v[i], __shfl_xor_sync(0xffffffff, r.value.v[i], offset));
+#endif
+    }
+
+    // At each step a thread gives away the half of its sums that others of its group are to have.
+    template <class T, int L>
+    VQOPS_HOST_DEVICE void shuffle_sum_each(Registers<Many<T, L>>& r, Registers<T>& sum) const {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+        for (int offset = L / 2; offset > 0; offset /= 2)
+#pragma unroll
+            for (int i = 0; i < offset; i++) {
+                T &low = r.value.v[i], &high = r.value.v[i + offset];
+                const bool upper = threadIdx.x & offset;
+                const T given = upper ? low : high, kept = upper ? high : low;
+                low = kept + __shfl_xor_sync(0xffffffff, given, offset);
+            }
+        sum.value = r.value.v[0];
 #endif
     }
 
@@ -272,6 +292,21 @@ struct BlockOf {
     VQOPS_HOST_DEVICE void atomic_max(int32_t* place, int32_t value) const {
 #ifdef __CUDA_ARCH__
         atomicMax(place, value);
+#endif
+    }
+
+    VQOPS_HOST_DEVICE bool last_to_arrive(int32_t* arrived, int32_t blocks) const {
+#ifdef __CUDA_ARCH__
+        __syncthreads();
+        bool last = false;
+        if (threadIdx.x == 0) {
+            __threadfence();
+            last = atomicAdd(arrived, 1) == blocks - 1;
+            __threadfence();
+        }
+        return __syncthreads_or(last);
+#else
+        return false;
 #endif
     }
 

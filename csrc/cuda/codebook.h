@@ -1,7 +1,6 @@
 // A codebook prepared for the screening pass: centre, scale, and its codes as float16 with what their bounds need.
 //
-//   Centre       a block per 64 dimensions: the median of a sample of 32 codes, which no single code can move
-//   Scale        a block per head: a power of two that brings the sample's median distance from the centre to [1, 2)
+//   Survey       the centre and the scale, from a sample of the codes (prepare.h)
 //   MarkCodes    8 threads per code: the lowest index of each of two hashes, by which repeats are found; the power of
 //                two that all codes of a tile are stored in units of
 //   Pack         32 threads per code: the code centred, scaled, rounded; read two to four times, from cache
@@ -20,9 +19,9 @@ constexpr int kTile = 64;  // codes of a tile as it is stored
 constexpr int kWholeTiles = 128;  // the packed codebook is a multiple of it: two tiles for a product of a warpgroup
 constexpr int kSample = 32;
 constexpr int64_t kMostCodes = 1 << 30;
-constexpr int32_t kUnmarked = 0x7f7f7f7f;  // memset writes it
-constexpr double kMostHalf = 0x1.ffp15;    // float16 has a little more
-constexpr double kMostDivisor = 0x1p511;   // of a code; c.c of the decision may overflow where that of Pack does not
+constexpr int32_t kUnmarked = INT32_MAX;
+constexpr double kMostHalf = 0x1.ffp15;   // float16 has a little more
+constexpr double kMostDivisor = 0x1p511;  // of a code; c.c of the decision may overflow where that of Pack does not
 
 // Dimensions as stored: whole steps of the loop over them, of 64, 32 or 16.
 VQOPS_HOST_DEVICE int64_t padded(int64_t D) { return D > 32 ? round_up(D, 64) : D > 16 ? 32 : 16; }
@@ -110,7 +109,7 @@ struct Preparation {
     bool cosine;
     char* memory;    // [H, stride]
     int64_t stride;  // Packed::bytes(K, D)
-    int32_t* marks;  // [H, 2, slots], kUnmarked
+    int32_t* marks;  // [H, 2, slots]
     int64_t slots;   // a power of two, at least 2 K
 
     VQOPS_HOST_DEVICE Packed head(int64_t h) const {
@@ -134,109 +133,6 @@ constexpr int64_t slots_of(int64_t K) {
     while (slots < 2 * K) slots *= 2;
     return slots;
 }
-
-// The median of the finite ones of `count` values, by their ranks; 0 if there is none.
-template <class At>
-VQOPS_HOST_DEVICE double median(int count, const At& at) {
-    int finite = 0;
-    for (int a = 0; a < count; a++) finite += std::isfinite(at(a)) ? 1 : 0;
-    for (int a = 0; a < count; a++) {
-        if (!std::isfinite(at(a))) continue;
-        int rank = 0;
-        for (int b = 0; b < count; b++) rank += at(b) < at(a) || (at(b) == at(a) && b < a) ? 1 : 0;
-        if (rank == finite / 2) return at(a);
-    }
-    return 0;
-}
-
-struct Centre {
-    static constexpr int kThreads = 256, kColumns = 64;
-    struct Shared {
-        double divisor[kSample];
-        double value[kSample][kColumns];
-    };
-    Preparation in;
-
-    size_t shared_bytes() const { return sizeof(Shared); }
-    VQOPS_HOST_DEVICE uint32_t slices() const { return uint32_t((in.D + kColumns - 1) / kColumns); }
-    int64_t blocks() const { return in.H * slices(); }
-
-    template <class Block>
-    VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        const int64_t h = uint32_t(block.index) / slices(), left = uint32_t(block.index) % slices() * kColumns;
-        const int count = in.sample();
-        auto sums = block.template registers<Doubles<2>>();
-        block.for_threads([&](int t) {  // 8 threads per code
-            sums[t].v[0] = sums[t].v[1] = 0;
-            if (t / 8 >= count) return;
-            const int64_t code = in.codebook.offset(h, in.sampled(t / 8));
-            for (int64_t i = t % 8; i < in.D; i += 8) {
-                const double value = in.codebook.at(code, i);
-                sums[t].v[0] += value * value, sums[t].v[1] += 0 * value;
-            }
-        });
-        block.template shuffle_sum<8>(sums);
-        block.for_threads_sync([&](int t) {
-            if (t % 8 == 0) shared.divisor[t / 8] = in.divisor_of(sums[t].v[0], sums[t].v[1]);
-        });
-        block.for_threads_sync([&](int t) {
-            const int64_t i = left + t % kColumns;
-            for (int s = t / kColumns; s < count; s += kThreads / kColumns)
-                if (i < in.D)
-                    shared.value[s][t % kColumns] =
-                        in.codebook.at(in.codebook.offset(h, in.sampled(s)), i) / shared.divisor[s];
-        });
-        block.for_threads([&](int t) {
-            if (t >= kColumns || left + t >= in.D) return;
-            const float value = float(median(count, [&](int s) { return shared.value[s][t]; }));
-            in.head(h).centre[left + t] = std::isfinite(value) ? value : 0;
-        });
-    }
-};
-
-struct Scale {
-    static constexpr int kThreads = 256;
-    struct Shared {
-        double distance[kSample];
-    };
-    Preparation in;
-
-    size_t shared_bytes() const { return sizeof(Shared); }
-    int64_t blocks() const { return in.H; }
-
-    template <class Block>
-    VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        const Packed packed = in.head(block.index);
-        const int count = in.sample();
-        auto sums = block.template registers<Doubles<2>>();
-        block.for_threads([&](int t) {
-            sums[t].v[0] = sums[t].v[1] = 0;
-            if (t / 8 >= count || in.cosine) return;
-            const int64_t code = in.codebook.offset(block.index, in.sampled(t / 8));
-            for (int64_t i = t % 8; i < in.D; i += 8) {
-                const double e = in.codebook.at(code, i) - packed.centre[i];
-                sums[t].v[0] += e * e;
-            }
-        });
-        block.template shuffle_sum<8>(sums);
-        block.for_threads_sync([&](int t) {
-            const double distance = std::sqrt(sums[t].v[0]);
-            if (t % 8 == 0) shared.distance[t / 8] = distance > 0 ? distance : HUGE_VAL;
-        });
-        block.for_threads([&](int t) {
-            if (t != 0) return;
-            const double typical = median(count, [&](int s) { return shared.distance[s]; });
-            int exponent = typical > 0 ? -exponent_of(typical) : 0;
-            exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-            *packed.scale = float(power_of_two(exponent));
-            *packed.worst = 0, *packed.closest = HUGE_VALF, *packed.first = kUnmarked, *packed.far = kNoneFar;
-        });
-        block.for_threads([&](int t) {  // MarkCodes and Pack raise them
-            for (int64_t tile = t; tile < round_up(in.K, kWholeTiles) / kTile; tile += kThreads)
-                packed.constants[tile].unit = packed.constants[tile].largest = 0;
-        });
-    }
-};
 
 // Two hashes of a code, sums over its elements of both signs of zero alike.
 struct Hash {
@@ -374,7 +270,8 @@ struct Pack {
         const auto unit_of = [&](int t) { return double(packed.constants[code_of(t) / kTile].unit); };
         const auto is_near = [&](int t) {
             const double norm = std::sqrt(found[t].v[2]);
-            return code_of(t) < in.K && divisors[t] < kMostDivisor && norm <= kFarCode && norm <= kMostHalf * unit_of(t);
+            return code_of(t) < in.K && divisors[t] < kMostDivisor && norm <= kFarCode &&
+                   norm <= kMostHalf * unit_of(t);
         };
         block.for_threads([&](int t) {
             const bool near = is_near(t);
@@ -417,14 +314,5 @@ struct Pack {
         });
     }
 };
-
-template <class Device>
-void pack_codebook(const Device& device, const Preparation& in) {
-    device.fill(in.marks, kUnmarked & 0xff, in.H * 2 * in.slots * int64_t(sizeof(int32_t)));
-    device.launch(Centre{in});
-    device.launch(Scale{in});
-    device.launch(MarkCodes{in});
-    device.launch(Pack{in});
-}
 
 }  // namespace vqops::cuda

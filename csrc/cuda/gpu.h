@@ -24,7 +24,15 @@ inline cudaStream_t current_stream(int32_t device) {
 class Gpu : public Stream {
 public:
     explicit Gpu(const Tensor& on)
-        : Stream(current_stream(on.get_device_index())), guard_(on.get_device_index()), on_(on) {}
+        : Stream(current_stream(on.get_device_index()), on.get_device_index()),
+          guard_(on.get_device_index()),
+          on_(on) {
+        // This runtime is linked statically, and may take another device for current than torch's, which the guard set.
+        // Nothing is set back: the thread's context is the guard's matter, and the next Gpu looks again.
+        int current = -1;
+        check(cudaGetDevice(&current), "vqops");
+        if (current != on.get_device_index()) check(cudaSetDevice(on.get_device_index()), "vqops");
+    }
 
     // Workspace that torch takes back when the stream is done with it.
     Tensor allocate(int64_t bytes) const { return torch::stable::new_empty(on_, {bytes}, ScalarType::Byte); }

@@ -5,6 +5,9 @@
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
+#include <vector>
+
 #include "block.h"
 #include "runs.h"
 
@@ -20,6 +23,7 @@ constexpr bool kNeedsWgmma = requires { requires Kernel::Cores::kWarpgroups; };
 // Blocks of an SM that registers must suffice for; 0: the compiler's choice, which spills where many seem to fit.
 template <class Kernel>
 constexpr int blocks_at_once() {
+    if constexpr (requires { Kernel::kBlocksAtOnce; }) return Kernel::kBlocksAtOnce;
     if constexpr (requires { Kernel::Codes::kBlocksAtOnce; }) return Kernel::Codes::kBlocksAtOnce;
     return requires { requires Kernel::kAllRegisters; } ? 1 : 0;
 }
@@ -41,10 +45,36 @@ __global__ void __launch_bounds__(kLaunched<Kernel>, blocks_at_once<Kernel>())
     }
 }
 
-// One of the device that is current. Nothing here waits for it.
+// Limits of a GPU.
+struct Limits {
+    int shared_bytes;  // that a block may have
+    int major, minor, multiprocessors;
+};
+
+// Asked of the driver once in a process: every search needs them.
+inline const Limits& limits_of(int device) {
+    static const std::vector<Limits> all = [] {
+        int devices = 0;
+        check(cudaGetDeviceCount(&devices), "vqops");
+        std::vector<Limits> found(devices);
+        for (int i = 0; i < devices; i++) {
+            const auto ask = [&](int& value, cudaDeviceAttr what) {
+                check(cudaDeviceGetAttribute(&value, what, i), "vqops");
+            };
+            ask(found[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+            ask(found[i].major, cudaDevAttrComputeCapabilityMajor);
+            ask(found[i].minor, cudaDevAttrComputeCapabilityMinor);
+            ask(found[i].multiprocessors, cudaDevAttrMultiProcessorCount);
+        }
+        return found;
+    }();
+    return all.at(size_t(device));
+}
+
+// One of the device, which is current. Nothing here waits for it.
 class Stream {
 public:
-    explicit Stream(cudaStream_t stream) : stream_(stream) {}
+    Stream(cudaStream_t stream, int device) : stream_(stream), device_(device) {}
 
     template <class Kernel>
     void launch(const Kernel& kernel) const {
@@ -52,8 +82,10 @@ public:
         if (blocks == 0) return;
         STD_TORCH_CHECK(blocks <= INT32_MAX, "vqops: the input is too large, it takes ", blocks, " blocks");
         const size_t shared = kernel.shared_bytes();
-        if (shared > 48 * 1024)
-            check(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "vqops");
+        if (shared > kFewShared) {
+            static std::atomic<uint64_t> allowed = 0;
+            allow_shared(reinterpret_cast<const void*>(run<Kernel>), allowed);
+        }
         run<Kernel><<<unsigned(blocks), kLaunched<Kernel>, shared, stream_>>>(kernel);
         check(cudaGetLastError(), "vqops");
     }
@@ -64,7 +96,24 @@ public:
     }
 
 private:
+    static constexpr size_t kFewShared = 16 * 1024;  // several such blocks fit whatever an SM keeps as a cache
+
+    // All the shared memory that there is, of a block and of an SM, which else keeps some as a cache where a second
+    // block would fit. Once for a kernel and device: each of these calls takes the host as long as part of a launch.
+    // `devices`: a bit for each of the first 64.
+    void allow_shared(const void* kernel, std::atomic<uint64_t>& devices) const {
+        const uint64_t own = device_ < 64 ? uint64_t(1) << device_ : 0;
+        if (devices.load(std::memory_order_acquire) & own) return;
+        const auto set = [&](cudaFuncAttribute what, int value) {
+            check(cudaFuncSetAttribute(kernel, what, value), "vqops");
+        };
+        set(cudaFuncAttributeMaxDynamicSharedMemorySize, limits_of(device_).shared_bytes);
+        set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        devices.fetch_or(own, std::memory_order_release);
+    }
+
     cudaStream_t stream_;
+    int device_;
 };
 
 size_t sort_bytes(int64_t rows, int64_t codes);  // sort.cu

@@ -1,8 +1,8 @@
 // The codes of a head on their way through shared memory to two warpgroups that take turns, copied by a loader.
 //
 // A stage is 128 codes by 64 dimensions, as they lie in the packed codebook: two bulk copies, and a third one of the
-// constants behind the last dimensions. The loader fills a stage as soon as all warps have left it; one group multiplies
-// a tile while the other one compares its own. No barrier of all threads. Bytes: as in code_tiles.h.
+// constants behind the last dimensions. The loader fills a stage as soon as all warps have left it; one group
+// multiplies a tile while the other one compares its own. No barrier of all threads. Bytes: as in code_tiles.h.
 #pragma once
 
 #include "code_tiles.h"

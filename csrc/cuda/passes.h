@@ -21,10 +21,10 @@ bool screen_topk(const Device& device, const SearchInputs<T>& in, const SearchOu
 }
 
 template <class Device, class T>
-void scan(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, bool everything) {
-    const Scan<T> rows = {in, out, everything};
-    device.launch(rows);
-    device.launch(MergeParts<T>{rows});
+void scan(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, bool everything,
+          int64_t multiprocessors) {
+    const int64_t at_once = multiprocessors * Scan<T>::kBlocksAtOnce;
+    device.launch(Scan<T>{in, out, everything, (at_once + in.H - 1) / in.H});
 }
 
 }  // namespace vqops::cuda

@@ -1,9 +1,9 @@
 // The rows of a block on their way to the tensor cores: centred, scaled, rounded to float16, with what bounds them.
 //
-// A row's threads have 8 neighbouring dimensions of each piece: 16 bytes in shared memory, and in global memory too, or a
-// multiple, where rows begin at multiples of 16 bytes. A thread has 8 such words at a time, of as many rows as fill them,
-// all asked for before one is used: they stay in registers from the search for the largest element to the rounding.
-// Only rows of more words are read twice.
+// A row's threads have 8 neighbouring dimensions of each piece: 16 bytes in shared memory, and in global memory too, or
+// a multiple, where rows begin at multiples of 16 bytes. A thread has 8 such words at a time, of as many rows as fill
+// them, all asked for before one is used: they stay in registers from the search for the largest element to the
+// rounding. Only rows of more words are read twice.
 #pragma once
 
 #include <cfloat>
@@ -292,7 +292,8 @@ private:
         for (int e = 0; e < 8; e += 2) {
             const Real a = values[e] * power, b = values[e + 1] * power;
             const uint32_t two = word.v[e / 2] = two_halves(float(a), float(b));
-            const Real left = a - Real(real(Float16{uint16_t(two)})), right = b - Real(real(Float16{uint16_t(two >> 16)}));
+            const Real left = a - Real(real(Float16{uint16_t(two)}));
+            const Real right = b - Real(real(Float16{uint16_t(two >> 16)}));
             square = std::fma(a, a, std::fma(b, b, square)), lost = std::fma(left, left, std::fma(right, right, lost));
         }
         return word;

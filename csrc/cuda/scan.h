@@ -1,8 +1,8 @@
 // Scan: rows against all codes in float64.
 //
 // One block: 8 rows at a time, eight threads per code. k nearest codes take k passes, each for the next one in order. A
-// few rows in the queue, as is usual, would leave most of the GPU idle: then blocks share their codes, and MergeParts
-// takes the best of each share.
+// few rows, as is usual in the queue, would leave most of the GPU idle: then blocks share their codes, and the last one
+// to be done with its share merges them all.
 #pragma once
 
 #include "search_inputs.h"
@@ -11,14 +11,12 @@ namespace vqops::cuda {
 
 template <class T>
 struct Scan {
-    static constexpr bool kAllRegisters = true;
-    static constexpr int kThreads = 256, kRows = 8, kGroups = kThreads / kLanes;
-    static constexpr int64_t kMostBlocks = 1024;  // a head; each takes its share of a list whose length it learns
+    static constexpr int kThreads = 256, kRows = kRowsOfScan, kGroups = kThreads / kLanes, kBlocksAtOnce = 2;
 
     struct Shared {
         int64_t offset[kRows];  // of the row; -1: there is none
         uint32_t row[kRows];
-        int32_t spoiled[kRows], index[kRows];
+        int32_t kept[kRows], spoiled[kRows], index[kRows];
         double cost[kRows];
         double costs[kGroups][kRows];
         int32_t indices[kGroups][kRows];
@@ -26,15 +24,16 @@ struct Scan {
 
     SearchInputs<T> in;
     SearchOutputs out;
-    bool all;  // every row, and not those of the queue
+    bool all;             // every row, and not those of the queue
+    int64_t most_blocks;  // a head; each takes its share of a list whose length it learns
 
     size_t shared_bytes() const { return sizeof(Shared); }
     VQOPS_HOST_DEVICE int64_t most_shares() const {
-        return all || out.distances ? 1 : (in.K + kLeastShare - 1) / kLeastShare;
+        return out.distances ? 1 : (in.K + kLeastShare - 1) / kLeastShare;
     }
     VQOPS_HOST_DEVICE uint32_t across() const {
         const int64_t most = (in.N + kRows - 1) / kRows * most_shares();
-        return uint32_t(most < kMostBlocks ? most : kMostBlocks);
+        return uint32_t(most < most_blocks ? most : most_blocks);
     }
     int64_t blocks() const { return in.H * across(); }
 
@@ -53,16 +52,12 @@ struct Scan {
             const int64_t top = item / shares * kRows, begin = item % shares * share;
             const int64_t end = begin + share < in.K ? begin + share : in.K;
             take_rows(block, shared, h, top, rows);
+            bool any = false;
+            for (int r = 0; r < kRows; r++) any = any || shared.kept[r];
             for (int64_t place = 0; place < out.k; place++) {
-                find_next(block, shared, h, place, begin, end);
-                if (shares == 1) write(block, shared, h, place);
+                if (any) find_next(block, shared, h, place, begin, end);
+                if (shares == 1 || merge(block, shared, h, item, shares)) write(block, shared, h, place);
             }
-            if (shares > 1)
-                block.for_threads_sync([&](int r) {
-                    if (r >= kRows || shared.offset[r] < 0) return;
-                    const int32_t index = shared.spoiled[r] ? -1 : shared.index[r];
-                    out.parts[h * parts_of(in.N, in.K) + (top + r) * shares + item % shares] = {shared.cost[r], index};
-                });
         }
     }
 
@@ -74,6 +69,7 @@ private:
             const bool exists = top + r < rows;
             shared.row[r] = exists ? (all ? uint32_t(top + r) : out.queue[h * in.N + top + r]) : 0;
             shared.offset[r] = exists ? in.x.offset(h, shared.row[r]) : -1;
+            shared.kept[r] = exists && in.mask.keeps(h, shared.row[r]);
             shared.spoiled[r] = 0;
             shared.index[r] = -1, shared.cost[r] = 0;
         });
@@ -91,44 +87,79 @@ private:
     VQOPS_HOST_DEVICE void find_next(Block& block, Shared& shared, int64_t h, int64_t place, int64_t begin,
                                      int64_t end) const {
         auto best = block.template registers<Best>();
-        auto sums = block.template registers<Doubles<kRows + 2>>();  // rows, 0 * c, c.c
-        block.for_threads([&](int t) { best[t] = {0, -1}; });
+        auto of_code = block.template registers<Doubles<2>>();  // 0 * c, c.c
+        auto of_rows = block.template registers<Doubles<kRows>>();
+        auto sum = block.template registers<double>();  // lane r of the code's eight threads has row r's
+        auto x = block.template registers<Many<const T*, kRows>>();  // another row where there is none
+        block.for_threads([&](int t) {
+            best[t] = {0, -1};
+            VQOPS_UNROLL(8)
+            for (int r = 0; r < kRows; r++) x[t].v[r] = in.x.data + (shared.offset[r] < 0 ? 0 : shared.offset[r]);
+        });
         for (int64_t base = begin; base < end; base += kGroups) {
             block.for_threads([&](int t) {
                 const int64_t k = base + t / kLanes;
-                double* const v = sums[t].v;
-                VQOPS_UNROLL(10)
-                for (int r = 0; r < kRows + 2; r++) v[r] = 0;
-                if (k >= end) return;
-                const int64_t code = in.codebook.offset(h, k);
-                for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
-                    const double c = in.codebook.at(code, i);
-                    v[kRows] += 0 * c;
-                    if (in.cosine) v[kRows + 1] = add_product(v[kRows + 1], c, c);
-                    VQOPS_UNROLL(8)
-                    for (int r = 0; r < kRows; r++) {
-                        const double a = shared.offset[r] < 0 ? 0.0 : double(in.x.at(shared.offset[r], i));
-                        v[r] = in.cosine ? add_product(v[r], a, c) : add_square(v[r], a, c);
-                    }
-                }
+                double zero = 0, square = 0;
+                Doubles<kRows> rows = {};
+                if (k < end)
+                    in.codebook.with_type([&](const auto* codes) {
+                        const auto* const code = codes + in.codebook.offset(h, k);
+                        VQOPS_UNROLL(1)  // more would not fit in the registers of two blocks
+                        for (int64_t i = t % kLanes; i < in.D; i += kLanes) {
+                            const double c = real(code[i * in.codebook.stride]);
+                            zero += 0 * c;
+                            if (in.cosine) square = add_product(square, c, c);
+                            VQOPS_UNROLL(8)
+                            for (int r = 0; r < kRows; r++) {
+                                const double a = real(x[t].v[r][i * in.x.stride]);
+                                rows.v[r] = in.cosine ? add_product(rows.v[r], a, c) : add_square(rows.v[r], a, c);
+                            }
+                        }
+                    });
+                of_code[t].v[0] = zero, of_code[t].v[1] = square, of_rows[t] = rows;
             });
-            block.template shuffle_sum<kLanes>(sums);
-            block.for_threads([&](int t) {  // lane r of the code's eight threads takes row r
+            block.template shuffle_sum<kLanes>(of_code);
+            block.shuffle_sum_each(of_rows, sum);
+            block.for_threads([&](int t) {
                 const int64_t k = base + t / kLanes;
-                const double* const v = sums[t].v;
-                if (k >= end || v[kRows] != 0) return;
-                double cost = 0;
+                if (k >= end || of_code[t].v[0] != 0) return;
+                const double cost = in.cosine ? cosine_cost(sum[t], of_code[t].v[1]) : sum[t];
                 const int row = t % kLanes;
-                VQOPS_UNROLL(8)
-                for (int r = 0; r < kRows; r++) cost += r == row ? v[r] : 0;  // v[row] would put v in memory
-                if (in.cosine) cost = cosine_cost(cost, v[kRows + 1]);
                 if (place > 0 && !before(shared.cost[row], shared.index[row], cost, k)) return;
                 if (before(cost, k, best[t].cost, best[t].index)) best[t] = {cost, int32_t(k)};
             });
         }
+        take_least(block, shared, best);
+    }
+
+    // Whether this block is the last to be done with its share of a row's codes: it takes the best of all shares.
+    template <class Block>
+    VQOPS_HOST_DEVICE bool merge(Block& block, Shared& shared, int64_t h, int64_t item, int64_t shares) const {
+        Best* const parts = out.parts + h * parts_of(in.N, in.K) + item / shares * kRows * shares;
+        block.for_threads([&](int r) {
+            if (r < kRows && shared.offset[r] >= 0)
+                parts[r * shares + item % shares] = {shared.cost[r], shared.index[r]};
+        });
+        if (!block.last_to_arrive(&out.arrived[h * shared_groups(in.N) + item / shares], int32_t(shares))) return false;
+        auto best = block.template registers<Best>();
+        block.for_threads([&](int t) {
+            const int r = t % kRows;
+            best[t] = {0, -1};
+            for (int64_t i = t / kRows; i < shares && shared.offset[r] >= 0; i += kGroups) {
+                const Best part = parts[r * shares + i];
+                if (before(part.cost, part.index, best[t].cost, best[t].index)) best[t] = part;
+            }
+        });
+        take_least(block, shared, best);
+        return true;
+    }
+
+    // shared.cost and shared.index of row r: the least of `best` of threads r, r + 8, ...
+    template <class Block, class All>
+    VQOPS_HOST_DEVICE void take_least(Block& block, Shared& shared, All& best) const {
         block.for_threads_sync([&](int t) {
-            shared.costs[t / kLanes][t % kLanes] = best[t].cost;
-            shared.indices[t / kLanes][t % kLanes] = best[t].index;
+            shared.costs[t / kRows][t % kRows] = best[t].cost;
+            shared.indices[t / kRows][t % kRows] = best[t].index;
         });
         block.for_threads_sync([&](int r) {
             if (r >= kRows) return;
@@ -157,8 +188,7 @@ private:
         block.for_threads([&](int t) {
             const int r = t / kLanes;
             if (r >= kRows || t % kLanes != 0 || shared.offset[r] < 0) return;
-            const bool kept = in.mask.keeps(h, shared.row[r]), usable = kept && !shared.spoiled[r];
-            const bool found = usable && shared.index[r] >= 0;
+            const bool kept = shared.kept[r], found = kept && !shared.spoiled[r] && shared.index[r] >= 0;
             const int64_t to = (h * in.N + shared.row[r]) * out.k + place;
             out.indices[to] = found ? shared.index[r] : -1;
             if (out.tiers && place == 0) block.atomic_add(&out.tiers[found ? kScanned : kNoCode], Count(1));
@@ -168,47 +198,6 @@ private:
             write_value(out.distances, out.dtype, to, distance);
         });
         block.for_threads_sync([](int) {});
-    }
-};
-
-// Eight threads per row of the queue whose codes were shared: the best of its parts.
-template <class T>
-struct MergeParts {
-    static constexpr int kThreads = 256, kRows = kThreads / kLanes;
-    struct Shared {
-        Best best[kThreads];
-    };
-    Scan<T> shared_by;
-
-    size_t shared_bytes() const { return sizeof(Shared); }
-    VQOPS_HOST_DEVICE uint32_t across() const {  // a row has two parts or more
-        return uint32_t((parts_of(shared_by.in.N, shared_by.in.K) / 2 + kRows - 1) / kRows);
-    }
-    int64_t blocks() const { return shared_by.most_shares() > 1 ? shared_by.in.H * across() : 0; }
-
-    template <class Block>
-    VQOPS_HOST_DEVICE void operator()(Block& block, Shared& shared) const {
-        const SearchOutputs& out = shared_by.out;
-        const int64_t h = uint32_t(block.index) / across(), N = shared_by.in.N, rows = out.queued[h];
-        const int64_t first = int64_t(uint32_t(block.index) % across()) * kRows, shares = shared_by.shares_of(rows);
-        if (first >= rows || shares == 1) return;
-        const auto better = [](const Best& a, const Best& b) {
-            return before(b.cost, b.index, a.cost, a.index) ? b : a;
-        };
-        block.for_threads_sync([&](int t) {
-            const int64_t place = first + t / kLanes;
-            const Best* const parts = out.parts + h * parts_of(N, shared_by.in.K) + place * shares;
-            shared.best[t] = {0, -1};
-            for (int64_t i = t % kLanes; i < shares && place < rows; i += kLanes)
-                shared.best[t] = better(shared.best[t], parts[i]);
-        });
-        block.for_threads([&](int t) {
-            if (t >= kRows || first + t >= rows) return;
-            Best best = {0, -1};
-            for (int i = 0; i < kLanes; i++) best = better(best, shared.best[t * kLanes + i]);
-            out.indices[h * N + out.queue[h * N + first + t]] = best.index;
-            if (out.tiers) block.atomic_add(&out.tiers[best.index >= 0 ? kScanned : kNoCode], Count(1));
-        });
     }
 };
 

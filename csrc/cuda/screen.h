@@ -1,8 +1,8 @@
 // Screen: the fast pass of the search, and the decisions that it leaves open.
 //
 // One block: 32 to 256 rows of x against all K codes, in tiles of 64 (mma.sync) or 128 (wgmma, sm_90a).
-//   registers     the products of a warp's 16 or 32 rows and a tile's codes; of each of a thread's rows the threshold and
-//                 the best code that the thread has met
+//   registers     the products of a warp's 16 or 32 rows and a tile's codes; of each of a thread's rows the threshold
+//                 and the best code that the thread has met
 //   shared        the block's rows as float16; stages of codes, copied ahead; up to 16 candidates per row
 // Each product gives a lower bound of the code's distance (bound.h); the least upper bound so far is the row's
 // threshold. A tile whose least score excludes all of its codes for all rows is done with: two operations per score.

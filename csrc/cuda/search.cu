@@ -10,7 +10,7 @@ namespace {
 // Workspace of a search, beside the packed codebook: 4 bytes per row and 16 to 32 per code; 128 KB per head or less for
 // parts; where a GPU has few rows 140 bytes per row and share, some megabytes.
 struct SearchWork {
-    int32_t *marks = nullptr, *queued = nullptr;
+    int32_t *marks = nullptr, *counters = nullptr;
     uint32_t* queue = nullptr;
     Best* parts = nullptr;
     Candidates* lists = nullptr;
@@ -18,7 +18,7 @@ struct SearchWork {
     static SearchWork take(Memory& memory, int64_t H, int64_t N, int64_t K, int64_t shares) {
         SearchWork work;
         work.marks = memory.take<int32_t>(H * 2 * slots_of(K));
-        work.queued = memory.take<int32_t>(H);
+        work.counters = memory.take<int32_t>(counters_of(H, N));
         work.queue = memory.take<uint32_t>(H * N);
         work.parts = memory.take<Best>(H * parts_of(N, K));
         work.lists = memory.take<Candidates>(shares > 1 ? H * shares * N : 0);
@@ -67,11 +67,11 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
         const Tensor packed = prepared ? *prepared : gpu.allocate(shares ? packed_bytes(codebook) : 0);
         Memory pieces(memory.mutable_data_ptr());
         const SearchWork work = SearchWork::take(pieces, H, N, K, shares);
-        out.queue = work.queue, out.queued = work.queued, out.parts = work.parts, out.lists = work.lists;
+        out.queue = work.queue, out.queued = work.counters, out.arrived = work.counters + H;
+        out.parts = work.parts, out.lists = work.lists;
         Preparation codes = preparation(op, codebook, cosine, packed, work.marks);
         if (!shares) codes.memory = nullptr;
-        else if (!prepared) pack_codebook(gpu, codes);
-        search<Stream>(gpu, in, out, codes, able);
+        search<Stream>(gpu, in, out, codes, prepared.has_value(), able);
     });
 }
 
@@ -82,12 +82,9 @@ Abilities abilities_of(int device) {
     static const char* const asked = std::getenv("VQOPS_WGMMA");
     static const std::string name = asked ? asked : "";
     static const Wgmma wanted = name == "0" ? Wgmma::none : name == "loader" ? Wgmma::loaded : Wgmma::alone;
-    int most = 0, major = 0, minor = 0, multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "vqops");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "vqops");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "vqops");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "vqops");
-    return {size_t(most), VQOPS_WGMMA && major == 9 && minor == 0 ? wanted : Wgmma::none, multiprocessors};
+    const Limits& gpu = limits_of(device);
+    const bool able = VQOPS_WGMMA && gpu.major == 9 && gpu.minor == 0;
+    return {size_t(gpu.shared_bytes), able ? wanted : Wgmma::none, gpu.multiprocessors};
 }
 
 Tensor nearest(const Tensor& x, const Tensor& codebook, OptionalTensor mask, std::string metric,

@@ -1,6 +1,7 @@
 // Search: the nearest code of each row, certified exact. Screen takes all rows, Scan those that it queues.
 #pragma once
 
+#include "prepare.h"
 #include "scan.h"
 #include "screen.h"
 #include "screen_topk.h"
@@ -95,19 +96,24 @@ template <class Device, class T>
 bool screen_topk(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
                  const Abilities& abilities);
 template <class Device, class T>
-void scan(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, bool everything);
+void scan(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, bool everything,
+          int64_t multiprocessors);
 
-// One search, without a fast pass where there is no packed codebook.
+// The counters of SearchOutputs, one behind the other.
+inline int64_t counters_of(int64_t H, int64_t N) { return H * (1 + shared_groups(N)); }
+
+// One search, without a fast pass where there is no memory for a packed codebook.
 template <class Device, class T>
 void search(const Device& device, const SearchInputs<T>& in, const SearchOutputs& out, const Preparation& packed,
-            const Abilities& abilities) {
+            bool prepared, const Abilities& abilities) {
+    const Counters counters = {out.queued, counters_of(in.H, in.N)};
+    if (packed.memory && !prepared) pack_codebook(device, packed, counters);
+    else device.fill(counters.data, 0, counters.count * int64_t(sizeof(int32_t)));
     bool screened = false;
-    if (packed.memory) {
-        device.fill(out.queued, 0, in.H * int64_t(sizeof(int32_t)));
+    if (packed.memory)
         screened = out.distances ? screen_topk(device, in, out, packed, abilities)
                                  : screen(device, in, out, packed, abilities);
-    }
-    scan(device, in, out, !screened);
+    scan(device, in, out, !screened, abilities.multiprocessors);
 }
 
 }  // namespace vqops::cuda

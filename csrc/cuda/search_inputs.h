@@ -59,16 +59,24 @@ struct SearchOutputs {
     DType dtype;        // of distances
     Count* tiers;       // [kTiers], added to; may be null
     uint32_t* queue;    // [H, N] rows for Scan, by head
-    int32_t* queued;    // [H] how many of them
+    int32_t* queued;    // [H] how many of them; starts at 0
+    int32_t* arrived;   // [H, shared_groups(N)] blocks of Scan that are done with their share; starts at 0
     Best* parts;        // [H, parts_of(N, K)] of rows whose codes several blocks of Scan share
     Candidates* lists;  // [H, shares, N] of rows whose codes several blocks of Screen share
 };
 
 constexpr int64_t kMostParts = 8192, kLeastShare = 512;  // a head, and codes
+constexpr int kRowsOfScan = 8;                           // of a block at a time
 
 VQOPS_HOST_DEVICE int64_t parts_of(int64_t N, int64_t K) {
     const int64_t most = N * ((K + kLeastShare - 1) / kLeastShare);
     return most < kMostParts ? most : kMostParts;
+}
+
+// Groups of rows whose codes blocks of Scan may share, two at least.
+VQOPS_HOST_DEVICE int64_t shared_groups(int64_t N) {
+    const int64_t most = kMostParts / 2 < N ? kMostParts / 2 : N;
+    return (most + kRowsOfScan - 1) / kRowsOfScan;
 }
 
 // A lane's share of what distance.h adds up: [0] |x - c|^2 or x.c, [1] c.c for cosine.

@@ -56,10 +56,11 @@ def built(tmp_path_factory):
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    # A function of the host called on the device is a warning, and the caller's code is left out.
+    # A function of the host called on the device is a warning, and the caller's code is left out. In C7510, C7517 and
+    # others ptxas says, as information, that it makes a wgmma wait where the code does not.
     said = (done.stdout + done.stderr).splitlines()
     own = rf"(\S*/{source.name}/)?csrc/\S+: warning"  # ninja gives whole paths; torch has a csrc, too
-    assert not [line for line in said if re.match(own, line)]
+    assert not [line for line in said if re.match(own, line) or re.search(r"\bC75\d\d\b", line)]
     shutil.copytree(source / "vqops", target / "vqops", dirs_exist_ok=True)
     return target
 

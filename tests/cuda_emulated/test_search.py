@@ -226,6 +226,72 @@ def test_blocks_share_the_codes_of_a_few_rows(kernels, left, metric):
     assert metric == "cosine" or tiers[2] >= 2 * left - 1
 
 
+def test_few_rows_without_a_fast_pass_share_their_codes(kernels):
+    x, c = torch.randn(2, 20, 6), torch.randn(2, 2000, 6)
+    c[:, 1500:1600] = c[:, 300:400]
+    x[0, 3, 1] = torch.nan
+    mask = torch.rand(2, 20) > 0.2
+    for multiprocessors in (1, 3, 40):
+        check(kernels, x, c, mask, on="float64", multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 20, 32, 33, 700])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_centre_is_the_sample_s_median(kernels, dtype, metric, K):
+    c = torch.randn(2, K, 35).to(dtype)
+    c[1, ::3] = torch.nan
+    c[0, :, 7], c[0, K // 2, 9] = 2, torch.inf
+    step = K // 32 if K > 32 else 1
+    sample = c[:, : 32 * step : step].double()
+    finite = sample.isfinite().all(2, keepdim=True)
+    if metric == "cosine":
+        sample = torch.where(finite, sample / torch.where(finite, sample, 1).norm(dim=2, keepdim=True), torch.nan)
+    found, scale = kernels.survey(c, metric)
+    for h in range(2):
+        for i in range(35):
+            column = sample[h, sample[h, :, i].isfinite(), i].float().sort().values
+            expected = column[len(column) // 2] if len(column) else torch.tensor(0.0)
+            assert found[h, i] == pytest.approx(expected.item(), rel=1e-6)
+    assert (scale.log2() == scale.log2().round()).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e20])
+@pytest.mark.parametrize("K", [2, 3, 17, 32, 1024])
+def test_the_scale_brings_the_typical_distance_near_one(kernels, K, size):
+    c = torch.randn(1, K, 64, dtype=torch.float64) / 8
+    for codes in (c, torch.cat([c[:, : K // 2]] * 2, 1) if K > 31 else c, c + 100):
+        assert 0.4 < kernels.survey(codes * size)[1].double().item() * size < 2.5
+    if K > 2:
+        c[0, K // 2] *= 1e100  # of a sample of three codes two distances are of it
+        assert K == 3 or 0.4 < kernels.survey(c * size)[1].double().item() * size < 2.5
+
+
+def test_codes_that_are_equal_or_not_finite_have_scale_one(kernels):
+    for codebook in (torch.ones(1, 40, 5), torch.full((1, 9, 5), torch.nan), torch.full((1, 1, 5), 1e9)):
+        assert kernels.survey(codebook)[1].item() == 1
+    assert kernels.survey(torch.randn(1, 40, 5) * 1e9, "cosine")[1].item() == 1
+
+
+@pytest.mark.parametrize("N, on, k, prepared, expected", [
+    (300, "sm_90a", 1, False, 5),  # Survey, MarkCodes, Pack, Screen, Scan
+    (300, "sm_90a", 1, True, 3),  # counters filled, Screen, Scan
+    (20, "sm_80", 1, False, 6),  # and MergeLists
+    (20, "sm_80", 1, True, 4),
+    (300, "sm_80", 3, False, 5),
+    (300, "sm_80", 3, True, 3),
+    (300, "float64", 1, False, 2),  # counters filled, Scan
+])  # fmt: skip
+def test_kernels_of_a_search(kernels, N, on, k, prepared, expected):
+    x, c = torch.randn(1, N, 6), torch.randn(1, 1500, 6)
+    options = {"on": on, "prepared": prepared, "multiprocessors": 1 if N > 20 else 4}
+    if k == 1:
+        check(kernels, x, c, **options)
+    else:
+        check_several(kernels, x, c, k, **options)
+    assert kernels.calls == expected
+
+
 @pytest.mark.parametrize("K, D", [(1, 1), (64, 16), (65, 17), (200, 33), (1000, 64), (7, 65), (130, 300)])
 def test_packed_size(kernels, K, D):
     codes = (K + 127) // 128 * 128

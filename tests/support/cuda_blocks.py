@@ -82,11 +82,12 @@ class Kernels:
     """The ops as the kernels run them; `descending` runs blocks and threads last to first.
 
     Sums by code are those of deterministic algorithms if `sorted`, else of atomic additions; `additions` is the number
-    of these in the last code_sums.
+    of these in the last code_sums, `calls` that of kernels and fills in the last search.
     """
 
     def __init__(self, library, descending, sorted=True):
-        self.library, self.descending, self.sorted, self.additions = library, int(descending), int(sorted), None
+        self.library, self.descending, self.sorted = library, int(descending), int(sorted)
+        self.additions = self.calls = None
 
     def code_sums(self, x, indices, K, weight=None):
         H, N, D = x.shape
@@ -113,19 +114,29 @@ class Kernels:
         return quantized, error, counts, sums
 
     def search(
-        self, x, codebook, k=1, mask=None, metric="euclidean", on="sm_90a", multiprocessors=1, adder=16, distances=False
-    ):
+        self, x, codebook, k=1, mask=None, metric="euclidean", on="sm_90a", multiprocessors=1, adder=16,
+        distances=False, prepared=False,
+    ):  # fmt: skip
         """Indices, distances or None, and rows by tier."""
         (H, N, D), K = x.shape, codebook.shape[1]
         indices = torch.full((H, N, k), -7)
         found = torch.full((H, N, k), 7, dtype=error_type(x)) if distances else None
         tiers = torch.zeros(4, dtype=torch.int64)
-        self.library.search(
+        self.calls = self.library.search(
             self.descending, *SEARCHES_ON[on], L(multiprocessors), adder, *map(L, (H, N, K, D)), rows(x),
-            rows(codebook), mask_of(mask), metric == "cosine", pointer(indices), L(k), pointer(found),
+            rows(codebook), mask_of(mask), metric == "cosine", prepared, pointer(indices), L(k), pointer(found),
             DTYPES.index(error_type(x)), pointer(tiers),
         )  # fmt: skip
         return indices, found, tiers
+
+    def survey(self, codebook, metric="euclidean"):
+        """Centre and scale."""
+        H, K, D = codebook.shape
+        centre, scale = torch.full((H, D), torch.nan), torch.full((H,), torch.nan)
+        self.library.survey(
+            self.descending, *map(L, (H, K, D)), rows(codebook), metric == "cosine", pointer(centre), pointer(scale)
+        )
+        return centre, scale
 
     def bounds(self, x, codebook, metric, adder):
         """Lower bound, upper bound and exact value of every pair, [N, K] each, of one head."""
@@ -266,7 +277,8 @@ def build(folder: Path) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 compile_to(Path(temporary, "cuda_blocks.so"), compiler, flags).replace(target)
     library = ctypes.CDLL(str(target))
-    library.packed_bytes.restype = library.code_sums.restype = ctypes.c_int64
+    for function in (library.packed_bytes, library.code_sums, library.search):
+        function.restype = ctypes.c_int64
     return library
 
 

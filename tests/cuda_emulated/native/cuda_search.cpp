@@ -7,28 +7,46 @@
 using namespace vqops;
 using namespace vqops::cuda;
 
-// shared_bytes, wgmma and multiprocessors as in search.h (Abilities), 0 bytes to compare everything in float64; adder as in
-// emulated_block.h
-EXPORT void search(int descending, int64_t shared_bytes, int wgmma, int64_t multiprocessors, int adder, int64_t H,
-                   int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask,
-                   int cosine, int64_t* indices, int64_t k, void* distances, DType dtype, Count* tiers) {
-    Emulator device = {descending != 0, adder};
+// Gives the number of kernels and fills. shared_bytes, wgmma and multiprocessors as in search.h (Abilities), 0 bytes to
+// compare everything in float64; adder as in emulated_block.h
+EXPORT int64_t search(int descending, int64_t shared_bytes, int wgmma, int64_t multiprocessors, int adder, int64_t H,
+                      int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, const RowMask* mask,
+                      int cosine, int prepared, int64_t* indices, int64_t k, void* distances, DType dtype,
+                      Count* tiers) {
+    int64_t calls = 0;
+    const Emulator device = {descending != 0, adder, nullptr, &calls};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K);
     std::vector<double> memory(H * bytes / 8, NAN);
-    std::vector<int32_t> marks(H * 2 * slots), queued(H, -1);
+    std::vector<int32_t> marks(H * 2 * slots), counters(counters_of(H, N), -1);
     std::vector<uint32_t> queue(H * N);
     std::vector<Best> parts(H * parts_of(N, K), Best{-1, 0});
     std::vector<Candidates> lists(H * (2 * multiprocessors + 1) * N);
-    const Preparation packed = {H, K, D, *codebook, cosine != 0, reinterpret_cast<char*>(memory.data()), bytes,
-                                marks.data(), slots};
-    if (shared_bytes) pack_codebook(device, packed);
-    const SearchOutputs out = {indices, k, distances, dtype, tiers, queue.data(), queued.data(),
+    char* const place = shared_bytes ? reinterpret_cast<char*>(memory.data()) : nullptr;
+    const Preparation packed = {H, K, D, *codebook, cosine != 0, place, bytes, marks.data(), slots};
+    if (prepared) pack_codebook(Emulator{descending != 0, adder}, packed);
+    const SearchOutputs out = {indices, k, distances, dtype, tiers, queue.data(), counters.data(), counters.data() + H,
                                parts.data(), lists.data()};
     with_type(x->dtype, [&](auto zero) {
         using T = decltype(zero);
         search(device, SearchInputs<T>{{H, N, K, D, cosine != 0}, x->as<T>(), *codebook, *mask}, out, packed,
-               Abilities{size_t(shared_bytes), Wgmma(wgmma), multiprocessors});
+               prepared != 0, Abilities{size_t(shared_bytes), Wgmma(wgmma), multiprocessors});
     });
+    return calls;
+}
+
+// Centre and scale of a codebook: [H, D] and [H].
+EXPORT void survey(int descending, int64_t H, int64_t K, int64_t D, const Rows* codebook, int cosine, float* centre,
+                   float* scale) {
+    const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K);
+    std::vector<double> memory(H * bytes / 8, NAN);
+    std::vector<int32_t> marks(H * 2 * slots);
+    char* const place = reinterpret_cast<char*>(memory.data());
+    const Preparation in = {H, K, D, *codebook, cosine != 0, place, bytes, marks.data(), slots};
+    Emulator{descending != 0}.launch(Survey{in, {}});
+    for (int64_t h = 0; h < H; h++) {
+        std::copy_n(in.head(h).centre, D, centre + h * D);
+        scale[h] = *in.head(h).scale;
+    }
 }
 
 EXPORT int64_t packed_bytes(int64_t H, int64_t K, int64_t D) { return H * Packed::bytes(K, D); }

@@ -183,6 +183,9 @@ struct EmulatedBlock {
         }
     }
 
+    // A step of the block and not of its threads. Blocks run one after another.
+    bool last_to_arrive(int32_t* arrived, int32_t blocks) const { return ++*arrived == blocks; }
+
     template <int L, class T>
     void shuffle_sum(Registers<T>& r) const {
         shuffle_reduce<L>(r, [](auto a, auto b) { return a + b; });
@@ -194,6 +197,12 @@ struct EmulatedBlock {
             const std::vector<T> old = r.values;
             for (int t = begin; t < end; t++) r.values[t] = f(old[t], old[t ^ offset]);
         }
+    }
+
+    template <class T, int L>
+    void shuffle_sum_each(Registers<Many<T, L>>& r, Registers<T>& sum) const {
+        shuffle_sum<L>(r);
+        for (int t = 0; t < threads; t++) sum.values[t] = r.values[t].v[t % L];
     }
 
     template <int L, class T, int n, class F>
@@ -232,7 +241,8 @@ struct EmulatedBlock {
                     for (int lane = 0; lane < 32; lane++)
                         for (int place = 0; place < 2; place++) {
                             const int g = lane / 4, t = 2 * (lane % 4) + place;
-                            const uint32_t *x = a.values[warp + lane].v[i], *y = b.values[warp + lane].v[j / 2] + j % 2 * 2;
+                            const uint32_t* const x = a.values[warp + lane].v[i];
+                            const uint32_t* const y = b.values[warp + lane].v[j / 2] + j % 2 * 2;
                             left[g][t] = half(x[0], place), left[g + 8][t] = half(x[1], place);
                             left[g][t + 8] = half(x[2], place), left[g + 8][t + 8] = half(x[3], place);
                             right[g][t] = half(y[0], place), right[g][t + 8] = half(y[1], place);

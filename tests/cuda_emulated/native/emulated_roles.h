@@ -1,6 +1,6 @@
-// The roles of a block with a loader, on the CPU: each runs until it waits for another one, then the next does. Ascending,
-// the loader goes first and a copy lands at once; descending, it goes last, and a copy lands when all wait: the last one
-// first, since copies have no order.
+// The roles of a block with a loader, on the CPU: each runs until it waits for another one, then the next does.
+// Ascending, the loader goes first and a copy lands at once; descending, it goes last, and a copy lands when all wait:
+// the last one first, since copies have no order.
 #pragma once
 
 #include <ucontext.h>

@@ -7,8 +7,8 @@
 namespace vqops::cuda {
 namespace {
 
-// Workspace of a search, beside the packed codebook: 4 bytes per row and 16 to 32 per code; 128 KB per head or less for
-// parts; where a GPU has few rows 140 bytes per row and share, some megabytes.
+// Workspace of a search, beside the packed codebook: 4 bytes per row and 16 to 32 per code; 130 KB per head or less for
+// parts and counters; where a GPU has few rows 140 bytes per row and share, some megabytes.
 struct SearchWork {
     int32_t *marks = nullptr, *counters = nullptr;
     uint32_t* queue = nullptr;

@@ -11,7 +11,7 @@ ROOT, NATIVE = Path(__file__).parents[2], Path(__file__).with_name("native")
 FILES = ("scan.cu", "screen_float32.cu", "screen_topk_float32.cu")
 # Kernels and fills of a call; kernels whose attributes are set in the first call on a GPU, the next, and on another.
 CALLS = {
-    "nearest": (5, 0, 1, 0, 1),  # Survey, MarkRepeats, Pack, Screen, Scan
+    "nearest": (5, 0, 1, 0, 1),  # Survey, MarkCodes, Pack, Screen, Scan
     "nearest, prepared": (2, 1, 0, 0, 0),  # counters; Screen, Scan
     "few rows": (6, 0, 0, 0, 0),  # and MergeLists
     "few rows, prepared": (3, 1, 0, 0, 0),

@@ -20,7 +20,7 @@ struct Case {
 };
 
 static void search_once(const Case& c, int device) {
-    const Abilities able = {c.fast ? size_t(limits_of(device).shared_bytes) : 0, true, 132};
+    const Abilities able = {c.fast ? size_t(limits_of(device).shared_bytes) : 0, Wgmma::alone, 132};
     alignas(256) static char memory[256];  // nothing reads or writes
     auto* const place = static_cast<void*>(memory);
     const SearchInputs<float> in = {{1, c.N, c.K, c.D, false}, {}, {}, {}};

@@ -67,7 +67,8 @@ def times_of(rows: list[dict]) -> str:
         loader = loaded.get(shape, {})
         other = number(loader["p50_ms"]) if "p50_ms" in loader else "failed" * bool(loader)
         lines.append([name, f"{number(row['p50_ms'])}{wrong}", other, number(row["tflops"]), certified, each])
-    return table(["N x D x K", "ms", "with a loader", "TFLOP/s", "certified", "its largest kernels, microseconds"], lines)
+    titles = ["N x D x K", "ms", "with a loader", "TFLOP/s", "certified", "its largest kernels, microseconds"]
+    return table(titles, lines)
 
 
 def short(kernel: str) -> str:

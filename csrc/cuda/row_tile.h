@@ -155,7 +155,7 @@ struct RowTile {
         block.for_threads_sync([](int) {});
         block.for_threads([&](int t) {
             const bool exists = first + t < in.N && in.mask.keeps(h, first + t);
-            if (t < kRows) bound_row(shared, t, exists, lift, *codes.worst);
+            if (t < kRows) bound_row(shared, t, exists, lift, codes);
         });
     }
 
@@ -300,7 +300,7 @@ private:
 
     // Row bounds, and whether the row is searched: its elements are finite, and the bounds hold for it. The sums of
     // squares are of float32, in any order.
-    VQOPS_HOST_DEVICE void bound_row(Shared& shared, int r, bool exists, const Lift& lift, float worst) const {
+    VQOPS_HOST_DEVICE void bound_row(Shared& shared, int r, bool exists, const Lift& lift, const Packed& codes) const {
         const Real most = shared.kept(r);
         const float square = shared.bound[r].radius, lost = shared.bound[r].spread;
         const float unit = lift.fits(most) ? lift.unit(most) : 0;
@@ -309,7 +309,7 @@ private:
         const bool searched = exists && unit > 0 && norm <= float(kFarRow);
         shared.state[r] = searched ? kSearched : !exists ? kOutside : in.cosine && most == 0 ? kZero : kQueued;
         shared.unit[r] = searched ? unit : 0;
-        shared.bound[r] = searched ? row_bound(norm, error, worst, in.D, in.cosine) : RowBound{};
+        shared.bound[r] = searched ? row_bound(norm, error, *codes.worst, in.D, in.cosine) : RowBound{};
     }
 };
 

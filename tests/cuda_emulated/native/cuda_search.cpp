@@ -80,8 +80,8 @@ struct TakeRows {
 };
 
 // For one head of float32 and D > 32, every pair's bounds as Screen has them, and t in long double: [N, K] each.
-EXPORT void bounds(int wgmma, int adder, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, int cosine,
-                   double* lower, double* upper, double* exact) {
+EXPORT void bounds(int wgmma, int adder, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook,
+                   int cosine, double* lower, double* upper, double* exact) {
     const Emulator device = {false, adder};
     const EmulatedBlock cores = {0, 32, false, adder, nullptr};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K), width = padded(D);

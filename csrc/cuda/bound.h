@@ -40,7 +40,7 @@ struct RowBound {
 };
 
 // norm: |X|. error: |X - X'|. worst: the largest (|C - C'| + accumulation |C'|) / radius of a code. In float32, which
-// every GPU is fast in: nine roundings of positive values, less than kUpward adds.
+// every GPU is fast in: kUpward covers the roundings of radius.
 VQOPS_HOST_DEVICE RowBound row_bound(float norm, float error, float worst, int64_t D, bool cosine) {
     const float room = float(kRoom), stored = norm + error;
     const float radius = room * (error + 0x1p-45f * norm + stored * (worst + float(kEpilogue))) * float(kUpward);

@@ -1,9 +1,9 @@
 // The rows of a block on their way to the tensor cores: centred, scaled, rounded to float16, with what bounds them.
 //
-// A row's threads have 8 neighbouring dimensions of each piece: 16 bytes in shared memory, and in global memory too, or
-// a multiple, where rows begin at multiples of 16 bytes. A thread has 8 such words at a time, of as many rows as fill
-// them, all asked for before one is used: they stay in registers from the search for the largest element to the
-// rounding. Only rows of more words are read twice.
+// A row's threads have 8 neighbouring dimensions of each piece: a word of 16 bytes in shared memory, and one or several
+// of global memory where rows hold whole ones. A thread has up to 8 words at a time, of as many rows as fill them, all
+// asked for before one is used; they stay in registers from the search for the largest element to the rounding. Only
+// rows of more words are read twice.
 #pragma once
 
 #include <cfloat>
@@ -45,7 +45,7 @@ VQOPS_HOST_DEVICE float larger(float a, float b) {
 #endif
 }
 
-// Two neighbours as float16, and what that leaves of them.
+// Two neighbours as float16, the first in the lower half.
 VQOPS_HOST_DEVICE uint32_t two_halves(float a, float b) {
 #ifdef __CUDA_ARCH__
     const __half2 halves = __floats2half2_rn(a, b);
@@ -121,10 +121,7 @@ struct RowTile {
                     if (pass == 0)
                         block.for_threads([&](int t) {
                             VQOPS_UNROLL(8)
-                            for (int j = 0; j < kWords; j++)
-                                VQOPS_UNROLL(8)
-                                for (int e = 0; e < 8; e++)
-                                    most[t].v[j] = larger(most[t].v[j], std::fabs(values[t].v[j][e]));
+                            for (int j = 0; j < kWords; j++) most[t].v[j] = largest(values[t].v[j], most[t].v[j]);
                         });
                     else
                         block.for_threads([&](int t) {
@@ -154,8 +151,8 @@ struct RowTile {
         }
         block.for_threads_sync([](int) {});
         block.for_threads([&](int t) {
-            const bool exists = first + t < in.N && in.mask.keeps(h, first + t);
-            if (t < kRows) bound_row(shared, t, exists, lift, codes);
+            if (t >= kRows) return;
+            bound_row(shared, t, first + t < in.N && in.mask.keeps(h, first + t), lift, codes);
         });
     }
 
@@ -181,12 +178,8 @@ private:
         int pieces, log, groups;
 
         VQOPS_HOST_DEVICE int rows() const { return kWords * kTogether >> log; }
-        VQOPS_HOST_DEVICE int row(int j) const {
-            return sum_of(j, [&](int bit) { return bit < log ? 0 : kTogether << bit >> log; });
-        }
-        VQOPS_HOST_DEVICE int piece(int j) const {
-            return sum_of(j, [&](int bit) { return bit < log ? 1 << bit : 0; });
-        }
+        VQOPS_HOST_DEVICE int row(int j) const { return (j >> log) * kTogether; }
+        VQOPS_HOST_DEVICE int piece(int j) const { return j & ((1 << log) - 1); }
         // Of each row's words what f makes of all of them.
         template <class F>
         VQOPS_HOST_DEVICE void reduce(Real* v, const F& f) const {
@@ -197,13 +190,6 @@ private:
                 for (int j = 0; j < kWords; j++)
                     if ((j >> bit & 1) == 0) v[j] = v[j | 1 << bit] = f(v[j], v[j | 1 << bit]);
             }
-        }
-        template <class F>
-        static VQOPS_HOST_DEVICE auto sum_of(int j, const F& f) {
-            decltype(f(0)) sum = 0;
-            VQOPS_UNROLL(3)
-            for (int bit = 0; 1 << bit < kWords; bit++) sum += j >> bit & 1 ? f(bit) : 0;
-            return sum;
         }
     };
     static VQOPS_HOST_DEVICE Words words_of(int pieces) {
@@ -237,7 +223,7 @@ private:
         return {false, *codes.scale, RealOf<float>::exponent(*codes.scale), kSmallestExponent, 0, Real(kFarRow)};
     }
 
-    // Whether words of x are whole, and at multiples of 16 bytes.
+    // Whether rows are whole words, at multiples of 16 bytes.
     VQOPS_HOST_DEVICE bool has_whole_words() const {
         const uint64_t strides = uint64_t(in.x.row_stride) | uint64_t(in.x.head_stride);
         return in.x.stride == 1 && in.D % 8 == 0 &&
@@ -285,6 +271,12 @@ private:
         }
     }
 
+    static VQOPS_HOST_DEVICE Real largest(const Real* values, Real most) {
+        VQOPS_UNROLL(8)
+        for (int e = 0; e < 8; e++) most = larger(most, std::fabs(values[e]));
+        return most;
+    }
+
     // Elements times a power of two as float16; what they and their rounding add to sums of squares.
     static VQOPS_HOST_DEVICE Word round(const Real* values, Real power, Real& square, Real& lost) {
         Word word;
@@ -292,21 +284,20 @@ private:
         for (int e = 0; e < 8; e += 2) {
             const Real a = values[e] * power, b = values[e + 1] * power;
             const uint32_t two = word.v[e / 2] = two_halves(float(a), float(b));
-            const Real left = a - Real(real(Float16{uint16_t(two)}));
-            const Real right = b - Real(real(Float16{uint16_t(two >> 16)}));
-            square = std::fma(a, a, std::fma(b, b, square)), lost = std::fma(left, left, std::fma(right, right, lost));
+            const Real of_a = a - Real(real(Float16{uint16_t(two)}));
+            const Real of_b = b - Real(real(Float16{uint16_t(two >> 16)}));
+            square = std::fma(a, a, std::fma(b, b, square)), lost = std::fma(of_a, of_a, std::fma(of_b, of_b, lost));
         }
         return word;
     }
 
-    // Row bounds, and whether the row is searched: its elements are finite, and the bounds hold for it. The sums of
-    // squares are of float32, in any order.
-    VQOPS_HOST_DEVICE void bound_row(Shared& shared, int r, bool exists, const Lift& lift,
-                                      const Packed& codes) const {
+    // Row bounds, and the state: a row is searched if its elements are finite and the bounds hold for it. The sums of
+    // squares are of float32, in any order: exactness.md.
+    VQOPS_HOST_DEVICE void bound_row(Shared& shared, int r, bool exists, const Lift& lift, const Packed& codes) const {
         const Real most = shared.kept(r);
         const float square = shared.bound[r].radius, lost = shared.bound[r].spread;
         const float unit = lift.fits(most) ? lift.unit(most) : 0;
-        const float upward = unit * (1 + float(in.D / 32 + 5) * 0x1p-23f), norm = std::sqrt(square) * upward;
+        const float upward = unit * (1 + float(int(in.D) / 32 + 5) * 0x1p-23f), norm = std::sqrt(square) * upward;
         const float error = std::sqrt(lost) * upward + norm * RealOf<T>::kRounding;
         const bool searched = exists && unit > 0 && norm <= float(kFarRow) && codes.reaches(norm);
         shared.state[r] = searched ? kSearched : !exists ? kOutside : in.cosine && most == 0 ? kZero : kQueued;

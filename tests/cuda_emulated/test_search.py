@@ -71,6 +71,30 @@ def test_strides(kernels):
     check(kernels, x, c, (torch.rand(130, 2) > 0.2).mT)
 
 
+# Of [H, N, D]: by words of 16 bytes where rows hold whole ones at multiples of 16 bytes, else by elements.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "rows_a_word_apart": lambda x: torch.cat([x, x[..., :1].expand(*x.shape[:2], 8)], 2)[..., :-8],
+    "rows_an_element_apart": lambda x: torch.cat([x, x[..., :1]], 2)[..., :-1],
+    "from_the_second_element": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+    "every_second_element": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+    "columns": lambda x: x.mT.contiguous().mT,
+    "one_row": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("D", [4, 5, 8, 12, 16, 20, 64, 68, 72, 260, 264])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(emulated, dtype, D, layout):
+    x, c = torch.randn(2, 37, D).to(dtype), torch.randn(2, 66, D)
+    big = torch.finfo(dtype).max / 2
+    x[0, 1, -1], x[0, 2, 0], x[0, 3], x[0, 4], x[1, 5], x[1, 6] = torch.nan, -torch.inf, 0, big, 1 / big, 1e-3
+    x, mask = LAYOUTS[layout](x), torch.rand(2, 37) > 0.2
+    check(Kernels(emulated, True), x, c, mask, on="sm_90a")
+    check_several(Kernels(emulated, False), x, c, 3, mask, "cosine", on="sm_80")
+
+
 @pytest.mark.parametrize("adder", [4, 8, 16])
 def test_products_of_one_sign_are_cut_the_most(emulated, adder):
     """All products positive: every truncation of the sum goes the same way. Codes in pairs, a few bits apart."""
@@ -302,10 +326,11 @@ def test_packed_size(kernels, K, D):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("D", [33, 64, 200])
-def test_bounds_hold_for_every_pair(kernels, D, metric):
+@pytest.mark.parametrize("D", [33, 64, 200, 600])
+@pytest.mark.parametrize("wgmma", [False, True])
+def test_bounds_hold_for_every_pair(kernels, D, wgmma, metric):
     """lower <= t <= upper for the products of the model that truncates the most, against float64."""
     x, c = torch.randn(1, 64, D) + 2, torch.randn(1, 64, D) * torch.exp(torch.randn(1, 64, 1)) + 2
-    lower, upper, exact = kernels.bounds(x, c, metric, adder=4)
+    lower, upper, exact = kernels.bounds(x, c, metric, adder=4, wgmma=wgmma)
     assert (lower < exact).all() and (exact < upper).all()
     assert (upper - lower).median() < 0.02 * exact.std()

@@ -138,12 +138,12 @@ class Kernels:
         )
         return centre, scale
 
-    def bounds(self, x, codebook, metric, adder):
+    def bounds(self, x, codebook, metric, adder, wgmma):
         """Lower bound, upper bound and exact value of every pair, [N, K] each, of one head."""
         (_, N, D), K = x.shape, codebook.shape[1]
         found = [torch.full((N, K), torch.nan, dtype=torch.float64) for _ in range(3)]
         self.library.bounds(
-            adder, *map(L, (N, K, D)), rows(x), rows(codebook), metric == "cosine", *map(pointer, found)
+            int(wgmma), adder, *map(L, (N, K, D)), rows(x), rows(codebook), metric == "cosine", *map(pointer, found)
         )  # fmt: skip
         return found
 

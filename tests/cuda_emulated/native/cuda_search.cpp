@@ -70,10 +70,11 @@ EXPORT int tensor_core_products(int descending, int64_t shared_bytes, int wgmma,
 }
 
 // The rows of a block and their bounds, as Screen has them: float16 of X in units of `unit`.
+template <class Cores>
 struct TakeRows {
-    typedef RowTile<float, WarpCores<4, 1, 1>, 64> Rows;
+    typedef RowTile<float, Cores, 64> Rows;
     static constexpr int kThreads = Rows::kThreads;
-    typedef Rows::Shared Shared;
+    typedef typename Rows::Shared Shared;
     Rows rows;
     Packed packed;
     double* stored;  // [N, width]
@@ -97,8 +98,8 @@ struct TakeRows {
 };
 
 // For one head of float32 and D > 32, every pair's bounds as Screen has them, and t in long double: [N, K] each.
-EXPORT void bounds(int adder, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook, int cosine,
-                   double* lower, double* upper, double* exact) {
+EXPORT void bounds(int wgmma, int adder, int64_t N, int64_t K, int64_t D, const Rows* x, const Rows* codebook,
+                   int cosine, double* lower, double* upper, double* exact) {
     const Emulator device = {false, adder};
     const EmulatedBlock cores = {0, 32, false, adder, nullptr};
     const int64_t bytes = Packed::bytes(K, D), slots = slots_of(K), width = padded(D);
@@ -111,7 +112,10 @@ EXPORT void bounds(int adder, int64_t N, int64_t K, int64_t D, const Rows* x, co
     pack_codebook(device, in);
     const Packed packed = in.head(0);
     const SearchInputs<float> given = {{1, N, K, D, cosine != 0}, x->as<float>(), *codebook, RowMask{}};
-    device.launch(TakeRows{{given}, packed, stored.data(), unit.data(), row.data()});
+    const auto take = [&]<class Cores>(Cores) {
+        device.launch(TakeRows<Cores>{{given}, packed, stored.data(), unit.data(), row.data()});
+    };
+    wgmma ? take(WarpgroupCores<1, 2, 3>()) : take(WarpCores<4, 1, 1>());
     for (int64_t n = 0; n < N; n++) {
         // For cosine, X is x times a power of two, which the largest element tells.
         double scale = *packed.scale, largest = 0;

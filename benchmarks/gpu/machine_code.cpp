@@ -1,5 +1,5 @@
 // The kernels that the search of float32 takes on a GPU, a line for each and each depth as stored, of what their machine
-// code does not tell. Arguments: shared memory of a block, and whether there is wgmma.
+// code does not tell. Arguments: shared memory of a block, and how wgmma is used, 0 for not at all.
 #include <cxxabi.h>
 
 #include <cstdio>
@@ -12,14 +12,15 @@ using namespace vqops::cuda;
 
 int main(int, char** arguments) {
     Abilities abilities = {};
-    abilities.shared_bytes = size_t(std::atoll(arguments[1])), abilities.wgmma = std::atoi(arguments[2]) != 0;
-    abilities.multiprocessors = 1;
+    abilities.shared_bytes = size_t(std::atoll(arguments[1])), abilities.multiprocessors = 1;
+    abilities.wgmma = decltype(abilities.wgmma)(std::atoi(arguments[2]));
     const auto line = [](int64_t depths, const auto& kernel) {
         typedef std::decay_t<decltype(kernel)> Kernel;
         const char* const symbol = typeid(Kernel).name();
         char* const name = abi::__cxa_demangle(symbol, nullptr, nullptr, nullptr);
-        std::printf("%s\t%s\t%d\t%d\t%d\t%d\t%zu\n", symbol, name, int(depths), Kernel::kThreads, Kernel::kRows,
-                    Kernel::Cores::kCodes, kernel.shared_bytes());
+        const size_t scores = sizeof(typename Kernel::Scores::Products) / sizeof(float);  // of a thread and tile
+        std::printf("%s\t%s\t%d\t%d\t%zu\t%zu\n", symbol, name, int(depths), Kernel::kThreads, scores,
+                    kernel.shared_bytes());
         std::free(name);
     };
     const auto each = [&](const auto& take) {

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heappop, heappush
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from benchmarks.rows import RESULTS
 FOLDER = RESULTS / "machine_code"
 ARCHITECTURES = ("90a", "80")
 SHARED = {"80": 164, "90a": 228, "100": 228, "120": 100}  # KB of an SM, of which a block may have all but one
+WGMMA = ("1", "2")  # how it may be used
 REGISTERS = 65536  # of an SM, given to warps by 256
 CLASSES = {  # of instructions, by how they begin
     "products": ("HGMMA", "HMMA"),
@@ -37,7 +39,7 @@ CLASSES = {  # of instructions, by how they begin
     "LDS": ("LDS",),  # and LDSM
     "spills": ("LDL", "STL"),
     "copies": ("LDGSTS", "UBLKCP", "UTMALDG"),
-    "barriers": ("BAR",),
+    "barriers": ("BAR", "SYNCS"),
 }
 OF_A_TURN = ("products", "FFMA", "FMUL", "FMNMX", "LDS")
 TILE = ("products", "FMNMX")  # what the loop over tiles has
@@ -158,17 +160,14 @@ def kernels(architecture: str, folder: Path) -> dict[str, dict]:
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, "-std=c++20", ROOT / "benchmarks/gpu/machine_code.cpp", "-o", program], check=True)
     largest = 1024 * (SHARED[architecture] - 1)
-    command = [program, str(largest), str(int(architecture == "90a"))]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ways = WGMMA if architecture == "90a" else ("0",)
+    lines = [line for way in ways for line in dumped(program, str(largest), way).splitlines()]
     found: dict[str, dict] = {}
-    for line in printed.splitlines():
-        symbol, name, *sizes = line.split("\t")
-        depths, threads, rows, codes, shared = map(int, sizes)
+    for symbol, name, *sizes in map(methodcaller("split", "\t"), lines):
+        depths, threads, scores, shared = map(int, sizes)
         part = symbol.removeprefix("N5vqops4cuda").removesuffix("E")
-        row = found.setdefault(part, {"type": name, "threads": threads, "rows": rows, "D": [], "shared": []})
-        row["scores"] = rows * codes // threads  # of a thread and tile
-        row["D"].append(depths)
-        row["shared"].append(shared)
+        row = found.setdefault(part, {"type": name, "threads": threads, "scores": scores, "shared": {}})
+        row["shared"][depths] = shared
     return found
 
 
@@ -197,7 +196,7 @@ def cuobjdump() -> str | None:
     return found or shutil.which("cuobjdump", path=str(Path(triton.__file__).parent / "backends/nvidia/bin"))
 
 
-def dumped(tool: str, *arguments: str | Path) -> str:
+def dumped(tool: str | Path, *arguments: str | Path) -> str:
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
@@ -212,16 +211,17 @@ def rows_of(architecture: str, folder: Path, nvcc: str, tool: str, say: Callable
         number, (symbol, of) = numbered
         cubin = compiled(of["type"], architecture, folder / f"{architecture}_{number}.cubin", nvcc)
         registers = int(re.search(r"REG:(\d+)", dumped(tool, "--dump-resource-usage", cubin))[1])
-        blocks = [blocks_of_sm(architecture, shared, registers, of["threads"]) for shared in of["shared"]]
+        sizes = of["shared"].values()
+        blocks = [blocks_of_sm(architecture, shared, registers, of["threads"]) for shared in sizes]
         name = of["type"].replace("vqops::cuda::", "")
         say(f"sm_{architecture} {name}")
         return {
             "architecture": f"sm_{architecture}",
             "kernel": name,
             "symbol": symbol,
-            "D": [min(of["D"]), max(of["D"])],
+            "D": [min(of["shared"]), max(of["shared"])],
             "registers": registers,
-            "shared_bytes": [min(of["shared"]), max(of["shared"])],
+            "shared_bytes": [min(sizes), max(sizes)],
             "blocks": [min(blocks), max(blocks)],
             "scores": of["scores"],
             **counts(dumped(tool, "--dump-sass", cubin)),

@@ -110,7 +110,7 @@ private:
             for (int piece = 0; piece < pieces; piece++) {
                 block.template cp_async_wait_sync<kInFlight - 1, false>();
                 static_assert(Cores::kLag == 1);
-                const Stage& stage = stages[next.slot == Cores::kStages - 1 ? 0 : next.slot + 1];  // others are ahead
+                const Stage& stage = stages[next.slot == Cores::kStages - 1 ? 0 : next.slot + 1];  // all others are ahead
                 fetch(block, stages, next, count * pieces, pieces);
                 for (int i = 0; i < kTiles && tile + i < tiles; i++) {
                     VQOPS_UNROLL(4)

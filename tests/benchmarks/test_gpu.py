@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import baselines, cases, measure, plan, report, timing
-from benchmarks.gpu import page, prepare, publish
+from benchmarks.gpu import machine_code, page, prepare, publish
 from benchmarks.gpu import plan as plan_of_gpu
 from benchmarks.rows import PACKAGES, Writer, read
 from benchmarks.shapes import Shape
@@ -366,3 +366,55 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path):
     assert status == 1 and "there is no CUDA device here" in said and not (tmp_path / "rows").exists()
     with pytest.raises(SystemExit):
         program.main(["--quick", "--device", "cuda"])
+
+
+# Machine code, as cuobjdump prints it: a loop over tiles (10 to a0) and one over pieces in it (20 to 40); copies (14)
+# and candidates (70, 80) are passed over.
+SASS = """
+        /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;   /* 0x00000a00ff017624 */
+                                                                             /* 0x000fe400078e00ff */
+        /*0010*/                   UISETP.GE.AND UP0, UPT, UR4, UR5, UPT ;   /* 0x000000050400728c */
+        /*0012*/               @P1 BRA 0x20 ;                                /* 0x0000000000007947 */
+        /*0014*/                   LDGSTS.E.BYPASS.128 [R9], [R2.64] ;       /* 0x0000000000007fae */
+        /*0020*/                   HMMA.16816.F32 R4, R8, R10, R4 ;          /* 0x0000000a0804723c */
+        /*0030*/                   LDL R3, [R1] ;                            /* 0x0000000001037983 */
+        /*0040*/              @!P0 BRA P1, 0x20 ;                            /* 0x0000000000008947 */
+        /*0050*/                   FMNMX3 R4, R4, R5, R6, PT ;               /* 0x0000000504047276 */
+        /*0052*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;           /* 0x0000000000007992 */
+        /*0060*/               @P0 BRA 0x90 ;                                /* 0x0000000000000947 */
+        /*0070*/                   FFMA R4, R4, R5, R6 ;                     /* 0x0000000504047223 */
+        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;             /* 0x0000000000007b1d */
+        /*0090*/                   LDSM.16.M88.4 R28, [R4] ;                 /* 0x00000000041c783b */
+        /*00a0*/                   BRA 0x10 ;                                /* 0xffffff6000007947 */
+        /*00b0*/                   EXIT ;                                    /* 0x000000000000794d */
+"""
+
+
+def test_machine_code_is_counted_by_the_shortest_way():
+    assert machine_code.counts(SASS) == {
+        "instructions": 15,
+        "loop": 13,
+        "spills": 1,
+        "copies": 1,
+        "barriers": 1,
+        "waits": [1],
+        "turn": 10,
+        "piece": 3,
+        "classes": {"products": 1, "FFMA": 0, "FMUL": 0, "FMNMX": 1, "LDS": 1, "other": 7},
+    }
+    with pytest.raises(ValueError, match="no loop has products"):
+        machine_code.counts(SASS.replace("BRA 0x10", "NOP").replace("BRA P1, 0x20", "NOP"))
+
+
+def test_registers_and_shared_memory_say_how_many_blocks_an_sm_holds():
+    assert machine_code.blocks_of_sm("90a", 75 * 1024 - 1, 64, 128) == 3
+    assert machine_code.blocks_of_sm("90a", 75 * 1024 + 1, 64, 128) == 2
+    assert [machine_code.blocks_of_sm("80", 1024, registers, 128) for registers in (255, 168, 169, 128)] == [2, 3, 2, 4]
+
+
+def test_the_rows_of_machine_code_are_of_one_compilation():
+    rows = read(machine_code.FOLDER / "compiled.jsonl")
+    assert len({(row["compiler"], row["sources"]) for row in rows}) == 1
+    assert {row["architecture"] for row in rows} == {f"sm_{name}" for name in machine_code.ARCHITECTURES}
+    for row in rows:
+        assert row["turn"] == sum(row["classes"].values()) <= row["loop"] <= row["instructions"]

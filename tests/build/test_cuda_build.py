@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import machine_code
+from benchmarks.rows import read
+
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 SCREENS, TOPKS, PROBES = 4 * 8, 4 * 4, 8  # dtypes of x, and depths
@@ -29,16 +32,6 @@ print(json.dumps([vqops._C.cuda, sorted(COMPILED["cuda"]), on_cuda]))
 """
 
 pytestmark = pytest.mark.slow
-
-
-def find_cuobjdump():
-    """In the toolkit, or in Triton, which brings one."""
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
-    try:
-        import triton
-    except ImportError:
-        return found
-    return found or shutil.which("cuobjdump", path=str(Path(triton.__file__).parent / "backends/nvidia/bin"))
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +58,25 @@ def built(tmp_path_factory):
     return target
 
 
+def dumped(built, *options):
+    (library,) = (built / "vqops").glob("_C*.so")
+    tool = machine_code.cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    return machine_code.dumped(tool, *options, library)
+
+
+def functions(built, architecture):
+    """Names and machine code."""
+    text = dumped(built, "--dump-sass", "--gpu-architecture", architecture)
+    parts = [part.partition("\n") for part in text.split("Function : ")]
+    return [(name, code) for name, _, code in parts]
+
+
 @pytest.fixture(scope="module")
 def usage(built):
     """(architecture, kernel, registers, stack, local) of every kernel."""
-    (library,) = (built / "vqops").glob("_C*.so")
-    tool = find_cuobjdump()
-    if tool is None:
-        pytest.skip("no cuobjdump")
-    text = subprocess.run([tool, "--dump-resource-usage", library], check=True, capture_output=True, text=True).stdout
+    text = dumped(built, "--dump-resource-usage")
     found, architecture = [], None
     for line in text.splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
@@ -131,15 +135,8 @@ def test_nothing_spills_that_matters(usage):
 
 
 def test_search_and_probe_use_tensor_cores(built):
-    (library,) = (built / "vqops").glob("_C*.so")
-    tool = find_cuobjdump()
-    if tool is None:
-        pytest.skip("no cuobjdump")
     for architecture in ARCHITECTURES:
-        command = [tool, "--dump-sass", "--gpu-architecture", architecture, library]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        parts = [part.partition("\n") for part in done.stdout.split("Function : ")]
-        found = [(name, code) for name, _, code in parts if multiplies(name)]
+        found = [(name, code) for name, code in functions(built, architecture) if multiplies(name)]
         assert {kernel: sum(kernel in name for name, _ in found) for kernel in MULTIPLY} == MULTIPLY
         for name, code in found:
             if "WarpgroupCores" not in name:
@@ -148,3 +145,18 @@ def test_search_and_probe_use_tensor_cores(built):
                 assert "HGMMA.64x128x16.F32" in code
             else:
                 assert "HMMA" not in code  # never launched there
+
+
+def test_the_documented_machine_code_is_that_of_the_build(built, usage):
+    """Where the compiler is the one of the rows; else other counts would say nothing."""
+    rows = read(machine_code.FOLDER / "compiled.jsonl")
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if machine_code.version_of(nvcc) != rows[0]["compiler"]:
+        pytest.skip(f"the rows are of {rows[0]['compiler']}")
+    registers = {(architecture, kernel): of for architecture, kernel, of, *_ in usage}
+    for architecture in sorted({row["architecture"] for row in rows}):
+        code_of = dict(functions(built, architecture))
+        for row in (row for row in rows if row["architecture"] == architecture):
+            (name,) = [name for name in code_of if row["symbol"] in name]
+            found = machine_code.counts(code_of[name]) | {"registers": registers[architecture, name]}
+            assert found == {key: row[key] for key in found}, "run python -m benchmarks.gpu.machine_code"

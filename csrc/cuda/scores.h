@@ -38,6 +38,8 @@ struct ScoresOf {
 
     // Code i of a slot, of those of the product.
     static VQOPS_HOST_DEVICE int code_of(int t, int slot, int i) { return (slot * 4 + i / 2) * 8 + t % 4 * 2 + i % 2; }
+    // The place of codes i and i + 1, i even, among the twos of their tile: the thread's part of it is the same for all.
+    static VQOPS_HOST_DEVICE int two_of(int t, int slot, int i) { return (slot * 4 + i / 2) * 8 % kTile / 2 + t % 4; }
     static VQOPS_HOST_DEVICE float& at(Products& products, int own, int slot, int i) {
         return products.v[own / 2][slot * 4 + i / 2][own % 2 * 2 + i % 2];
     }
@@ -54,7 +56,7 @@ struct ScoresOf {
             for (int own = 0; own < kOwn; own++) unit.v[own] = rows.unit[row_of(t, own)] * tile.unit;
             VQOPS_UNROLL(4)
             for (int i = 0; i < kSlot; i += 2) {
-                const auto starts = tile.start.two[code_of(t, slot, i) % kTile / 2];
+                const auto starts = tile.start.two[two_of(t, slot, i)];
                 VQOPS_UNROLL(2)
                 for (int e = 0; e < 2; e++)
                     VQOPS_UNROLL(4)
@@ -76,7 +78,7 @@ struct ScoresOf {
             const Constants& tile = constants[tile_of(slot)];
             VQOPS_UNROLL(4)
             for (int i = 0; i < kSlot; i += 2) {
-                const int place = code_of(t, slot, i) % kTile / 2;
+                const int place = two_of(t, slot, i);
                 const auto starts = tile.start_topk.two[place], radii = tile.radius.two[place];
                 VQOPS_UNROLL(2)
                 for (int e = 0; e < 2; e++)

@@ -70,11 +70,11 @@ struct Screen {
 private:
     // What a block searches: rows from `first`, and its share of the codes.
     struct Place {
-        int64_t part, h, share, first;
+        uint32_t part, h, share, first;
     };
     VQOPS_HOST_DEVICE Place place_of(int64_t block) const {
-        const int64_t part = uint32_t(block) / across(), h = uint32_t(part) / uint32_t(shares);
-        return {part, h, part - h * shares, int64_t(uint32_t(block) % across()) * kRows};
+        const uint32_t part = uint32_t(block) / across(), h = part / uint32_t(shares);
+        return {part, h, part - h * uint32_t(shares), uint32_t(block) % across() * kRows};
     }
     VQOPS_HOST_DEVICE Codes tiles_of(const Packed& codes, int64_t share) const {
         return {codes, in.K, rows().width(), share, shares};
@@ -134,7 +134,7 @@ private:
         else
             block.for_threads([&](int t) {
                 for (int r = t; r < kRows && first + r < in.N; r += kThreads)
-                    out.lists[part * in.N + first + r] = shared.list[r];
+                    out.lists[int64_t(part) * in.N + first + r] = shared.list[r];
             });
     }
 

@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
 
     centre: int  # dimensions whose median is taken
     codes: int  # codes prepared
-    values: int  # of rows rounded to fp16
+    values: int  # of rows at memory speed
     decide: int  # rows decided, each among up to 16 codes
     scan: tuple[int, int]  # rows and codes compared in float64
     lanes: int  # rows that are walked eight dimensions at a time
@@ -74,12 +74,6 @@ LEAST_TILES = 4  # of a part of the codes that few rows are screened against
 
 def sizes(device: torch.device) -> Sizes:
     return ON_GPU if device.type == "cuda" else INTERPRETED
-
-
-def row_blocks(D: int, device: torch.device) -> tuple[int, int]:
-    """Rows and dimensions at a time of the pass that rounds rows to fp16."""
-    step = min(padded_dimensions(D), STEP)
-    return min(ROWS, sizes(device).values // step), step
 
 
 def tile(D: int, device: torch.device) -> tuple[int, int]:

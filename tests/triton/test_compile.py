@@ -24,8 +24,8 @@ KERNELS = {
 }  # fmt: skip
 
 
-def compiled(architecture: int, cases: str = "") -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def compiled(architecture: int, cases: str = "", **environment) -> list[dict]:
+    environment |= {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, Path(__file__).with_name("compiler.py"), str(architecture), cases]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -57,6 +57,15 @@ def test_a_search(architecture, cases):
     kernels = compiled(architecture, cases)
     check(kernels, architecture)
     assert "screen_kernel" in {facts["kernel"] for facts in kernels}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_two_programs_of_a_search_on_a_processor(architecture):
+    for programs in (1, 2):
+        kernels = compiled(architecture, "nearest, D=8;nearest, D=64", VQOPS_TRITON_PROGRAMS=str(programs))
+        found = {facts["programs"] for facts in kernels if facts["kernel"] == "screen_kernel"}
+        assert found == {programs}
 
 
 @pytest.mark.slow

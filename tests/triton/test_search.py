@@ -76,6 +76,14 @@ def test_no_rows():
     assert vqops.nearest(torch.randn(0, 4), torch.randn(3, 4), implementation="triton").shape == (0,)
 
 
+def test_more_heads_than_a_grid_has():
+    x = torch.zeros(65536, 1, 1)
+    with pytest.raises(ValueError, match="nearest: implementation 'triton' takes H <= 65535, x has H=65536"):
+        vqops.nearest(x, x, implementation="triton")
+    with pytest.raises(ValueError, match="prepare: implementation 'triton' takes H <= 65535, codebook has H=65536"):
+        vqops.prepare(x, implementation="triton")
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_heads_masks_and_strides(metric):
     x = torch.randn(20, 3, 60).permute(1, 2, 0)  # [3, 60, 20], D is not the last in memory
@@ -313,6 +321,34 @@ def test_bounds_of_a_prepared_codebook(D, metric):
     half = exact.square().sum(-1) / 2 if metric == "euclidean" else torch.zeros(60)
     assert (start <= half)[there].all()
     assert header[0] == 0 and header[3].view(torch.float32) == radius[there].min()
+
+
+def scale_of(codebook):
+    packed = vqops.prepare(codebook, implementation="triton").packed
+    return packed.view(torch.int32)[1].item()
+
+
+@pytest.mark.parametrize("K", [2, 3, 20, 500])
+def test_the_scale_is_of_what_codes_are_typically_apart(K):
+    codebook = torch.randn(K, 64) + 100
+    assert scale_of(codebook) in (-2, -3, -4)  # 8 from their centre
+    assert scale_of(codebook * 2.0**-20) == scale_of(codebook) + 20
+    if K > 3:
+        huge = codebook.clone()
+        huge[0], huge[K // 2, 3] = huge[0] * 1e30, math.nan
+        assert abs(scale_of(huge) - scale_of(codebook)) <= 1
+    assert scale_of(codebook[:1]) == scale_of(torch.ones(K, 64)) == 0
+
+
+def test_blocks_without_a_row_to_screen_compute_no_products(monkeypatch):
+    x, codebook = torch.randn(300, 5), torch.randn(90, 5)
+    mask = torch.arange(300) >= 256
+    x[256:] = math.nan
+    check(x, codebook, mask)
+    monkeypatch.setattr(screen, "tile_bounds", nothing)
+    check(x, codebook, mask)
+    with pytest.raises(interpreter.InterpreterError):
+        check(x, codebook)
 
 
 def truncated_dot(group):

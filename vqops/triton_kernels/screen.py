@@ -8,8 +8,8 @@ A slot is a column of the tile. It keeps the least lower bound of its codes in a
 the tile in its low bits, and the second least. After each group the slots that may hold the nearest code join the row's
 list.
 Where the blocks of rows are fewer than the processors, a program takes a part of the codes, and another kernel merges
-what the parts of a row leave open; shapes alone say how many. Workspace: 76 bytes per row and part, of which there are
-less than 128 per processor; 1.3 MB on 132.
+what the parts of a row leave open; shapes alone say how many. Workspace: 76 bytes per row and part, for D > 64 2 D'
+more; of parts times rows there are less than 128 per processor.
 """
 
 import triton
@@ -210,7 +210,7 @@ def screen(x, codebook, packed, mask, metric, work, indices, counters, parts: in
         x, mask, packed, work, indices, counters, N, padded, D, codes, tiles, triton.cdiv(tiles, parts),
         *strides(x, 3), *strides(mask, 2), accumulation(D), decision_error(D, cosine), cosine, HEADER, width,
         min(width, STEP), stored_width(D) == 0, ENTRY, GROUP, CANDIDATES, block.rows, block.codes, block.step,
-        num_warps=block.warps, num_stages=block.stages, enable_fp_fusion=True,
+        num_warps=block.warps, num_stages=block.stages, maxnreg=block.registers, enable_fp_fusion=True,
     )  # fmt: skip
     if parts > 1:
         merge_lists_kernel[(padded // ROWS, H)](

@@ -35,7 +35,7 @@ SCREEN = [
     (math.inf, 99, Screen(128, 64, STEP, 8, 2)),
 ]
 # Two programs a processor, in the place of one with twice the registers: comparisons of the one beside products of the
-# other. It spills between groups of tiles. Not timed yet: only where the environment asks for it.
+# other. But it spills in the loop, and has not been timed: only where the environment asks for it.
 TWO_A_PROCESSOR = [(128, 163, Screen(128, 64, 128, 8, 3, registers=128))]
 PROGRAMS = os.environ.get("VQOPS_TRITON_PROGRAMS", "1")
 # Dimensions up to which rows stay whole, by the major number of the compute capability: Triton 3.6 keeps longer ones in

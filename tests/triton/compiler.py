@@ -23,8 +23,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)\b")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", re.MULTILINE)
+BACK = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+SPILLS = re.compile(r"\b(?:STL|LDL)\b")
 PROCESSORS = 192  # more than any GPU has
-LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB per block
+LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB per block; a processor has 1 more
 
 
 class Launches:
@@ -63,6 +66,8 @@ class Compiler(Launches):
         return {
             "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
             "spills": len(re.findall(r"\bSTL\b", machine_code)),
+            "spills_in_loops": sum(len(SPILLS.findall(loop)) for loop in inner_loops(machine_code)),
+            "programs": programs_a_processor(usage, compiled.metadata, self.target.arch),
             "shared": compiled.metadata.shared,
             "shared_limit": LARGEST_SHARED[self.target.arch] * 1024,
             "tensor_cores": sorted(set(TENSOR_CORES.findall(machine_code))),
@@ -71,6 +76,22 @@ class Compiler(Launches):
             "fused_double": "fma.rn.f64" in ptx,
             "machine_fused_double": "DFMA" in machine_code,  # also in divisions and roots
         }
+
+
+def inner_loops(machine_code: str) -> list[str]:
+    """The loops with products of tensor cores that have none of these inside."""
+    instructions = [(int(place, 16), text) for place, text in INSTRUCTION.findall(machine_code)]
+    ends = [(int(back.group(1), 16), place) for place, text in instructions if (back := BACK.search(text))]
+    loops = [[text for place, text in instructions if first <= place <= last] for first, last in ends if first < last]
+    loops = ["\n".join(loop) for loop in loops if TENSOR_CORES.search("\n".join(loop))]
+    return [loop for loop in loops if not any(other != loop and other in loop for other in loops)]
+
+
+def programs_a_processor(usage: str, metadata, architecture: int) -> int:
+    """How many fit, by registers and shared memory."""
+    registers = (int(re.search(r"REG:(\d+)", usage).group(1)) + 7) // 8 * 8
+    shared = (LARGEST_SHARED[architecture] + 1) * 1024 // (metadata.shared + 1024)
+    return min(65536 // (registers * 32 * metadata.num_warps), shared)
 
 
 def tool(name: str, *arguments: str) -> str:

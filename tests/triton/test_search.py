@@ -15,9 +15,11 @@ from vqops.triton_kernels import blocks, interpreted, layout
 if not interpreted():
     pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
 
+import triton
+import triton.language as tl  # noqa: F401 (the interpreter looks for it beside a kernel)
 from triton.runtime import interpreter
 
-from vqops.triton_kernels import bound, scan, screen
+from vqops.triton_kernels import bound, finish, scan, screen
 
 METRICS = ("euclidean", "cosine")
 COSINE_SLOW = ("euclidean", pytest.param("cosine", marks=pytest.mark.slow))
@@ -72,6 +74,14 @@ def test_dtypes(rows, codes):
 
 def test_no_rows():
     assert vqops.nearest(torch.randn(0, 4), torch.randn(3, 4), implementation="triton").shape == (0,)
+
+
+def test_more_heads_than_a_grid_has():
+    x = torch.zeros(65536, 1, 1)
+    with pytest.raises(ValueError, match="nearest: implementation 'triton' takes H <= 65535, x has H=65536"):
+        vqops.nearest(x, x, implementation="triton")
+    with pytest.raises(ValueError, match="prepare: implementation 'triton' takes H <= 65535, codebook has H=65536"):
+        vqops.prepare(x, implementation="triton")
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -176,7 +186,7 @@ def test_most_rows_are_certified():
 @pytest.fixture
 def shared_scan(monkeypatch):
     """More programs than blocks of rows to scan, so that they share the codes of a row."""
-    monkeypatch.setattr(scan, "queue_programs", lambda device: 21)
+    monkeypatch.setattr(finish, "queue_programs", lambda device: 21)
     monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(scan=(4, 16)))
 
 
@@ -200,14 +210,18 @@ def test_programs_share_the_codes_of_masked_rows_of_heads(shared_scan, metric):
     torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-12)
 
 
+@triton.jit
+def nothing(*_):
+    pass
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_programs_share_the_codes_of_queued_rows(shared_scan, heads, monkeypatch):
     codebook = torch.randn(heads, 1, 8) + 2.0**-20 * torch.randn(heads, 100, 8)
     x = torch.cat([torch.randn(heads, 30, 8) + 5e3 * torch.randn(8), codebook[:, :40] + 2], 1)
     check(x[:, :4], codebook)
     check(x, codebook)
-    nothing = type("Nothing", (), {"__getitem__": lambda *_: lambda *_, **__: None})()
-    monkeypatch.setattr(scan, "merge_parts_kernel", nothing)
+    monkeypatch.setattr(scan, "merge_parts", nothing)
     with pytest.raises(AssertionError):  # it is what writes them
         check(x[:, :4], codebook)
 
@@ -285,22 +299,56 @@ def test_prepared_codebook():
 def test_bounds_of_a_prepared_codebook(D, metric):
     codebook = torch.randn(1, 60, D) * torch.logspace(-6, 6, 60)[:, None] + 2
     codebook[0, 9], codebook[0, 20] = codebook[0, 4], math.nan
-    packed = layout.unpack(vqops.prepare(codebook, metric, implementation="triton").packed, 1, 60, D)
+    memory = vqops.prepare(codebook, metric, implementation="triton").packed
+    width, padded = layout.padded_dimensions(D), layout.padded_codes(60)
+    words = layout.HEADER + max(width, layout.HEADER)
+    header, centre = memory.view(torch.int32)[: layout.HEADER], memory.view(torch.float32)[layout.HEADER : words][:D]
+    bounds = memory.view(torch.float32)[words:][: 4 * padded].view(-1, 4, layout.TILE).transpose(0, 1).reshape(4, -1)
+    start, radius, unit, start_topk = bounds[:, :60]
+    codes = memory.view(torch.float16)[2 * (words + 4 * padded) :].view(padded, width)[:60, :D]
     exact = codebook[0].double()
     if metric == "cosine":
         exact = exact / exact.norm(dim=-1, keepdim=True)
-    exact = (exact - packed.centre[0].double()) * 2.0 ** packed.header[0, 1].item()
-    stored = packed.codes[0, :60, :D].double() * packed.unit[0, :60, None].double()
-    radius, worst = packed.radius[0, :60].double(), packed.header[0, 2].view(torch.float32).double()
+    exact = (exact - centre.double()) * 2.0 ** header[1].item()
+    stored = codes.double() * -unit[:, None].double()
+    radius, worst = radius.double(), header[2].view(torch.float32).double()
     there = exact.isfinite().all(-1) & (torch.arange(60) != 9)
-    INDICES.same(packed.start[0, :60] == 2.0**70, ~there)  # the repeat, too
-    assert packed.start_topk[0, 9] == packed.start_topk[0, 4] and packed.start_topk[0, 20] == 2.0**70
+    INDICES.same(start == 2.0**70, ~there)  # the repeat, too
+    assert start_topk[9] == start_topk[4] and start_topk[20] == 2.0**70
     assert (exact.norm(dim=-1) <= radius)[there].all() and (stored.norm(dim=-1) <= radius)[there].all()
     assert ((exact - stored).norm(dim=-1) <= worst * radius)[there].all()
     assert 2.0**-14 < worst < 2.0**-11
     half = exact.square().sum(-1) / 2 if metric == "euclidean" else torch.zeros(60)
-    assert (packed.start[0, :60] <= half)[there].all()
-    assert packed.header[0, 0] == 0 and packed.header[0, 3].view(torch.float32) == packed.radius[0, :60][there].min()
+    assert (start <= half)[there].all()
+    assert header[0] == 0 and header[3].view(torch.float32) == radius[there].min()
+
+
+def scale_of(codebook):
+    packed = vqops.prepare(codebook, implementation="triton").packed
+    return packed.view(torch.int32)[1].item()
+
+
+@pytest.mark.parametrize("K", [2, 3, 20, 500])
+def test_the_scale_is_of_what_codes_are_typically_apart(K):
+    codebook = torch.randn(K, 64) + 100
+    assert scale_of(codebook) in (-2, -3, -4)  # 8 from their centre
+    assert scale_of(codebook * 2.0**-20) == scale_of(codebook) + 20
+    if K > 3:
+        huge = codebook.clone()
+        huge[0], huge[K // 2, 3] = huge[0] * 1e30, math.nan
+        assert abs(scale_of(huge) - scale_of(codebook)) <= 1
+    assert scale_of(codebook[:1]) == scale_of(torch.ones(K, 64)) == 0
+
+
+def test_blocks_without_a_row_to_screen_compute_no_products(monkeypatch):
+    x, codebook = torch.randn(300, 5), torch.randn(90, 5)
+    mask = torch.arange(300) >= 256
+    x[256:] = math.nan
+    check(x, codebook, mask)
+    monkeypatch.setattr(screen, "tile_bounds", nothing)
+    check(x, codebook, mask)
+    with pytest.raises(interpreter.InterpreterError):
+        check(x, codebook)
 
 
 def truncated_dot(group):

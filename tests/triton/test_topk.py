@@ -14,7 +14,7 @@ from vqops.triton_kernels import blocks, interpreted
 if not interpreted():
     pytest.skip("TRITON_INTERPRET is off", allow_module_level=True)
 
-from vqops.triton_kernels import scan
+from vqops.triton_kernels import finish
 
 METRICS = ("euclidean", "cosine")
 
@@ -67,7 +67,7 @@ def test_more_codes_within_rounding_than_a_list_holds():
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("k", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_programs_share_the_codes_of_a_row(monkeypatch, k, metric):
-    monkeypatch.setattr(scan, "queue_programs", lambda device: 21)
+    monkeypatch.setattr(finish, "queue_programs", lambda device: 21)
     monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(scan=(4, 16)))
     x, codebook = torch.randn(6, 5), torch.randn(45, 5)
     codebook[20:40] = codebook[:20]

@@ -31,6 +31,9 @@ MODULES = {
     "residual_quantize_backward": "residual_backward",
 }
 
+MOST_HEADS = 65535  # programs of a grid in its second dimension, where the search's kernels have H
+SEARCHING = ("prepare", "nearest", "nearest_topk", "search_statistics", "sample", "quantize", "residual_quantize")
+
 
 def installed() -> bool:
     return find_spec("triton") is not None
@@ -75,9 +78,12 @@ def why_not(device: torch.device) -> str | None:
 
 def implementation(op: str) -> Callable:
     def run(*arguments):
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        if reason := why_not(device):
+        first = next(argument for argument in arguments if isinstance(argument, Tensor))
+        if reason := why_not(first.device):
             raise RuntimeError(f"{op}: implementation 'triton' can't run: {reason}")
+        if op in SEARCHING and len(first) > MOST_HEADS:
+            name = "codebook" if op == "prepare" else "x"
+            raise ValueError(f"{op}: implementation 'triton' takes H <= {MOST_HEADS}, {name} has H={len(first)}")
         module = importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}")
         return getattr(module, op)(*arguments)
 

@@ -1,10 +1,12 @@
-"""Block sizes of every kernel, in one place. Chosen from what compiles without spills.
+"""Block sizes of every kernel, in one place. Chosen from what compiles without spills in the inner loop.
 
 The limits: 255 registers per thread, and 99 KB of shared memory per block on sm_86, sm_89 and sm_120 (163 KB and more
 on sm_80, sm_90 and sm_100).
 """
 
 import math
+import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ class Screen(NamedTuple):
     step: int  # dimensions at a time; whole rows where D allows
     warps: int
     stages: int
+    registers: int | None = None  # at most, of a thread; else as many as there are
 
 
 # The first whose D and shared memory (KB per block) suffice. 128 x 64 scores on 8 warps leave 32 per thread, beside two
@@ -31,6 +34,10 @@ SCREEN = [
     (math.inf, 200, Screen(128, 64, STEP, 8, 3)),
     (math.inf, 99, Screen(128, 64, STEP, 8, 2)),
 ]
+# Two programs a processor, in the place of one with twice the registers: comparisons of the one beside products of the
+# other. But it spills in the loop, and has not been timed: only where the environment asks for it.
+TWO_A_PROCESSOR = [(128, 163, Screen(128, 64, 128, 8, 3, registers=128))]
+PROGRAMS = os.environ.get("VQOPS_TRITON_PROGRAMS", "1")
 # Dimensions up to which rows stay whole, by the major number of the compute capability: Triton 3.6 keeps longer ones in
 # registers on sm_100, and spills.
 WHOLE_ON = {10: 64}
@@ -55,7 +62,7 @@ class Sizes(NamedTuple):
 
     centre: int  # dimensions whose median is taken
     codes: int  # codes prepared
-    values: int  # of rows rounded to fp16
+    values: int  # of rows at memory speed
     decide: int  # rows decided, each among up to 16 codes
     scan: tuple[int, int]  # rows and codes compared in float64
     lanes: int  # rows that are walked eight dimensions at a time
@@ -74,12 +81,6 @@ LEAST_TILES = 4  # of a part of the codes that few rows are screened against
 
 def sizes(device: torch.device) -> Sizes:
     return ON_GPU if device.type == "cuda" else INTERPRETED
-
-
-def row_blocks(D: int, device: torch.device) -> tuple[int, int]:
-    """Rows and dimensions at a time of the pass that rounds rows to fp16."""
-    step = min(padded_dimensions(D), STEP)
-    return min(ROWS, sizes(device).values // step), step
 
 
 def tile(D: int, device: torch.device) -> tuple[int, int]:
@@ -110,24 +111,30 @@ def screen_blocks(D: int, device: torch.device) -> Screen:
     """For rows of D dimensions."""
     width, shared = padded_dimensions(D), shared_memory(device)
     reach = width if width <= WHOLE_ON.get(major(device), WHOLE) else math.inf
-    block = next(block for most, needed, block in SCREEN if reach <= most and shared >= needed * 1024)
+    table = TWO_A_PROCESSOR + SCREEN if PROGRAMS == "2" else SCREEN
+    block = next(block for most, needed, block in table if reach <= most and shared >= needed * 1024)
     return block._replace(step=min(block.step, width))
 
 
+@cache  # PyTorch looks them up anew in each call
+def properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
+
+
 def major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return properties(device).major if device.type == "cuda" else 0
 
 
 def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 99 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return properties(device).shared_memory_per_block_optin
 
 
 def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return PROCESSORS_INTERPRETED
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return properties(device).multi_processor_count
 
 
 def queue_programs(device: torch.device) -> int:

@@ -1,9 +1,9 @@
 """The error bound of the fp16 screening pass, each constant with its cause in docs/exactness.md.
 
 X = s (x - m) and C = s (c - m), with a centre m and a power of two s; cosine: X = x and C = c / |c| - m. Stored are
-X' = X lift and C' = C / unit as fp16, with a power of two per row and per code. Bounds of (|C|^2 / 2 - X.C) lift:
+X' = X lift and C' = -C / unit as fp16, with a power of two per row and per code. Bounds of (|C|^2 / 2 - X.C) lift:
 
-    lower = start lift - row radius * code radius - stored product * unit
+    lower = start lift - row radius * code radius + X'.C' unit
     upper = lower + row spread * code radius + SLACK start lift + rest
 
 A code has start, radius and unit (layout.py); a row has radius, spread, rest and lift.
@@ -59,27 +59,10 @@ def row_bound(norm, error, lift, worst, accumulation, decision, COSINE: tl.const
 
 
 @triton.jit
-def store_row_bound(row_bounds, here, total, inside, screened, radius, spread, lift, rest):
-    """row_bounds [4, H, N']. Other rows pass through the screening as well, and must stay finite there."""
-    tl.store(row_bounds + here, tl.where(screened, radius, 0.0), mask=inside)
-    tl.store(row_bounds + total + here, tl.where(screened, spread, 0.0), mask=inside)
-    tl.store(row_bounds + 2 * total + here, tl.where(screened, lift, 1.0), mask=inside)
-    tl.store(row_bounds + 3 * total + here, tl.where(screened, rest, 0.0), mask=inside)
-
-
-@triton.jit
-def load_row_bound(row_bounds, here, total):
-    radius = tl.load(row_bounds + here)
-    spread = tl.load(row_bounds + total + here)
-    lift = tl.load(row_bounds + 2 * total + here)
-    return radius, spread, lift, tl.load(row_bounds + 3 * total + here)
-
-
-@triton.jit
 def tile_product(
     rows,  # [BN, BD] pointers to the first dimensions of the stored rows
     whole,  # [BN, D'] the rows themselves, where they stay on chip; else None
-    codes,  # [H, K', D'] float16
+    codes,  # [K', D'] float16
     at,
     WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -100,18 +83,16 @@ def tile_bounds(
     whole,
     row_radius,  # [BN]
     lift,  # [BN]
-    start,  # [H, K']
-    radius,  # [H, K']
-    unit,  # [H, K']
-    codes,  # [H, K', D'] float16
-    at,
-    WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    bounds,  # [K'/BK, 4, BK], see layout.py
+    codes,  # [K', D'] float16
+    tile,
+    START: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Lower bounds [BN, BK] of the codes from `at`, with their starts in the rows' units and their radii."""
-    slot = tl.arange(0, BK)
-    product = tile_product(rows, whole, codes, at, WIDTH, BN, BK, BD)
-    code_radius = tl.load(radius + at + slot)[None, :]
-    lifted = tl.load(start + at + slot)[None, :] * lift[:, None]
-    lower = lifted - code_radius * row_radius[:, None]
-    lower -= product * tl.load(unit + at + slot)[None, :]
+    """Lower bounds [BN, BK] of the codes of a tile, with their starts in the rows' units and their radii. START: which
+    of the four bounds that is."""
+    about = bounds + tile * (4 * BK) + tl.arange(0, BK)
+    product = tile_product(rows, whole, codes, tl.cast(tile, tl.int64) * BK, WIDTH, BN, BK, BD)
+    code_radius = tl.load(about + BK)[None, :]
+    lifted = tl.load(about + START * BK)[None, :] * lift[:, None]
+    lower = lifted - code_radius * row_radius[:, None] + product * tl.load(about + 2 * BK)[None, :]
     return lower, lifted, code_radius

@@ -1,9 +1,12 @@
 """Preparation of a codebook for the screening pass: centre, scale, repeats, and the codes as fp16 with their bounds.
 
-Four kernels: the centre (a program per slice of dimensions), the scale (a program per head), a table of keys that
-finds repeats, packing (each reads its codes two to four times, from cache). Float64 throughout: the codebook is small
-next to the search. Errors are measured as docs/exactness.md wants them, with the constants of bound.py.
+Two kernels: one looks at the codes (a program finds the scale of a head, others the centre of a slice of dimensions,
+others write a table of keys that finds repeats), one packs them (each code is read two to four times, from cache).
+Float64 where errors are measured: the codebook is small next to the search. docs/exactness.md says what is measured,
+bound.py has the constants.
 """
+
+import math
 
 import torch
 import triton
@@ -24,10 +27,11 @@ from vqops.triton_kernels.bound import (
     decision_error,
 )
 from vqops.triton_kernels.distance import NO_CODE
-from vqops.triton_kernels.layout import HEADER, STEP, packed_bytes, padded_codes, padded_dimensions, unpack
+from vqops.triton_kernels.layout import HEADER, STEP, TILE, packed_bytes, padded_codes, padded_dimensions
 from vqops.triton_kernels.strides import strides
 
 SAMPLE = 32  # codes that the centre and the scale are taken from
+HELD_BACK = 2.0**-8  # of sums of differences, so that those of large float32 don't overflow
 INF_BITS = tl.constexpr(0x7F800000)
 
 # Words of the header.
@@ -35,6 +39,24 @@ FIRST = tl.constexpr(0)  # the lowest index of a finite code, or NO_CODE
 SCALE = tl.constexpr(1)  # exponent of the scale
 WORST = tl.constexpr(2)  # bits of the largest |C - stored| / radius
 CLOSEST = tl.constexpr(3)  # bits of the smallest radius
+
+
+@triton.jit
+def head_of(packed, h, codes_padded, WIDTH: tl.constexpr, HEADER: tl.constexpr):
+    """Pointers to the header, the centre, the bounds and the codes of head h, see layout.py."""
+    WORDS: tl.constexpr = HEADER + (WIDTH if WIDTH > HEADER else HEADER)
+    codes_padded = codes_padded.to(tl.int64)
+    header = (packed + h * (4 * WORDS + codes_padded * (16 + 2 * WIDTH))).to(tl.pointer_type(tl.int32), bitcast=True)
+    centre = (header + HEADER).to(tl.pointer_type(tl.float32), bitcast=True)
+    bounds = (header + WORDS).to(tl.pointer_type(tl.float32), bitcast=True)
+    codes = (bounds + codes_padded * 4).to(tl.pointer_type(tl.float16), bitcast=True)
+    return header, centre, bounds, codes
+
+
+@triton.jit
+def bounds_of(bounds, k, TILE: tl.constexpr):
+    """Pointers to the starts of codes k; the other bounds of a code follow, TILE words apart."""
+    return bounds + k // TILE * (4 * TILE) + k % TILE
 
 
 @triton.jit
@@ -51,26 +73,25 @@ def power_of_two(exponent):
 
 @triton.jit
 def norm_of(c, i_stride, known, D, COSINE: tl.constexpr, BD: tl.constexpr):
-    """For codes at c [M, 1]: what to divide them by (cosine: their norm, 1 if it is 0), NaN where not finite."""
-    square = tl.zeros((c.shape[0],), tl.float64)
+    """For codes at c [M, 1]: their norm for cosine, 1 if it is 0, else 1; and whether they are finite."""
+    square = tl.zeros((c.shape[0],), tl.float64 if COSINE else tl.float32)
     for d in range(0, D, BD):
         i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
-        v = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0).to(tl.float64)
+        v = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0).to(square.dtype)
         square += tl.sum(v * v if COSINE else v * 0.0, 1)
     if COSINE:
-        norm = tl.sqrt(square)
-        norm = tl.where(norm == 0, 1.0, norm)
-        norm = tl.where(norm < float("inf"), norm, float("nan"))
+        finite = square < float("inf")
+        norm = tl.sqrt(tl.where(finite & (square > 0), square, 1.0))
     else:
+        finite = square == 0
         norm = square + 1.0
-    return norm
+    return norm, finite
 
 
 @triton.jit
-def sampled(codebook, h, h_stride, k_stride, K, every, COUNT: tl.constexpr):
-    """Pointers [COUNT, 1] to the sampled codes, and which there are."""
-    k = (tl.arange(0, COUNT).to(tl.int64) * every)[:, None]
-    return codebook + h * h_stride + k * k_stride, k < K
+def sampled(codebook, h, h_stride, k_stride, number, every):
+    """Pointers [COUNT, 1] to sampled codes by their numbers in the sample."""
+    return codebook + h * h_stride + (number.to(tl.int64) * every)[:, None] * k_stride
 
 
 @triton.jit
@@ -84,54 +105,33 @@ def median_of(v, count):
     return tl.sum(tl.where((rank == count // 2) & (count > 0), v, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["K", "every"])
-def centre_kernel(
-    codebook,  # [H, K, D]
-    centre,  # [H, D] float32
-    K, D, every, h_stride, k_stride, i_stride,
-    COSINE: tl.constexpr, SAMPLE: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr,
-):  # fmt: skip
-    """The median of the sample in each dimension: any centre is correct, and this one no single code can move."""
-    h = tl.program_id(1).to(tl.int64)
-    c, known = sampled(codebook, h, h_stride, k_stride, K, every, SAMPLE)
-    norm = norm_of(c, i_stride, known, D, COSINE, BD)
-    valid = known & (norm == norm)[:, None]
-    i = (tl.program_id(0) * BI + tl.arange(0, BI)).to(tl.int64)
-    v = tl.load(c + i[None, :] * i_stride, mask=valid & (i < D)[None, :], other=0.0).to(tl.float64)
-    v = tl.where(valid, v / tl.where(norm == norm, norm, 1.0)[:, None], float("inf")).to(tl.float32)
-    median = median_of(v, tl.sum(valid.to(tl.int32), 0))
-    tl.store(centre + h * D + i, tl.where(tl.abs(median) < float("inf"), median, 0.0), mask=i < D)
+@triton.jit
+def centre_of(c, i_stride, known, i, D, COSINE: tl.constexpr, BD: tl.constexpr):
+    """The median of the sample in dimensions i: any centre is correct, and this one no single code can move."""
+    norm, finite = norm_of(c, i_stride, known, D, COSINE, BD)
+    valid = known & finite[:, None]
+    v = tl.load(c + i[None, :] * i_stride, mask=valid & (i < D)[None, :], other=0.0).to(norm.dtype)
+    if COSINE:
+        v /= norm[:, None]
+    median = median_of(tl.where(valid, v.to(tl.float32), float("inf")), tl.sum(valid.to(tl.int32), 0))
+    return tl.where(tl.abs(median) < float("inf"), median, 0.0)
 
 
-@triton.jit(do_not_specialize=["K", "every"])
-def scale_kernel(
-    codebook,  # [H, K, D]
-    centre,  # [H, D]
-    header,  # [H, HEADER] int32
-    K, D, every, h_stride, k_stride, i_stride,
-    COSINE: tl.constexpr, SAMPLE: tl.constexpr, HEADER: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """The header: a power of two that brings the sample's median distance from the centre to [1, 2)."""
-    h = tl.program_id(0).to(tl.int64)
-    c, known = sampled(codebook, h, h_stride, k_stride, K, every, SAMPLE)
-    square = tl.zeros((SAMPLE,), tl.float64)
+@triton.jit
+def exponent_of_scale(c, other, i_stride, known, D, share, HELD_BACK: tl.constexpr, BD: tl.constexpr):
+    """Of a power of two that brings the typical distance from the centre to about 1: any is correct. It is the median,
+    over sampled codes, of what others of the sample are apart; over sqrt(D), sums of absolute differences of Gaussian
+    codes are 1.1 times as large."""
+    apart = tl.zeros((c.shape[0],), tl.float32)
     for d in range(0, D, BD):
         i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
-        v = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0).to(tl.float64)
-        v -= tl.load(centre + h * D + i, mask=i < D, other=0.0).to(tl.float64)
-        square += tl.sum(v * v, 1)
-    distance = tl.sqrt(square).to(tl.float32)
-    valid = (distance > 0) & (distance < float("inf")) & (tl.sum(known.to(tl.int32), 1) > 0)
+        v = tl.load(c + i * i_stride, mask=known & (i < D), other=0.0).to(tl.float32)
+        v -= tl.load(other + i * i_stride, mask=known & (i < D), other=0.0).to(tl.float32)
+        apart += tl.sum(tl.abs(v) * share, 1)
+    valid = (apart > 0) & (apart < float("inf"))
     count = tl.sum(valid.to(tl.int32), 0)
-    median = tl.sum(median_of(tl.where(valid, distance, float("inf"))[:, None], count), 0)
-    exponent = tl.minimum(tl.maximum(-exponent_of(tl.where(count > 0, median, 1.0)), -126), 126)
-    if COSINE:
-        exponent = exponent * 0
-    place = tl.arange(0, HEADER)
-    values = tl.where(place == FIRST, NO_CODE, 0)
-    values = tl.where(place == SCALE, exponent, values)
-    values = tl.where(place == CLOSEST, INF_BITS, values)
-    tl.store(header + h * HEADER + place, values)
+    median = tl.sum(median_of(tl.where(valid, apart, float("inf"))[:, None], count), 0)
+    return tl.minimum(tl.maximum(-exponent_of(tl.where(count > 0, median / HELD_BACK, 1.0)), -126), 126)
 
 
 @triton.jit
@@ -151,19 +151,43 @@ def keys_of(c, i_stride, known, D, BD: tl.constexpr):
     return one ^ (one >> 13), two ^ (two >> 13)
 
 
-@triton.jit(do_not_specialize=["K"])
-def repeats_kernel(
+@triton.jit(do_not_specialize=["K", "every"])
+def survey_kernel(
     codebook,  # [H, K, D]
+    packed,  # uint8, see layout.py; the bounds and codes are pack_kernel's
     table,  # [H, 2, slots] int32: per key, modulo slots, the lowest index of a code that has it
-    K, D, slots, h_stride, k_stride, i_stride, M: tl.constexpr, BD: tl.constexpr,
+    K, codes_padded, D, every, slots, share, h_stride, k_stride, i_stride,
+    COSINE: tl.constexpr, SAMPLE: tl.constexpr, HELD_BACK: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr,
+    M: tl.constexpr, BD: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
-    k = tl.program_id(0) * M + tl.arange(0, M)
-    c = codebook + h * h_stride + k.to(tl.int64)[:, None] * k_stride
-    one, two = keys_of(c, i_stride, (k < K)[:, None], D, BD)
-    first = table + 2 * h * slots
-    tl.atomic_min(first + (one & (slots - 1).to(tl.uint32)).to(tl.int64), k, mask=k < K)
-    tl.atomic_min(first + slots + (two & (slots - 1).to(tl.uint32)).to(tl.int64), k, mask=k < K)
+    header, centre, _bounds, _codes = head_of(packed, h, codes_padded, WIDTH, HEADER)
+    SLICES: tl.constexpr = (WIDTH + BI - 1) // BI
+    if tl.program_id(0) <= SLICES:
+        number = tl.arange(0, SAMPLE)
+        count = tl.minimum(tl.cdiv(K, every), SAMPLE)
+        known = (number < count)[:, None]
+        c = sampled(codebook, h, h_stride, k_stride, number, every)
+        if tl.program_id(0) == 0:
+            exponent = 0
+            if not COSINE:
+                # Not half the sample further on: codebooks are repeated, or sorted.
+                other = sampled(codebook, h, h_stride, k_stride, (number + count // 3 + 1) % count, every)
+                exponent = exponent_of_scale(c, other, i_stride, known, D, share, HELD_BACK, BD)
+            place = tl.arange(0, HEADER)
+            values = tl.where(place == FIRST, NO_CODE, 0)
+            values = tl.where(place == SCALE, exponent, values)
+            tl.store(header + place, tl.where(place == CLOSEST, INF_BITS, values))
+        else:
+            i = ((tl.program_id(0) - 1) * BI + tl.arange(0, BI)).to(tl.int64)
+            tl.store(centre + i, centre_of(c, i_stride, known, i, D, COSINE, BD), mask=i < WIDTH)
+    else:
+        k = (tl.program_id(0) - SLICES - 1) * M + tl.arange(0, M)
+        c = codebook + h * h_stride + k.to(tl.int64)[:, None] * k_stride
+        one, two = keys_of(c, i_stride, (k < K)[:, None], D, BD)
+        first = table + 2 * h * slots
+        tl.atomic_min(first + (one & (slots - 1).to(tl.uint32)).to(tl.int64), k, mask=k < K, sem="relaxed")
+        tl.atomic_min(first + slots + (two & (slots - 1).to(tl.uint32)).to(tl.int64), k, mask=k < K, sem="relaxed")
 
 
 @triton.jit
@@ -178,29 +202,33 @@ def equal_codes(c, other, i_stride, known, D, BD: tl.constexpr):
     return different == 0
 
 
+@triton.jit
+def brought(c, i_stride, used, i, D, norm, centre, scale, COSINE: tl.constexpr):
+    """Dimensions i of the codes at c, centred, in units of the scale."""
+    v = tl.load(c + i * i_stride, mask=used & (i < D), other=0.0).to(tl.float64)
+    if COSINE:
+        v /= norm[:, None]
+    return tl.where(used, (v - tl.load(centre + i).to(tl.float64)) * scale, 0.0)
+
+
 @triton.jit(do_not_specialize=["K"])
 def pack_kernel(
     codebook,  # [H, K, D]
     table,  # [H, 2, slots] int32
-    header,  # [H, HEADER] int32
-    centre,  # [H, D]
-    start,  # [H, K']
-    start_topk,  # [H, K']
-    radius,  # [H, K']
-    unit,  # [H, K']
-    codes,  # [H, K', D'] float16
+    packed,  # uint8, see layout.py
     K, codes_padded, D, slots, h_stride, k_stride, i_stride, decision,
-    COSINE: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BD: tl.constexpr,
+    COSINE: tl.constexpr, HEADER: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
+    header, centre, bounds, codes = head_of(packed, h, codes_padded, WIDTH, HEADER)
     k = tl.program_id(0) * M + tl.arange(0, M)
     known = (k < K)[:, None]
     head = codebook + h * h_stride
     c = head + k.to(tl.int64)[:, None] * k_stride
-    norm = norm_of(c, i_stride, known, D, COSINE, BD)
-    finite = (norm == norm) & (k < K)
-    divisor = tl.where(norm == norm, norm, 1.0)[:, None]
-    used = known & finite[:, None]
+    norm, finite = norm_of(c, i_stride, known, D, COSINE, BD)
+    finite &= k < K
+    used = finite[:, None]
 
     one, two = keys_of(c, i_stride, known, D, BD)
     first = table + 2 * h * slots
@@ -209,14 +237,12 @@ def pack_kernel(
     repeat = (low < k) & equal_codes(c, head + low.to(tl.int64)[:, None] * k_stride, i_stride, known, D, BD)
     repeat |= (also < k) & equal_codes(c, head + also.to(tl.int64)[:, None] * k_stride, i_stride, known, D, BD)
 
-    scale = power_of_two(tl.load(header + h * HEADER + SCALE)).to(tl.float64)
+    scale = power_of_two(tl.load(header + SCALE)).to(tl.float64)
     square = tl.zeros((M,), tl.float64)
     largest = tl.zeros((M,), tl.float64)
-    for d in range(0, D, BD):
+    for d in range(0, WIDTH, BD):
         i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
-        v = tl.load(c + i * i_stride, mask=used & (i < D), other=0.0).to(tl.float64) / divisor
-        v = (v - tl.load(centre + h * D + i, mask=i < D, other=0.0).to(tl.float64)) * scale
-        v = tl.where(used, v, 0.0)
+        v = brought(c, i_stride, used, i, D, norm, centre, scale, COSINE)
         square += tl.sum(v * v, 1)
         largest = tl.maximum(largest, tl.max(tl.abs(v), 1))
     near = finite & (square <= FAR_CODE * FAR_CODE)
@@ -227,16 +253,15 @@ def pack_kernel(
     grow = power_of_two(lift).to(tl.float64)[:, None]
     shrink = power_of_two(-lift).to(tl.float64)
     lost = tl.zeros((M,), tl.float64)
-    place = codes + (h * codes_padded + k.to(tl.int64)[:, None]) * WIDTH
+    place = codes + k.to(tl.int64)[:, None] * WIDTH
     for d in range(0, WIDTH, BD):
         i = (d + tl.arange(0, BD)).to(tl.int64)[None, :]
-        v = tl.load(c + i * i_stride, mask=used & (i < D), other=0.0).to(tl.float64) / divisor
-        v = (v - tl.load(centre + h * D + i, mask=i < D, other=0.0).to(tl.float64)) * scale * grow
-        v = tl.where(near[:, None] & (i < D), v, 0.0)
+        v = brought(c, i_stride, used, i, D, norm, centre, scale, COSINE) * grow
+        v = tl.where(near[:, None], v, 0.0)
         half = v.to(tl.float16)
         e = v - half.to(tl.float64)
         lost += tl.sum(e * e, 1)
-        tl.store(place + i, half, mask=(k < codes_padded)[:, None] & (i < WIDTH))
+        tl.store(place + i, -half, mask=(k < codes_padded)[:, None])
 
     length = tl.sqrt(square)
     error = tl.sqrt(lost) * shrink + length * CODE + CODE_UNDERFLOW
@@ -245,18 +270,17 @@ def pack_kernel(
     around = tl.maximum((length + error) * UPWARD, SMALLEST_RADIUS).to(tl.float32)
     half_square = 0.0 if COSINE else square / 2 * (1 - START - TWICE * decision)
     value = tl.where(near, half_square, ABSENT).to(tl.float32)
-    at = h * codes_padded + k.to(tl.int64)
-    tl.store(start + at, tl.where(repeat, ABSENT, value), mask=k < codes_padded)
-    tl.store(start_topk + at, value, mask=k < codes_padded)
-    tl.store(radius + at, tl.where(near, around, 0.0), mask=k < codes_padded)
-    tl.store(unit + at, tl.where(near, shrink, 0.0).to(tl.float32), mask=k < codes_padded)
+    at = bounds_of(bounds, k.to(tl.int64), TILE)
+    tl.store(at, tl.where(repeat, ABSENT, value), mask=k < codes_padded)
+    tl.store(at + TILE, tl.where(near, around, 0.0), mask=k < codes_padded)
+    tl.store(at + 2 * TILE, tl.where(near, shrink, 0.0).to(tl.float32), mask=k < codes_padded)
+    tl.store(at + 3 * TILE, value, mask=k < codes_padded)
 
     worst = tl.max(tl.where(near, error / around.to(tl.float64) * UPWARD, 0.0), 0).to(tl.float32)
     closest = tl.min(tl.where(near & (repeat == 0), around, float("inf")), 0)
-    about = header + h * HEADER
-    tl.atomic_min(about + FIRST, tl.min(tl.where(finite, k, NO_CODE), 0))
-    tl.atomic_max(about + WORST, worst.to(tl.int32, bitcast=True))
-    tl.atomic_min(about + CLOSEST, closest.to(tl.int32, bitcast=True))
+    tl.atomic_min(header + FIRST, tl.min(tl.where(finite, k, NO_CODE), 0), sem="relaxed")
+    tl.atomic_max(header + WORST, worst.to(tl.int32, bitcast=True), sem="relaxed")
+    tl.atomic_min(header + CLOSEST, closest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
@@ -264,28 +288,19 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
         return codebook.new_empty(0, dtype=torch.uint8)
     H, K, D = codebook.shape
     cosine = metric == "cosine"
-    memory = codebook.new_empty(packed_bytes(H, K, D), dtype=torch.uint8)
-    packed = unpack(memory, H, K, D)
-    given = strides(codebook, 3)
-    every = max(1, -(-K // SAMPLE))
-    width = padded_dimensions(D)
-    step = min(width, STEP)
+    packed = codebook.new_empty(packed_bytes(H, K, D), dtype=torch.uint8)
     slots = 4 * max(16, 1 << (K - 1).bit_length())
     table = codebook.new_full((H, 2, slots), NO_CODE.value, dtype=torch.int32)
+    width, padded, given = padded_dimensions(D), padded_codes(K), strides(codebook, 3)
+    step = min(width, STEP)
     dimensions, codes = sizes(codebook.device)[:2]
-    launch = {"num_warps": 4, "enable_fp_fusion": True}
     with torch.cuda.device_of(codebook):
-        centre_kernel[(triton.cdiv(D, dimensions), H)](
-            codebook, packed.centre, K, D, every, *given, cosine, SAMPLE, step, dimensions, num_warps=8,
-            enable_fp_fusion=True,
+        survey_kernel[(1 + triton.cdiv(width, dimensions) + triton.cdiv(K, codes), H)](
+            codebook, packed, table, K, padded, D, -(-K // SAMPLE), slots, HELD_BACK / math.sqrt(D), *given, cosine,
+            SAMPLE, HELD_BACK, HEADER, width, codes, step, dimensions, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-        scale_kernel[(H,)](
-            codebook, packed.centre, packed.header, K, D, every, *given, cosine, SAMPLE, HEADER, step, **launch
-        )
-        repeats_kernel[(triton.cdiv(K, codes), H)](codebook, table, K, D, slots, *given, codes, step, **launch)
-        pack_kernel[(triton.cdiv(padded_codes(K), codes), H)](
-            codebook, table, packed.header, packed.centre, packed.start, packed.start_topk, packed.radius, packed.unit,
-            packed.codes, K, padded_codes(K), D, slots, *given, decision_error(D, False), cosine, HEADER, width, codes,
-            step, **launch,
+        pack_kernel[(triton.cdiv(padded, codes), H)](
+            codebook, table, packed, K, padded, D, slots, *given, decision_error(D, False), cosine, HEADER, TILE,
+            width, codes, step, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return memory
+    return packed

@@ -7,10 +7,7 @@ in registers, over the dimensions in order (distance.py).
 import triton
 import triton.language as tl
 
-from vqops.triton_kernels.blocks import queue_programs, sizes
 from vqops.triton_kernels.distance import NO_CODE, costs, squared_norm
-from vqops.triton_kernels.queue import ENTRY
-from vqops.triton_kernels.strides import strides
 
 
 @triton.jit
@@ -33,19 +30,13 @@ def distance_of(cost, norm_square, COSINE: tl.constexpr):
     return distance
 
 
-@triton.jit(do_not_specialize=["N", "top"])
-def decide_kernel(
-    x,  # [H, N, D]
-    codebook,  # [H, K, D]
-    indices,  # [H, N, top] int64
-    distances,  # [H, N, top]; None unless RANKED
-    lists,  # [H, N, CANDIDATES] int32
-    queue,  # [H N] int64
-    counters,  # [COUNTERS] int64
-    N, D, top,
+@triton.jit
+def decide(
+    x, codebook, indices, distances, lists, queue, counters, N, D, top,
     h_stride, n_stride, i_stride, c_h_stride, c_k_stride, c_i_stride,
-    COSINE: tl.constexpr, RANKED: tl.constexpr, ENTRY: tl.constexpr, CANDIDATES: tl.constexpr, A: tl.constexpr,
+    COSINE: tl.constexpr, ENTRY: tl.constexpr, CANDIDATES: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
+    """The rows queued from the front, A at a time."""
     queued = tl.load(counters)
     for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(queued, A), tl.num_programs(0)):
         r = tl.arange(0, A).to(tl.int64) + block * A
@@ -60,7 +51,7 @@ def decide_kernel(
         given = (x + h * h_stride + n * n_stride)[:, None]
         c = codebook + (h * c_h_stride)[:, None] + code.to(tl.int64) * c_k_stride
         cost, _ = costs(given, i_stride, live[:, None], c, c_i_stride, known, D, COSINE)
-        if RANKED:
+        if distances is not None:
             square, _ = squared_norm(given, i_stride, live[:, None], D)
             previous = tl.zeros((A,), tl.float64)
             previous_code = tl.full((A,), -1, tl.int32)
@@ -74,11 +65,3 @@ def decide_kernel(
             none = tl.full((A,), -1, tl.int32)
             _, best = next_best(cost, code, known, tl.zeros((A,), tl.float64), none)
             tl.store(indices + row, best.to(tl.int64), mask=live)
-
-
-def decide(x, codebook, metric, indices, distances, lists, queue, counters, top=1) -> None:
-    decide_kernel[(queue_programs(x.device),)](
-        x, codebook, indices, distances, lists, queue, counters, x.shape[1], x.shape[2], top,
-        *strides(x, 3), *strides(codebook, 3), metric == "cosine", distances is not None, ENTRY, lists.shape[-1],
-        sizes(x.device).decide, enable_fp_fusion=False, num_warps=4,
-    )  # fmt: skip

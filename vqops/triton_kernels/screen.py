@@ -1,6 +1,6 @@
 """Screening, the fast pass of the search. One program: a block of rows against all K codes, in tiles.
   registers      two least bounds per slot of the tile
-  shared memory  the rows (D <= 256), and stages of codes
+  shared memory  the rows as fp16 (D <= 256), and stages of codes
 Read: the rows once, the packed codebook once per block. Written: one index per row, and for the few rows that the bound
 leaves open their candidates, at most 16, and a place in the queue. Operations: 2 N K D' on tensor cores; three
 multiplications or additions, three minima and two bit operations per score.
@@ -8,21 +8,31 @@ A slot is a column of the tile. It keeps the least lower bound of its codes in a
 the tile in its low bits, and the second least. After each group the slots that may hold the nearest code join the row's
 list.
 Where the blocks of rows are fewer than the processors, a program takes a part of the codes, and another kernel merges
-what the parts of a row leave open; shapes alone say how many. Workspace: 76 bytes per row and part, of which there are
-less than 128 per processor; 1.3 MB on 132.
+what the parts of a row leave open; shapes alone say how many. Workspace: 76 bytes per row and part, for D > 64 2 D'
+more; of parts times rows there are less than 128 per processor.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from vqops.triton_kernels.blocks import ROWS, screen_blocks, screen_parts
-from vqops.triton_kernels.bound import HUGE, SLACK, load_row_bound, tile_bounds
+from vqops.triton_kernels.bound import HUGE, SLACK, accumulation, decision_error, tile_bounds
+from vqops.triton_kernels.codebook import bounds_of, head_of
 from vqops.triton_kernels.distance import NO_CODE
-from vqops.triton_kernels.layout import Packed
-from vqops.triton_kernels.queue import ENTRY, SCANNED, SCREENED, enqueue
-from vqops.triton_kernels.rows import Rows
+from vqops.triton_kernels.layout import HEADER, STEP, padded_codes, padded_dimensions
+from vqops.triton_kernels.queue import ENTRY, enqueue, sections_of
+from vqops.triton_kernels.rows import (
+    SCANNED,
+    SCREENED,
+    SETTLED,
+    bound_rows,
+    count_lost,
+    kept,
+    padded_rows,
+    round_rows,
+    round_rows_into,
+)
+from vqops.triton_kernels.strides import strides
 
 CANDIDATES = 16  # per row; more go to the scan
 GROUP = 16  # tiles whose numbers share the low bits of a bound; bound.py has what they cost
@@ -42,55 +52,65 @@ def least_slot(least, group, slot, GROUP: tl.constexpr, BK: tl.constexpr):
     return best, tl.min(code, 1)
 
 
-@triton.jit(do_not_specialize=["N", "tiles", "tiles_per_part"])
+@triton.jit(do_not_specialize=["N", "tiles", "tiles_per_part", "mask_h_stride"])
 def screen_kernel(
-    stored,  # [H, N', D'] float16
-    row_bounds,  # [4, H, N'], see bound.py
-    states,  # [H, N'] int8
-    start,  # [H, K']
-    radius,  # [H, K']
-    unit,  # [H, K']
-    codes,  # [H, K', D'] float16
+    x,  # [H, N, D]
+    mask,  # [H, N] bool, or None
+    packed,  # uint8, see layout.py
+    work,  # uint8, see queue.py
     indices,  # [H, N] int64
-    lists,  # [parts, H, N, CANDIDATES] int32
-    part_bounds,  # [parts, 2, H, N'], a part's threshold and lowest; None where a program has all codes
-    counts,  # [parts, H, N'] int32; None likewise
-    queue,  # [H N] int64
     counters,  # [COUNTERS] int64
-    N, padded, codes_padded, tiles, tiles_per_part,
-    WIDTH: tl.constexpr, ENTRY: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BD: tl.constexpr,
+    N, padded, D, codes_padded, tiles, tiles_per_part,
+    h_stride, n_stride, i_stride, mask_h_stride, mask_n_stride, accumulation, decision,
+    COSINE: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, KEPT: tl.constexpr,
+    ENTRY: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     here = h * padded + n
     total = tl.num_programs(1).to(tl.int64) * padded
-    row_radius, spread, lift, rest = load_row_bound(row_bounds, here, total)
-    state = tl.load(states + here)
+    part, parts = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    header, centre, bounds, codes = head_of(packed, h, codes_padded, WIDTH, HEADER)
+    queue, lists, part_bounds, counts, stored = sections_of(work, total, parts, CANDIDATES)
+    keep = kept(mask, h, n, N, mask_h_stride, mask_n_stride)
+    row = x + h * h_stride + n[:, None] * n_stride
+    rows, whole = None, None
+    if KEPT:
+        whole, usable, fits, largest, lift, square, lost = round_rows(
+            row, header, centre, i_stride, keep, D, COSINE, WIDTH
+        )
+    else:
+        mine = stored + (part * total + here)[:, None] * WIDTH
+        usable, fits, largest, lift, square, lost = round_rows_into(
+            mine, row, header, centre, i_stride, keep, D, COSINE, WIDTH, STEP
+        )
+        rows = mine + tl.arange(0, BD)[None, :]
+        if BD == WIDTH:
+            whole = tl.load(rows)
+    row_radius, spread, lift, rest, state, settled = bound_rows(
+        header, usable, fits, largest, lift, square, lost, D, accumulation, decision, COSINE, False
+    )
+    if part == 0:
+        tl.store(indices + h * N + n, settled.to(tl.int64), mask=(n < N) & (state == SETTLED))
+        count_lost(counters, n < N, settled)
     usable = state == SCREENED
-    rows = stored + here[:, None] * WIDTH + tl.arange(0, BD)[None, :]
-    whole = None
-    if BD == WIDTH:
-        whole = tl.load(rows)
 
     threshold = tl.full((BN,), HUGE, tl.float32)  # least upper bound so far
     lowest = tl.full((BN,), HUGE, tl.float32)  # least lower bound among what the list holds or hides
     count = tl.zeros((BN,), tl.int32)  # in the list; CANDIDATES + 1 where it does not hold everything
     only = tl.zeros((BN,), tl.int32)  # the code joined last
     slot = tl.arange(0, BK)
-    part = tl.program_id(2).to(tl.int64)
-    place = lists + ((part * tl.num_programs(1) + h) * N + n) * CANDIDATES
-    codes_before = h * codes_padded
-    first, last = 0, tiles
-    if part_bounds is not None:
-        first = tl.program_id(2) * tiles_per_part
-        last = tl.minimum(first + tiles_per_part, tiles)
+    place = lists + (part * total + h * N + n) * CANDIDATES
+    first = tl.program_id(2) * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, tiles)
+    last = tl.where(tl.max(usable.to(tl.int32), 0) > 0, last, first)
     for group in range(first, last, GROUP):
         least = tl.full((BN, BK), HUGE, tl.float32)
         second = tl.full((BN, BK), HUGE, tl.float32)
         for tile in range(group, tl.minimum(group + GROUP, last)):
             lower, _lifted, _radius = tile_bounds(
-                rows, whole, row_radius, lift, start, radius, unit, codes, codes_before + tile * BK, WIDTH, BN, BK, BD
+                rows, whole, row_radius, lift, bounds, codes, tile, 0, WIDTH, BN, BK, BD
             )
             bits = (lower.to(tl.int32, bitcast=True) & -GROUP) | (tile - group)
             lower = bits.to(tl.float32, bitcast=True)
@@ -99,8 +119,9 @@ def screen_kernel(
 
         best, winner = least_slot(least, group, slot, GROUP, BK)
         hidden = tl.min(second, 1)
-        margin = spread * tl.load(radius + codes_before + winner) + rest
-        margin += tl.abs(tl.load(start + codes_before + winner)) * lift * SLACK
+        about = bounds_of(bounds, winner, BK)
+        margin = spread * tl.load(about + BK) + rest
+        margin += tl.abs(tl.load(about)) * lift * SLACK
         threshold = tl.minimum(threshold, best + margin)
         over = lowest > threshold  # everything before is excluded
         count = tl.where(over, 0, count)
@@ -119,22 +140,20 @@ def screen_kernel(
             best, winner = least_slot(least, group, slot, GROUP, BK)
             joins = usable & (best <= threshold) & (count <= CANDIDATES)
 
-    if part_bounds is None:
-        settle(indices, queue, counters, h, n, N, state, count, only, CANDIDATES, ENTRY)
+    # Settled rows, and rows that are scanned whatever the parts find.
+    count = tl.where(state == SCANNED, CANDIDATES + 1, tl.where(usable, count, -1))
+    if parts == 1:
+        settle(indices, queue, counters, h, n, N, count, only, CANDIDATES, ENTRY)
     else:
         tl.store(part_bounds + 2 * part * total + here, threshold)
-        tl.store(part_bounds + (2 * part + 1) * total + here, lowest)
+        tl.store(part_bounds + (2 * part + 1) * total + here, tl.where(usable, lowest, -HUGE))
         tl.store(counts + part * total + here, count)
 
 
 @triton.jit(do_not_specialize=["N", "parts"])
 def merge_lists_kernel(
-    states,  # [H, N'] int8
-    part_bounds,  # [parts, 2, H, N']
-    counts,  # [parts, H, N'] int32
+    work,  # uint8, see queue.py
     indices,  # [H, N] int64
-    lists,  # [parts, H, N, CANDIDATES] int32
-    queue,  # [H N] int64
     counters,  # [COUNTERS] int64
     N, padded, parts, CANDIDATES: tl.constexpr, ENTRY: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +162,7 @@ def merge_lists_kernel(
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     here = h * padded + n
     total = tl.num_programs(1).to(tl.int64) * padded
-    state = tl.load(states + here)
+    queue, lists, part_bounds, counts, _ = sections_of(work, total, parts, CANDIDATES)
     j = tl.arange(0, CANDIDATES)[None, :]
     place = (lists + (h * N + n) * CANDIDATES)[:, None] + j
     threshold = tl.full((BN,), HUGE, tl.float32)
@@ -154,45 +173,46 @@ def merge_lists_kernel(
     for part in range(0, parts):
         held = tl.load(counts + part * total + here)
         held = tl.where(tl.load(part_bounds + (2 * part + 1) * total + here) > threshold, 0, held)
-        known = (state == SCREENED)[:, None] & (j < held[:, None])
-        code = tl.load(place + part * tl.num_programs(1) * N * CANDIDATES, mask=known, other=0)
+        known = (n < N)[:, None] & (j < held[:, None]) & (held <= CANDIDATES)[:, None]
+        code = tl.load(place + part * total * CANDIDATES, mask=known, other=0)
         if part > 0:
             tl.store(place + count[:, None], code, mask=known & (j + count[:, None] < CANDIDATES))
         only = tl.where(held > 0, tl.sum(tl.where(j == 0, code, 0), 1), only)
         count = tl.minimum(count + held, CANDIDATES + 1)
-    settle(indices, queue, counters, h, n, N, state, count, only, CANDIDATES, ENTRY)
+    settle(indices, queue, counters, h, n, N, count, only, CANDIDATES, ENTRY)
 
 
 @triton.jit
-def settle(indices, queue, counters, h, n, N, state, count, only, CANDIDATES: tl.constexpr, ENTRY: tl.constexpr):
-    """A row with one candidate is done; others are queued."""
-    usable = state == SCREENED
-    certified = usable & (count == 1)
-    tl.store(indices + h * N + n, only.to(tl.int64), mask=certified)
-    scanned = (state == SCANNED) | (usable & ((count > CANDIDATES) | (count == 0)))
-    enqueue(queue, counters, h, n, N, count, usable & (certified == 0) & (scanned == 0), scanned, ENTRY)
+def settle(indices, queue, counters, h, n, N, count, only, CANDIDATES: tl.constexpr, ENTRY: tl.constexpr):
+    """A row with one candidate is done, one with a negative number has been; others are queued."""
+    tl.store(indices + h * N + n, only.to(tl.int64), mask=count == 1)
+    scanned = (count > CANDIDATES) | (count == 0)
+    enqueue(queue, counters, h, n, N, count, (count > 1) & (count <= CANDIDATES), scanned, ENTRY)
 
 
-def screen(packed: Packed, rows: Rows, indices: Tensor, queue: Tensor, counters: Tensor, D: int) -> Tensor:
-    """Settles or queues every row; returns their candidates [H * N, CANDIDATES]."""
-    (H, N), (_, codes, width) = indices.shape, packed.codes.shape
-    block = screen_blocks(D, indices.device)
-    tiles, programs = codes // block.codes, rows.padded // block.rows
-    parts = screen_parts(programs * H, tiles, indices.device)
-    lists = indices.new_empty((parts, H * N, CANDIDATES), dtype=torch.int32)
-    part_bounds = counts = None
-    if parts > 1:
-        part_bounds = rows.bounds.new_empty((parts, 2, H, rows.padded))
-        counts = lists.new_empty((parts, H, rows.padded))
-    screen_kernel[(programs, H, parts)](
-        rows.stored, rows.bounds, rows.states, packed.start, packed.radius, packed.unit, packed.codes, indices,
-        lists, part_bounds, counts, queue, counters, N, rows.padded, codes, tiles, triton.cdiv(tiles, parts), width,
-        ENTRY, GROUP, CANDIDATES, block.rows, block.codes, block.step, num_warps=block.warps, num_stages=block.stages,
-        enable_fp_fusion=True,
+def parts_of(H: int, N: int, K: int, D: int, device) -> int:
+    """In how many parts the codes are screened."""
+    block = screen_blocks(D, device)
+    return screen_parts(padded_rows(N) // block.rows * H, padded_codes(K) // block.codes, device)
+
+
+def stored_width(D: int) -> int:
+    """Dimensions of the rows that pass through memory."""
+    return 0 if padded_dimensions(D) <= STEP else padded_dimensions(D)
+
+
+def screen(x, codebook, packed, mask, metric, work, indices, counters, parts: int) -> None:
+    """Settles or queues every row."""
+    (H, N, D), K = x.shape, codebook.shape[1]
+    cosine, padded, codes, block = metric == "cosine", padded_rows(N), padded_codes(K), screen_blocks(D, x.device)
+    width, tiles = padded_dimensions(D), codes // block.codes
+    screen_kernel[(padded // block.rows, H, parts)](
+        x, mask, packed, work, indices, counters, N, padded, D, codes, tiles, triton.cdiv(tiles, parts),
+        *strides(x, 3), *strides(mask, 2), accumulation(D), decision_error(D, cosine), cosine, HEADER, width,
+        min(width, STEP), stored_width(D) == 0, ENTRY, GROUP, CANDIDATES, block.rows, block.codes, block.step,
+        num_warps=block.warps, num_stages=block.stages, maxnreg=block.registers, enable_fp_fusion=True,
     )  # fmt: skip
     if parts > 1:
-        merge_lists_kernel[(rows.padded // ROWS, H)](
-            rows.states, part_bounds, counts, indices, lists, queue, counters, N, rows.padded, parts, CANDIDATES,
-            ENTRY, ROWS, num_warps=4,
-        )  # fmt: skip
-    return lists[0]
+        merge_lists_kernel[(padded // ROWS, H)](
+            work, indices, counters, N, padded, parts, CANDIDATES, ENTRY, ROWS, num_warps=4
+        )

@@ -1,41 +1,38 @@
 """Search: the nearest codes of each row, certified.
 
-Rows are rounded to fp16 (rows.py), screened against the prepared codebook (screen.py, screen_topk.py), and what the
-bounds leave open is queued: rows with few candidates are decided among these in float64 (decide.py), the others are
-compared with every code (scan.py), by programs of a fixed grid, so that nothing waits for the host. bound.py has the
-bounds, docs/exactness.md the proof.
+Rows are rounded to fp16 (rows.py) and screened against the prepared codebook (screen.py, screen_topk.py); what the
+bounds leave open is queued (queue.py). Rows with few candidates are decided among these in float64 (decide.py), the
+others are compared with every code (scan.py), by programs of a fixed grid (finish.py), so that nothing waits for the
+host. bound.py has the bounds, docs/exactness.md the proof.
 """
 
 import torch
 from torch import Tensor
 
 from vqops.triton_kernels.codebook import prepare
-from vqops.triton_kernels.decide import decide
-from vqops.triton_kernels.layout import unpack
-from vqops.triton_kernels.queue import COUNTERS, LOST
-from vqops.triton_kernels.rows import round_rows
-from vqops.triton_kernels.scan import scan
-from vqops.triton_kernels.screen import screen
-from vqops.triton_kernels.screen_topk import screen_topk
+from vqops.triton_kernels.finish import counters_of, finish, workspace_of
+from vqops.triton_kernels.layout import padded_dimensions
+from vqops.triton_kernels.queue import COUNTERS
+from vqops.triton_kernels.screen import CANDIDATES, parts_of, screen, stored_width
+from vqops.triton_kernels.screen_topk import candidates_of, screen_topk
 
 
 def search(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, prepared: Tensor | None):
     """Indices [H, N], and the counters: rows queued for a decision, rows scanned, rows without a code."""
-    H, N, D = x.shape
+    (H, N, D), K = x.shape, codebook.shape[1]
     indices = x.new_empty((H, N), dtype=torch.int64)
-    counters = x.new_zeros(COUNTERS, dtype=torch.int64)
+    counters = counters_of(x)
     if indices.numel() == 0:
         return indices, counters
     with torch.cuda.device_of(x):
         if torch.float64 in (x.dtype, codebook.dtype):
-            scan(x, codebook, mask, metric, indices, None, None, counters)
+            finish(x, codebook, mask, metric, indices, None, *workspace_of(x), counters)
             return indices, counters
-        packed = unpack(prepare(codebook, metric) if prepared is None else prepared, *codebook.shape)
-        rows = round_rows(x, packed, mask, metric, False, indices, counters)
-        queue = x.new_empty(H * N, dtype=torch.int64)
-        lists = screen(packed, rows, indices, queue, counters, D)
-        decide(x, codebook, metric, indices, None, lists, queue, counters)
-        scan(x, codebook, None, metric, indices, None, queue, counters)
+        packed = prepare(codebook, metric) if prepared is None else prepared
+        parts = parts_of(H, N, K, D, x.device)
+        work, best_at = workspace_of(x, parts, CANDIDATES, stored_width(D))
+        screen(x, codebook, packed, mask, metric, work, indices, counters, parts)
+        finish(x, codebook, mask, metric, indices, None, work, best_at, counters, CANDIDATES)
     return indices, counters
 
 
@@ -44,26 +41,25 @@ def nearest(x, codebook, mask=None, metric="euclidean", prepared=None):
 
 
 def nearest_topk(x, codebook, k, mask=None, metric="euclidean", prepared=None):
-    H, N, _ = x.shape
+    H, N, D = x.shape
     indices = x.new_full((H, N, k), -1, dtype=torch.int64)
     distances = x.new_full((H, N, k), torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
-    counters = x.new_zeros(COUNTERS, dtype=torch.int64)
+    counters = counters_of(x)
     if indices.numel() == 0:
         return indices, distances
     with torch.cuda.device_of(x):
         if torch.float64 in (x.dtype, codebook.dtype):
-            scan(x, codebook, mask, metric, indices, distances, None, counters, k)
+            finish(x, codebook, mask, metric, indices, distances, *workspace_of(x, top=k), counters, top=k)
             return indices, distances
-        packed = unpack(prepare(codebook, metric) if prepared is None else prepared, *codebook.shape)
-        rows = round_rows(x, packed, mask, metric, True, indices, counters)
-        queue = x.new_empty(H * N, dtype=torch.int64)
-        lists = screen_topk(packed, rows, N, k, queue, counters)
-        decide(x, codebook, metric, indices, distances, lists, queue, counters, k)
-        scan(x, codebook, None, metric, indices, distances, queue, counters, k)
-        lost = (rows.states[:, :N] == LOST.value).unsqueeze(-1)
-    return indices, distances.masked_fill_(lost, torch.nan)
+        packed = prepare(codebook, metric) if prepared is None else prepared
+        candidates = candidates_of(k)
+        work, best_at = workspace_of(x, 1, candidates, padded_dimensions(D), k)
+        screen_topk(x, codebook, packed, mask, metric, work, distances, counters, k)
+        finish(x, codebook, mask, metric, indices, distances, work, best_at, counters, candidates, k)
+    return indices, distances
 
 
 def search_statistics(x, codebook, metric="euclidean"):
     indices, counters = search(x, codebook, None, metric, None)
+    counters = counters[:COUNTERS]
     return torch.cat([indices.numel() - counters.sum(0, keepdim=True), counters])

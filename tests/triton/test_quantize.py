@@ -99,14 +99,13 @@ def test_atomic_sums_without_a_code():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_ema_update(metric, weighted):
+@pytest.mark.parametrize("weight", [None, torch.rand(2, 50), torch.tensor([[False], [True]]).expand(2, 50)])
+def test_ema_update(metric, weight):
     H, K, D = 2, 50, 70
     state = [torch.rand(H, K) * 5, torch.randn(H, K, D), torch.randn(H, K, D)]
     counts, sums = torch.randint(0, 9, (H, K)), torch.randn(H, K, D)
     sums[0, 0, 3], sums[1, 4, 0] = math.inf, math.nan
     state[0][0, 7], state[1][0, 7] = 0, 0
-    weight = torch.rand(H, K) if weighted else None
     results = []
     for each in ("triton", "reference"):
         buffers = [t.clone() for t in state]

@@ -129,7 +129,8 @@ def atomic_kernel(
         one = tl.load(weight + h * w_h_stride + n * w_n_stride, mask=live, other=0.0).to(tl.float32)
         value = value * one[:, None]
     place = tl.where(live, h * K + k, -1)
-    rivals = tl.sum((live[:, None] & (place[:, None] == place[None, :])).to(tl.int32), 1)  # 0 where it is added already
+    code = place.to(tl.int32)  # compared with half the registers; codes are fewer than 2^32
+    rivals = tl.sum((live[:, None] & (code[:, None] == code[None, :])).to(tl.int32), 1)  # 0 where it is added already
     most = tl.max(rivals, 0)
     while most >= HOT:
         hot_place = tl.max(tl.where(rivals == most, place, -1), 0)
@@ -189,6 +190,9 @@ def code_sums(x, indices, num_codes, weight=None, divisor=None):
         counted = torch.int64 if weight is None else torch.float32
         shape = (x.shape[0], num_codes)
         return x.new_zeros(shape, dtype=counted), x.new_zeros((*shape, x.shape[2]), dtype=torch.float32)
-    in_order = x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     with torch.cuda.device_of(x):
-        return (ordered if in_order else atomic)(x, indices.contiguous(), num_codes, weight, divisor)
+        return (ordered if in_order(x) else atomic)(x, indices.contiguous(), num_codes, weight, divisor)
+
+
+def in_order(x) -> bool:
+    return x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()

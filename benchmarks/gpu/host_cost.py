@@ -2,8 +2,8 @@
 
 Each call of CALLS runs through Triton's own launcher to a driver that does nothing (stand_in.py). Launches and aten
 calls are counted at SIZE; at TIMED, where PyTorch's own arithmetic takes next to nothing and the launches are the same,
-the host's time is measured. What the driver itself takes of a launch, and PyTorch's allocator for a GPU, are not in it.
-Rows go to benchmarks/results/host_cost/.
+the host's time is measured. What the driver itself takes of a launch, and PyTorch's launches and allocator for a GPU,
+are not in it. Rows go to host_cost.jsonl in the machine's folder of results.
 """
 
 import argparse
@@ -22,18 +22,20 @@ from torch.profiler import ProfilerActivity, profile
 
 import vqops
 from benchmarks.gpu import stand_in
-from benchmarks.rows import RESULTS, Writer, environment, folder_named, name_of
+from benchmarks.rows import Writer, environment, folder_of, instructions
 
-FOLDER = RESULTS / "host_cost"
 SIZE = (4096, 256, 1024)  # N, D, K
 TIMED = (16, 16, 512)
 ROUNDS = 400
 # Calls of PyTorch that launch nothing, unless one of COPIES is within.
 VIEWS = frozenset(
-    "alias as_strided chunk contiguous detach detach_ diff empty empty_like empty_strided expand expand_as flatten "
-    "is_nonzero item movedim narrow new_empty permute reshape resize_ select slice split split_with_sizes squeeze t "
-    "to transpose unflatten unsqueeze view view_as _unsafe_view _reshape_alias lift_fresh result_type set_ "
-    "broadcast_to broadcast_tensors numpy_T mT unbind".split()
+    {
+        *("alias", "as_strided", "broadcast_tensors", "broadcast_to", "chunk", "contiguous", "detach", "detach_"),
+        *("empty", "empty_like", "empty_strided", "expand", "expand_as", "flatten", "lift_fresh", "mT", "movedim"),
+        *("narrow", "new_empty", "numpy_T", "permute", "promote_types", "reshape", "resize_", "result_type", "select"),
+        *("slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind", "unflatten", "unsqueeze"),
+        *("view", "view_as", "_reshape_alias", "_unsafe_view"),
+    }
 )
 COPIES = ("aten::copy_", "aten::clone", "aten::_to_copy")
 
@@ -47,11 +49,9 @@ class Cost(NamedTuple):
 
     def row(self) -> dict:
         return {
-            "kernels": len(self.kernels),
-            "fills_and_copies": self.launches.total(),
+            "kernels": self.kernels,
+            "launched_by_pytorch": dict(sorted(self.launches.items())),
             "aten": self.aten.total(),
-            "launched": self.kernels,
-            "filled_and_copied": dict(sorted(self.launches.items())),
         }
 
 
@@ -107,11 +107,8 @@ def counted(call: Call, driver: stand_in.Driver) -> Cost:
 
 
 def within_aten(event: FunctionEvent) -> bool:
-    parents = iter(lambda: event.cpu_parent, None)
-    for event in parents:
-        if event.name.startswith("aten::"):
-            return True
-    return False
+    parent = event.cpu_parent
+    return parent is not None and (parent.name.startswith("aten::") or within_aten(parent))
 
 
 def copies(event: FunctionEvent) -> bool:
@@ -142,7 +139,7 @@ def rows(driver: stand_in.Driver, rounds: int = ROUNDS) -> Iterator[dict]:
     for name, cost in costs.items():
         p20, p50, p80 = (round(quantiles(taken[name], n=10, method="inclusive")[i], 1) for i in (1, 4, 7))
         sizes = dict(zip("NDK", SIZE, strict=True))
-        yield {"call": name, **sizes, **cost.row(), "p20_us": p20, "p50_us": p50, "p80_us": p80, "rounds": rounds}
+        yield {"op": name, **sizes, **cost.row(), "p20_us": p20, "p50_us": p50, "p80_us": p80, "rounds": rounds}
 
 
 def triton() -> AbstractContextManager:
@@ -152,17 +149,18 @@ def triton() -> AbstractContextManager:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.host_cost", description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=folder_of("cpu"), help="folder of the results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    path = options.out / f"{folder_named(name_of('cpu'))}.jsonl"
     with stand_in.gpu() as driver, triton():
         found = list(rows(driver, options.rounds))
+    path = options.out / "host_cost.jsonl"
     path.unlink(missing_ok=True)
-    writer = Writer(path, environment())
+    writer = Writer(path, {"instructions": instructions("cpu"), **environment()})
     for row in found:
         writer.write(row)
-        print(f"{row['call']:20} {row['kernels']:3} {row['fills_and_copies']:3} {row['aten']:3} {row['p50_us']:7}")
+        ours, others = len(row["kernels"]), sum(row["launched_by_pytorch"].values())
+        print(f"{row['op']:20} {ours:3} {others:3} {row['aten']:3} {row['p50_us']:7}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Triton's own launcher without a GPU: CPU tensors, a driver that does nothing (driver.c), kernels compiled for an H100.
+"""Triton's own launcher without a GPU: CPU tensors, kernels compiled for an H100, a driver that does nothing.
 
 Nothing is computed, but everything else happens on the host that a call on a GPU makes happen there.
 """
@@ -21,8 +21,8 @@ class Driver:
 
     def __init__(self, folder: Path):
         path = folder / "libcuda.so.1"
-        compiler = os.environ.get("CC", "cc")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", SOURCE, "-o", path], check=True)
+        options = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([os.environ.get("CC", "cc"), *options, SOURCE, "-o", path], check=True)
         self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.library.launched.restype = ctypes.c_size_t
 

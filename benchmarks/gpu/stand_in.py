@@ -70,7 +70,7 @@ def differences() -> Iterator[tuple]:
     """Where the kernels and the quantizers ask whether tensors are on a GPU, and of which kind it is."""
     from vqops import triton_kernels
     from vqops.quantizers.codebook import steps
-    from vqops.triton_kernels import blocks, code_sums
+    from vqops.triton_kernels import blocks, code_sums, quantize
 
     yield triton_kernels, "why_not", lambda device: None
     yield blocks, "INTERPRETED", blocks.ON_GPU
@@ -78,5 +78,6 @@ def differences() -> Iterator[tuple]:
     yield blocks, "processors", lambda device: PROCESSORS
     yield blocks, "shared_memory", lambda device: SHARED
     yield blocks, "major", lambda device: ARCHITECTURE // 10
-    yield code_sums, "in_order", lambda x: False
+    for module in (code_sums, quantize):
+        yield module, "in_order", lambda x: False
     yield steps, "all_have_rows", lambda indices: False

@@ -22,11 +22,11 @@ MOST = {
     "addmm + argmin": (0, 4),
     "nearest": (10, 2),
     "nearest, prepared": (6, 1),
-    "quantize with sums": (12, 4),
+    "quantize with sums": (11, 4),
     "quantize_backward": (1, 0),
     "code_sums": (1, 2),
     "ema_update_": (2, 1),
-    "training step": (15, 11),
+    "training step": (14, 11),
     "evaluation": (11, 3),
 }
 

@@ -16,7 +16,9 @@ if not interpreted():
 
 from triton.runtime import interpreter
 
+from vqops.triton_kernels import blocks
 from vqops.triton_kernels import code_sums as kernels
+from vqops.triton_kernels import quantize as quantizing
 
 METRICS = ("euclidean", "cosine")
 WAYS = (("euclidean", True), ("cosine", True), ("cosine", False))  # the metric, and normalize
@@ -130,6 +132,27 @@ def test_quantize(dtype, metric, normalize):
                 INDICES.same(a, b, equal_nan=True)
             else:
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("metric, normalize", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("N, D", [(80, 20), (600, 3), (40, 300)])
+def test_quantize_adds_rows_as_it_gathers(monkeypatch, N, D, dtype, metric, normalize):
+    """As on a GPU, where no order is asked for; a third of the rows has one code."""
+    monkeypatch.setattr(quantizing, "in_order", lambda x: False)
+    monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(gather=(1024, 32)))
+    monkeypatch.setattr(quantizing, "sum_codes", None)
+    x, codebook = awkward(2, N, 30, D)
+    x[:, N // 3 : 2 * N // 3] = codebook[:, 2:3] * 0.9
+    x, mask, weight = x.to(dtype), torch.rand(2, N) > 0.2, torch.rand(N, 2).T
+    for arguments in ((None, None), (mask, None), (mask, weight)):
+        found, expected = both(vqops.quantize, x, codebook, *arguments, metric, code_sums=True, normalize=normalize)
+        for name in found._fields:
+            a, b = getattr(found, name), getattr(expected, name)
+            if name in ("indices", "quantized") or (name == "counts" and arguments[1] is None):
+                INDICES.same(a, b, equal_nan=True)
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_quantize_without_rows():

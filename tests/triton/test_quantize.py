@@ -135,8 +135,7 @@ def test_quantize(dtype, metric, normalize):
 
 
 @pytest.mark.parametrize("metric, normalize", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("N, D", [(80, 20), (600, 3), (40, 300)])
+@pytest.mark.parametrize("N, D, dtype", [(80, 20, torch.float32), (150, 3, torch.bfloat16), (12, 300, torch.float64)])
 def test_quantize_adds_rows_as_it_gathers(monkeypatch, N, D, dtype, metric, normalize):
     """As on a GPU, where no order is asked for; a third of the rows has one code."""
     monkeypatch.setattr(quantizing, "in_order", lambda x: False)
@@ -145,7 +144,7 @@ def test_quantize_adds_rows_as_it_gathers(monkeypatch, N, D, dtype, metric, norm
     x, codebook = awkward(2, N, 30, D)
     x[:, N // 3 : 2 * N // 3] = codebook[:, 2:3] * 0.9
     x, mask, weight = x.to(dtype), torch.rand(2, N) > 0.2, torch.rand(N, 2).T
-    for arguments in ((None, None), (mask, None), (mask, weight)):
+    for arguments in ((None, None), (mask, weight)):
         found, expected = both(vqops.quantize, x, codebook, *arguments, metric, code_sums=True, normalize=normalize)
         for name in found._fields:
             a, b = getattr(found, name), getattr(expected, name)

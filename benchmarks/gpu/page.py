@@ -84,6 +84,7 @@ def host_cost(machine: Machine, figures: str) -> str:
         lines.append([f"`{row['op']}`", *launches, str(row["aten"]), grouped(row["p50_us"]), ratio])
     shape = ", ".join(grouped(first[axis]) for axis in "NDK")
     about = f"Counts at N, D, K = {shape}; times of {machine.name}, "
-    about += f"torch {versions['torch']}, Triton {versions['triton']}, commit `{first['commit']}`."
+    about += f"torch {versions['torch']}, Triton {versions['triton']}, commit `{first['commit']}`, "
+    about += f"with {first['load']} programs that wanted to run when it began."
     heads = ["call", "kernels", "launches of PyTorch", "its calls", "host us", f"of {first['op']}"]
     return f"{about}\n\n{table(heads, lines)}"

@@ -154,12 +154,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=folder_of("cpu"), help="folder of the results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    load = round(os.getloadavg()[0], 1)
+    common = {"instructions": instructions("cpu"), "load": round(os.getloadavg()[0], 1), **environment()}
     with stand_in.gpu() as driver, triton():
         found = list(rows(driver, options.rounds))
     path = options.out / "host_cost.jsonl"
     path.unlink(missing_ok=True)
-    writer = Writer(path, {"instructions": instructions("cpu"), "load": load, **environment()})
+    writer = Writer(path, common)
     for row in found:
         writer.write(row)
         ours, others = len(row["kernels"]), sum(row["launched_by_pytorch"].values())

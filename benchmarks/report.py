@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.figures import draw_growth, draw_memory, draw_search, draw_sets
 from benchmarks.gpu.machine_code_page import machine_code
-from benchmarks.gpu.page import first_run
+from benchmarks.gpu.page import first_run, host_cost
 from benchmarks.kernel_tables import kernels
 from benchmarks.losses import losses
 from benchmarks.shapes import SHAPES
@@ -289,6 +289,7 @@ BLOCKS: dict[str, Block] = {
     "cpu-kernels": each(partial(kernels, False)),
     "gpu-kernels": each(partial(kernels, True)),
     "gpu-run": each(first_run),
+    "gpu-host": each(host_cost),
 }
 
 

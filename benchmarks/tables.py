@@ -19,7 +19,7 @@ SHORT = {
 
 # Of docs/benchmarks.md.
 STAGES = ("search", "statistics", "quantize", "residual", "assignments", "steps", "exactness", "growing", "memory")
-ANY_OF = ("search", "kernels", "sets", "first_run")  # stages, one of which every machine has
+ANY_OF = ("search", "kernels", "sets", "first_run", "host_cost")  # stages, one of which every machine has
 
 
 @dataclass

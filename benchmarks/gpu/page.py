@@ -1,9 +1,9 @@
-"""The block of docs/gpu.md that tells what a first run has shown, from its rows."""
+"""The blocks of docs/gpu.md that tell what a first run has shown and what calls cost on the host, from their rows."""
 
 from collections.abc import Iterator
 
 from benchmarks.gpu.plan import PARTS
-from benchmarks.tables import Machine, number, table
+from benchmarks.tables import Machine, grouped, number, table
 from vqops.check.record import is_right, said
 
 LARGEST = 4  # kernels of a search that are named
@@ -75,3 +75,22 @@ def short(kernel: str) -> str:
     """The body that a kernel of ours runs, or the name as it is."""
     name = kernel.partition("run<")[2] or kernel
     return name.partition("(")[0].removeprefix("vqops::cuda::")[:60].replace("|", "/")
+
+
+def host_cost(machine: Machine, figures: str) -> str:
+    """Launches and calls of each op, and the time of its host beside that of a search in plain PyTorch."""
+    rows = machine.rows("host_cost")
+    if not rows:
+        return ""
+    first, versions = rows[0], rows[0]["versions"]
+    lines = []
+    for row in rows:
+        launches = [str(len(row["kernels"])), str(sum(row["launched_by_pytorch"].values()))]
+        ratio = f"{number(row['p50_us'] / first['p50_us'])} x" if row is not first else ""
+        lines.append([f"`{row['op']}`", *launches, str(row["aten"]), grouped(row["p50_us"]), ratio])
+    shape = ", ".join(grouped(first[axis]) for axis in "NDK")
+    about = f"Counts at N, D, K = {shape}; times of {machine.name}, "
+    about += f"torch {versions['torch']}, Triton {versions['triton']}, commit `{first['commit']}`, "
+    about += f"with {first['load']} programs that wanted to run when it began."
+    heads = ["call", "kernels", "launches of PyTorch", "its calls", "host us", f"of {first['op']}"]
+    return f"{about}\n\n{table(heads, lines)}"

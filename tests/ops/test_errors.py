@@ -248,6 +248,8 @@ def ema_arguments(**changes):
         ({"decay": 1.5}, ValueError, r"decay must be in \[0, 1\], got 1.5"),
         ({"decay": torch.tensor(0.5).double()}, TypeError, "decay must be a number or .*got torch.float64"),
         ({"decay": torch.ones(1)}, TypeError, r"decay must be a number or .*got torch.float32 \[1\]"),
+        # From a CPU to a GPU it would be a copy that the host waits for, which no CUDA graph may hold.
+        ({"decay": torch.tensor(0.5, device="meta")}, ValueError, "decay is on meta"),
         ({"embed_avg": torch.ones(2).expand(1, 3, 2)}, ValueError, "embed_avg is expanded, so its elements share"),
         ({"metric": "l2"}, ValueError, "metric must be one of .*got 'l2'"),
         ({"sums": torch.ones(1, 3, 2, device="meta")}, ValueError, "sums is on meta"),

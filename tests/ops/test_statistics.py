@@ -160,6 +160,20 @@ def test_ema_of_buffers_of_any_strides(implementation, metric):
     assert (wide[..., ::2] == 7).all() and (wide[..., 9] == 7).all()
 
 
+def test_a_weight_may_be_bool_and_one_per_head(implementation):
+    """As quantizers give it, so that heads without a row stay."""
+    size, average, embed = on(implementation, *state(2, 6, 4))
+    counts, sums, moves = torch.rand(2, 6), torch.randn(2, 6, 4), torch.tensor([[True], [False]])
+    results = []
+    for weight in (moves.expand(2, 6), moves.expand(2, 6).float()):
+        buffers = [t.clone() for t in (size, average, embed)]
+        implementation.ema_update_(*buffers, counts, sums, 0.9, weight=weight)
+        results.append(buffers)
+    REPEATS.same(*results)
+    UNCHANGED.same(results[0][0][1], size[1])
+    assert not torch.isclose(results[0][0][0], size[0]).any()
+
+
 def test_weighted_counts_and_a_decay_on_the_device(implementation):
     size, average, embed = on(implementation, *state(1, 6, 4))
     counts, sums = torch.rand(1, 6), torch.randn(1, 6, 4)

@@ -123,6 +123,7 @@ def calls() -> dict:
     from vqops.triton_kernels import (
         code_sums,
         ema,
+        gather,
         products,
         quantize,
         quantize_backward,
@@ -188,7 +189,10 @@ def calls() -> dict:
             cases[name] = partial(residual_backward.residual_quantize_backward, *arguments)
     for D in (8, 64, 300):
         weight = None if D == 8 else error
-        cases[f"code_sums, atomic, D={D}"] = partial(code_sums.atomic, tensors(D)[0], indices, 512, weight)
+        rows, codes = tensors(D)
+        cases[f"code_sums, atomic, D={D}"] = partial(code_sums.atomic, rows, indices, 512, weight)
+        added = weight, *code_sums.no_sums(rows, 512, weight)
+        cases[f"quantize, adding rows, D={D}"] = partial(gather.gather, rows, codes, indices, None, D == 64, *added)
     one, row = torch.zeros(1, 1, 1), torch.zeros(1, 1)  # strides and D that are 1 become constants
 
     def ones():

@@ -16,7 +16,9 @@ if not interpreted():
 
 from triton.runtime import interpreter
 
+from vqops.triton_kernels import blocks
 from vqops.triton_kernels import code_sums as kernels
+from vqops.triton_kernels import quantize as quantizing
 
 METRICS = ("euclidean", "cosine")
 WAYS = (("euclidean", True), ("cosine", True), ("cosine", False))  # the metric, and normalize
@@ -99,14 +101,13 @@ def test_atomic_sums_without_a_code():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_ema_update(metric, weighted):
+@pytest.mark.parametrize("weight", [None, torch.rand(2, 50), torch.tensor([[False], [True]]).expand(2, 50)])
+def test_ema_update(metric, weight):
     H, K, D = 2, 50, 70
     state = [torch.rand(H, K) * 5, torch.randn(H, K, D), torch.randn(H, K, D)]
     counts, sums = torch.randint(0, 9, (H, K)), torch.randn(H, K, D)
     sums[0, 0, 3], sums[1, 4, 0] = math.inf, math.nan
     state[0][0, 7], state[1][0, 7] = 0, 0
-    weight = torch.rand(H, K) if weighted else None
     results = []
     for each in ("triton", "reference"):
         buffers = [t.clone() for t in state]
@@ -131,6 +132,26 @@ def test_quantize(dtype, metric, normalize):
                 INDICES.same(a, b, equal_nan=True)
             else:
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("metric, normalize", WAYS)
+@pytest.mark.parametrize("N, D, dtype", [(80, 20, torch.float32), (150, 3, torch.bfloat16), (12, 300, torch.float64)])
+def test_quantize_adds_rows_as_it_gathers(monkeypatch, N, D, dtype, metric, normalize):
+    """As on a GPU, where no order is asked for; a third of the rows has one code."""
+    monkeypatch.setattr(quantizing, "in_order", lambda x: False)
+    monkeypatch.setattr(blocks, "INTERPRETED", blocks.INTERPRETED._replace(gather=(1024, 32)))
+    monkeypatch.setattr(quantizing, "sum_codes", None)
+    x, codebook = awkward(2, N, 30, D)
+    x[:, N // 3 : 2 * N // 3] = codebook[:, 2:3] * 0.9
+    x, mask, weight = x.to(dtype), torch.rand(2, N) > 0.2, torch.rand(N, 2).T
+    for arguments in ((None, None), (mask, weight)):
+        found, expected = both(vqops.quantize, x, codebook, *arguments, metric, code_sums=True, normalize=normalize)
+        for name in found._fields:
+            a, b = getattr(found, name), getattr(expected, name)
+            if name in ("indices", "quantized") or (name == "counts" and arguments[1] is None):
+                INDICES.same(a, b, equal_nan=True)
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_quantize_without_rows():

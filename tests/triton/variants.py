@@ -25,7 +25,16 @@ class Needed(Launches):
 
 
 def calls(N: int, K: int, H: int, D: int, masked: bool, metric: str):
-    from vqops.triton_kernels import code_sums, ema, quantize, quantize_backward, residual, residual_backward, search
+    from vqops.triton_kernels import (
+        code_sums,
+        ema,
+        gather,
+        quantize,
+        quantize_backward,
+        residual,
+        residual_backward,
+        search,
+    )
 
     x, codebook = torch.zeros(H, N, D), torch.zeros(H, K, D)
     size, error, indices = torch.zeros(H, K), torch.zeros(H, N), torch.zeros(H, N, dtype=torch.int64)
@@ -34,6 +43,8 @@ def calls(N: int, K: int, H: int, D: int, masked: bool, metric: str):
     search.nearest_topk(x, codebook, 8 if N > 1 else 5, mask, metric)
     search.nearest(x.double(), codebook, mask, metric)
     code_sums.atomic(x, indices, K, weight)
+    added = weight, *code_sums.no_sums(x, K, weight)
+    gather.gather(x, codebook, indices, mask, metric == "cosine", *added)
     quantize_backward.quantize_backward(x, error, x, codebook, indices, mask, metric, "rotation", 1.0, True, True, True)
     levels = torch.tensor(2)
     codes = residual.residual_quantize(x, [codebook] * 3, mask, levels, metric, code_sums=True)

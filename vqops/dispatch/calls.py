@@ -55,6 +55,13 @@ def runs_itself() -> bool:
     return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() == 0
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether the call goes into a CUDA graph, which repeats its kernels and nothing that the host does."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Differentiable(torch.autograd.Function):
     """A call with the gradient of its op. What `torch.library` makes of the same takes four times as long."""
 

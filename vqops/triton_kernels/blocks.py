@@ -63,17 +63,22 @@ class Sizes(NamedTuple):
     centre: int  # dimensions whose median is taken
     codes: int  # codes prepared
     values: int  # of rows at memory speed
+    gather: tuple[int, int]  # values and rows that get their codes
     decide: int  # rows decided, each among up to 16 codes
     scan: tuple[int, int]  # rows and codes compared in float64
     lanes: int  # rows that are walked eight dimensions at a time
     sample: Sample
 
 
-ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32), lanes=64, sample=Sample(16, 32, 16, 4, 4))
+ON_GPU = Sizes(
+    centre=16, codes=32, values=2048, gather=(1024, 32), decide=8, scan=(8, 32), lanes=64,
+    sample=Sample(16, 32, 16, 4, 4),
+)  # fmt: skip
 # An operation costs the same in the interpreter.
 INTERPRETED = Sizes(
-    centre=128, codes=512, values=16384, decide=64, scan=(32, 128), lanes=1024, sample=Sample(128, 128, 256, 64, 4)
-)
+    centre=128, codes=512, values=16384, gather=(16384, 256), decide=64, scan=(32, 128), lanes=1024,
+    sample=Sample(128, 128, 256, 64, 4),
+)  # fmt: skip
 PROGRAMS_PER_PROCESSOR = 4  # of the kernels that walk a queue
 PROCESSORS_INTERPRETED = 3  # enough to share the codes of a row
 LEAST_TILES = 4  # of a part of the codes that few rows are screened against
@@ -87,6 +92,13 @@ def tile(D: int, device: torch.device) -> tuple[int, int]:
     """Rows and dimensions at a time of kernels at memory speed that may walk a row in steps."""
     step = min(max(16, 1 << (D - 1).bit_length()), 256)
     return max(1, sizes(device).values // step), step
+
+
+def gathered(D: int, device: torch.device) -> tuple[int, int]:
+    """The same for rows that get their codes in float64: more of them spill where D is no multiple of 16."""
+    step = tile(D, device)[1]
+    values, rows = sizes(device).gather
+    return min(rows, max(1, values // step)), step
 
 
 def hot_rows(rows: int) -> int:

@@ -100,6 +100,32 @@ def fold_kernel(
     tl.store(sums + k[:, None] * D + i, total, mask=known[:, None] & (i < D))
 
 
+@triton.jit
+def rivals_of(place, live):
+    """How many rows of the block have each row's code; 0 for rows that are not live."""
+    code = place.to(tl.int32)  # compared with half the registers; codes are fewer than 2^32
+    return tl.sum((live[:, None] & (code[:, None] == code[None, :])).to(tl.int32), 1)
+
+
+@triton.jit
+def add_rows(sums, counts, value, one, place, rivals, i, D, COUNT, HOT: tl.constexpr):
+    """One addition for each code that at least HOT rows of the block have, and one for every other row."""
+    most = tl.max(rivals, 0)
+    while most >= HOT:
+        hot_place = tl.max(tl.where(rivals == most, place, -1), 0)
+        hot = place == hot_place
+        total = tl.sum(tl.where(hot[:, None], value, 0.0), 0)[None, :]
+        tl.atomic_add(sums + hot_place * D + i, total, mask=i < D, sem="relaxed")
+        if COUNT:
+            tl.atomic_add(counts + hot_place, tl.sum(tl.where(hot, one, tl.zeros_like(one)), 0), sem="relaxed")
+        rivals = tl.where(hot, 0, rivals)
+        most = tl.max(rivals, 0)
+    left = rivals > 0
+    tl.atomic_add(sums + place[:, None] * D + i, value, mask=left[:, None] & (i < D), sem="relaxed")
+    if COUNT:
+        tl.atomic_add(counts + place, one, mask=left, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["rows", "N", "K", "w_h_stride"])
 def atomic_kernel(
     x,  # [H, N, D]
@@ -111,7 +137,6 @@ def atomic_kernel(
     rows, N, K, D,
     h_stride, n_stride, i_stride, w_h_stride, w_n_stride, HOT: tl.constexpr, A: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One addition for each code that at least HOT rows of the block have, and one for every other row."""
     row = tl.program_id(0).to(tl.int64) * A + tl.arange(0, A)
     i = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)[None, :]
     k = tl.load(indices + row, mask=row < rows, other=-1)
@@ -129,21 +154,7 @@ def atomic_kernel(
         one = tl.load(weight + h * w_h_stride + n * w_n_stride, mask=live, other=0.0).to(tl.float32)
         value = value * one[:, None]
     place = tl.where(live, h * K + k, -1)
-    rivals = tl.sum((live[:, None] & (place[:, None] == place[None, :])).to(tl.int32), 1)  # 0 where it is added already
-    most = tl.max(rivals, 0)
-    while most >= HOT:
-        hot_place = tl.max(tl.where(rivals == most, place, -1), 0)
-        hot = place == hot_place
-        total = tl.sum(tl.where(hot[:, None], value, 0.0), 0)[None, :]
-        tl.atomic_add(sums + hot_place * D + i, total, mask=i < D, sem="relaxed")
-        if tl.program_id(1) == 0:
-            tl.atomic_add(counts + hot_place, tl.sum(tl.where(hot, one, tl.zeros_like(one)), 0), sem="relaxed")
-        rivals = tl.where(hot, 0, rivals)
-        most = tl.max(rivals, 0)
-    left = rivals > 0
-    tl.atomic_add(sums + place[:, None] * D + i, value, mask=left[:, None] & (i < D), sem="relaxed")
-    if tl.program_id(1) == 0:
-        tl.atomic_add(counts + place, one, mask=left, sem="relaxed")
+    add_rows(sums, counts, value, one, place, rivals_of(place, live), i, D, tl.program_id(1) == 0, HOT)
 
 
 def sum_in_order(x, runs: Runs, K: int, weight=None, divisor=None, dtype=torch.float32) -> Tensor:  # [H, K, D]
@@ -174,8 +185,7 @@ def ordered(x, indices, num_codes, weight=None, divisor=None):
 
 def atomic(x, indices, num_codes, weight=None, divisor=None):
     H, N, D = x.shape
-    counts = x.new_zeros((H, num_codes), dtype=torch.int64 if weight is None else torch.float32)
-    sums = x.new_zeros((H, num_codes, D), dtype=torch.float32)
+    counts, sums = no_sums(x, num_codes, weight)
     rows, step = tile(D, x.device)
     atomic_kernel[(triton.cdiv(H * N, rows), triton.cdiv(D, step))](
         x, weight, divisor, indices, counts, sums, H * N, N, num_codes, D, *strides(x, 3), *strides(weight, 2),
@@ -184,11 +194,19 @@ def atomic(x, indices, num_codes, weight=None, divisor=None):
     return counts, sums
 
 
+def no_sums(x, num_codes, weight) -> tuple[Tensor, Tensor]:
+    """Counts and sums of no rows."""
+    H, _, D = x.shape
+    counts = x.new_zeros((H, num_codes), dtype=torch.int64 if weight is None else torch.float32)
+    return counts, x.new_zeros((H, num_codes, D), dtype=torch.float32)
+
+
 def code_sums(x, indices, num_codes, weight=None, divisor=None):
     if x.numel() == 0:
-        counted = torch.int64 if weight is None else torch.float32
-        shape = (x.shape[0], num_codes)
-        return x.new_zeros(shape, dtype=counted), x.new_zeros((*shape, x.shape[2]), dtype=torch.float32)
-    in_order = x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        return no_sums(x, num_codes, weight)
     with torch.cuda.device_of(x):
-        return (ordered if in_order else atomic)(x, indices.contiguous(), num_codes, weight, divisor)
+        return (ordered if in_order(x) else atomic)(x, indices.contiguous(), num_codes, weight, divisor)
+
+
+def in_order(x) -> bool:
+    return x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()

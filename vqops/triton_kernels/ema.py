@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vqops.reference import TINY
 from vqops.triton_kernels.blocks import tile
+from vqops.triton_kernels.strides import strides
 
 SMALLEST = tl.constexpr(TINY)
 
@@ -18,7 +19,10 @@ def lerp(start, end, step):
     return tl.where(step < 0.5, start + step * (end - start), end - (end - start) * (1 - step))
 
 
-@triton.jit(do_not_specialize=["codes"], do_not_specialize_on_alignment=["decay"])  # decay: perhaps one of many
+@triton.jit(
+    do_not_specialize=["codes", "K", "w_h_stride", "w_k_stride"],
+    do_not_specialize_on_alignment=["decay"],  # perhaps one of many
+)
 def average_kernel(
     size,  # [H, K]
     average,  # [H, K, D]
@@ -26,14 +30,16 @@ def average_kernel(
     sums,  # [H, K, D]
     decay,  # 0-d
     weight,  # [H, K], or None
-    codes, D, M: tl.constexpr, BD: tl.constexpr,
+    codes, K, D, w_h_stride, w_k_stride, M: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A code's averages move together or, where one of them would not be finite, not at all."""
     k = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     known = k < codes
     step = 1.0 - tl.load(decay) + tl.zeros((M,), tl.float32)
     if weight is not None:
-        step *= tl.load(weight + k, mask=known, other=0.0).to(tl.float32)
+        h = k // K
+        share = tl.load(weight + h * w_h_stride + (k - h * K) * w_k_stride, mask=known, other=0)
+        step *= share.to(tl.float32)
     moved_size = lerp(
         tl.load(size + k, mask=known, other=0.0), tl.load(counts + k, mask=known, other=0).to(tl.float32), step
     )
@@ -105,8 +111,8 @@ def ema_update_(cluster_size, embed_avg, embed, counts, sums, decay, eps=1e-5, w
     grid = (triton.cdiv(H * K, rows),)
     with torch.cuda.device_of(embed_avg):
         average_kernel[grid](
-            size, average, counts.contiguous(), sums.contiguous(), decay.to(size.device, torch.float32),
-            None if weight is None else weight.contiguous(), H * K, D, rows, step, num_warps=4, enable_fp_fusion=False,
+            size, average, counts.contiguous(), sums.contiguous(), decay, weight,
+            H * K, K, D, *strides(weight, 2), rows, step, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         put_back(size, cluster_size)
         put_back(average, embed_avg)

@@ -1,8 +1,9 @@
-"""Quantize: search, gather and, if asked, the sums of an EMA update, which read x once more."""
+"""Quantize: search, gather and, if asked, the sums of an EMA update, which read x once more if they are in order."""
 
 import torch
 
 from vqops.triton_kernels.code_sums import code_sums as sum_codes
+from vqops.triton_kernels.code_sums import in_order, no_sums
 from vqops.triton_kernels.gather import gather
 from vqops.triton_kernels.search import nearest
 
@@ -21,9 +22,14 @@ def quantize(
     prepared=None,
 ):
     indices = nearest(x, codebook, mask, metric, prepared)
-    quantized, error, norms = gather(x, codebook, indices, mask, metric == "cosine" and normalize)
-    counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
-    if code_sums:
-        counts, sums = sum_codes(x, indices, codebook.shape[1], weight, norms)
+    units, K = metric == "cosine" and normalize, codebook.shape[1]
+    if code_sums and not in_order(x):
+        counts, sums = no_sums(x, K, weight)
+        quantized, error, _ = gather(x, codebook, indices, mask, units, weight, counts, sums)
+    else:
+        quantized, error, norms = gather(x, codebook, indices, mask, units)
+        counts, sums = x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.float32)
+        if code_sums:
+            counts, sums = sum_codes(x, indices, K, weight, norms)
     old = codebook.clone(memory_format=torch.contiguous_format) if snapshot else codebook.new_empty(0)
     return quantized, indices, error, counts, sums, old

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from vqops.dispatch.calls import is_captured
 from vqops.ops.checks import Gradient, check_device, check_floating
 from vqops.ops.code_sums import code_sums
 from vqops.ops.ema import move_averages_
@@ -204,6 +205,11 @@ class Codebook(nn.Module):
         self.keep_float32_(numbers=self.training)  # eval asks for none
         if self.is_initted:
             return
+        if is_captured(x.device):
+            raise RuntimeError(
+                f"{self.owner}: kmeans_init waits for a first batch, and a CUDA graph is being captured: call forward "
+                "with one before"
+            )
         if self.host_may_read():
             # Written in place or by a copy of the module, perhaps, and no rank may go on to a collective alone.
             self.is_initted = bool(self.initted)

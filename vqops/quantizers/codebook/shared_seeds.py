@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from vqops.dispatch.calls import is_captured
 from vqops.quantizers.codebook.ranks import num_ranks, sum_over_ranks
 
 
@@ -19,6 +20,11 @@ class SharedSeeds:
         self.last: Tensor | None = None  # int64 () on the CPU
 
     def draw(self, device: torch.device, sync: bool) -> Tensor:  # int64 () on the CPU
+        if is_captured(device):
+            raise RuntimeError(
+                "dropout of levels draws on the host, and the CUDA graph that is being captured would repeat its draw: "
+                "train without it, or with torch.compile instead of this graph"
+            )
         if num_ranks(sync) == 1:
             return torch.randint(10_000, (), device="cpu")
         if self.last is None:

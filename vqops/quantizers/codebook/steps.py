@@ -118,11 +118,11 @@ def step_of(
 
 
 def scale_of(step: Step, counts: Tensor, sums: Tensor) -> Tensor | None:  # [H, K]
-    """How far each code's averages move: 0 for all of a head without a row. None where all move all the way."""
+    """How far each code's averages move: not at all in a head without a row. None where all move all the way."""
     weight = step.weight
     if weight is None and all_have_rows(step.indices):
         return None
-    scale = (counts.sum(-1, keepdim=True) > 0).float().expand_as(counts)
+    scale = counts.any(-1, keepdim=True).expand_as(counts)  # bool: ema_update_ takes it as it is
     if weight is None:
         return scale
     weight = weight if isinstance(weight, Tensor) else weight(sums, counts.float())

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vqops.dispatch.calls import runs_itself
+from vqops.dispatch.calls import is_captured, runs_itself
 from vqops.quantizers.options.checks import as_number, check_needs
 
 
@@ -35,7 +35,8 @@ class Numbers(nn.Module):
 
     def times(self, t: Tensor, name: str) -> Tensor:
         """t times the number, which is 1 as often as not."""
-        return t if runs_itself() and self.values[name] == 1 else t * self[name]
+        one = runs_itself() and self.values[name] == 1 and not is_captured(t.device)
+        return t if one else t * self[name]
 
     def follow_(self, tensor: Tensor) -> None:
         """To the device of a tensor and back to float32, after what bypasses `_apply`: trainers that cast, and a

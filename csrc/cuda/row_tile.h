@@ -160,8 +160,9 @@ private:
     static constexpr int kRowThreads = kPiece / 8;            // of a row
     static constexpr int kTogether = kThreads / kRowThreads;  // rows
     static constexpr int kRounds = kRows / kTogether;
-    // Words of a thread at a time: 64 or 32 registers.
-    static constexpr int kMostWords = (Cores::kWarpgroups ? 8 : 4) * 4 / int(sizeof(Real));
+    // Words of a thread at a time: 64 registers, or 32 where blocks, or a loader beside two row tiles, leave fewer.
+    static constexpr bool kMany = Cores::kWarpgroups && !(Cores::kLoader && Cores::kRowTiles == 2);
+    static constexpr int kMostWords = (kMany ? 8 : 4) * 4 / int(sizeof(Real));
     static constexpr int kWords = Cores::kWarpgroups || kRounds > kMostWords ? kMostWords : kRounds;
     static_assert(kRows <= kThreads && kTogether % 8 == 0);  // a swizzle repeats every 8 rows
 

@@ -204,18 +204,19 @@ struct BlockOf {
 #endif
     }
 
-    // c[row_tile] = or += a(thread, row_tile) b^T over 64 dimensions. a and b: 64 and 128 rows of 64 float16, swizzled.
+    // c[row_tile] = or += a(group, row_tile) b^T over 64 dimensions. a and b: 64 and 128 rows of 64 float16, swizzled.
     template <int rows, class RowsOf>
     VQOPS_HOST_DEVICE void wgmma_start(Registers<Accumulators<rows, 16>>& c, RowsOf a, const uint16_t* b,
                                        bool accumulate) const {
 #ifdef __CUDA_ARCH__
         wgmma_fence();
+        const int g = group();
         const uint64_t codes = matrix_descriptor(uint32_t(__cvta_generic_to_shared(b)));
 #pragma unroll
         for (int step = 0; step < 4; step++)
 #pragma unroll
             for (int i = 0; i < rows; i++) {
-                const uint32_t place = uint32_t(__cvta_generic_to_shared(a(int(threadIdx.x), i)));
+                const uint32_t place = uint32_t(__cvta_generic_to_shared(a(g, i)));
                 wgmma_m64n128k16(&c.value.v[i][0][0], matrix_descriptor(place) + step * kDescriptorStep,
                                  codes + step * kDescriptorStep, accumulate || step > 0);
             }
@@ -349,7 +350,7 @@ struct BlockOf {
 
     VQOPS_HOST_DEVICE int group() const {
 #ifdef __CUDA_ARCH__
-        return int(threadIdx.x) / 128;
+        return __shfl_sync(0xffffffff, int(threadIdx.x) / 128, 0);  // which the compiler knows to be one for a warp
 #else
         return 0;
 #endif

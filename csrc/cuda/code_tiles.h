@@ -76,7 +76,7 @@ private:
                 block.template cp_async_wait_sync<kInFlight - 1, true>();
                 stage = stages + slot, slot = slot == Cores::kStages - 1 ? 0 : slot + 1;
                 const uint16_t* const rows = x + piece * Cores::kRows * kPiece;
-                const auto rows_of = [&](int t, int i) { return rows + Cores::group_row(t, i) * kPiece; };
+                const auto rows_of = [&](int group, int i) { return rows + Cores::group_row(group, i) * kPiece; };
                 block.wgmma_start(products, rows_of, stage->codes, piece != 0);
                 fetch(block, stages, next, count * pieces, pieces);
                 block.template wgmma_wait<1>(products);

@@ -31,8 +31,8 @@ struct WarpgroupCores {
     static constexpr bool kLoader = false;
 
     // The first row of a group's row tile, and of a thread's in it.
-    static VQOPS_HOST_DEVICE int group_row(int t, int i) { return (t / 128 * kRowTiles + i) * 64; }
-    static VQOPS_HOST_DEVICE int row_of(int t, int i) { return group_row(t, i) + t % 128 / 32 * 16; }
+    static VQOPS_HOST_DEVICE int group_row(int group, int i) { return ((kGroups > 1 ? group * kRowTiles : 0) + i) * 64; }
+    static VQOPS_HOST_DEVICE int row_of(int t, int i) { return group_row(t / 128, i) + t % 128 / 32 * 16; }
 };
 
 // The same with two groups that multiply and compare in turn, and a loader beside them (block.h).

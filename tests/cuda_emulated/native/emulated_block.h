@@ -149,7 +149,7 @@ struct EmulatedBlock {
         const auto address = [&](const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - shared); };
         std::vector<uint32_t> places;
         for (int t = begin; t < end; t += 128)
-            for (int i = 0; i < rows; i++) places.push_back(address(a(t, i)));
+            for (int i = 0; i < rows; i++) places.push_back(address(a(t / 128, i)));
         const uint64_t codes = matrix_descriptor(address(b));
         const auto product = [this, first = begin, &c, places, codes, accumulate] {
             for (size_t p = 0; p < places.size(); p++)

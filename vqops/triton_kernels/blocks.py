@@ -63,13 +63,13 @@ class Sizes(NamedTuple):
     centre: int  # dimensions whose median is taken
     codes: int  # codes prepared
     values: int  # of rows at memory speed
-    decide: int  # rows decided, each among up to 16 codes
+    decide: int  # rows decided, if each is among up to 16 codes
     scan: tuple[int, int]  # rows and codes compared in float64
     lanes: int  # rows that are walked eight dimensions at a time
     sample: Sample
 
 
-ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=8, scan=(8, 32), lanes=64, sample=Sample(16, 32, 16, 4, 4))
+ON_GPU = Sizes(centre=16, codes=32, values=2048, decide=16, scan=(8, 32), lanes=64, sample=Sample(16, 32, 16, 4, 4))
 # An operation costs the same in the interpreter.
 INTERPRETED = Sizes(
     centre=128, codes=512, values=16384, decide=64, scan=(32, 128), lanes=1024, sample=Sample(128, 128, 256, 64, 4)

@@ -25,6 +25,7 @@ from triton.runtime.jit import create_function_from_signature
 TENSOR_CORES = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCMMA)\b")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", re.MULTILINE)
 BACK = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+LEAST_LOOP = 32 * 16  # bytes
 SPILLS = re.compile(r"\b(?:STL|LDL)\b")
 PROCESSORS = 192  # more than any GPU has
 LARGEST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KB per block; a processor has 1 more
@@ -79,12 +80,13 @@ class Compiler(Launches):
 
 
 def inner_loops(machine_code: str) -> list[str]:
-    """The loops with products of tensor cores that have none of these inside."""
+    """The loops with products of tensor cores that have no other loop inside, but one that waits."""
     instructions = [(int(place, 16), text) for place, text in INSTRUCTION.findall(machine_code)]
     ends = [(int(back.group(1), 16), place) for place, text in instructions if (back := BACK.search(text))]
-    loops = [[text for place, text in instructions if first <= place <= last] for first, last in ends if first < last]
-    loops = ["\n".join(loop) for loop in loops if TENSOR_CORES.search("\n".join(loop))]
-    return [loop for loop in loops if not any(other != loop and other in loop for other in loops)]
+    loops = [(first, last) for first, last in ends if last - first > LEAST_LOOP]
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    texts = ["\n".join(text for place, text in instructions if a <= place <= b) for a, b in inner]
+    return [text for text in texts if TENSOR_CORES.search(text)]
 
 
 def programs_a_processor(usage: str, metadata, architecture: int) -> int:

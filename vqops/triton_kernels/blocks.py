@@ -64,14 +64,14 @@ class Sizes(NamedTuple):
     codes: int  # codes prepared
     values: int  # of rows at memory speed
     gather: tuple[int, int]  # values and rows that get their codes
-    decide: int  # rows decided, each among up to 16 codes
+    decide: int  # rows decided, if each is among up to 16 codes
     scan: tuple[int, int]  # rows and codes compared in float64
     lanes: int  # rows that are walked eight dimensions at a time
     sample: Sample
 
 
 ON_GPU = Sizes(
-    centre=16, codes=32, values=2048, gather=(1024, 32), decide=8, scan=(8, 32), lanes=64,
+    centre=16, codes=32, values=2048, gather=(1024, 32), decide=16, scan=(8, 32), lanes=64,
     sample=Sample(16, 32, 16, 4, 4),
 )  # fmt: skip
 # An operation costs the same in the interpreter.

@@ -56,9 +56,11 @@ def finish(x, codebook, mask, metric, indices, distances, work, best_at, counter
     """The rows queued, or without candidates all rows."""
     (H, N, D), K = x.shape, codebook.shape[1]
     queued, size, programs = candidates > 0, sizes(x.device), queue_programs(x.device)
+    decided = size.decide * 16 // max(candidates, 16)
+    registers = 128 if top == 1 else None  # two programs a processor; the loop over ranks would spill
     finish_kernel[(programs,)](
         x, codebook, None if queued else mask, indices, distances, work, counters, H, N, padded_rows(N), K, D, top,
         best_at // 128, *strides(x, 3), *strides(codebook, 3), *strides(None if queued else mask, 2),
-        metric == "cosine", queued, not queued or H == 1, ENTRY, COUNTERS, max(candidates, 1), size.decide, *size.scan,
-        triton.next_power_of_2(programs), enable_fp_fusion=False, num_warps=8,
+        metric == "cosine", queued, not queued or H == 1, ENTRY, COUNTERS, max(candidates, 1), decided, *size.scan,
+        triton.next_power_of_2(programs), enable_fp_fusion=False, num_warps=8, maxnreg=registers,
     )  # fmt: skip

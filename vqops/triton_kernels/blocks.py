@@ -121,8 +121,12 @@ def walked_rows(D: int, wide: bool, device: torch.device) -> tuple[int, int]:
 
 def screen_blocks(D: int, device: torch.device) -> Screen:
     """For rows of D dimensions."""
-    width, shared = padded_dimensions(D), shared_memory(device)
-    reach = width if width <= WHOLE_ON.get(major(device), WHOLE) else math.inf
+    return first_that_fits(padded_dimensions(D), shared_memory(device), major(device))
+
+
+@cache
+def first_that_fits(width: int, shared: int, major: int) -> Screen:
+    reach = width if width <= WHOLE_ON.get(major, WHOLE) else math.inf
     table = TWO_A_PROCESSOR + SCREEN if PROGRAMS == "2" else SCREEN
     block = next(block for most, needed, block in table if reach <= most and shared >= needed * 1024)
     return block._replace(step=min(block.step, width))

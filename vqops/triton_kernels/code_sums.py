@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqops.reference import RUN
 from vqops.triton_kernels.blocks import hot_rows, tile
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.strides import strides
 
 
@@ -40,6 +41,7 @@ def runs_of(indices: Tensor, K: int) -> Runs:  # [H, N]
     return Runs(order, start, torch.nn.functional.pad(last, (1, 0)), torch.searchsorted(last, number, right=True))
 
 
+@Kept
 @triton.jit(do_not_specialize=["runs", "N", "codes", "w_h_stride"])
 def runs_kernel(
     x,  # [H, N, D]
@@ -79,6 +81,7 @@ def runs_kernel(
     tl.store(partial + run[:, None] * D + i, total, mask=used[:, None] & (i < D))
 
 
+@Kept
 @triton.jit(do_not_specialize=["codes"])
 def fold_kernel(
     partial,  # [runs, D]
@@ -126,6 +129,7 @@ def add_rows(sums, counts, value, one, place, rivals, i, D, COUNT, HOT: tl.const
         tl.atomic_add(counts + place, one, mask=left, sem="relaxed")
 
 
+@Kept
 @triton.jit(do_not_specialize=["rows", "N", "K", "w_h_stride"])
 def atomic_kernel(
     x,  # [H, N, D]
@@ -164,11 +168,11 @@ def sum_in_order(x, runs: Runs, K: int, weight=None, divisor=None, dtype=torch.f
     sums = x.new_empty((H, K, D), dtype=dtype)
     rows, step = tile(D, x.device)
     rows = max(1, rows // 4)  # a program adds its runs one row after the other, so that many programs are better
-    runs_kernel[(triton.cdiv(number, rows), triton.cdiv(D, step))](
+    runs_kernel[(cdiv(number, rows), cdiv(D, step))](
         x, weight, divisor, runs.order, runs.start, runs.first, runs.code, partial, number, N, D, H * K,
         *strides(x, 3), *strides(weight, 2), RUN, rows, step, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
-    fold_kernel[(triton.cdiv(H * K, rows), triton.cdiv(D, step))](
+    fold_kernel[(cdiv(H * K, rows), cdiv(D, step))](
         partial, runs.first, sums, H * K, D, rows, step, enable_fp_fusion=False, num_warps=4
     )
     return sums
@@ -187,7 +191,7 @@ def atomic(x, indices, num_codes, weight=None, divisor=None):
     H, N, D = x.shape
     counts, sums = no_sums(x, num_codes, weight)
     rows, step = tile(D, x.device)
-    atomic_kernel[(triton.cdiv(H * N, rows), triton.cdiv(D, step))](
+    atomic_kernel[(cdiv(H * N, rows), cdiv(D, step))](
         x, weight, divisor, indices, counts, sums, H * N, N, num_codes, D, *strides(x, 3), *strides(weight, 2),
         hot_rows(rows), rows, step, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from vqops.triton_kernels.bound import (
     decision_error,
 )
 from vqops.triton_kernels.distance import NO_CODE
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.layout import HEADER, STEP, TILE, packed_bytes, padded_codes, padded_dimensions
 from vqops.triton_kernels.strides import strides
 
@@ -151,6 +152,7 @@ def keys_of(c, i_stride, known, D, BD: tl.constexpr):
     return one ^ (one >> 13), two ^ (two >> 13)
 
 
+@Kept
 @triton.jit(do_not_specialize=["K", "every"])
 def survey_kernel(
     codebook,  # [H, K, D]
@@ -211,6 +213,7 @@ def brought(c, i_stride, used, i, D, norm, centre, scale, COSINE: tl.constexpr):
     return tl.where(used, (v - tl.load(centre + i).to(tl.float64)) * scale, 0.0)
 
 
+@Kept
 @triton.jit(do_not_specialize=["K"])
 def pack_kernel(
     codebook,  # [H, K, D]
@@ -295,11 +298,11 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     step = min(width, STEP)
     dimensions, codes = sizes(codebook.device)[:2]
     with torch.cuda.device_of(codebook):
-        survey_kernel[(1 + triton.cdiv(width, dimensions) + triton.cdiv(K, codes), H)](
+        survey_kernel[(1 + cdiv(width, dimensions) + cdiv(K, codes), H)](
             codebook, packed, table, K, padded, D, -(-K // SAMPLE), slots, HELD_BACK / math.sqrt(D), *given, cosine,
             SAMPLE, HELD_BACK, HEADER, width, codes, step, dimensions, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-        pack_kernel[(triton.cdiv(padded, codes), H)](
+        pack_kernel[(cdiv(padded, codes), H)](
             codebook, table, packed, K, padded, D, slots, *given, decision_error(D, False), cosine, HEADER, TILE,
             width, codes, step, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vqops.reference import TINY
 from vqops.triton_kernels.blocks import tile
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.strides import strides
 
 SMALLEST = tl.constexpr(TINY)
@@ -19,6 +20,7 @@ def lerp(start, end, step):
     return tl.where(step < 0.5, start + step * (end - start), end - (end - start) * (1 - step))
 
 
+@Kept
 @triton.jit(
     do_not_specialize=["codes", "K", "w_h_stride", "w_k_stride"],
     do_not_specialize_on_alignment=["decay"],  # perhaps one of many
@@ -69,6 +71,7 @@ def ratio(average, at, inside, smoothed):
     return tl.div_rn(tl.load(average + at, mask=inside, other=0.0), tl.broadcast_to(smoothed[:, None], at.shape))
 
 
+@Kept
 @triton.jit(do_not_specialize=["codes", "K"])
 def codes_kernel(
     size,  # [H, K]
@@ -108,7 +111,7 @@ def ema_update_(cluster_size, embed_avg, embed, counts, sums, decay, eps=1e-5, w
         return
     size, average = cluster_size.contiguous(), embed_avg.contiguous()
     rows, step = tile(D, embed_avg.device)
-    grid = (triton.cdiv(H * K, rows),)
+    grid = (cdiv(H * K, rows),)
     with torch.cuda.device_of(embed_avg):
         average_kernel[grid](
             size, average, counts.contiguous(), sums.contiguous(), decay, weight,

@@ -6,12 +6,14 @@ import triton.language as tl
 
 from vqops.triton_kernels.blocks import queue_programs, sizes
 from vqops.triton_kernels.decide import decide
+from vqops.triton_kernels.launch import Kept
 from vqops.triton_kernels.queue import COUNTERS, ENTRY, sections_of, workspace_bytes
 from vqops.triton_kernels.rows import padded_rows
 from vqops.triton_kernels.scan import scan
 from vqops.triton_kernels.strides import strides
 
 
+@Kept
 @triton.jit(do_not_specialize=["heads", "N", "K", "best_at", "mask_h_stride"])  # top: the loop of one turn is shorter
 def finish_kernel(
     x,  # [H, N, D]
@@ -62,5 +64,5 @@ def finish(x, codebook, mask, metric, indices, distances, work, best_at, counter
         x, codebook, None if queued else mask, indices, distances, work, counters, H, N, padded_rows(N), K, D, top,
         best_at // 128, *strides(x, 3), *strides(codebook, 3), *strides(None if queued else mask, 2),
         metric == "cosine", queued, not queued or H == 1, ENTRY, COUNTERS, max(candidates, 1), decided, *size.scan,
-        triton.next_power_of_2(programs), enable_fp_fusion=False, num_warps=8, maxnreg=registers,
+        1 << (programs - 1).bit_length(), enable_fp_fusion=False, num_warps=8, maxnreg=registers,
     )  # fmt: skip

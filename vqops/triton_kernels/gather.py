@@ -12,6 +12,7 @@ from vqops.reference import TINY
 from vqops.triton_kernels.blocks import gathered, hot_rows
 from vqops.triton_kernels.code_sums import add_rows, rivals_of
 from vqops.triton_kernels.distance import squared_norm
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.strides import strides
 
 SMALLEST_NORM = tl.constexpr(TINY)
@@ -30,6 +31,7 @@ def stored_as(value, dtype: tl.constexpr):
     return result
 
 
+@Kept
 @triton.jit(do_not_specialize=["rows", "N"])
 def norms_kernel(
     x,  # [H, N, D]
@@ -45,6 +47,7 @@ def norms_kernel(
     tl.store(norms + row, tl.maximum(tl.sqrt(square), tl.full((A,), SMALLEST_NORM, tl.float64)), mask=live)
 
 
+@Kept
 @triton.jit(do_not_specialize=["rows", "N", "K", "mask_h_stride", "w_h_stride"])
 def gather_kernel(
     x,  # [H, N, D]
@@ -104,7 +107,7 @@ def norms_of(x):  # [H, N, D] -> [H, N] float64
     H, N, D = x.shape
     norms = x.new_empty((H, N), dtype=torch.float64)
     with torch.cuda.device_of(x):
-        norms_kernel[(triton.cdiv(H * N, 64),)](
+        norms_kernel[(cdiv(H * N, 64),)](
             x, norms, H * N, N, D, *strides(x, 3), 64, num_warps=4, enable_fp_fusion=False
         )
     return norms
@@ -121,7 +124,7 @@ def gather(x, codebook, indices, mask, units, weight=None, counts=None, sums=Non
     norms = norms_of(x) if units else None
     rows, step = gathered(D, x.device)
     with torch.cuda.device_of(x):
-        gather_kernel[(triton.cdiv(H * N, rows),)](
+        gather_kernel[(cdiv(H * N, rows),)](
             x, codebook, indices, mask, norms, quantized, error, weight, counts, sums,
             H * N, N, codebook.shape[1], D, *strides(x, 3), *strides(codebook, 3), *strides(mask, 2),
             *strides(weight, 2), hot_rows(rows), rows, step, num_warps=4, enable_fp_fusion=True,

@@ -13,6 +13,8 @@ K' is K rounded up to whole tiles, D' is D rounded up to whole steps of the tens
 needs has one address, since kernels are given the packed memory and find the rest themselves.
 """
 
+from functools import cache
+
 CODES = 128  # K' is a multiple
 TILE = 64  # codes whose bounds lie together: a tile of the screening passes
 WHOLE = 256  # rows of up to so many dimensions stay on chip for the whole search; longer ones are read in steps
@@ -21,6 +23,7 @@ STEP = 64  # dimensions per step
 HEADER = 32  # words per head
 
 
+@cache
 def padded_dimensions(D: int) -> int:
     return next((width for width in (16, 32, 64, 128, WHOLE) if width >= D), (D + STEP - 1) // STEP * STEP)
 

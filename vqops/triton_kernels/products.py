@@ -11,9 +11,11 @@ from torch.nn.functional import pad
 
 from vqops.triton_kernels.blocks import ROWS, screen_blocks
 from vqops.triton_kernels.bound import tile_product
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.layout import padded_codes, padded_dimensions
 
 
+@Kept
 @triton.jit
 def products_kernel(
     stored,  # [N', D'] float16
@@ -36,7 +38,7 @@ def products(x: Tensor, codes: Tensor) -> Tensor:
     """x codes^T [N, K] float32 of float16 x [N, D] and codes [K, D], by the instructions and in the order that
     screen.py has for rows of D dimensions."""
     (N, D), K = x.shape, len(codes)
-    width, rows, columns = padded_dimensions(D), triton.cdiv(N, ROWS) * ROWS, padded_codes(K)
+    width, rows, columns = padded_dimensions(D), cdiv(N, ROWS) * ROWS, padded_codes(K)
     stored, codes = pad(x, (0, width - D, 0, rows - N)), pad(codes, (0, width - D, 0, columns - K))
     block = screen_blocks(D, x.device)
     result = x.new_empty((rows // block.rows, columns // block.codes, block.rows, block.codes), dtype=torch.float32)

@@ -12,6 +12,7 @@ from vqops.reference import LARGEST_SCALE
 from vqops.triton_kernels.blocks import whole_rows
 from vqops.triton_kernels.code_sums import runs_of, sum_in_order
 from vqops.triton_kernels.gather import SMALLEST_NORM, stored_as
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.strides import strides
 
 MOST = tl.constexpr(LARGEST_SCALE)
@@ -61,6 +62,7 @@ def through_division(g, unit, norm):
     return over(g - along[:, None] * unit, norm)
 
 
+@Kept
 @triton.jit(do_not_specialize=["rows", "N", "e_h_stride", "mask_h_stride"])
 def quantize_backward_kernel(
     grad_quantized,  # [H, N, D], or None
@@ -141,7 +143,7 @@ def quantize_backward(
     rows, width = whole_rows(D, x.device)
     with torch.cuda.device_of(x):
         if indices.numel() and (x_needed or pulled):
-            quantize_backward_kernel[(triton.cdiv(H * N, rows),)](
+            quantize_backward_kernel[(cdiv(H * N, rows),)](
                 g, grad_error, x, codebook, indices, mask, grad_x, pull, H * N, N, D,
                 *strides(g, 3), *strides(grad_error, 2), *strides(x, 3), *strides(codebook, 3), *strides(mask, 2),
                 real == torch.float64, metric == "cosine" and normalize, gradient == "rotation", rows, width,

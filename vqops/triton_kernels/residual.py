@@ -15,6 +15,7 @@ from vqops.triton_kernels.blocks import sizes
 from vqops.triton_kernels.code_sums import code_sums as sum_codes
 from vqops.triton_kernels.distance import add_lanes
 from vqops.triton_kernels.gather import norms_of, stored_as
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.search import nearest
 from vqops.triton_kernels.strides import strides
 
@@ -27,6 +28,7 @@ def less(rest, q):
     return (rest.to(tl.float64) - q).to(rest.dtype) if q.dtype == tl.float64 else rest - q.to(rest.dtype)
 
 
+@Kept
 @triton.jit(do_not_specialize=["rows", "N", "Q", "level", "mask_h_stride", "mask_n_stride"])
 def take_off_kernel(
     x,  # [H, N, D], what the levels before have left
@@ -89,6 +91,7 @@ def take_off_kernel(
         tl.store(indices + row * Q + level, k, mask=inside)
 
 
+@Kept
 @triton.jit(do_not_specialize=["number", "runs", "N", "LENGTH"])
 def sum_runs_kernel(
     values,  # [groups, N] float64
@@ -110,7 +113,7 @@ def take_off(x, codebook, chosen, mask, norms, rest, total, summed, indices, err
     H, N, D = x.shape
     rows, converts = sizes(x.device).lanes, summed is not None and summed.dtype != total.dtype
     with torch.cuda.device_of(x):
-        take_off_kernel[(triton.cdiv(H * N, rows),)](
+        take_off_kernel[(cdiv(H * N, rows),)](
             x, codebook, chosen, mask, norms, rest, total, summed, indices, errors, H * N, N, D, Q, level,
             *strides(x, 3), *strides(codebook, 3), *strides(mask, 2), converts, rows, num_warps=4,
             enable_fp_fusion=False,
@@ -120,13 +123,13 @@ def take_off(x, codebook, chosen, mask, norms, rest, total, summed, indices, err
 def sum_in_runs(errors, dtype):  # [H, Q, N] -> [H, Q]
     """Runs of 256 rows in order, then the runs in order."""
     H, Q, N = errors.shape
-    runs = triton.cdiv(N, RUN)
+    runs = cdiv(N, RUN)
     partial = errors.new_empty((H, Q, runs))
     sums = errors.new_empty((H, Q), dtype=dtype)
     with torch.cuda.device_of(errors):
         for values, out, number, length in ((errors, partial, runs, RUN), (partial, sums, 1, runs)):
             count = H * Q * number
-            sum_runs_kernel[(triton.cdiv(count, SUMS),)](
+            sum_runs_kernel[(cdiv(count, SUMS),)](
                 values, out, count, number, values.shape[2], length, SUMS, num_warps=1, enable_fp_fusion=False
             )
     return sums

@@ -14,6 +14,7 @@ import triton.language as tl
 from vqops.reference.residual import rows_of_level
 from vqops.triton_kernels.blocks import walked_rows
 from vqops.triton_kernels.gather import stored_as
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.quantize_backward import (
     divisor_of,
     length,
@@ -26,6 +27,7 @@ from vqops.triton_kernels.residual import less, take_off
 from vqops.triton_kernels.strides import strides
 
 
+@Kept
 @triton.jit(do_not_specialize=["rows", "N", "Q", "e_h_stride", "e_q_stride", "mask_h_stride", "mask_n_stride"])
 def residual_backward_kernel(
     grad_quantized,  # [H, N, D], or None
@@ -148,7 +150,7 @@ def residual_quantize_backward(
     rows, width = walked_rows(D, wide, x.device)
     if grad_x.numel():
         with torch.cuda.device_of(x):
-            residual_backward_kernel[(triton.cdiv(H * N, rows),)](
+            residual_backward_kernel[(cdiv(H * N, rows),)](
                 g, grad_error, x, codebooks, starts_of(sizes, x.device), indices.contiguous(), mask, levels, grad_x,
                 H * N, N, D, Q, *strides(g, 3), *strides(grad_error, 2), *strides(x, 3), *strides(codebooks, 3),
                 *strides(mask, 2), wide, metric == "cosine" and normalize, rotate, per_level, rows, width,

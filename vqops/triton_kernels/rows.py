@@ -12,6 +12,7 @@ from vqops.triton_kernels.blocks import ROWS
 from vqops.triton_kernels.bound import FAR_ROW, NORM, NORM_UNDERFLOW, TWICE, row_bound
 from vqops.triton_kernels.codebook import CLOSEST, FIRST, SCALE, WORST, exponent_of, power_of_two
 from vqops.triton_kernels.distance import NO_CODE
+from vqops.triton_kernels.launch import cdiv
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LARGEST_HALF = tl.constexpr(65504.0)
@@ -144,4 +145,4 @@ def round_rows_into(
 
 
 def padded_rows(N: int) -> int:
-    return triton.cdiv(N, ROWS) * ROWS
+    return cdiv(N, ROWS) * ROWS

@@ -23,6 +23,7 @@ from vqops.reference.distance import is_finite
 from vqops.reference.sample import temperature_of
 from vqops.triton_kernels.blocks import sizes
 from vqops.triton_kernels.distance import NO_CODE, costs, squared_norm
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.noise import gumbel, noise_above, word_of, words
 from vqops.triton_kernels.strides import strides
 
@@ -56,6 +57,7 @@ def reaches(above, best, best_code, scaled, unit):
     return (best_code == NO_CODE) & (above > float("-inf")) | (limit >= best * unit)
 
 
+@Kept
 @triton.jit(do_not_specialize=["N", "K", "D"])
 def sample_kernel(
     x,  # [H, N, D]
@@ -194,7 +196,7 @@ def sample(
         bounded = rows.fits & (scaled <= LARGEST_TEMPERATURE).squeeze(-1)
         states = torch.where(bounded, BOUNDED.value, OPEN.value).masked_fill_(~usable, NONE.value).to(torch.int8)
         block = sizes(x.device).sample
-        sample_kernel[(triton.cdiv(N, block.rows), H)](
+        sample_kernel[(cdiv(N, block.rows), H)](
             x, codebook, rows.matrix, codes.matrix, states, offset, factor, *noise_terms(scaled), scaled, unit, heat,
             seed.contiguous(), indices, N, K, D, *strides(x, 3), *strides(codebook, 3), codes.matrix.stride(0),
             columns(D), metric == "cosine", block.rows, block.codes, block.step, block.few, enable_fp_fusion=False,

@@ -19,6 +19,7 @@ from vqops.triton_kernels.blocks import ROWS, screen_blocks, screen_parts
 from vqops.triton_kernels.bound import HUGE, SLACK, accumulation, decision_error, tile_bounds
 from vqops.triton_kernels.codebook import bounds_of, head_of
 from vqops.triton_kernels.distance import NO_CODE
+from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.layout import HEADER, STEP, padded_codes, padded_dimensions
 from vqops.triton_kernels.queue import ENTRY, enqueue, sections_of
 from vqops.triton_kernels.rows import (
@@ -52,6 +53,7 @@ def least_slot(least, group, slot, GROUP: tl.constexpr, BK: tl.constexpr):
     return best, tl.min(code, 1)
 
 
+@Kept
 @triton.jit(do_not_specialize=["N", "tiles", "tiles_per_part", "mask_h_stride"])
 def screen_kernel(
     x,  # [H, N, D]
@@ -150,6 +152,7 @@ def screen_kernel(
         tl.store(counts + part * total + here, count)
 
 
+@Kept
 @triton.jit(do_not_specialize=["N", "parts"])
 def merge_lists_kernel(
     work,  # uint8, see queue.py
@@ -207,7 +210,7 @@ def screen(x, codebook, packed, mask, metric, work, indices, counters, parts: in
     cosine, padded, codes, block = metric == "cosine", padded_rows(N), padded_codes(K), screen_blocks(D, x.device)
     width, tiles = padded_dimensions(D), codes // block.codes
     screen_kernel[(padded // block.rows, H, parts)](
-        x, mask, packed, work, indices, counters, N, padded, D, codes, tiles, triton.cdiv(tiles, parts),
+        x, mask, packed, work, indices, counters, N, padded, D, codes, tiles, cdiv(tiles, parts),
         *strides(x, 3), *strides(mask, 2), accumulation(D), decision_error(D, cosine), cosine, HEADER, width,
         min(width, STEP), stored_width(D) == 0, ENTRY, GROUP, CANDIDATES, block.rows, block.codes, block.step,
         num_warps=block.warps, num_stages=block.stages, maxnreg=block.registers, enable_fp_fusion=True,

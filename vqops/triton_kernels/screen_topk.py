@@ -11,12 +11,14 @@ import triton.language as tl
 from vqops.triton_kernels.blocks import TOPK
 from vqops.triton_kernels.bound import FAR_BOUND, HUGE, SLACK, accumulation, decision_error, tile_bounds
 from vqops.triton_kernels.codebook import head_of
+from vqops.triton_kernels.launch import Kept
 from vqops.triton_kernels.layout import HEADER, padded_codes, padded_dimensions
 from vqops.triton_kernels.queue import ENTRY, enqueue, sections_of
 from vqops.triton_kernels.rows import SCANNED, SCREENED, bound_rows, count_lost, kept, padded_rows, round_rows_into
 from vqops.triton_kernels.strides import strides
 
 
+@Kept
 @triton.jit(do_not_specialize=["N", "tiles", "top", "mask_h_stride"])
 def screen_topk_kernel(
     x,  # [H, N, D]
@@ -82,7 +84,7 @@ def screen_topk_kernel(
 
 
 def candidates_of(k: int) -> int:
-    return triton.next_power_of_2(2 * k + 16)
+    return 1 << (2 * k + 15).bit_length()
 
 
 def screen_topk(x, codebook, packed, mask, metric, work, distances, counters, k: int) -> None:

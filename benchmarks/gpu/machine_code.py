@@ -1,8 +1,8 @@
 """python -m benchmarks.gpu.machine_code           counts the machine code of the search's kernels: a minute, no GPU
 
-Compiles each kernel of CUDA C++ that the search of float32 takes on ARCHITECTURES, one by one, writes a row for each to
-benchmarks/results/machine_code/compiled.jsonl, and draws the pages anew. Needs nvcc, and cuobjdump or Triton, which
-brings one.
+Compiles each kernel of CUDA C++ that the search of float32 takes on ARCHITECTURES, one by one, and the fast pass in
+Triton at DEPTHS, writes a row for each to benchmarks/results/machine_code, and draws the pages anew. Needs nvcc and
+Triton.
 
 The loop over tiles is the shortest one that both multiplies on tensor cores and compares. A turn is the way through it
 with the fewest instructions that does both: no row finds a candidate, no stage is copied, and of codes in pieces one is
@@ -23,11 +23,15 @@ from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from benchmarks.gpu import stand_in
 from benchmarks.gpu.prepare import ROOT, said
 from benchmarks.rows import RESULTS
 
 FOLDER = RESULTS / "machine_code"
 ARCHITECTURES = ("90a", "80")
+DEPTHS = (16, 32, 64, 128, 256, 320)  # as Triton stores them; beyond 256 the pass takes them in steps
 SHARED = {"80": 164, "90a": 228, "100": 228, "120": 100}  # KB of an SM, of which a block may have all but one
 WGMMA = ("1", "2")  # how it may be used
 REGISTERS = 65536  # of an SM, given to warps by 256
@@ -231,6 +235,44 @@ def rows_of(architecture: str, folder: Path, nvcc: str, tool: str, say: Callable
         yield from pool.map(row, enumerate(found.items()))
 
 
+def rows_of_triton(folder: Path, tool: str, say: Callable[[str], None]) -> Iterator[dict]:
+    """For the GPU of stand_in.py."""
+    from vqops.dispatch.records import kernels_here
+    from vqops.triton_kernels import blocks, search
+    from vqops.triton_kernels.launch import Kept
+
+    here = kernels_here()["triton"]
+    with stand_in.gpu():
+        for D in DEPTHS:
+            x, codebook = torch.zeros(1, 128, D), torch.zeros(1, 128, D)
+            known = set(map(id, Kept.found.values()))
+            search.nearest(x, codebook)
+            made = (kernel for kernel in Kept.found.values() if id(kernel) not in known)
+            kernel = next(kernel for kernel in made if kernel.name == "screen_kernel")
+            (cubin := folder / f"triton_{D}.cubin").write_bytes(kernel.asm["cubin"])
+            registers = int(re.search(r"REG:(\d+)", dumped(tool, "--dump-resource-usage", cubin))[1])
+            block, threads = blocks.screen_blocks(D, x.device), 32 * kernel.metadata.num_warps
+            say(f"sm_{stand_in.ARCHITECTURE} screen_kernel, {D} dimensions")
+            yield {
+                "implementation": "triton",
+                "compiler": f"Triton {here['version']}",
+                "sources": here["sources"],
+                "architecture": f"sm_{stand_in.ARCHITECTURE}",
+                "kernel": "screen_kernel",
+                "D": [D, D],
+                "registers": registers,
+                "shared_bytes": [kernel.metadata.shared] * 2,
+                "blocks": [blocks_of_sm("90a", kernel.metadata.shared, registers, threads)] * 2,
+                "scores": block.rows * block.codes // threads,
+                **counts(dumped(tool, "--dump-sass", cubin)),
+            }
+
+
+def write(name: str, rows: list[dict]) -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def main() -> None:
     sources, toolkit = said(sys.executable, SETUP).split()
     nvcc, tool = f"{toolkit}/bin/nvcc", cuobjdump()
@@ -239,9 +281,8 @@ def main() -> None:
     common = {"implementation": "compiled", "compiler": version_of(nvcc), "sources": sources}
     with tempfile.TemporaryDirectory() as folder:
         made = (rows_of(each, Path(folder), nvcc, tool, lambda said: print(said, flush=True)) for each in ARCHITECTURES)
-        rows = [common | row for rows in made for row in rows]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "compiled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write("compiled", [common | row for rows in made for row in rows])
+        write("triton", list(rows_of_triton(Path(folder), tool, lambda said: print(said, flush=True))))
     from benchmarks import report
 
     report.main()

@@ -1,4 +1,4 @@
-"""What calls launch, by Triton's own launcher. In a process of its own, as in test_compile.py."""
+"""What calls launch, by Triton's own launcher. In a process of its own: Triton cannot launch in one that interprets."""
 
 import importlib.util
 import os

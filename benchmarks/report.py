@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.figures import draw_growth, draw_memory, draw_search, draw_sets
-from benchmarks.gpu.machine_code_page import machine_code
+from benchmarks.gpu.machine_code_page import expected, machine_code
 from benchmarks.gpu.page import first_run, host_cost
 from benchmarks.kernel_tables import kernels
 from benchmarks.losses import losses
@@ -284,6 +284,7 @@ BLOCKS: dict[str, Block] = {
 } | {
     "machine": each(measured),
     "machine-code": lambda found, figures: machine_code(found[0].folder.parent),  # of no machine
+    "expected": lambda found, figures: expected(found[0].folder.parent),
     "search-figure": partial(pictures, "search"),
     "sets-figure": partial(pictures, "sets"),
     "cpu-kernels": each(partial(kernels, False)),

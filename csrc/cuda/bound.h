@@ -6,7 +6,7 @@
 namespace vqops {
 
 // X = s (x - m), C = s (c - m) with a centre m and a power of two s; for cosine X = s x and C = c / |c| - m.
-// Stored: X' and C', float16 times a power of two per row and per code. t = |C|^2 / 2 - X.C orders the codes.
+// Stored: X' and C', float16 times a power of two per row and per tile. t = |C|^2 / 2 - X.C orders the codes.
 constexpr double kFarCode = 0x1p20;       // |C| beyond: left out
 constexpr double kReach = 0x1p18;         // 2 |X| + the smallest radius beyond: compared in float64, if a code is far
 constexpr float kFarBound = 0x1p38f;      // at most |C|^2 / 2 - X.C of a far code, for rows within kReach

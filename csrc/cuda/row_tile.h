@@ -165,6 +165,7 @@ private:
     static constexpr int kMostWords = (kMany ? 8 : 4) * 4 / int(sizeof(Real));
     static constexpr int kWords = Cores::kWarpgroups || kRounds > kMostWords ? kMostWords : kRounds;
     static_assert(kRows <= kThreads && kTogether % 8 == 0);  // a swizzle repeats every 8 rows
+    static_assert(sizeof(Real) == 8 || kPiece < 64 || kWords >= 4);  // else chains in bound_row are longer
 
     typedef Many<Real, kWords> OfWords;
     struct Values {
@@ -293,7 +294,7 @@ private:
     }
 
     // Row bounds, and the state: a row is searched if its elements are finite and the bounds hold for it. The sums of
-    // squares are of float32, in any order: exactness.md.
+    // squares are of float32, chains of at most D / 32 + 14 roundings: exactness.md.
     VQOPS_HOST_DEVICE void bound_row(Shared& shared, int r, bool exists, const Lift& lift, const Packed& codes) const {
         const Real most = shared.kept(r);
         const float square = shared.bound[r].radius, lost = shared.bound[r].spread;

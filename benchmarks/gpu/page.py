@@ -89,8 +89,10 @@ def host_cost(machine: Machine, figures: str) -> str:
         ratio = f"{number(row['p50_us'] / first['p50_us'])} x" if row is not first else ""
         lines.append([f"`{row['op']}`", *launches, str(row["aten"]), grouped(row["p50_us"]), ratio])
     shape = ", ".join(grouped(first[axis]) for axis in "NDK")
-    about = f"Counts at N, D, K = {shape}; times of {machine.name}, "
+    timed = ", ".join(grouped(size) for size in first["timed_at"])
+    about = f"Counts at N, D, K = {shape}, times at {timed}, where PyTorch's arithmetic takes next to nothing; "
+    about += f"{machine.name}, "
     about += f"torch {versions['torch']}, Triton {versions['triton']}, commit `{first['commit']}`, "
-    about += f"with {first['load']} programs that wanted to run when it began."
+    about += f"{first['load']} other programs on average in the minute before."
     heads = ["call", "kernels", "launches of PyTorch", "its calls", "host us", f"of {first['op']}"]
     return f"{about}\n\n{table(heads, lines)}"

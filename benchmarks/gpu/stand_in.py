@@ -70,11 +70,11 @@ def differences() -> Iterator[tuple]:
     """Where the kernels and the quantizers ask whether tensors are on a GPU, and of which kind it is."""
     from vqops import triton_kernels
     from vqops.quantizers.codebook import steps
-    from vqops.triton_kernels import blocks, code_sums, quantize
+    from vqops.triton_kernels import blocks, code_sums, finish, quantize
 
     yield triton_kernels, "why_not", lambda device: None
     yield blocks, "INTERPRETED", blocks.ON_GPU
-    yield blocks, "queue_programs", lambda device: blocks.PROGRAMS_PER_PROCESSOR * PROCESSORS
+    yield finish, "queue_programs", lambda device: blocks.PROGRAMS_PER_PROCESSOR * PROCESSORS
     yield blocks, "processors", lambda device: PROCESSORS
     yield blocks, "shared_memory", lambda device: SHARED
     yield blocks, "major", lambda device: ARCHITECTURE // 10

@@ -40,6 +40,7 @@ template <int kRowTiles_, int kStages_>
 struct LoadedCores : WarpgroupCores<2, kRowTiles_, kStages_> {
     static constexpr bool kLoader = true;
     static constexpr int kLaunched = 128 + WarpgroupCores<2, kRowTiles_, kStages_>::kThreads;
+    static_assert(128 * 24 + 256 * 240 == kLaunched * 168);  // registers, see wgmma.h: of more the workers would wait
 };
 
 }  // namespace vqops::cuda

@@ -71,6 +71,11 @@ inline const Limits& limits_of(int device) {
     return all.at(size_t(device));
 }
 
+// The devices, a bit for each of the first 64, on which a kernel may have all the shared memory. A unit's own, as nvcc
+// makes `run` one of each unit.
+template <class Kernel>
+static std::atomic<uint64_t> allowed{0};
+
 // One of the device, which is current. Nothing here waits for it.
 class Stream {
 public:
@@ -83,8 +88,7 @@ public:
         STD_TORCH_CHECK(blocks <= INT32_MAX, "vqops: the input is too large, it takes ", blocks, " blocks");
         const size_t shared = kernel.shared_bytes();
         if (shared > kFewShared) {
-            static std::atomic<uint64_t> allowed = 0;
-            allow_shared(reinterpret_cast<const void*>(run<Kernel>), allowed);
+            allow_shared(reinterpret_cast<const void*>(run<Kernel>), allowed<Kernel>);
         }
         run<Kernel><<<unsigned(blocks), kLaunched<Kernel>, shared, stream_>>>(kernel);
         check(cudaGetLastError(), "vqops");
@@ -100,7 +104,6 @@ private:
 
     // All the shared memory that there is, of a block and of an SM, which else keeps some as a cache where a second
     // block would fit. Once for a kernel and device: each of these calls takes the host as long as part of a launch.
-    // `devices`: a bit for each of the first 64.
     void allow_shared(const void* kernel, std::atomic<uint64_t>& devices) const {
         const uint64_t own = device_ < 64 ? uint64_t(1) << device_ : 0;
         if (devices.load(std::memory_order_acquire) & own) return;

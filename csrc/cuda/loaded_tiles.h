@@ -51,11 +51,11 @@ struct LoadedTiles {
                 const bool last = piece == pieces - 1;
                 block.barrier_wait(barriers.empty[turn.slot], turn.phase);
                 block.expect_bytes(full, Tiles::kStored * kPieceBytes + (last ? kConstantsBytes : 0));
-                for (int i = 0; i < Tiles::kStored; i++)
+                for (int i = 0; i < Tiles::kStored; i++) {
+                    const int64_t codes = int64_t(tile * Tiles::kStored + i) * kTile;
                     block.bulk_copy(stage.codes + i * kTile * 64,
-                                    tiles.packed.codes + Packed::place(int64_t(tile * Tiles::kStored + i) * kTile,
-                                                                       piece * 64, tiles.width),
-                                    kPieceBytes, full);
+                                    tiles.packed.codes + codes * tiles.width + piece * kTile * 64, kPieceBytes, full);
+                }
                 if (last)
                     block.bulk_copy(stage.constants, tiles.packed.constants + tile * Tiles::kStored, kConstantsBytes,
                                     full);

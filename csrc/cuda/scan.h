@@ -13,6 +13,8 @@ template <class T>
 struct Scan {
     static constexpr int kThreads = 256, kRows = kRowsOfScan, kGroups = kThreads / kLanes, kBlocksAtOnce = 2;
 
+    static_assert(kRows == kLanes);  // each of a code's threads has the sum of one row
+
     struct Shared {
         int64_t offset[kRows];  // of the row; -1: there is none
         uint32_t row[kRows];

@@ -49,10 +49,11 @@ void run_search(const char* op, const Tensor& x, const Tensor& codebook, const O
     check_search_arguments(op, x, codebook, mask);
     const int64_t H = x.size(0), N = x.size(1), K = codebook.size(1), D = x.size(2);
     STD_TORCH_CHECK(H * N < INT32_MAX && K <= kMostCodes, op, ": x may have up to 2^31 rows, and codebook 2^30 codes");
-    STD_TORCH_CHECK(!prepared || (prepared->scalar_type() == ScalarType::Byte && prepared->is_contiguous() &&
+    STD_TORCH_CHECK(!prepared || (prepared->is_cuda() && prepared->get_device_index() == x.get_device_index() &&
+                                  prepared->scalar_type() == ScalarType::Byte && prepared->is_contiguous() &&
                                   prepared->numel() == packed_bytes(codebook) &&
                                   reinterpret_cast<uintptr_t>(prepared->const_data_ptr()) % kAlignment == 0),
-                    op, ": prepared was made by another implementation or for another codebook");
+                    op, ": prepared was made by another implementation, on another device or for another codebook");
     if (H * N == 0) return;
     const Gpu gpu(x);
     SearchOutputs out = {indices, k, distances ? distances->mutable_data_ptr() : nullptr,

@@ -132,6 +132,9 @@ def test_nothing_spills_that_matters(usage):
     found = [row for row in ours(usage) if multiplies(row[1])]
     assert len(found) == sum(MULTIPLY.values()) * len(ARCHITECTURES)
     assert not [row for row in found if max(row[3:]) > 0]
+    # The workers of a loader wait for registers that the others leave: these would not suffice for another number.
+    loaded = {registers for at, name, registers, *_ in found if "LoadedCores" in name and at == "sm_90a"}
+    assert loaded == {168}
 
 
 def test_search_and_probe_use_tensor_cores(built):

@@ -185,6 +185,8 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
     [
         ("nearest", Call(64, 512, 1000, (F32, F32)), "compiled"),
         ("nearest", Call(64, 512, 999, (F32, F32)), "triton"),
+        ("nearest", Call(64, 512, 999, (F32, F32), 65535), "triton"),
+        ("nearest", Call(64, 512, 999, (F32, F32), 65536), "pytorch"),  # more heads than its grid has
         ("nearest", Call(65, 512, 1000, (BF16, F32)), "triton"),
         ("nearest", Call(65, 1025, 10**9, (F32, torch.float16)), "pytorch"),
         ("nearest", Call(129, 600, 1000, (F32, F32)), "pytorch"),

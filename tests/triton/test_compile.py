@@ -25,7 +25,7 @@ KERNELS = {
 
 
 def compiled(architecture: int, cases: str = "", **environment) -> list[dict]:
-    environment |= {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     command = [sys.executable, Path(__file__).with_name("compiler.py"), str(architecture), cases]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

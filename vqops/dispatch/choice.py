@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from vqops import triton_kernels
 from vqops.dispatch import first_use, records
 from vqops.dispatch.regimes import Call, Regime
 
@@ -108,7 +109,8 @@ def recorded(gpu: records.Gpu) -> Table:
 
 def choose(rows: Iterable[Regime], op: str, call: Call, built: Callable[[str], bool]) -> str:
     found = (row for row in rows if row.op == op and row.holds(call) and built(row.implementation))
-    return next((row.implementation for row in found), "pytorch")
+    names = (row.implementation for row in found)
+    return next((name for name in names if name != "triton" or triton_kernels.takes(op, call.H, call.K)), "pytorch")
 
 
 def codes_of(arguments: dict) -> Tensor | None:
@@ -128,4 +130,5 @@ def call_of(arguments: dict) -> Call:
     D = (codes if x is None else x).shape[-1]
     K = arguments.get("num_codes") if codes is None else codes.shape[-2]
     N = None if x is None else x.shape[0] * x.shape[1]
-    return Call(D, K, N, tuple(tensor.dtype for tensor in tensors_of(arguments)))
+    H = (codes if x is None else x).shape[0]
+    return Call(D, K, N, tuple(tensor.dtype for tensor in tensors_of(arguments)), H)

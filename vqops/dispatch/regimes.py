@@ -15,6 +15,7 @@ class Call(NamedTuple):
     K: int | None  # codes of a head; None for an op without codes
     N: int | None  # rows of all heads; None for an op without rows
     dtypes: tuple[torch.dtype, ...]  # of x and the codebook, where the op has them
+    H: int = 1  # heads
 
 
 class Regime(NamedTuple):

@@ -32,6 +32,7 @@ MODULES = {
 }
 
 MOST_HEADS = 65535  # programs of a grid in its second dimension, where the search's kernels have H
+MOST_CODES = 2**29  # of a head, whose bounds are four words each: offsets of 32 bits
 SEARCHING = ("prepare", "nearest", "nearest_topk", "search_statistics", "sample", "quantize", "residual_quantize")
 
 
@@ -76,12 +77,17 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+def takes(op: str, H: int, K: int | None = None) -> bool:
+    """Whether an op takes so many heads, and codes of a head."""
+    return op not in SEARCHING or (H <= MOST_HEADS and (K is None or K <= MOST_CODES))
+
+
 def implementation(op: str) -> Callable:
     def run(*arguments):
         first = next(argument for argument in arguments if isinstance(argument, Tensor))
         if reason := why_not(first.device):
             raise RuntimeError(f"{op}: implementation 'triton' can't run: {reason}")
-        if op in SEARCHING and len(first) > MOST_HEADS:
+        if not takes(op, len(first)):
             name = "codebook" if op == "prepare" else "x"
             raise ValueError(f"{op}: implementation 'triton' takes H <= {MOST_HEADS}, {name} has H={len(first)}")
         module = importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}")

@@ -38,6 +38,8 @@ SCREEN = [
 # other. But it spills in the loop, and has not been timed: only where the environment asks for it.
 TWO_A_PROCESSOR = [(128, 163, Screen(128, 64, 128, 8, 3, registers=128))]
 PROGRAMS = os.environ.get("VQOPS_TRITON_PROGRAMS", "1")
+if PROGRAMS not in ("1", "2"):
+    raise ValueError(f"VQOPS_TRITON_PROGRAMS must be 1 or 2, got {PROGRAMS}")
 # Dimensions up to which rows stay whole, by the major number of the compute capability: Triton 3.6 keeps longer ones in
 # registers on sm_100, and spills.
 WHOLE_ON = {10: 64}

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqops.triton_kernels import MOST_CODES
 from vqops.triton_kernels.blocks import sizes
 from vqops.triton_kernels.bound import (
     ABSENT,
@@ -290,6 +291,8 @@ def prepare(codebook: Tensor, metric: str = "euclidean") -> Tensor:
     if codebook.dtype == torch.float64:  # its rows are compared in float64 throughout
         return codebook.new_empty(0, dtype=torch.uint8)
     H, K, D = codebook.shape
+    if K > MOST_CODES:
+        raise ValueError(f"prepare: implementation 'triton' takes K <= {MOST_CODES}, codebook has K={K}")
     cosine = metric == "cosine"
     packed = codebook.new_empty(packed_bytes(H, K, D), dtype=torch.uint8)
     slots = 4 * max(16, 1 << (K - 1).bit_length())

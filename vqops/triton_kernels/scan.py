@@ -78,8 +78,11 @@ def merge_parts(
     for a in range(0, A):
         r = block.to(tl.int64) * A + a + tl.arange(0, 1)
         row, h, inside, live = row_at(r, mask, queue, counters, heads, N, mask_h_stride, mask_n_stride, ENTRY, A)
-        given = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
-        square, finite = squared_norm(given, i_stride, live[:, None], D)
+        square = tl.zeros((1,), tl.float64)
+        finite = live  # of rows that are not, no part has a code
+        if distances is not None:
+            given = (x + h * h_stride + (row - h * N) * n_stride)[:, None]
+            square, finite = squared_norm(given, i_stride, live[:, None], D)
         place = ((block * parts + part) * A + a) * top
         taken = tl.zeros((PARTS,), tl.int32)
         cost = tl.load(part_costs + place, mask=known, other=float("inf"))

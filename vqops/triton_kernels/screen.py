@@ -217,5 +217,5 @@ def screen(x, codebook, packed, mask, metric, work, indices, counters, parts: in
     )  # fmt: skip
     if parts > 1:
         merge_lists_kernel[(padded // ROWS, H)](
-            work, indices, counters, N, padded, parts, CANDIDATES, ENTRY, ROWS, num_warps=4
+            work, indices, counters, N, padded, parts, CANDIDATES, ENTRY, ROWS, num_warps=4, enable_fp_fusion=False
         )

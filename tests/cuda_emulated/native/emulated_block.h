@@ -201,8 +201,15 @@ struct EmulatedBlock {
 
     template <class T, int L>
     void shuffle_sum_each(Registers<Many<T, L>>& r, Registers<T>& sum) const {
-        shuffle_sum<L>(r);
-        for (int t = 0; t < threads; t++) sum.values[t] = r.values[t].v[t % L];
+        for (int offset = L / 2; offset > 0; offset /= 2) {
+            const std::vector<Many<T, L>> old = r.values;
+            for (int t = begin; t < end; t++)
+                for (int i = 0; i < offset; i++) {
+                    const int own = t & offset ? i + offset : i;  // what a partner keeps the other thread gives away
+                    r.values[t].v[i] = old[t].v[own] + old[t ^ offset].v[own];
+                }
+        }
+        for (int t = begin; t < end; t++) sum.values[t] = r.values[t].v[0];
     }
 
     template <int L, class T, int n, class F>

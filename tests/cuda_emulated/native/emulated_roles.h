@@ -15,6 +15,11 @@
 
 namespace vqops::cuda {
 
+[[noreturn]] inline void fail(const char* why) {
+    std::fprintf(stderr, "emulated block: %s\n", why);
+    std::abort();
+}
+
 // What is in the 8 bytes of a barrier.
 struct EmulatedBarrier {
     uint8_t expected, missing;  // arrivals
@@ -26,6 +31,7 @@ struct EmulatedBarrier {
     }
     static void arrive(Barrier& barrier, int arrivals, int bytes) {
         EmulatedBarrier state = get(barrier);
+        if (arrivals > state.missing) fail("more arrivals than a barrier expects");
         state.missing = uint8_t(state.missing - arrivals), state.bytes += bytes;
         put(barrier, state);
     }
@@ -66,6 +72,7 @@ public:
             copies_.pop_back();
         }
         if (!copies_.empty()) fail("a copy is under way when its block ends");
+        if (turns_[0] || turns_[1]) fail("a turn is given that nobody takes");
     }
 
     // Others that a role starts and waits for.
@@ -98,7 +105,9 @@ public:
         wait([this, group] { return turns_[group] > 0; });
         turns_[group]--;
     }
-    void give_turn(int group) { turns_[group]++; }
+    void give_turn(int group) {
+        if (turns_[group]++) fail("a turn is given that the group has already");
+    }
 
     void copy(void* to, const void* from, int bytes, Barrier& barrier) {
         if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
@@ -153,11 +162,6 @@ private:
         for (const auto& fiber : fibers_)
             if (!fiber->done) return true;
         return false;
-    }
-
-    [[noreturn]] static void fail(const char* why) {
-        std::fprintf(stderr, "emulated block: %s\n", why);
-        std::abort();
     }
 
     bool descending_, any_ = false;

@@ -210,11 +210,11 @@ def test_what_is_not_built_is_passed_over():
 
 def test_calls():
     x, c = torch.zeros(2, 20, 5, dtype=BF16), torch.zeros(2, 7, 5)
-    assert choice.call_of({"x": x, "codebook": c, "mask": None}) == Call(5, 7, 40, (BF16, F32))
-    assert choice.call_of({"codebook": c}) == Call(5, 7, None, (F32,))
-    assert choice.call_of({"x": x, "codebooks": [c, c[:, :3]], "mask": None}) == Call(5, 7, 40, (BF16, F32))
-    assert choice.call_of({"x": x, "indices": None, "num_codes": 9}) == Call(5, 9, 40, (BF16,))
-    assert choice.call_of({"cluster_size": None, "embed_avg": c, "embed": None}) == Call(5, 7, None, (F32,))
+    assert choice.call_of({"x": x, "codebook": c, "mask": None}) == Call(5, 7, 40, (BF16, F32), 2)
+    assert choice.call_of({"codebook": c}) == Call(5, 7, None, (F32,), 2)
+    assert choice.call_of({"x": x, "codebooks": [c, c[:, :3]], "mask": None}) == Call(5, 7, 40, (BF16, F32), 2)
+    assert choice.call_of({"x": x, "indices": None, "num_codes": 9}) == Call(5, 9, 40, (BF16,), 2)
+    assert choice.call_of({"cluster_size": None, "embed_avg": c, "embed": None}) == Call(5, 7, None, (F32,), 2)
 
 
 def test_every_op_chooses_on_cuda():

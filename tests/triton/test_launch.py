@@ -46,6 +46,7 @@ def test_what_triton_looks_at_makes_another_call():
         (x[1:], None, 16, 4),  # not at a multiple of 16 bytes
         (x[4:], None, 17, 4),  # at one
         (x, x, 16, 4),
+        (None, x, 16, 4),
         (x, None, 16, 8),
     ]
     for _ in range(2):

@@ -26,10 +26,11 @@ class Kept:
         return partial(self.launch, grid)
 
     def launch(self, grid: tuple[int, ...], *arguments, **options) -> None:
-        """The first argument is a tensor, whose device is the current one."""
+        """The first argument that is given is a tensor, whose device is the current one."""
         # Of a tensor, Triton looks at the dtype and at whether it begins at a multiple of 16 bytes.
         wants = [a if type(a) in NUMBERS else (a.dtype, a.data_ptr() % 16) for a in arguments]
-        key = (self.kernel.fn, arguments[0].get_device(), *wants, *options.values())
+        device = next(a for a in arguments if a is not None).get_device()
+        key = (self.kernel.fn, device, *wants, *options.values())
         compiled = self.found.get(key)
         if compiled is None:
             compiled = self.kernel[grid](*arguments, **options)

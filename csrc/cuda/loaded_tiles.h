@@ -79,7 +79,7 @@ struct LoadedTiles {
                 for (int piece = 0; piece < pieces; piece++, turn.next()) {
                     group.barrier_wait(barriers.full[turn.slot], turn.phase);
                     const uint16_t* const rows = x + piece * Cores::kRows * 64;
-                    const auto rows_of = [&](int group, int i) { return rows + Cores::group_row(group, i) * 64; };
+                    const auto rows_of = [&](int g, int i) { return rows + Cores::group_row(g, i) * 64; };
                     group.wgmma_start(products, rows_of, stages[turn.slot].codes, piece != 0);
                     if (piece == lag - 1 && (group.group() == 0 || tile + 1 < end)) group.give_turn();
                     group.template wgmma_wait<1>(products);

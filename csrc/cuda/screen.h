@@ -18,6 +18,8 @@
 // Sizes are guesses from the arithmetic, to be measured.
 #pragma once
 
+#include <utility>
+
 #include "decide.h"
 #include "loaded_tiles.h"
 #include "scores.h"

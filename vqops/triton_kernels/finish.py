@@ -59,7 +59,8 @@ def finish(x, codebook, mask, metric, indices, distances, work, best_at, counter
     (H, N, D), K = x.shape, codebook.shape[1]
     queued, size, programs = candidates > 0, sizes(x.device), queue_programs(x.device)
     decided = size.decide * 16 // max(candidates, 16)
-    registers = 128 if top == 1 else None  # two programs a processor; the loop over ranks would spill
+    # Two programs a processor. The loop over ranks would spill, and in Triton 3.6 what it makes of D = 1.
+    registers = 128 if top == 1 and D > 1 else None
     finish_kernel[(programs,)](
         x, codebook, None if queued else mask, indices, distances, work, counters, H, N, padded_rows(N), K, D, top,
         best_at // 128, *strides(x, 3), *strides(codebook, 3), *strides(None if queued else mask, 2),

@@ -3,14 +3,20 @@
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction
+
 from vqops.triton_kernels import launch
 
 
 class Stub:
     """Stands for a kernel of triton.jit, which is given options, and for those that it compiles, which are not."""
 
+    arg_names = ()
+
     def __init__(self, compiles=True):
-        self.fn, self.compiles, self.compiled, self.launched = object(), compiles, 0, []
+        self.compiles, self.compiled, self.launched = compiles, 0, []
 
     def __getitem__(self, grid):
         def run(*arguments, **options):
@@ -33,8 +39,9 @@ def test_the_same_call_does_not_ask_triton_again():
         kernel[(4, 2)](torch.zeros(8), None, 5, 0.5, True, num_warps=4)
     assert stub.compiled == 1
     assert stub.launched == [((4, 2), 5), ((4, 2, 1), 5), ((4, 2, 1), 5)]
-    kernel[(7,)](torch.ones(8), None, 5, 0.5, True, num_warps=4)  # another grid is the same kernel
-    assert stub.compiled == 1 and stub.launched[-1] == ((7, 1, 1), 5)
+    kernel[(7,)](torch.ones(8), None, 5, 0.5, True, num_warps=4)  # the grid is kept with it
+    kernel[(7,)](torch.ones(8), None, 5, 0.5, True, num_warps=4)
+    assert stub.compiled == 2 and stub.launched[-1] == ((7, 1, 1), 5)
 
 
 def test_what_triton_looks_at_makes_another_call():
@@ -76,3 +83,17 @@ def test_not_more_is_kept_than_the_most():
 @pytest.mark.parametrize("a, b, expected", [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2)])
 def test_cdiv(a, b, expected):
     assert launch.cdiv(a, b) == expected
+
+
+def of_rows(x, N, D, h_stride, n_stride):
+    pass
+
+
+def test_heads_of_rows_that_are_not_aligned(monkeypatch):
+    """test_variants.py counts kernels."""
+    asked = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: asked.append(set(kernel.do_not_specialize)))
+    kernel = launch.Kept(JITFunction(of_rows, do_not_specialize=["N"]))
+    for D in (48, 50, 1):
+        kernel[(1,)](torch.zeros(2, 8, D), 8, D, 8 * D, D)
+    assert asked == [{"N"}, {"N", "h_stride"}, {"N", "h_stride"}]

@@ -16,7 +16,10 @@ SIZES = [
     (1, 1),
 ]  # fmt: skip
 # Heads, dimensions, with mask and weights, metric.
-SERIES = [(1, 64, False, "euclidean"), (1, 63, True, "cosine"), (2, 64, True, "euclidean"), (1, 1, False, "cosine")]
+SERIES = [
+    (1, 64, False, "euclidean"), (1, 63, True, "cosine"), (2, 64, True, "euclidean"), (2, 63, False, "euclidean"),
+    (3, 24, True, "cosine"), (1, 1, False, "cosine"), (2, 1, True, "euclidean"),
+]  # fmt: skip
 
 
 class Needed(Launches):

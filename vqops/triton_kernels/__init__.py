@@ -82,6 +82,11 @@ def takes(op: str, H: int, K: int | None = None) -> bool:
     return op not in SEARCHING or (H <= MOST_HEADS and (K is None or K <= MOST_CODES))
 
 
+@cache
+def imported(op: str) -> Callable:
+    return getattr(importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}"), op)
+
+
 def implementation(op: str) -> Callable:
     def run(*arguments):
         first = next(argument for argument in arguments if isinstance(argument, Tensor))
@@ -90,7 +95,6 @@ def implementation(op: str) -> Callable:
         if not takes(op, len(first)):
             name = "codebook" if op == "prepare" else "x"
             raise ValueError(f"{op}: implementation 'triton' takes H <= {MOST_HEADS}, {name} has H={len(first)}")
-        module = importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}")
-        return getattr(module, op)(*arguments)
+        return imported(op)(*arguments)
 
     return run

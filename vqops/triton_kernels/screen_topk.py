@@ -54,7 +54,7 @@ def screen_topk_kernel(
     rows = mine + tl.arange(0, BD)[None, :]
 
     least = tl.full((BN, BK), HUGE, tl.float32)
-    for tile in range(0, tiles):
+    for tile in range(0, tl.where(tl.max(screened.to(tl.int32), 0) > 0, tiles, 0)):
         lower, lifted, code_radius = tile_bounds(
             rows, None, row_radius, lift, bounds, codes, tile, 3, WIDTH, BN, BK, BD
         )
@@ -68,7 +68,7 @@ def screen_topk_kernel(
     count = tl.zeros((BN,), tl.int32)
     place = lists + (h * N + n) * CANDIDATES
     slot = tl.arange(0, BK)[None, :]
-    for tile in range(0, tiles):
+    for tile in range(0, tl.where(tl.max(usable.to(tl.int32), 0) > 0, tiles, 0)):
         lower, _lifted, _radius = tile_bounds(rows, None, row_radius, lift, bounds, codes, tile, 3, WIDTH, BN, BK, BD)
         following = tl.min(tl.where(lower <= threshold[:, None], slot, BK), 1)
         joins = usable & (following < BK) & (count <= CANDIDATES)

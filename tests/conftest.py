@@ -31,9 +31,12 @@ def has_module_fixture(file) -> bool:
     return 'scope="module"' in file.read_text()
 
 
+MINUTES = ("build/test_cuda_build.py", "triton/test_compile.py", "test_kernels.py::test_under_sanitizers")
+
+
 def pytest_collection_modifyitems(items):
     """Tests that compile for minutes come first, so that no process is left with it at the end."""
-    items.sort(key=lambda item: item.path.parts[-2:] != ("triton", "test_compile.py"))
+    items.sort(key=lambda item: not any(test in item.nodeid for test in MINUTES))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

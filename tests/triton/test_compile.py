@@ -17,7 +17,7 @@ TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"
 PRODUCTS = {"screen_kernel", "screen_topk_kernel", "products_kernel"}
 DECISIONS = {"finish_kernel", "sample_kernel", "take_off_kernel"}
 KERNELS = {
-    "survey_kernel", "pack_kernel", "screen_kernel", "merge_lists_kernel", "screen_topk_kernel", "finish_kernel",
+    "survey_kernel", "pack_kernel", "screen_kernel", "screen_topk_kernel", "finish_kernel",
     "norms_kernel", "gather_kernel", "runs_kernel", "fold_kernel", "atomic_kernel", "average_kernel", "codes_kernel",
     "quantize_backward_kernel", "products_kernel", "sample_kernel", "take_off_kernel", "sum_runs_kernel",
     "residual_backward_kernel",

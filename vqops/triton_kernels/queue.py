@@ -15,7 +15,7 @@ import triton.language as tl
 
 ENTRY = 256
 # Counters of a search: rows queued from the front, rows queued from the back or scanned, rows without a code. Behind
-# them, the parts of each block of rows that scan.py has done.
+# them, the parts of each block of rows that are done, of screen.py and then of scan.py.
 COUNTERS = 3
 
 

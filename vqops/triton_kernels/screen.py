@@ -7,21 +7,21 @@ multiplications or additions, three minima and two bit operations per score.
 A slot is a column of the tile. It keeps the least lower bound of its codes in a group of 16 tiles, with the number of
 the tile in its low bits, and the second least. After each group the slots that may hold the nearest code join the row's
 list.
-Where the blocks of rows are fewer than the processors, a program takes a part of the codes, and another kernel merges
-what the parts of a row leave open; shapes alone say how many. Workspace: 76 bytes per row and part, for D > 64 2 D'
+Where the blocks of rows are fewer than the processors, a program takes a part of the codes, and the last of a block to
+end merges what the parts leave open; shapes alone say how many. Workspace: 76 bytes per row and part, for D > 64 2 D'
 more; of parts times rows there are less than 128 per processor.
 """
 
 import triton
 import triton.language as tl
 
-from vqops.triton_kernels.blocks import ROWS, screen_blocks, screen_parts
+from vqops.triton_kernels.blocks import screen_blocks, screen_parts
 from vqops.triton_kernels.bound import HUGE, SLACK, accumulation, decision_error, tile_bounds
 from vqops.triton_kernels.codebook import bounds_of, head_of
 from vqops.triton_kernels.distance import NO_CODE
 from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.layout import HEADER, STEP, padded_codes, padded_dimensions
-from vqops.triton_kernels.queue import ENTRY, enqueue, sections_of
+from vqops.triton_kernels.queue import COUNTERS, ENTRY, enqueue, sections_of
 from vqops.triton_kernels.rows import (
     SCANNED,
     SCREENED,
@@ -53,6 +53,37 @@ def least_slot(least, group, slot, GROUP: tl.constexpr, BK: tl.constexpr):
     return best, tl.min(code, 1)
 
 
+@triton.jit
+def merge_lists(lists, part_bounds, counts, h, n, N, here, total, parts, CANDIDATES: tl.constexpr):
+    """Merges into the first part's list those of all parts that the least upper bound does not exclude. Returns how
+    many candidates each row has, and its only one."""
+    j = tl.arange(0, CANDIDATES)[None, :]
+    place = (lists + (h * N + n) * CANDIDATES)[:, None] + j
+    threshold = tl.full(n.shape, HUGE, tl.float32)
+    for part in range(0, parts):
+        threshold = tl.minimum(threshold, tl.load(part_bounds + 2 * part * total + here))
+    count = tl.zeros(n.shape, tl.int32)
+    only = tl.zeros(n.shape, tl.int32)
+    for part in range(0, parts):
+        held = tl.load(counts + part * total + here)
+        held = tl.where(tl.load(part_bounds + (2 * part + 1) * total + here) > threshold, 0, held)
+        known = (n < N)[:, None] & (j < held[:, None]) & (held <= CANDIDATES)[:, None]
+        code = tl.load(place + part * total * CANDIDATES, mask=known, other=0)
+        if part > 0:
+            tl.store(place + count[:, None], code, mask=known & (j + count[:, None] < CANDIDATES))
+        only = tl.where(held > 0, tl.sum(tl.where(j == 0, code, 0), 1), only)
+        count = tl.minimum(count + held, CANDIDATES + 1)
+    return count, only
+
+
+@triton.jit
+def settle(indices, queue, counters, h, n, N, count, only, CANDIDATES: tl.constexpr, ENTRY: tl.constexpr):
+    """A row with one candidate is done, one with a negative number has been; others are queued."""
+    tl.store(indices + h * N + n, only.to(tl.int64), mask=count == 1)
+    scanned = (count > CANDIDATES) | (count == 0)
+    enqueue(queue, counters, h, n, N, count, (count > 1) & (count <= CANDIDATES), scanned, ENTRY)
+
+
 @Kept
 @triton.jit(do_not_specialize=["N", "tiles", "tiles_per_part", "mask_h_stride"])
 def screen_kernel(
@@ -61,12 +92,12 @@ def screen_kernel(
     packed,  # uint8, see layout.py
     work,  # uint8, see queue.py
     indices,  # [H, N] int64
-    counters,  # [COUNTERS] int64
+    counters,  # [COUNTERS + at least one a block of rows] int64: the latter zeros, and left so
     N, padded, D, codes_padded, tiles, tiles_per_part,
     h_stride, n_stride, i_stride, mask_h_stride, mask_n_stride, accumulation, decision,
     COSINE: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, KEPT: tl.constexpr,
-    ENTRY: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BD: tl.constexpr,
+    ENTRY: tl.constexpr, COUNTERS: tl.constexpr, GROUP: tl.constexpr, CANDIDATES: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -150,47 +181,13 @@ def screen_kernel(
         tl.store(part_bounds + 2 * part * total + here, threshold)
         tl.store(part_bounds + (2 * part + 1) * total + here, tl.where(usable, lowest, -HUGE))
         tl.store(counts + part * total + here, count)
-
-
-@Kept
-@triton.jit(do_not_specialize=["N", "parts"])
-def merge_lists_kernel(
-    work,  # uint8, see queue.py
-    indices,  # [H, N] int64
-    counters,  # [COUNTERS] int64
-    N, padded, parts, CANDIDATES: tl.constexpr, ENTRY: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Merges into the first part's list those of all parts that the least upper bound does not exclude."""
-    h = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    here = h * padded + n
-    total = tl.num_programs(1).to(tl.int64) * padded
-    queue, lists, part_bounds, counts, _ = sections_of(work, total, parts, CANDIDATES)
-    j = tl.arange(0, CANDIDATES)[None, :]
-    place = (lists + (h * N + n) * CANDIDATES)[:, None] + j
-    threshold = tl.full((BN,), HUGE, tl.float32)
-    for part in range(0, parts):
-        threshold = tl.minimum(threshold, tl.load(part_bounds + 2 * part * total + here))
-    count = tl.zeros((BN,), tl.int32)
-    only = tl.zeros((BN,), tl.int32)
-    for part in range(0, parts):
-        held = tl.load(counts + part * total + here)
-        held = tl.where(tl.load(part_bounds + (2 * part + 1) * total + here) > threshold, 0, held)
-        known = (n < N)[:, None] & (j < held[:, None]) & (held <= CANDIDATES)[:, None]
-        code = tl.load(place + part * total * CANDIDATES, mask=known, other=0)
-        if part > 0:
-            tl.store(place + count[:, None], code, mask=known & (j + count[:, None] < CANDIDATES))
-        only = tl.where(held > 0, tl.sum(tl.where(j == 0, code, 0), 1), only)
-        count = tl.minimum(count + held, CANDIDATES + 1)
-    settle(indices, queue, counters, h, n, N, count, only, CANDIDATES, ENTRY)
-
-
-@triton.jit
-def settle(indices, queue, counters, h, n, N, count, only, CANDIDATES: tl.constexpr, ENTRY: tl.constexpr):
-    """A row with one candidate is done, one with a negative number has been; others are queued."""
-    tl.store(indices + h * N + n, only.to(tl.int64), mask=count == 1)
-    scanned = (count > CANDIDATES) | (count == 0)
-    enqueue(queue, counters, h, n, N, count, (count > 1) & (count <= CANDIDATES), scanned, ENTRY)
+        tl.debug_barrier()  # what all threads have stored comes before the count
+        done = counters + COUNTERS + h * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(done, 1, sem="acq_rel") == parts - 1:
+            tl.debug_barrier()
+            tl.store(done, 0)
+            count, only = merge_lists(lists, part_bounds, counts, h, n, N, here, total, parts, CANDIDATES)
+            settle(indices, queue, counters, h, n, N, count, only, CANDIDATES, ENTRY)
 
 
 def parts_of(H: int, N: int, K: int, D: int, device) -> int:
@@ -212,10 +209,6 @@ def screen(x, codebook, packed, mask, metric, work, indices, counters, parts: in
     screen_kernel[(padded // block.rows, H, parts)](
         x, mask, packed, work, indices, counters, N, padded, D, codes, tiles, cdiv(tiles, parts),
         *strides(x, 3), *strides(mask, 2), accumulation(D), decision_error(D, cosine), cosine, HEADER, width,
-        min(width, STEP), stored_width(D) == 0, ENTRY, GROUP, CANDIDATES, block.rows, block.codes, block.step,
+        min(width, STEP), stored_width(D) == 0, ENTRY, COUNTERS, GROUP, CANDIDATES, block.rows, block.codes, block.step,
         num_warps=block.warps, num_stages=block.stages, maxnreg=block.registers, enable_fp_fusion=True,
     )  # fmt: skip
-    if parts > 1:
-        merge_lists_kernel[(padded // ROWS, H)](
-            work, indices, counters, N, padded, parts, CANDIDATES, ENTRY, ROWS, num_warps=4, enable_fp_fusion=False
-        )

@@ -222,6 +222,19 @@ def test_every_op_chooses_on_cuda():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vqops::{name}", "CUDA"), name
 
 
+def test_a_call_of_the_same_sizes_is_looked_up_once(monkeypatch):
+    looked_up, found = [], Table(TABLE, "record")
+    monkeypatch.setattr(choice, "table", lambda device: found)
+    monkeypatch.setattr(choice, "choose", lambda rows, op, *_: looked_up.append((rows, op)) or "pytorch")
+    x, c = torch.randn(1, 40, 5), torch.randn(1, 7, 5)
+    for given in ({"x": x, "codebook": c}, {"x": x + 1, "codebook": c}, {"x": x[:, 1:], "codebook": c}):
+        assert library.default_on_cuda("nearest", given) == "pytorch"
+    library.default_on_cuda("quantize", {"x": x, "codebook": c})
+    found = Table(TABLE, "record")  # another one, as after a check
+    library.default_on_cuda("nearest", {"x": x, "codebook": c})
+    assert looked_up == [(TABLE, op) for op in ("nearest", "nearest", "quantize", "nearest")]
+
+
 # Fake preparations
 
 

@@ -7,8 +7,9 @@ a CUDA graph, a forward that is computed again and a search with a prepared code
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ class use_implementation:
 # The one of a GPU's record
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Table:
     """What a GPU takes. The first row that holds a call decides, where the implementation is there; else "pytorch"."""
 
     rows: tuple[Regime, ...]

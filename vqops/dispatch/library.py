@@ -1,7 +1,7 @@
 """Definition of ops, registration of their kernels, choice of an implementation."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import NamedTuple
 
@@ -193,12 +193,16 @@ def by_regime(name: str, fallback: Callable, composed: bool = False) -> Callable
 
 def default_on_cuda(name: str, arguments: dict) -> str:
     device = choice.tensors_of(arguments)[0].device
+    return chosen(choice.table(device), device, name, choice.call_of(arguments))
 
+
+@lru_cache(4096)  # else a small search would wait longer for this than for its launches
+def chosen(table: choice.Table, device: torch.device, name: str, call: choice.Call) -> str:
     def built(implementation):
         runs = implementation != "triton" or triton_kernels.why_not(device) is None
         return runs and implementation in available(name, "cuda")
 
-    return choice.choose(choice.table(device).rows, name, choice.call_of(arguments), built)
+    return choice.choose(table.rows, name, call, built)
 
 
 def resolve(implementation: Implementation | None) -> Implementation | None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -83,8 +84,8 @@ def takes(op: str, H: int, K: int | None = None) -> bool:
 
 
 @cache
-def imported(op: str) -> Callable:
-    return getattr(importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}"), op)
+def module_of(op: str) -> ModuleType:
+    return importlib.import_module(f"vqops.triton_kernels.{MODULES[op]}")
 
 
 def implementation(op: str) -> Callable:
@@ -95,6 +96,6 @@ def implementation(op: str) -> Callable:
         if not takes(op, len(first)):
             name = "codebook" if op == "prepare" else "x"
             raise ValueError(f"{op}: implementation 'triton' takes H <= {MOST_HEADS}, {name} has H={len(first)}")
-        return imported(op)(*arguments)
+        return getattr(module_of(op), op)(*arguments)
 
     return run

@@ -245,10 +245,9 @@ def rows_of_triton(folder: Path, tool: str, say: Callable[[str], None]) -> Itera
     with stand_in.gpu():
         for D in DEPTHS:
             x, codebook = torch.zeros(1, 128, D), torch.zeros(1, 128, D)
-            known = set(map(id, Kept.found.values()))
+            Kept.found.clear()
             search.nearest(x, codebook)
-            made = (kernel for kernel in Kept.found.values() if id(kernel) not in known)
-            kernel = next(kernel for kernel in made if kernel.name == "screen_kernel")
+            kernel = next(kernel for kernel, _launch in Kept.found.values() if kernel.name == "screen_kernel")
             (cubin := folder / f"triton_{D}.cubin").write_bytes(kernel.asm["cubin"])
             registers = int(re.search(r"REG:(\d+)", dumped(tool, "--dump-resource-usage", cubin))[1])
             block, threads = blocks.screen_blocks(D, x.device), 32 * kernel.metadata.num_warps

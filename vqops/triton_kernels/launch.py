@@ -33,7 +33,7 @@ def without_heads(kernel):
 class Kept:
     """A kernel that is launched as `kernel[grid](*arguments, **options)`, like the one of `triton.jit` below it."""
 
-    found: ClassVar[dict] = {}  # of all kernels: arguments -> the launch of the compiled kernel
+    found: ClassVar[dict] = {}  # of all kernels: arguments -> compiled kernel, its launch
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -49,14 +49,14 @@ class Kept:
         # Of a tensor, Triton looks at the dtype and at whether it begins at a multiple of 16 bytes.
         wants = [a if type(a) in NUMBERS else (a.dtype, a.data_ptr() % 16) for a in arguments]
         key = (self, first.get_device(), grid, *wants, *options.values())
-        launched = self.found.get(key)
-        if launched is not None:
-            launched(*arguments)
+        kept = self.found.get(key)
+        if kept is not None:
+            kept[1](*arguments)
             return
         odd = self.D is not None and arguments[self.D] % ALIGNED != 0
         compiled = (self.odd if odd else self.kernel)[grid](*arguments, **options)
         if compiled is not None:  # as it is in the interpreter
             if len(self.found) == MOST:
                 self.found.clear()
-            self.found[key] = compiled[(*grid, 1, 1)[:3]]
+            self.found[key] = compiled, compiled[(*grid, 1, 1)[:3]]
 

@@ -59,4 +59,3 @@ class Kept:
             if len(self.found) == MOST:
                 self.found.clear()
             self.found[key] = compiled, compiled[(*grid, 1, 1)[:3]]
-

@@ -229,7 +229,12 @@ def test_programs_share_the_codes_of_queued_rows(shared_scan, heads, monkeypatch
 @pytest.fixture
 def screened_in_parts(monkeypatch):
     """A few tiles of the codes a part; the last parts are empty."""
-    monkeypatch.setattr(screen, "screen_parts", lambda blocks, tiles, device: min(tiles + 1, 7))
+
+    def parts(blocks, tiles, device):
+        assert blocks <= finish.queue_programs(device)  # each has a counter
+        return min(tiles + 1, 7)
+
+    monkeypatch.setattr(screen, "screen_parts", parts)
 
 
 @pytest.mark.parametrize("metric", COSINE_SLOW)

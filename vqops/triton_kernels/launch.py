@@ -56,6 +56,6 @@ class Kept:
         odd = self.D is not None and arguments[self.D] % ALIGNED != 0
         compiled = (self.odd if odd else self.kernel)[grid](*arguments, **options)
         if compiled is not None:  # as it is in the interpreter
-            if len(self.found) == MOST:
+            if len(self.found) >= MOST:
                 self.found.clear()
             self.found[key] = compiled, compiled[(*grid, 1, 1)[:3]]

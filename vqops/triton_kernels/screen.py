@@ -92,7 +92,7 @@ def screen_kernel(
     packed,  # uint8, see layout.py
     work,  # uint8, see queue.py
     indices,  # [H, N] int64
-    counters,  # [COUNTERS + at least one a block of rows] int64: the latter zeros, and left so
+    counters,  # [COUNTERS + one a block of rows, if in parts] int64: the latter zeros, and left so
     N, padded, D, codes_padded, tiles, tiles_per_part,
     h_stride, n_stride, i_stride, mask_h_stride, mask_n_stride, accumulation, decision,
     COSINE: tl.constexpr, HEADER: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, KEPT: tl.constexpr,

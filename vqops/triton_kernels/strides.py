@@ -4,7 +4,8 @@ Triton compiles anew for an integer that is 1, or a multiple of 16, where it was
 strides of rows and dimensions, by which loads are vectorised, and for D. Counts of rows and codes are not specialized
 (`do_not_specialize`), nor are the strides from head to head of what holds one number a row, nor any other from head to
 head where D is no multiple of 16 (launch.py): an epoch's last batch takes the kernels of the others. N' and K' are
-multiples of 128 and may be seen to be. What is left: an integer from 2^31 on has 64 bits, so a kernel of its own.
+multiples of 128 and may be seen to be. What is left: rows that do not lie one behind the other, some of whose strides
+follow their number; and an integer from 2^31 on has 64 bits, so a kernel of its own.
 """
 
 from torch import Tensor

@@ -35,6 +35,15 @@ def sections_of(work, total, parts, CANDIDATES: tl.constexpr):
 
 
 @triton.jit
+def last_to_arrive(done, parts):
+    """Whether as many programs have been here before as there are other parts. The last one sees what they stored."""
+    tl.debug_barrier()  # what all threads have stored comes before the count
+    last = tl.atomic_add(done, 1, sem="acq_rel") == parts - 1
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
 def append(queue, counter, direction: tl.constexpr, value, which):
     """The values that `which` marks, from the front or, with direction -1, from the back."""
     marks = which.to(tl.int32)

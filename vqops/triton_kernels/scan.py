@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vqops.triton_kernels.decide import distance_of, next_best
 from vqops.triton_kernels.distance import NO_CODE, costs, squared_norm
+from vqops.triton_kernels.queue import last_to_arrive
 
 
 @triton.jit
@@ -149,10 +150,8 @@ def scan(
                 place = (task * A + tl.arange(0, A)) * top + t
                 tl.store(part_costs + place, best)
                 tl.store(part_codes + place, tl.where(usable, best_code, NO_CODE))
-        if parts > 1:
-            tl.debug_barrier()  # what all threads have stored comes before the count
-            if tl.atomic_add(done + block, 1, sem="acq_rel") == parts - 1:
-                tl.debug_barrier()
+        if parts > 1:  # noqa: SIM102 (`and` would ask in either case)
+            if last_to_arrive(done + block, parts):
                 merge_parts(
                     x, mask, indices, distances, part_costs, part_codes, queue, counters, block, parts, heads, N, D,
                     top, h_stride, n_stride, i_stride, mask_h_stride, mask_n_stride, COSINE, ENTRY, A, PARTS,

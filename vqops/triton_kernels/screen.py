@@ -21,7 +21,7 @@ from vqops.triton_kernels.codebook import bounds_of, head_of
 from vqops.triton_kernels.distance import NO_CODE
 from vqops.triton_kernels.launch import Kept, cdiv
 from vqops.triton_kernels.layout import HEADER, STEP, padded_codes, padded_dimensions
-from vqops.triton_kernels.queue import COUNTERS, ENTRY, enqueue, sections_of
+from vqops.triton_kernels.queue import COUNTERS, ENTRY, enqueue, last_to_arrive, sections_of
 from vqops.triton_kernels.rows import (
     SCANNED,
     SCREENED,
@@ -181,10 +181,8 @@ def screen_kernel(
         tl.store(part_bounds + 2 * part * total + here, threshold)
         tl.store(part_bounds + (2 * part + 1) * total + here, tl.where(usable, lowest, -HUGE))
         tl.store(counts + part * total + here, count)
-        tl.debug_barrier()  # what all threads have stored comes before the count
         done = counters + COUNTERS + h * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(done, 1, sem="acq_rel") == parts - 1:
-            tl.debug_barrier()
+        if last_to_arrive(done, parts):
             tl.store(done, 0)
             count, only = merge_lists(lists, part_bounds, counts, h, n, N, here, total, parts, CANDIDATES)
             settle(indices, queue, counters, h, n, N, count, only, CANDIDATES, ENTRY)

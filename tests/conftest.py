@@ -23,7 +23,10 @@ def pytest_xdist_make_scheduler(config, log):
             file = nodeid.partition("::")[0]
             return file if has_module_fixture(config.rootpath / file) else nodeid
 
-    return ByFixture(config, log) if config.option.dist == "load" else None  # what `-n` means without `--dist`
+    if config.option.dist != "load":  # what `-n` means without `--dist`
+        return None
+    config.option.loadscopereorder = False  # largest files first: then MINUTES would not be
+    return ByFixture(config, log)
 
 
 @functools.cache

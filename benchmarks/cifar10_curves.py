@@ -1,7 +1,7 @@
 """Training curves on CIFAR-10: record ours, and draw them beside the known ones.
 
-    python benchmarks/cifar10_curves.py CIFAR10.npz    train one and two levels, record, draw
-    python benchmarks/cifar10_curves.py                draw what is recorded
+    python -m benchmarks.cifar10_curves CIFAR10.npz    train one and two levels, record, draw
+    python -m benchmarks.cifar10_curves                draw what is recorded
 
 The .npz holds x_train and x_val, uint8 [N, 32, 32, 3]. A record is JSON lines: what was run where, then the metrics of
 `vqops train`. known.jsonl holds points of other implementations: step, MSE on [0, 1] of the training batches,
@@ -9,16 +9,14 @@ perplexity.
 """
 
 import json
-import platform
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy
 import torch
 from matplotlib.figure import Figure
 
-import vqops
+from benchmarks.rows import environment
 from vqops.vqvae2 import TrainOptions, train
 
 RESULTS = Path(__file__).parent / "results" / "cifar10_curves"
@@ -32,18 +30,8 @@ def record(data: str, levels: int) -> None:
             data=data, data_key="x_train", val_key="x_val", levels=levels, steps=1500, out=Path(folder) / "run"
         )
         metrics = (train(options) / "metrics.jsonl").read_text()
-    description = {
-        "command": f"vqops train --data CIFAR10.npz --data-key x_train --val-key x_val --levels {levels} --steps 1500",
-        "machine": f"{processor()}, {torch.get_num_threads()} threads",
-        "versions": {"vqops": vqops.__version__, "torch": torch.__version__, "numpy": numpy.__version__},
-    }
-    (RESULTS / RECORDS[levels]).write_text(json.dumps(description) + "\n" + metrics)
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines()] if cpuinfo.exists() else []
-    return next((name for name in names if "CPU" in name or "EPYC" in name), platform.processor() or platform.machine())
+    command = f"vqops train --data CIFAR10.npz --data-key x_train --val-key x_val --levels {levels} --steps 1500"
+    (RESULTS / RECORDS[levels]).write_text(json.dumps({"command": command, "threads": torch.get_num_threads(), **environment()}) + "\n" + metrics)
 
 
 def draw() -> None:

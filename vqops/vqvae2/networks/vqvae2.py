@@ -4,6 +4,7 @@ Sources: Razavi et al. 2019, "Generating Diverse High-Fidelity Images with VQ-VA
 van den Oord et al. 2017 (arXiv:1711.00937). Layer sizes and activations are those of DeepMind's Sonnet example.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import mul
@@ -67,6 +68,8 @@ class VQVAE2Config(NetworkOptions):
     Levels are listed from bottom (finest) to top everywhere in this package.
     """
 
+    version: Literal[1, 2] = 2
+    """Of the network: 1 has transposed convolutions in its decoders, where 2 has `UpsampledConv`."""
     image_channels: int = 3
     restart_below: tuple[float, ...] = ()  # per level: a code with a smaller EMA count is replaced; () for none
     image_values: int = 0  # C x H x W of the training images, which the KL of "gaussian" and "gumbel" is shared by
@@ -144,7 +147,7 @@ class VQVAE2(nn.Module):
         self.quantizers = nn.ModuleList(quantizer(config, level) for level in range(L))
         # decoders[0] makes the image; decoders[l] what level l - 1 is conditioned on
         self.decoders = nn.ModuleList(
-            decoder((L - level) * D, C, D if level else config.image_channels, stride)
+            decoder((L - level) * D, C, D if level else config.image_channels, stride, DOUBLED[config.version])
             for level, stride in enumerate(config.level_strides)
         )
 
@@ -249,15 +252,44 @@ def encoder(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(widths[-1], channels, 3, padding=1), *residual_stack(channels))
 
 
-def decoder(in_channels: int, channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """[B, in_channels, H, W] to [B, out_channels, H * stride, W * stride], stride a power of 2 from 2 up."""
+def decoder(
+    in_channels: int, channels: int, out_channels: int, stride: int, doubled: Callable[[int, int], nn.Module]
+) -> nn.Sequential:
+    """[B, in_channels, H, W] to [B, out_channels, H * stride, W * stride], stride a power of 2 from 2 up.
+
+    `doubled` makes the layer, of these channels in and out, that doubles H and W.
+    """
     layers = [nn.Conv2d(in_channels, channels, kernel_size=3, padding=1), *residual_stack(channels)]
     widths = [channels] * halvings(stride) + [out_channels]
     if stride > 2:
         widths[-2] = channels // 2
     for before, after in pairwise(widths):
-        layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        layers += [doubled(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+class UpsampledConv(nn.Conv2d):
+    """[B, C, H, W] to [B, C', 2 H, 2 W]: each value four times, in a square, then a 3 x 3 convolution.
+
+    Computed as the transposed convolution that this is: a value meets the sum of those weights that would meet its
+    copies, which takes 4/9 of the multiplications and no enlarged map. Every output sums all weights, so what is flat
+    stays flat, where a free transposed convolution makes a checkerboard (Odena et al. 2016,
+    https://distill.pub/2016/deconv-checkerboard).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)  # sums: [C', C, 4, 4]
+        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=1)
+
+
+def transposed_conv(in_channels: int, out_channels: int) -> nn.Module:
+    return nn.ConvTranspose2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1)
+
+
+DOUBLED = {1: transposed_conv, 2: UpsampledConv}  # by version of the network
 
 
 def halvings(stride: int) -> int:

@@ -44,7 +44,7 @@ from vqops.vqvae2.training.processes import (
     restarts,
     with_shared_gradients,
 )
-from vqops.vqvae2.training.resume import TrainState, continued, with_strides
+from vqops.vqvae2.training.resume import NETWORK, TrainState, continued, with_strides
 from vqops.vqvae2.training.tensorboard import TensorBoard
 
 # The error of images in [-1, 1], the scale on which the usual commitment of 0.25 is balanced: weighing it by the
@@ -108,7 +108,8 @@ def train_here(options: TrainOptions, device: torch.device, go_on: str | None, d
     model = VQVAE2(network_of(options, images.channels, window))
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), identity(data, window))
+    about = {NETWORK: model.config.version} | identity(data, window)
+    state = TrainState(model, optimizer, WeightAverage(model, options.weight_ema), about)
     if options.resume and (done := load_checkpoint(state, options, progress)):
         return done
     check_first_step(state.step)

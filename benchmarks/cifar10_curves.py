@@ -31,7 +31,8 @@ def record(data: str, levels: int) -> None:
         )
         metrics = (train(options) / "metrics.jsonl").read_text()
     command = f"vqops train --data CIFAR10.npz --data-key x_train --val-key x_val --levels {levels} --steps 1500"
-    (RESULTS / RECORDS[levels]).write_text(json.dumps({"command": command, "threads": torch.get_num_threads(), **environment()}) + "\n" + metrics)
+    description = {"command": command, "threads": torch.get_num_threads(), **environment()}
+    (RESULTS / RECORDS[levels]).write_text(json.dumps(description) + "\n" + metrics)
 
 
 def draw() -> None:

@@ -26,6 +26,7 @@ from benchmarks.rows import environment
 from vqops.vqvae2 import VQVAE2, TrainOptions, VQVAE2Config, load_model, train
 from vqops.vqvae2.data.batches import middles
 from vqops.vqvae2.networks.vqvae2 import DOUBLED, UpsampledConv, as_float, transposed_conv
+from vqops.vqvae2.options import changed
 from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.images import load_data
 
@@ -101,7 +102,7 @@ def record(data: str, cifar10: str) -> None:
     for way, doubled in WAYS.items():
         steps = round(options.steps * seconds["transposed"] / seconds[way])
         with TemporaryDirectory() as folder, patch.dict(DOUBLED, {2: doubled}):
-            model = load_model(train(TrainOptions(**vars(options) | {"steps": steps, "out": Path(folder) / "run"})))
+            model = load_model(train(changed(options, steps=steps, out=Path(folder) / "run")))
         error = torch.cat([residual(model, part) for part in held_out.split(64)])
         row = {"way": way, "milliseconds_per_step": 1000 * seconds[way], "steps": steps, **spectrum(error)}
         with path.open("a") as file:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from promises import COPIES, REPEATS, UNCHANGED
 from torch.testing import assert_close
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from vqops.vqvae2 import VQVAE2, InputError, TrainOptions, VQVAE2Config, load_model, save_model
 from vqops.vqvae2.networks.checkpoint import KIND, read_file, write_file
-from vqops.vqvae2.networks.vqvae2 import pad_to_multiple
+from vqops.vqvae2.networks.vqvae2 import DOUBLED, UpsampledConv, pad_to_multiple
 
 SMALL = VQVAE2Config(channels=8, codebook_size=16, code_dim=4)
 
@@ -184,6 +185,39 @@ def test_file_without_strides_has_the_default(tmp_path):
     del description["model"]["strides"]
     write_file(path, tensors, description)
     assert_close(load_model(path)(images).reconstruction, model(images).reconstruction)
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "gumbel"])
+def test_file_without_version_is_of_the_first(tmp_path, bottleneck):
+    model, path = small_model(version=1, bottleneck=bottleneck, image_values=3072), tmp_path / "model.safetensors"
+    images = torch.rand(2, 3, 32, 32)
+    model(images)
+    save_model(path, model.eval(), TrainOptions(), step=7)
+    description, tensors = read_file(path, KIND)
+    del description["model"]["version"]
+    write_file(path, tensors, description)
+    loaded = load_model(path)
+    assert loaded.config.version == 1
+    assert_close(loaded(images).reconstruction, model(images).reconstruction)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (0, 2, 3, 3)], ids=str)
+def test_upsampled_conv_is_a_convolution_of_the_enlarged_map(shape):
+    module = UpsampledConv(shape[1], 4).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    enlarged = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert_close(module(x), F.conv2d(enlarged, module.weight, module.bias, padding=1))
+
+
+def test_what_is_flat_has_no_checkerboard():
+    flat = torch.randn(8)[:, None, None].expand(1, 8, 6, 6)
+
+    def unevenness(version):
+        torch.manual_seed(0)
+        return DOUBLED[version](8, 3)(flat)[:, :, 1:-1, 1:-1].std((2, 3)).max()  # the border sees the padding
+
+    assert unevenness(2) < 1e-5
+    assert unevenness(1) > 0.01
 
 
 def test_other_files_are_refused(tmp_path):

@@ -205,6 +205,14 @@ def test_damaged_checkpoint_and_other_data_are_refused(data, tmp_path):
     refused("train_state.pt: not a readable checkpoint", data=str(path), resume=run)
 
 
+def test_a_checkpoint_of_an_earlier_network_is_refused(data, tmp_path):
+    run = train(replace(TINY, data=data, steps=1, out=tmp_path / "run"))
+    state = torch.load(run / "train_state.pt")
+    del state["about"][resume.NETWORK]
+    torch.save(state, run / "train_state.pt")
+    refused("train_state.pt was written with version of the network 1, now it is 2", data=data, resume=run)
+
+
 def test_ctrl_c_is_not_lost_between_checkpoints(data, whole, tmp_path, monkeypatch):
     adam_step, calls = torch.optim.Adam.step, []
 

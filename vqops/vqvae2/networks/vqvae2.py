@@ -69,7 +69,8 @@ class VQVAE2Config(NetworkOptions):
     """
 
     version: Literal[1, 2] = 2
-    """Of the network: 1 has transposed convolutions in its decoders, where 2 has `UpsampledConv`."""
+    """Of the network: 2 has `UpsampledConv` in its decoders, and normalised logits in a discrete VAE, where 1 has
+    transposed convolutions and logits as they are."""
     image_channels: int = 3
     restart_below: tuple[float, ...] = ()  # per level: a code with a smaller EMA count is replaced; () for none
     image_values: int = 0  # C x H x W of the training images, which the KL of "gaussian" and "gumbel" is shared by
@@ -212,7 +213,7 @@ def quantizer(config: VQVAE2Config, level: int) -> nn.Module:
     if config.bottleneck == "gaussian":
         return Gaussian(config.image_values)
     if config.bottleneck == "gumbel":
-        return Gumbel(config.code_dim, config.codebook_size, config.image_values)
+        return Gumbel(config.code_dim, config.codebook_size, config.image_values, normalised=config.version > 1)
     learned = config.codebook == "gradient"
     return VectorQuantize(
         config.code_dim,

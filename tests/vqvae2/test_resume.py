@@ -169,7 +169,7 @@ def test_run_cut_off_before_its_pictures_draws_them(data, whole, tmp_path, monke
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(import_module("vqops.vqvae2.training.train"), "save_reconstructions", die)
+        patch.setattr(import_module("vqops.vqvae2.training.train"), "save_rows", die)
         train(replace(TINY, data=data, out=tmp_path / "run"))
     run = train(replace(TINY, data=data, resume=tmp_path / "run"))
     assert (run / "reconstructions.png").read_bytes() == (whole / "reconstructions.png").read_bytes()

@@ -27,13 +27,13 @@ def network(image_channels: int, classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-def trained(images: Tensor, labels: Tensor, classes: int, steps: int, seed: int) -> nn.Sequential:
+def trained(name: str, images: Tensor, labels: Tensor, classes: int, steps: int, seed: int) -> nn.Sequential:
     """A classifier of uint8 images [N, C, H, W] with labels [N], on their device; images are flipped at random."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     classifier = network(images.shape[1], classes).to(images.device)
     optimizer = torch.optim.Adam(classifier.parameters())
-    for step in range(1, steps + 1):
+    for step in counted(f"steps of a classifier of {name}", range(1, steps + 1)):
         set_learning_rate(optimizer, learning_rate(PEAK_RATE, "cosine", step, steps, warmup=steps // 10))
         chosen = torch.from_numpy(random.integers(0, len(images), BATCH)).to(images.device)
         batch = as_float(images[chosen])

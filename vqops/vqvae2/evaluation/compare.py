@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vqops.vqvae2.data.batches import Batches, validation_batches, window_of
@@ -36,7 +34,7 @@ from vqops.vqvae2.files.run_folder import (
 from vqops.vqvae2.networks.checkpoint import load_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2
 from vqops.vqvae2.options import values_for
-from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
+from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, save_rows
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
 from vqops.vqvae2.progress import Progress, say
 from vqops.vqvae2.training.images import Data, data_flags, identity, load_data
@@ -155,13 +153,18 @@ def lay_side_by_side(
     shown = next(iter(batches))[:SHOWN_IMAGES]
     table = markdown(rows, options)
     with writing_in(options.out):
-        save_side_by_side(options.out / "reconstructions.png", shown, models)
+        save_rows(options.out / "reconstructions.png", rows_of(shown, models))
         write_text(options.out / "comparison.md", table)
     say(table)
     for name in sorted(path.name for path in options.out.glob("*.png")):
         say(str(options.out / name))
     if "vq" in options.bottleneck:
         say(f"next: vqops extract {options.out / 'vq'} {data_flags(options)} --out CODES")
+
+
+def rows_of(images: Tensor, models: dict[str, VQVAE2]) -> dict[str, Tensor]:
+    """The held-out images, and what each model makes of them."""
+    return {"held out": images} | {NAMES[name]: model.reconstruct(images) for name, model in models.items()}
 
 
 def training_options(options: CompareOptions) -> TrainOptions:
@@ -192,16 +195,3 @@ def markdown(rows: dict[str, dict[str, float]], options: CompareOptions) -> str:
     if options.resume:
         note += " Seconds: of training, without those of processes that were killed."
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n{note}\n"
-
-
-@torch.no_grad()
-def save_side_by_side(path: Path, images: Tensor, models: dict[str, VQVAE2]) -> None:
-    """A PNG with the held-out images in the first row, and what each model makes of them below, named at the left."""
-    rows = {"held out": images} | {NAMES[name]: model.reconstruct(images) for name, model in models.items()}
-    strips = []
-    for name, batch in rows.items():
-        strip = np.concatenate(list(framed(batch.expand(-1, 3, -1, -1))), axis=1)
-        label = Image.new("RGB", (150, strip.shape[0]), "white")
-        ImageDraw.Draw(label).text((6, strip.shape[0] // 2 - 6), name, fill="black")
-        strips.append(np.concatenate([np.asarray(label), strip], axis=1))
-    write_png(path, np.concatenate(strips, axis=0))

@@ -154,13 +154,14 @@ class Evaluation:
         order = np.random.default_rng(options.seed).permutation(len(source))[: options.classifier_images]
         targets = torch.from_numpy(learned[order]).to(self.device)
         real = self.middles(source, order)
-        parts = [model.reconstruct(part) for part in real.split(options.batch_size)]
+        batches = real.split(options.batch_size)
+        parts = [model.reconstruct(part) for part in counted("batches reconstructed", batches)]
         sets = {"real": real, "reconstructions": torch.cat(parts)}
         if self.priors:
             sets["samples"] = self.drawn(targets)
         truth = torch.from_numpy(self.labels).to(self.device)
         classifiers = {
-            name: trained(pixels, targets, len(classes), options.classifier_steps, options.seed)
+            name: trained(name, pixels, targets, len(classes), options.classifier_steps, options.seed)
             for name, pixels in sets.items()
         }
         rows = []
@@ -181,5 +182,6 @@ class Evaluation:
         generator = torch.Generator(self.device).manual_seed(options.seed)
         with torch.no_grad():
             parts = torch.from_numpy(numbers).to(self.device)[targets].split(options.batch_size)
-            codes = (draw_levels(self.priors, part, options, generator) for part in parts)
+            drawn = counted("batches drawn", parts)
+            codes = (draw_levels(self.priors, part, options, generator) for part in drawn)
             return torch.cat([decoded(self.model, levels, self.window) for levels in codes])

@@ -29,9 +29,9 @@ def training_panels(rows: list[ROW]) -> tuple[Panel, ...]:
     )
     errors = {"mse": "training", "val_mse": "held out"}
     return (
-        Panel(errors, {"title": "MSE on [0, 1]", "yscale": "log"}),
-        Panel(perplexity, {"title": "perplexity of the codes in a batch"}, from_zero=True),
-        Panel(used, {"title": "share of the codes used", "ylim": (0, 1.05)}),
+        Panel(errors, {"title": "error of the images", "ylabel": "MSE, values in [0, 1]", "yscale": "log"}),
+        Panel(perplexity, {"title": "codes in use, in a batch", "ylabel": "perplexity"}, from_zero=True),
+        Panel(used, {"title": "codes used since the last row", "ylabel": "share of K", "ylim": (0, 1.05)}),
     )
 
 

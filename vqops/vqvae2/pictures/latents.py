@@ -13,7 +13,7 @@ from torch import Tensor
 from vqops.vqvae2.metrics import count_codes
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
 from vqops.vqvae2.pictures.curves import save_figure
-from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, framed, write_png
+from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, save_rows
 from vqops.vqvae2.progress import counted
 
 SHOWN_VECTORS, SHOWN_MEANS = 4000, 20_000
@@ -116,14 +116,14 @@ def save_codes(path: Path, seen: Seen) -> None:
 def save_index_maps(path: Path, model: VQVAE2, pixels: Tensor) -> None:  # uint8 [B, C, H, W]
     """A PNG with a row of images, of their reconstructions and of the codes of each level, a colour a code."""
     pixels = pixels[:SHOWN_IMAGES]
-    device = next(model.parameters()).device
-    indices = model.eval().encode(as_float(pixels.to(device)))
-    random = np.random.default_rng(0).permutation(model.config.codebook_size)  # neighbours in number look different
-    rows = [pixels, model.reconstruct(pixels)]
-    for index, factor in reversed(list(zip(indices, model.config.pixels_per_code, strict=True))):  # top first
-        shades = colormaps["nipy_spectral"](random[index.cpu().numpy()] / max(model.config.codebook_size - 1, 1))
+    config, device = model.eval().config, next(model.parameters()).device
+    indices = model.encode(as_float(pixels.to(device)))
+    random = np.random.default_rng(0).permutation(config.codebook_size)  # neighbours in number look different
+    rows = {"images": pixels, "reconstructions": model.reconstruct(pixels)}
+    levels = list(zip(config.level_names, indices, config.pixels_per_code, strict=True))
+    for name, index, factor in reversed(levels):  # top first
+        shades = colormaps["nipy_spectral"](random[index.cpu().numpy()] / max(config.codebook_size - 1, 1))
         maps = torch.from_numpy((shades[..., :3] * 255).astype(np.uint8)).permute(0, 3, 1, 2)
         maps = maps.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-        rows.append(maps[:, :, : pixels.shape[-2], : pixels.shape[-1]])
-    coloured = [row.expand(-1, 3, -1, -1) for row in rows]
-    write_png(path, np.concatenate([np.concatenate(list(framed(row)), axis=1) for row in coloured], axis=0))
+        rows[f"{name} codes"] = maps[:, :, : pixels.shape[-2], : pixels.shape[-1]]
+    save_rows(path, rows)

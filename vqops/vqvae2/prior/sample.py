@@ -1,5 +1,6 @@
 """`vqops sample` and `vqops complete`: images from the priors of all levels."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def sample(options: SampleOptions) -> None:
     check_output(options.out)
     generation = Generation(options)
     labels = generation.labels(options.count)
-    columns = max(GRID_COLUMNS, len(options.classes))
+    columns = columns_for(options.classes)
     done, shown = 0, []
     with Counting("images", options.count) as counting:
         for part in labels.split(options.batch_size):
@@ -76,7 +77,8 @@ def sample(options: SampleOptions) -> None:
             shown.append(images[: max(columns * GRID_ROWS - done, 0)].clone())  # no view, which would keep them all
             done += len(part)
             counting.reach(done)
-    write_grid(options.out, torch.cat(shown), columns)
+    heads = [options.classes[column % len(options.classes)] for column in range(columns)] if options.classes else []
+    write_grid(options.out, torch.cat(shown), columns, heads)
     say(f"{done} images and {options.out / GRID}; {generation.speed}")
     priors = " ".join(map(str, options.prior))
     say(f"next: vqops complete {options.run} --prior {priors} --images IMAGES... --out FOLDER")
@@ -115,7 +117,8 @@ def complete(options: CompleteOptions) -> None:
                     shown += [pixels[place], kept[place]] if column == 0 else []
                     shown.append(completion.clone())  # no view, which would keep them all
             counting.reach(part[-1] + 1)
-    write_grid(options.out, torch.stack(shown), min(options.count, GRID_COLUMNS) + 2)
+    heads = ["image", "kept", *["completion"] * min(options.count, GRID_COLUMNS)]
+    write_grid(options.out, torch.stack(shown), len(heads), heads)
     say(f"{len(names)} completions and {options.out / GRID}; {generation.speed}")
     say(f"next: vqops evaluate {options.run} --data PATH --out FOLDER")
 
@@ -190,6 +193,11 @@ def write_images(folder: Path, names: list[str], images: Tensor) -> None:  # uin
             write_png(folder / f"{name}.png", image.permute(1, 2, 0).numpy())
 
 
-def write_grid(folder: Path, images: Tensor, columns: int) -> None:  # uint8 [B, C, H, W]
+def columns_for(classes: tuple[str, ...]) -> int:
+    """At least 8, and so many that a column is of one class."""
+    return GRID_COLUMNS if not classes else len(classes) * math.ceil(GRID_COLUMNS / len(classes))
+
+
+def write_grid(folder: Path, images: Tensor, columns: int, heads: list[str]) -> None:  # uint8 [B, C, H, W]
     with writing_in(folder):
-        save_grid(folder / GRID, images, columns)
+        save_grid(folder / GRID, images, columns, heads)

@@ -25,7 +25,7 @@ from vqops.vqvae2.networks.checkpoint import save_model
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, VQVAE2Config, as_float
 from vqops.vqvae2.options import changed, values_for
 from vqops.vqvae2.pictures.curves import save_curves, training_panels
-from vqops.vqvae2.pictures.grids import save_reconstructions
+from vqops.vqvae2.pictures.grids import save_rows
 from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.images import Data, data_flags, identity, load_data
 from vqops.vqvae2.training.loop import Training, run_steps
@@ -289,7 +289,7 @@ def finish(training: VQVAE2Training, held_out: Images, window: tuple[int, int]) 
     shown = next(iter(validation_batches(held_out, window, options.batch_size, num_workers=0)))
     with state.average.in_place():
         reconstructions = state.module.eval().reconstruct(shown)
-    save_reconstructions(folder / run_folder.RECONSTRUCTIONS, shown, reconstructions)
+    save_rows(folder / run_folder.RECONSTRUCTIONS, {"held out": shown, "reconstruction": reconstructions})
     progress.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
     progress.say(f"curves: {folder / run_folder.CURVES}")
     following = f"next: vqops reconstruct {folder} IMAGES... --out FOLDER"

@@ -98,13 +98,15 @@ def record(data: str, cifar10: str) -> None:
     path = RESULTS / f"{data}.jsonl"
     threads = torch.get_num_threads()
     about = {"data": data, "batch_size": options.batch_size, "levels": options.levels, "threads": threads}
-    path.write_text(json.dumps(about | environment()) + "\n")
+    about |= {"images": spectrum(as_float(held_out).double()), **environment()}
+    path.write_text(json.dumps(about) + "\n")
     for way, doubled in WAYS.items():
         steps = round(options.steps * seconds["transposed"] / seconds[way])
         with TemporaryDirectory() as folder, patch.dict(DOUBLED, {2: doubled}):
             model = load_model(train(changed(options, steps=steps, out=Path(folder) / "run")))
         error = torch.cat([residual(model, part) for part in held_out.split(64)])
-        row = {"way": way, "milliseconds_per_step": 1000 * seconds[way], "steps": steps, **spectrum(error)}
+        row = {"way": way, "milliseconds_per_step": 1000 * seconds[way], "steps": steps}
+        row |= {"mse": error.square().mean().item(), **spectrum(error)}
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -115,39 +117,42 @@ def residual(model: VQVAE2, pixels: Tensor) -> Tensor:  # uint8 [B, C, H, W]; fl
     return (model(images).reconstruction.clamp(0, 1) - images).double()
 
 
-def spectrum(error: Tensor) -> dict[str, object]:  # [N, C, S, S]
-    """Mean squared error, and its power at the frequencies 0, 1, ... S / 2 an image: along the rows, on the diagonal.
+def spectrum(images: Tensor) -> dict[str, list[float]]:  # float64 [N, C, S, S]
+    """Mean power at the frequencies 0, 1, ... S / 2 an image: along rows and columns, and on the diagonal.
 
-    The power over all frequencies, in both directions, sums to the error.
+    Under a Hann window in both directions, since the edges of an image would be seen at all frequencies.
     """
-    size = error.shape[-1]
-    power = torch.fft.fft2(error).abs().square().mean((0, 1)) / size**4  # [S, S]
+    size = images.shape[-1]
+    window = torch.hann_window(size, dtype=torch.float64)
+    window = torch.outer(window, window)
+    power = torch.fft.fft2(images * window).abs().square().mean((0, 1)) / window.square().sum()  # [S, S]
     half = torch.arange(size // 2 + 1)
-    along = {"rows": power[0, half].tolist(), "diagonal": power[half, half].tolist()}
-    return {"mse": error.square().mean().item(), **along}
+    return {"straight": ((power[0] + power[:, 0]) / 2)[half].tolist(), "diagonal": power[half, half].tolist()}
 
 
 def peak(values: list[float]) -> float:
-    """How far the power at the highest frequency, a checkerboard of single pixels, is above that beside it."""
-    return values[-1] / values[-2]
+    """The power at the highest frequency, a checkerboard of single pixels, over that two frequencies below."""
+    return values[-1] / values[-3]
 
 
 def draw() -> None:
     paths = sorted(RESULTS.glob("*.jsonl"))
     figure = Figure(figsize=(11, 4.2 * len(paths)), layout="constrained")
     for plots, path in zip(figure.subplots(len(paths), 2, squeeze=False), paths, strict=True):
-        rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-        for axes, direction in zip(plots, ("rows", "diagonal"), strict=True):
+        about, *rows = map(json.loads, path.read_text().splitlines())
+        for axes, direction in zip(plots, ("straight", "diagonal"), strict=True):
+            frequencies = np.linspace(0, 0.5, len(about["images"][direction]))[1:]
+            axes.plot(frequencies, about["images"][direction][1:], ":", color="grey", label="the images themselves")
             for row in rows:
-                values = row[direction]
-                frequencies = np.arange(len(values)) / (2 * (len(values) - 1))
-                axes.plot(frequencies[1:], values[1:], label=f"{row['way']}: {peak(values):.2f}")
-            axes.set(title=f"{path.stem}, {'along rows' if direction == 'rows' else 'on the diagonal'}", yscale="log")
+                label = f"{row['way']}: {peak(row[direction]):.1f}"
+                axes.plot(frequencies, row[direction][1:], label=label)
+            which = "rows and columns" if direction == "straight" else "diagonal"
+            axes.set(title=f"{path.stem}, {which}", yscale="log")
             axes.set(xlabel="cycles per pixel", ylabel="power of the held-out error")
             axes.grid(alpha=0.3)
-            axes.legend(title="power at 1/2 over that beside it", fontsize=8)
+            axes.legend(title="way: power at 1/2 over that two points below", fontsize=8)
         for row in rows:
-            peaks = ", ".join(f"{direction} {peak(row[direction]):.2f}" for direction in ("rows", "diagonal"))
+            peaks = ", ".join(f"{direction} {peak(row[direction]):.2f}" for direction in ("straight", "diagonal"))
             step = f"{row['milliseconds_per_step']:.0f} ms a step, {row['steps']} steps"
             print(f"{path.stem:>12} {row['way']:>10}: {step}, mse {row['mse']:.5f}, peak at 1/2: {peaks}")
     FIGURE.parent.mkdir(parents=True, exist_ok=True)

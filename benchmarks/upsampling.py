@@ -27,11 +27,13 @@ from vqops.vqvae2 import VQVAE2, TrainOptions, VQVAE2Config, load_model, train
 from vqops.vqvae2.data.batches import middles
 from vqops.vqvae2.networks.vqvae2 import DOUBLED, UpsampledConv, as_float, transposed_conv
 from vqops.vqvae2.options import changed
+from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, save_rows
 from vqops.vqvae2.progress import Progress
 from vqops.vqvae2.training.images import load_data
 
 RESULTS = Path(__file__).parent / "results" / "upsampling"
-FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "vqvae2" / "spectrum.png"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures" / "vqvae2"
+SPECTRUM, PICTURE = FIGURES / "spectrum.png", FIGURES / "upsampling.png"
 ROUNDS = 12
 
 
@@ -100,6 +102,7 @@ def record(data: str, cifar10: str) -> None:
     about = {"data": data, "batch_size": options.batch_size, "levels": options.levels, "threads": threads}
     about |= {"images": spectrum(as_float(held_out).double()), **environment()}
     path.write_text(json.dumps(about) + "\n")
+    shown = {"held out": held_out}
     for way, doubled in WAYS.items():
         steps = round(options.steps * seconds["transposed"] / seconds[way])
         with TemporaryDirectory() as folder, patch.dict(DOUBLED, {2: doubled}):
@@ -107,8 +110,11 @@ def record(data: str, cifar10: str) -> None:
         error = torch.cat([residual(model, part) for part in held_out.split(64)])
         row = {"way": way, "milliseconds_per_step": 1000 * seconds[way], "steps": steps}
         row |= {"mse": error.square().mean().item(), **spectrum(error)}
+        shown[way] = model.reconstruct(held_out[:SHOWN_IMAGES])
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+    if data == "photographs":
+        save_rows(PICTURE, shown)
 
 
 @torch.no_grad()
@@ -155,8 +161,7 @@ def draw() -> None:
             peaks = ", ".join(f"{direction} {peak(row[direction]):.2f}" for direction in ("straight", "diagonal"))
             step = f"{row['milliseconds_per_step']:.0f} ms a step, {row['steps']} steps"
             print(f"{path.stem:>12} {row['way']:>10}: {step}, mse {row['mse']:.5f}, peak at 1/2: {peaks}")
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=100)
+    figure.savefig(SPECTRUM, dpi=100)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ from torch.testing import assert_close
 
 pytest.importorskip("safetensors")
 
-from vqops.vqvae2 import ExtractOptions, InputError, TrainOptions, extract, load_model, train
+from vqops.vqvae2 import VQVAE2, ExtractOptions, InputError, TrainOptions, VQVAE2Config, extract, load_model, train
+from vqops.vqvae2.data.batches import training_batches
+from vqops.vqvae2.data.photographs import training_photographs
 from vqops.vqvae2.networks.bottlenecks import KL_WEIGHT, LOGIT_SCALE, Gaussian, Gumbel
+from vqops.vqvae2.networks.vqvae2 import as_float
 
 VALUES = 48  # of an image
 
@@ -70,6 +73,16 @@ def test_normalised_logits_choose_most_codes():
 
     assert used(normalised=True) > 60
     assert used(normalised=False) < 5
+
+
+@pytest.mark.parametrize("version, least, most", [(1, 1, 20), (2, 250, 512)])
+def test_codes_that_a_new_discrete_vae_uses(version, least, most):
+    """Of 512, for 32 crops of photographs."""
+    torch.manual_seed(0)
+    batches = training_batches(training_photographs(), (32, 32), batch_size=32, steps=1, seed=0, num_workers=0)
+    config = VQVAE2Config(levels=1, channels=64, bottleneck="gumbel", image_values=3 * 32 * 32, version=version)
+    (indices,) = VQVAE2(config)(as_float(next(iter(batches)))).indices
+    assert least <= len(indices.unique()) <= most
 
 
 def test_gumbel_averages_its_statistics():

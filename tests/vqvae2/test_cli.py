@@ -85,7 +85,7 @@ def test_missing_extra_is_named(package):
         (["train", "--device", "cuda:99"], ["--device cuda:99", "cpu"]),
         (["train", "--strides", "3", "3"], ["--strides must be 2 numbers, one for each of --levels 2, of 2, 4"]),
         (["train", "--val-key", "x"], ["--data-key, --val-data and --val-key need --data"]),
-        (["train-prior", "x", "--level", "top", "--out", "y", "--width", "6"], ["--width must be", "twice --heads 4"]),
+        (["train-prior", "x", "--level", "top", "--out", "y", "--width", "6"], ["--width", "four times --heads 4"]),
         (["complete", "no-run", "--prior", "a", "--out", "x"], ["--images names no image file"]),
         (["reconstruct", "no-run", "a.png", "--out", "x"], ["no-run: no such file"]),
         (["reconstruct", "no-run", "--out", "x"], ["at least one image"]),

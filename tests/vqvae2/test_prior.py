@@ -1,5 +1,6 @@
 """The prior: its likelihood, that it sees nothing it should not, and that drawing with a cache is drawing without."""
 
+import itertools
 import json
 import math
 import shutil
@@ -28,8 +29,9 @@ from vqops.vqvae2 import (
     train,
     train_prior,
 )
+from vqops.vqvae2.networks.checkpoint import read_file, write_file
 from vqops.vqvae2.prior.sampling import choose, draw, draw_levels
-from vqops.vqvae2.prior.transformer import Cache, nats_per_code
+from vqops.vqvae2.prior.transformer import Cache, Rotation, nats_per_code
 
 K, NAMES, SIZES = 11, ("bottom", "middle", "top"), ((4, 6), (2, 3), (1, 2))
 LEVELS = ["bottom", "middle", "top"]
@@ -93,10 +95,23 @@ def test_cached_logits_are_the_uncached_ones(level):
     own, above, labels = inputs_of(prior)
     expected = prior(own, above, labels)
     before, addend = prior.context(above, labels)
-    cache = Cache(prior.config.layers)
+    cache = Cache(prior.config, before)
     for position in range(prior.config.length):
         assert_close(prior.step(before, position, addend, cache), expected[:, position], rtol=1e-4, atol=1e-5)
         before = prior.codes(own.flatten(1)[:, position])[:, None]
+
+
+def test_rotated_products_depend_on_rows_and_columns_apart():
+    """Of a query and a key, for all pairs of places in a grid of 5 x 4."""
+    rotation = Rotation((5, 4), 16).double()
+    query, key = (torch.randn(1, 1, 1, 16, dtype=torch.float64).expand(-1, -1, 20, -1) for _ in range(2))
+    product = (rotation(query, slice(None)) @ rotation(key, slice(None)).transpose(2, 3)).view(5, 4, 5, 4)
+    found = {}
+    for row, column, other_row, other_column in itertools.product(range(5), range(4), range(5), range(4)):
+        value = product[row, column, other_row, other_column].item()
+        apart = other_row - row, other_column - column
+        assert value == pytest.approx(found.setdefault(apart, value), rel=1e-5, abs=1e-5)
+    assert len({round(value, 4) for value in found.values()}) == len(found) == 9 * 7
 
 
 # Drawing
@@ -176,7 +191,7 @@ def test_temperature():
 
 # Training
 
-GOING_ON = {"steps": 12, "eval_every": 5, "dropout": 0.2, "level": "bottom"}
+GOING_ON = {"steps": 12, "eval_every": 5, "dropout": 0.2, "level": "bottom", "weight_ema": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +238,25 @@ def test_same_seed_same_prior(codes, tmp_path):
     options = options_of(codes, tmp_path / "a", dropout=0.2)
     once, again = (load_prior(train_prior(replace(options, steps=3, out=tmp_path / name)))[0] for name in "ab")
     REPEATS.same(again.state_dict(), once.state_dict())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_average_of_the_weights_is_kept(codes, tmp_path, precision):
+    options = replace(options_of(codes, tmp_path / "prior"), steps=20, weight_ema=0.9, precision=precision)
+    kept = load_prior(train_prior(options))[0].state_dict()
+    state = torch.load(tmp_path / "prior" / "train_state.pt")
+    names = [name for name, _ in Prior(load_prior(tmp_path / "prior")[0].config).named_parameters()]
+    COPIES.same([kept[name] for name in names], state["average"])
+    assert all((kept[name] != state["module"][name]).any() for name in names)
+
+
+def test_prior_of_the_first_version_is_refused(codes, tmp_path):
+    out = train_prior(replace(options_of(codes, tmp_path / "prior"), steps=1))
+    description, tensors = read_file(out / "prior.safetensors", "vqops.prior")
+    del description["prior"]["version"]
+    write_file(out / "prior.safetensors", tensors, description)
+    with pytest.raises(InputError, match=r"a prior of the first version, .* train it anew"):
+        load_prior(out)
 
 
 def test_early_stop_keeps_the_best(tmp_path, capsys):
@@ -361,7 +395,7 @@ def test_refusals(codes, tmp_path):
     refused("has no level middle, only bottom, top", level="middle")
     refused("no codes are there", codes=tmp_path)
     refused("is not empty", out=codes)
-    with pytest.raises(InputError, match=r"^width must be a multiple of twice heads 2, got 18"):
+    with pytest.raises(InputError, match=r"^width must be a multiple of four times heads 2, got 18"):
         replace(options_of(codes, tmp_path), width=18)
     with pytest.raises(InputError, match="no prior is there"):
         load_prior(tmp_path)

@@ -29,7 +29,10 @@ def load_prior(folder: Path, device: torch.device | str = "cpu") -> tuple[Prior,
         raise InputError(f"{folder}: no prior is there (no {PRIOR}); vqops train-prior writes it")
 
     def network(description: dict[str, Any]) -> Prior:
-        return Prior(described(PriorConfig, description.get("prior")))
+        config = description.get("prior")
+        if isinstance(config, dict) and "version" not in config:
+            raise InputError("a prior of the first version, which this one cannot draw from: train it anew")
+        return Prior(described(PriorConfig, config))
 
     return read_network(path, KIND, network, device)
 

@@ -75,6 +75,10 @@ class TrainPriorOptions(TransformerOptions):
     """Share of the training images whose class is hidden, so that --guidance can compare with and without."""
     grad_clip: NotNegative = 1.0
     """Scale the gradient down to this norm where it is longer; 0 for never."""
+    weight_ema: Share = 0.0
+    """Decay of a moving average of the weights, which is then measured and kept in their place; 0 for none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrices in training."""
     eval_every: Count = 100
     """Steps between two measurements on the held-out codes. The best prior so far is what is kept."""
     patience: Count = 5

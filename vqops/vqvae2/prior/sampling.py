@@ -42,7 +42,7 @@ def draw(
         above = tuple(torch.cat([codes, codes]) for codes in above)
     before, addend = prior.context(above, labels)
     known = before.new_zeros((B, 0), dtype=torch.int64) if known is None else known.flatten(1)
-    cache, codes = Cache(prior.config.layers), []
+    cache, codes = Cache(prior.config, before), []
     for position in range(prior.config.length):
         logits = prior.step(before, position, addend, cache).float()
         if guided:
@@ -64,6 +64,8 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """One code a row of logits [B, K]: softmax(logits / temperature), cut to the likeliest; [B]."""
     if temperature == 0:
         return logits.argmax(-1)
+    if not top_k and top_p == 1:  # no need to sort
+        return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator).squeeze(-1)
     ordered, codes = (logits / temperature).sort(-1, descending=True)
     if top_k:
         ordered[:, top_k:] = -torch.inf

@@ -26,7 +26,7 @@ from vqops.vqvae2.training.loop import Training, run_steps
 from vqops.vqvae2.training.meters import Meter, evaluating
 from vqops.vqvae2.training.optimization import WeightAverage
 from vqops.vqvae2.training.processes import pick_device
-from vqops.vqvae2.training.resume import TrainState, continued
+from vqops.vqvae2.training.resume import NETWORK, TrainState, continued
 
 MAY_CHANGE = ("steps", "patience", "device", "codes", "out", *TRANSIENT)  # how long and where, not what
 MEASURED = ("best", "since_best", "measured_at")
@@ -126,8 +126,10 @@ class PriorTraining(Training):
         self.meter = Meter("nats_per_code")
         self.best, self.since_best, self.measured_at = math.inf, 0, 0
         meta = self.codes.meta
-        of = {"model": meta.model, "data sample": meta.data_sample, "images": meta.images}
-        self.state = TrainState(self.module, self.optimizer, WeightAverage(self.module, 0.0), of, more=self)
+        of = {NETWORK: self.module.config.version, "model": meta.model}
+        of |= {"data sample": meta.data_sample, "images": meta.images}
+        average = WeightAverage(self.module, self.options.weight_ema)
+        self.state = TrainState(self.module, self.optimizer, average, of, more=self)
         folder = self.options.out
         self.go_on = f"vqops train-prior {shlex.quote(str(self.options.codes))} --resume {shlex.quote(str(folder))}"
 
@@ -135,19 +137,22 @@ class PriorTraining(Training):
         own, above, labels = batch_of(self.codes, chosen, self.module, self.device)
         hidden = torch.rand(len(labels), generator=self.hiding) < self.options.class_dropout
         labels = labels.masked_fill(hidden.to(self.device), self.module.no_class)
-        loss = nats_per_code(self.module, own, above, labels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+            loss = nats_per_code(self.module, own, above, labels)
         self.meter.add(len(chosen), loss)
         return loss
 
     def after_step(self, step: int) -> None:
+        self.state.average.update(step)
         self.state.step = step
 
     def validate(self, step: int) -> dict[str, float]:
-        nats = self.held_out_nats(self.interrupted)
-        self.since_best, self.measured_at = self.since_best + 1, step
-        if nats < self.best:
-            self.best, self.since_best = nats, 0
-            self.save_prior(nats)
+        with self.state.average.in_place():
+            nats = self.held_out_nats(self.interrupted)
+            self.since_best, self.measured_at = self.since_best + 1, step
+            if nats < self.best:
+                self.best, self.since_best = nats, 0
+                self.save_prior(nats)
         return {"val_nats_per_code": nats}
 
     def held_out_nats(self, interrupted: Interruption) -> float:
@@ -168,8 +173,9 @@ class PriorTraining(Training):
         """The best nats per code; where no measurement was due yet, those of the weights as they are."""
         if self.measured_at:
             return self.best
-        nats = self.held_out_nats(Interruption())
-        self.save_prior(nats)
+        with self.state.average.in_place():
+            nats = self.held_out_nats(Interruption())
+            self.save_prior(nats)
         return nats
 
     def record(self, row: dict[str, float]) -> None:

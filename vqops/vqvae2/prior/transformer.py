@@ -1,12 +1,13 @@
 """The prior of one level's codes: a decoder-only transformer over their grid, row by row.
 
 The levels above and the class condition it. Sources: Razavi et al. 2019 (arXiv:1906.00446) for a prior a level, with a
-transformer in place of PixelSNAIL; Ho and Salimans 2022 (arXiv:2207.12598) for the hidden classes of training.
+transformer in place of PixelSNAIL; Ho and Salimans 2022 (arXiv:2207.12598) for the hidden classes of training; Zhang
+and Sennrich 2019 (arXiv:1910.07467) for the norm.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.options import Check, Count, Options, Share
 
+ROTARY_BASE = 100.0  # the slowest pair turns by about 1 / 100 a row or column: grids have tens of them
 Layers = Annotated[int, Check("at least 1 and at most 1000", lambda layers: 1 <= layers <= 1000)]
 
 
@@ -23,7 +25,7 @@ class TransformerOptions(Options):
     """The choices that the network leaves open."""
 
     width: Count = 192
-    """Width of the transformer, a multiple of twice --heads."""
+    """Width of the transformer, a multiple of four times --heads."""
     layers: Layers = 4
     """Layers of the transformer."""
     heads: Count = 4
@@ -33,8 +35,8 @@ class TransformerOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.width % (2 * self.heads):
-            allowed = " must be a multiple of twice ", Field("heads"), f" {self.heads}"
+        if self.width % (4 * self.heads):
+            allowed = " must be a multiple of four times ", Field("heads"), f" {self.heads}"
             raise InputError(Field("width"), *allowed, f", got {self.width}")
 
 
@@ -47,6 +49,8 @@ class PriorConfig(TransformerOptions):
     sizes: tuple[tuple[Count, Count], ...]  # h, w of the codes of each level
     codebook_size: Count  # K
     classes: tuple[str, ...] = ()
+    version: Literal[2] = 2
+    """Of the network: the first had no rotary positions."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,18 +75,40 @@ class PriorConfig(TransformerOptions):
 
 
 class Cache:
-    """Keys and values of the positions so far, of each layer: [B, heads, T, width / heads]."""
+    """Keys and values of the positions so far, of each layer, in room for all: [B, heads, T, width / heads]."""
 
-    def __init__(self, layers: int):
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+    def __init__(self, config: PriorConfig, like: Tensor):  # the first input [B, 1, C]
+        shape = len(like), config.heads, config.length, config.width // config.heads
+        self.keys, self.values = ([like.new_empty(shape) for _ in range(config.layers)] for _ in range(2))
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys[layer] is not None:
-            keys = torch.cat([self.keys[layer], keys], dim=2)
-            values = torch.cat([self.values[layer], values], dim=2)
-        self.keys[layer], self.values[layer] = keys, values
-        return keys, values
+    def extend(self, layer: int, position: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in those of one position, [B, heads, 1, width / heads]; all up to it."""
+        both = self.keys[layer], self.values[layer]
+        for room, new in zip(both, (keys, values), strict=True):
+            room[:, :, position] = new[:, :, 0]
+        return tuple(room[:, :, : position + 1] for room in both)
+
+
+class Rotation(nn.Module):
+    """Rotary positions in two dimensions: pairs of a head's dimensions turn by angles that grow with row or column.
+
+    So the product of a query and a key depends on how many rows and columns they are apart. Source: Su et al. 2021
+    (arXiv:2104.09864), here with half of the pairs for either axis.
+    """
+
+    def __init__(self, size: tuple[int, int], head_dim: int):
+        super().__init__()
+        pairs = head_dim // 4  # of either axis
+        speeds = ROTARY_BASE ** (-torch.arange(pairs) / pairs)
+        places = torch.cartesian_prod(*map(torch.arange, size)).view(-1, 2, 1)  # row and column of each position
+        angles = (places * speeds).flatten(1)  # [T, 2 * pairs]
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor, positions: slice) -> Tensor:  # [B, heads, T, head_dim], of these positions
+        cos, sin = self.cos[positions], self.sin[positions]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -92,15 +118,18 @@ class Layer(nn.Module):
         super().__init__()
         C = config.width
         self.heads, self.dropout = config.heads, config.dropout
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(C), nn.RMSNorm(C)
         self.qkv, self.project = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
 
-    def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:  # x [B, T, C]
+    def forward(self, x: Tensor, rotation: Rotation, number: int, cache: Cache | None, position: int) -> Tensor:
+        """x [B, T, C] of all positions; with a cache [B, 1, C] of one."""
         B, T, C = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        positions = slice(position, position + T)
+        q, k = rotation(q, positions), rotation(k, positions)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            k, v = cache.extend(number, position, k, v)
         # With a cache T is 1, and the position sees all before it; without one, position t sees 0 to t.
         # No dropout of the weights: with it the CPU's attention holds all T x T of them.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
@@ -126,12 +155,13 @@ class Prior(nn.Module):
         self.codes = nn.Embedding(K, C)
         self.classes = nn.Embedding(len(config.classes) + 1, C)
         self.rows, self.columns = nn.Embedding(height, C), nn.Embedding(width, C)
+        self.rotation = Rotation(config.size, C // config.heads)
         self.above = nn.ModuleList(nn.Embedding(K, C) for _ in range(config.levels_above))
         self.condition = nn.Sequential(
             nn.Conv2d(C, C, 3, padding=1), nn.GELU(), nn.Conv2d(C, C, 3, padding=1), nn.GELU(), nn.Conv2d(C, C, 1)
         ) if config.levels_above else None  # fmt: skip
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, K)
+        self.norm, self.head = nn.RMSNorm(C), nn.Linear(C, K)
         self.apply(initialise)
         for layer in self.layers:  # so that the sum over the layers does not grow with their number
             for last in (layer.project, layer.mlp[-1]):
@@ -161,15 +191,15 @@ class Prior(nn.Module):
         first, addend = self.context(above, labels)
         before = self.codes(codes.flatten(1)[:, :-1])
         x = F.dropout(torch.cat([first, before], dim=1) + addend, self.config.dropout, self.training)
-        return self.transform(x, None)
+        return self.transform(x)
 
     def step(self, before: Tensor, position: int, addend: Tensor, cache: Cache) -> Tensor:
         """Logits [B, K] at one position; `before` is the input that leads to it, [B, 1, C]."""
-        return self.transform(before + addend[:, position : position + 1], cache)[:, 0]
+        return self.transform(before + addend[:, position : position + 1], cache, position)[:, 0]
 
-    def transform(self, x: Tensor, cache: Cache | None) -> Tensor:
+    def transform(self, x: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
         for number, layer in enumerate(self.layers):
-            x = layer(x, cache, number)
+            x = layer(x, self.rotation, number, cache, position)
         return self.head(self.norm(x))
 
 

@@ -296,7 +296,7 @@ def run_commands(chain: Path) -> Iterator[str]:
     commands = {
         reconstruct: ReconstructOptions(run, (chain / "image.png",), chain / "out"),
         extract: ExtractOptions(run, data, chain / "out", device="cpu"),
-        train_prior: TrainPriorOptions(chain / "codes", "top", chain / "out", steps=1, width=8, device="cpu"),
+        train_prior: TrainPriorOptions(chain / "codes", "top", chain / "out", steps=1, width=16, device="cpu"),
         sample: SampleOptions(**drawn, count=2, classes=("cat",)),
         complete: CompleteOptions(**drawn, images=(chain / "image.png",), count=1),
         evaluate: EvaluateOptions(run, data, chain / "out", prior=priors, device="cpu"),

@@ -91,7 +91,8 @@ def test_model_file_tells_how_it_was_made(run, data):
 
 def test_pictures(run):
     with Image.open(run / "reconstructions.png") as picture:
-        assert picture.size == (4 * 132, 2 * 132)  # a batch of 4, 16 pixels enlarged to 128, in a frame of 2
+        assert picture.height == 2 * 132  # 16 pixels enlarged to 128, in a frame of 2
+        assert picture.width > 4 * 132  # a batch of 4, and at their left what they are
     with Image.open(run / "curves.png") as picture:
         picture.load()
 
@@ -115,10 +116,12 @@ def test_same_seed_same_weights(data, tmp_path):
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_training_reduces_the_error(data, tmp_path, codebook):
-    options = replace(TINY, data=data, data_key="x_train", codebook=codebook, lr=3e-3, steps=80, eval_every=40)
+    """To less than half of what the best even grey would leave."""
+    options = replace(TINY, data=data, data_key="x_train", codebook=codebook, lr=3e-3, steps=120, eval_every=60)
     rows = rows_of(train(replace(options, out=tmp_path / "run")))
-    assert rows[-1]["mse"] < rows[0]["mse"] / 2
-    assert rows[-1]["val_mse"] < rows[0]["mse"] / 2
+    variance = (np.load(data)["x_train"] / 255).var()
+    assert rows[-1]["mse"] < variance / 2
+    assert rows[-1]["val_mse"] < variance / 2
 
 
 @pytest.mark.parametrize(

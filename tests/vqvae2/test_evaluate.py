@@ -104,8 +104,19 @@ def test_figures(folder, tmp_path, capsys):
     assert values["accuracy_real"] == 1.0
     assert values["accuracy_reconstructions"] > 0.9
     assert 0 <= values["accuracy_samples"] <= 1
-    assert "trained on 40 samples, 40 steps" in next(row["split"] for row in rows if "samples" in row["name"])
-    pictures = ["codes.png", "index_maps.png", "latents.png"]
+    splits = {row["name"]: row["split"] for row in rows}
+    drawing = "samples (temperature 1, top-p 1, guidance 1)"
+    assert splits["accuracy_samples"].endswith(f"images.npz[x_val]; trained on 40 {drawing}, 40 steps")
+    assert splits["frechet_samples"].startswith(f"20 {drawing}, against 20 images of ")
+    for of in ("real", "reconstructions", "samples"):
+        assert values[f"frechet_{of}"] >= 0
+        assert all(0 <= values[f"{name}_{of}"] <= 1 for name in ("precision", "recall"))
+    assert values["precision_reconstructions"] > 0.5
+    assert 0 <= values["near_samples"] <= 1
+    training = torch.from_numpy(np.load(folder / "images.npz")["x"]).permute(0, 3, 1, 2)
+    nearest = torch.cdist(reconstructions.flatten(1), training.flatten(1) / 255).amin(1) / (3 * 16 * 16) ** 0.5
+    assert values["distance_held_out"] == pytest.approx(nearest.median().item(), rel=1e-2)  # of rounded pixels
+    pictures = ["codes.png", "copies.png", "index_maps.png", "latents.png", "samples.png"]
     assert sorted(os.listdir(out)) == sorted([*pictures, "evaluation.json", "evaluation.md"])
     for name in pictures:
         with Image.open(out / name) as picture:

@@ -14,16 +14,14 @@ from vqops.vqvae2.data.images import Images
 from vqops.vqvae2.data.labels import load_labels
 from vqops.vqvae2.data.sources import load_images
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.evaluation.classifier import accuracies, trained
 from vqops.vqvae2.evaluation.options import EvaluateOptions
 from vqops.vqvae2.evaluation.reconstruction_metrics import measure
+from vqops.vqvae2.evaluation.sets import ImageSets
 from vqops.vqvae2.files.run_folder import check_output, write_text, writing_in
 from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, reading_of, training_options
 from vqops.vqvae2.networks.vqvae2 import as_float
-from vqops.vqvae2.options import values_for
 from vqops.vqvae2.pictures.latents import Seen, save_codes, save_index_maps, save_latents
 from vqops.vqvae2.prior.checkpoint import load_priors
-from vqops.vqvae2.prior.options import DrawOptions
 from vqops.vqvae2.prior.sample import decoded
 from vqops.vqvae2.prior.sampling import draw_levels
 from vqops.vqvae2.prior.train_prior import bits_per_dim
@@ -31,6 +29,7 @@ from vqops.vqvae2.prior.transformer import Prior, nats_per_code
 from vqops.vqvae2.progress import counted, say
 from vqops.vqvae2.training.processes import pick_device
 
+TRAINING_IMAGES_AT_ONCE = 4096
 SCALES = {
     "mse": "squared error per value, values in [0, 1], clamped; lower is better",
     "psnr": "dB, -10 log10 of the mse of all values; higher is better",
@@ -41,6 +40,13 @@ SCALES = {
     "nats_per_code": "nats, -ln p(code) of the prior, 0 to about ln K; lower is better",
     "prior_bits_per_dim": "bits per value of the image, codes of all levels with their priors; lower is better",
     "accuracy": "share of real images named rightly, 0 to 1, by a small classifier trained on other images",
+    "frechet": "from 0, Frechet distance of Gaussians in the features of the classifier of real images: no FID, whose "
+    "features are Inception's, and to be compared within this table only; lower is better",
+    "precision": "0 to 1, share of these images that lie among the held-out ones, in the same features",
+    "recall": "0 to 1, share of the held-out images that lie among these, in the same features",
+    "near": "share of the samples that are nearer to a training image than a hundredth of the reconstructions of "
+    "held-out images are: 0.01 where they are no nearer than those, 1 where all are copies",
+    "distance": "median distance to the nearest training image: root mean squared difference of values in [0, 1]",
 }
 
 
@@ -53,8 +59,9 @@ def evaluate(options: EvaluateOptions) -> Path:
     rows = [row(name, value, evaluation.split) for name, value in measured.items() if name != "images"]
     if evaluation.priors:
         rows += evaluation.likelihoods()
-    if options.classifier_data is not None:
-        rows += evaluation.scores()
+    sets = evaluation.sets() if options.classifier_data is not None else None
+    if sets is not None:
+        rows += evaluation.of_sets(sets.figures(), sets)
     with writing_in(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
         write_text(options.out / "evaluation.json", json.dumps(rows, indent=2) + "\n")
@@ -64,6 +71,8 @@ def evaluate(options: EvaluateOptions) -> Path:
     if model.config.bottleneck == "vq":
         save_codes(options.out / "codes.png", seen)
         save_index_maps(options.out / "index_maps.png", model, next(iter(batches)))
+    if sets is not None:
+        sets.save_pictures(options.out)
     say(markdown(rows))
     say(f"written, with pictures, to {options.out}")
     following = "sample RUN --prior FOLDER... --out FOLDER" if options.prior else "extract RUN --data PATH --out CODES"
@@ -137,9 +146,9 @@ class Evaluation:
         names = [f"nats_per_code_{prior.config.level}" for prior in priors]
         return [row(name, n, self.split) for name, n in zip([*names, "prior_bits_per_dim"], [*nats, bits], strict=True)]
 
-    def scores(self) -> list[dict[str, object]]:
-        """Accuracy on these images of classifiers that learned from real images, reconstructions and samples."""
-        options, model, classes = self.options, self.model, self.classes
+    def sets(self) -> ImageSets:
+        """Real images that classifiers learn from, their reconstructions, and samples of their classes."""
+        options, classes = self.options, self.classes
         if self.labels is None:
             needed = f" also needs labels of {options.data}: give "
             raise InputError(Field("classifier_data"), needed, Field("label_key"))
@@ -153,32 +162,55 @@ class Evaluation:
             raise InputError(Field("classifier_data"), found)
         order = np.random.default_rng(options.seed).permutation(len(source))[: options.classifier_images]
         targets = torch.from_numpy(learned[order]).to(self.device)
-        real = self.middles(source, order)
-        batches = real.split(options.batch_size)
-        parts = [model.reconstruct(part) for part in counted("batches reconstructed", batches)]
-        sets = {"real": real, "reconstructions": torch.cat(parts)}
+        real, held_out = self.middles(source, order), self.middles(self.images, range(len(self.images)))
+        sets = {"real": real, "reconstructions": self.reconstructed(real)}
         if self.priors:
             sets["samples"] = self.drawn(targets)
-        truth = torch.from_numpy(self.labels).to(self.device)
-        classifiers = {
-            name: trained(name, pixels, targets, len(classes), options.classifier_steps, options.seed)
-            for name, pixels in sets.items()
-        }
+        return ImageSets(
+            sets,
+            targets,
+            classes,
+            training=validation_batches(source, self.window, TRAINING_IMAGES_AT_ONCE, num_workers=0),
+            held_out=held_out,
+            held_out_reconstructions=self.reconstructed(held_out),
+            held_out_labels=torch.from_numpy(self.labels).to(self.device),
+            batch_size=options.batch_size,
+            steps=options.classifier_steps,
+            seed=options.seed,
+        )
+
+    def reconstructed(self, images: Tensor) -> Tensor:  # uint8 [N, C, H, W]; the same
+        batches = counted("batches reconstructed", images.split(self.options.batch_size))
+        return torch.cat([self.model.reconstruct(batch) for batch in batches])
+
+    def of_sets(self, figures: dict[str, float], sets: ImageSets) -> list[dict[str, object]]:
+        """The rows of these figures, each with how it came about."""
         rows = []
-        for name, value in accuracies(classifiers, self.batches, truth).items():
-            where = f"tested on {self.split}; trained on {len(targets)} {name}, {options.classifier_steps} steps"
-            rows.append(row(f"accuracy_{name}", value, where))
+        for name, value in figures.items():
+            if math.isnan(value):  # of too few images
+                continue
+            kind, _, of = name.partition("_")
+            what = of + (f" ({self.options.drawing})" if of == "samples" else "")
+            if kind == "accuracy":
+                learned = f"trained on {len(sets.labels)} {what}, {sets.steps} steps"
+                rows.append(row(name, value, f"tested on {self.split}; {learned}"))
+            elif kind in ("near", "distance"):
+                what = f"reconstructions of {self.split}" if of == "held_out" else f"{len(sets.labels)} {what}"
+                rows.append(row(name, value, what))
+            else:
+                held_out = f"{sets.compared} of {self.split}" if sets.compared < len(self.images) else self.split
+                rows.append(row(name, value, f"{sets.compared} {what}, against {held_out}"))
         return rows
 
     def middles(self, images: Images, positions: Sequence[int]) -> Tensor:
         return middles(images, self.window, positions).contiguous().to(self.device)
 
     def drawn(self, targets: Tensor) -> Tensor:
-        """A sample for each label, as the priors learned: temperature 1, no guidance."""
+        """A sample for each label."""
         numbers = prior_labels(self.priors[0], np.arange(len(self.classes)), self.classes)
         if numbers is None:
             raise InputError(Field("prior"), ": these priors learned no classes, samples of a class cannot be drawn")
-        options = DrawOptions(**values_for(DrawOptions, self.options))
+        options = self.options
         generator = torch.Generator(self.device).manual_seed(options.seed)
         with torch.no_grad():
             parts = torch.from_numpy(numbers).to(self.device)[targets].split(options.batch_size)

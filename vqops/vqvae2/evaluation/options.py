@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.networks.vqvae2 import Bottleneck, SizeOptions
 from vqops.vqvae2.options import Count, Device, Options, Positive, Run, Seed, needed
+from vqops.vqvae2.prior.options import DrawingOptions
 from vqops.vqvae2.training.options import ImageOptions
 
 
@@ -27,8 +28,8 @@ class ReconstructOptions(Options):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(Options):
-    """Measure a trained model on images: error, use of the codes, and what priors and a classifier make of them.
+class EvaluateOptions(DrawingOptions):
+    """Measure a trained model on images: error, use of the codes, what priors make of them, and samples beside them.
 
     Every number is written with its scale, range and split.
     """
@@ -47,11 +48,12 @@ class EvaluateOptions(Options):
     skip_bad_images: bool = False
     """Leave out images that cannot be read, count and name them."""
     prior: tuple[Path, ...] = ()
-    """Priors of `vqops train-prior`, one a level: their likelihood of the codes of the images is measured, and the
-    classification accuracy score of their samples."""
+    """Priors of `vqops train-prior`, one a level: their likelihood of the codes of the images is measured, and with
+    --classifier-data their samples are."""
     classifier_data: str | None = None
-    """Labelled images for the classification accuracy score: a small classifier learns from them as they are, from
-    their reconstructions, and (with --prior) from samples, and is tested on --data."""
+    """Labelled images, best those of the training: a small classifier learns from them as they are, another from their
+    reconstructions, and (with --prior) one from samples, and each is tested on --data. In the features of the first,
+    distance, precision and recall between each of these sets and --data; and which samples are near copies."""
     classifier_key: str | None = None
     """Array or column of these images."""
     classifier_label_key: str | None = None

@@ -95,17 +95,10 @@ class TrainPriorOptions(TransformerOptions):
         needed(self, "level", "out")
 
 
-@dataclass(frozen=True)
-class DrawOptions(Options):
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions(Options):
     """How codes are drawn from a prior."""
 
-    run: Run
-    prior: tuple[Path, ...]
-    """The folders of `vqops train-prior`, one a level, in any order."""
-    out: Path
-    """Folder for the pictures. It must be empty or new."""
-    classes: tuple[str, ...] = ()
-    """Draw images of these classes, in turn; without it, of the classes as the priors learned them without one."""
     temperature: NotNegative = 1.0
     """Divides the logits: below 1 the likely codes become likelier. 0 takes the likeliest."""
     top_k: CountOrZero = 0
@@ -114,6 +107,25 @@ class DrawOptions(Options):
     """Draw from the likeliest codes that together have at least this probability."""
     guidance: NotNegative = 1.0
     """How far the class moves the logits: 1 as learned, more for clearer and less varied images, 0 not at all."""
+
+    @property
+    def drawing(self) -> str:
+        """In words, for figures that depend on it."""
+        cut = f"{f'top-k {self.top_k}, ' if self.top_k else ''}top-p {self.top_p:g}"
+        return f"temperature {self.temperature:g}, {cut}, guidance {self.guidance:g}"
+
+
+@dataclass(frozen=True)
+class DrawOptions(DrawingOptions):
+    """Which images are drawn, and where they go."""
+
+    run: Run
+    prior: tuple[Path, ...]
+    """The folders of `vqops train-prior`, one a level, in any order."""
+    out: Path
+    """Folder for the pictures. It must be empty or new."""
+    classes: tuple[str, ...] = ()
+    """Draw images of these classes, in turn; without it, of the classes as the priors learned them without one."""
     seed: Seed = 0
     """Seed of the draws."""
     batch_size: Count = 64

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqops.vqvae2.errors import Field, InputError
-from vqops.vqvae2.prior.options import DrawOptions
+from vqops.vqvae2.prior.options import DrawingOptions
 from vqops.vqvae2.prior.transformer import Cache, Prior
 
 
@@ -13,7 +13,7 @@ from vqops.vqvae2.prior.transformer import Cache, Prior
 def draw_levels(
     priors: list[Prior],  # bottom to top
     labels: Tensor,  # [B], a prior's `no_class` for "not said"
-    options: DrawOptions,
+    options: DrawingOptions,
     generator: torch.Generator,
     given: tuple[Tensor, ...] | None = None,  # per level [B, rows, w]: the first rows of the codes
 ) -> tuple[Tensor, ...]:  # per level [B, h, w] int64
@@ -30,7 +30,7 @@ def draw(
     prior: Prior,
     above: tuple[Tensor, ...],  # [B, h, w] of the levels above, nearest first
     labels: Tensor,  # [B]
-    options: DrawOptions,
+    options: DrawingOptions,
     generator: torch.Generator,
     known: Tensor | None = None,  # [B, rows, w]
 ) -> Tensor:  # [B, h, w] int64

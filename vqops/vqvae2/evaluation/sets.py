@@ -1,0 +1,90 @@
+"""Labelled images beside their reconstructions and samples of the same classes: what a classifier makes of each set."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqops.vqvae2.data.batches import Batches
+from vqops.vqvae2.evaluation.classifier import accuracies, trained
+from vqops.vqvae2.evaluation.set_metrics import (
+    Nearest,
+    features,
+    frechet_distance,
+    nearest_images,
+    precision_and_recall,
+    share_near,
+)
+from vqops.vqvae2.pictures.grids import SHOWN_IMAGES, save_grid, save_rows
+
+REAL, SAMPLES = "real", "samples"
+SAMPLE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class ImageSets:
+    """Sets of as many images each, of the same classes in the same order, and real images that no one learned from."""
+
+    sets: dict[str, Tensor]  # uint8 [N, C, H, W]: real, reconstructions, and samples where there are priors
+    labels: Tensor  # [N]
+    classes: tuple[str, ...]
+    training: Batches  # all images that the set of real ones is from
+    held_out: Tensor  # uint8 [M, C, H, W]
+    held_out_reconstructions: Tensor  # [M, C, H, W]
+    held_out_labels: Tensor  # [M]
+    batch_size: int
+    steps: int  # of each classifier, which sees 64 images in one
+    seed: int
+
+    def figures(self) -> dict[str, float]:
+        """Figures by name. What is measured against the held-out images is of equal numbers of either."""
+        batches = self.held_out.split(self.batch_size)
+        scores = accuracies(self.classifiers, batches, self.held_out_labels)
+        found = {f"accuracy_{name}": value for name, value in scores.items()}
+        reference = self.features_of(self.held_out[: self.compared])
+        for name, images in self.sets.items():
+            other = self.features_of(images[: self.compared])
+            found[f"frechet_{name}"] = frechet_distance(other, reference)
+            precision, recall = precision_and_recall(reference, other)
+            found |= {f"precision_{name}": precision, f"recall_{name}": recall}
+        if SAMPLES in self.sets:
+            # Both from the decoder: it blurs, and what is blurred is nearer to everything.
+            unseen = nearest_images(self.held_out_reconstructions, self.training).distances
+            samples = self.nearest_to_samples.distances
+            found["near_samples"] = share_near(samples, unseen)
+            found |= {"distance_samples": samples.median().item(), "distance_held_out": unseen.median().item()}
+        return found
+
+    @property
+    def compared(self) -> int:
+        """Images of a set that are measured against as many held-out ones."""
+        return min(len(self.labels), len(self.held_out))
+
+    @cached_property
+    def classifiers(self) -> dict[str, nn.Sequential]:
+        return {
+            name: trained(name, images, self.labels, len(self.classes), self.steps, self.seed)
+            for name, images in self.sets.items()
+        }
+
+    def features_of(self, images: Tensor) -> Tensor:
+        return features(self.classifiers[REAL], images, self.batch_size)
+
+    @cached_property
+    def nearest_to_samples(self) -> Nearest:
+        return nearest_images(self.sets[SAMPLES], self.training)
+
+    def save_pictures(self, folder: Path) -> None:
+        """Samples, a column a class, and those samples that are nearest to a training image over that image."""
+        if SAMPLES not in self.sets:
+            return
+        samples, nearest = self.sets[SAMPLES], self.nearest_to_samples
+        by_class = [torch.nonzero(self.labels == number).flatten() for number in range(len(self.classes))]
+        rows = min(SAMPLE_ROWS, *map(len, by_class))
+        shown = torch.stack([members[:rows] for members in by_class], dim=1).flatten()
+        save_grid(folder / "samples.png", samples[shown], len(self.classes), self.classes)
+        closest = nearest.distances.argsort()[:SHOWN_IMAGES]
+        pairs = {"samples nearest to one": samples[closest], "training image": nearest.images[closest]}
+        save_rows(folder / "copies.png", pairs)

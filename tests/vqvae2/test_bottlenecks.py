@@ -149,6 +149,6 @@ def test_training_reduces_the_error(data, tmp_path, bottleneck, levels):
 def test_what_has_no_codes_cannot_be_extracted(data, tmp_path, capsys):
     sizes = {"channels": 8, "codebook_size": 16, "code_dim": 4, "batch_size": 4}
     run = train(TrainOptions(data=data, **sizes, bottleneck="none", steps=1, device="cpu", out=tmp_path / "run"))
-    assert capsys.readouterr().out.splitlines()[-1] == f"next: vqops reconstruct {run} IMAGES... --out FOLDER"
+    assert capsys.readouterr().out.splitlines()[-2] == f"next: vqops reconstruct {run} IMAGES... --out FOLDER"
     with pytest.raises(InputError, match="bottleneck none has no codes"):
         extract(ExtractOptions(run, data, tmp_path / "codes"))

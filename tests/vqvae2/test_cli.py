@@ -152,9 +152,10 @@ def test_train_and_reconstruct_as_processes(tmp_path):
     flags = "--data images.npy --steps 2 --batch-size 4 --channels 8 --codebook-size 16 --code-dim 4 --out run"
     trained = run("-m", "vqops", "train", *flags.split(), cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.splitlines()[-2:] == [
+    assert trained.stdout.splitlines()[-3:] == [
         "next: vqops reconstruct run IMAGES... --out FOLDER, or, on the way to samples,",
         "next: vqops extract run --data images.npy --out CODES",
+        "held-out images over their reconstructions: run/reconstructions.png",
     ]
     reconstructed = run("-m", "vqops", "reconstruct", "run", "run/curves.png", "--out", "out", cwd=tmp_path)
     assert reconstructed.returncode == 0, reconstructed.stderr

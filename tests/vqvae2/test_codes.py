@@ -61,8 +61,9 @@ def test_files_hold_the_codes_of_the_middle_crops(folder, tmp_path, capsys):
     decoded = re.search(r"16 images decoded from the files: mse ([\d.]+) to the originals", said)
     assert float(decoded[1]) == pytest.approx(error.item(), rel=0.02)
     assert f"next: vqops train-prior {tmp_path / 'codes'} --level top --out FOLDER" in said
+    assert said.splitlines()[-1] == f"images over what their codes decode to: {tmp_path / 'codes' / 'decoded.png'}"
     assert sorted(os.listdir(tmp_path / "codes")) == [
-        ".lock", ".writer", "bottom.npy", "labels.npy", "meta.json", "top.npy"
+        ".lock", ".writer", "bottom.npy", "decoded.png", "labels.npy", "meta.json", "top.npy"
     ]  # fmt: skip
 
 

@@ -121,7 +121,9 @@ def test_figures(folder, tmp_path, capsys):
     for name in pictures:
         with Image.open(out / name) as picture:
             picture.load()
-    assert "next: vqops sample" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next: vqops sample" in said
+    assert said.splitlines()[-1] == f"samples, a column a class: {out / 'samples.png'}"
 
 
 def test_ssim_is_one_for_what_comes_back_unchanged():
@@ -209,7 +211,8 @@ def test_comparison(folder, tmp_path, capsys):
     others = ["comparison.md", "config.toml", "seconds.json", ".lock", ".writer", "gaussian", "gumbel", "none", "vq"]
     assert sorted(os.listdir(out)) == sorted([*pictures, *others])
     following = f"next: vqops extract {out / 'vq'} --data {folder / 'images.npz'} --data-key x --out CODES"
-    assert capsys.readouterr().out.splitlines()[-1] == following
+    picture = f"held-out images through each: {out / 'reconstructions.png'}"
+    assert capsys.readouterr().out.splitlines()[-2:] == [following, picture]
 
 
 def test_comparison_takes_the_labels_of_any_source(tmp_path, monkeypatch):

@@ -231,7 +231,9 @@ def test_training_learns_class_and_levels_above(codes, tmp_path, capsys, level, 
     said = capsys.readouterr().out
     bits = description["val_nats_per_code"] * prior.config.length / math.log(2) / (3 * 16 * 16)
     assert f"{bits:.4f} bits per dimension" in said
-    assert said.splitlines()[-1].startswith("next: vqops sample RUN --prior ")
+    following, curves = said.splitlines()[-2:]
+    assert following.startswith("next: vqops sample RUN --prior ")
+    assert curves == f"curves: {out / 'curves.png'}"
 
 
 def test_same_seed_same_prior(codes, tmp_path):

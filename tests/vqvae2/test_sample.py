@@ -78,6 +78,7 @@ def test_samples_are_of_their_class(chain, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "codes/s" in said
     assert "next: vqops complete" in said
+    assert said.splitlines()[-1] == f"a column a class: {tmp_path / 'out' / 'grid.png'}"
 
 
 def test_seed_decides_the_images(chain, tmp_path):
@@ -103,7 +104,9 @@ def test_completions_keep_the_upper_half(chain, tmp_path, capsys):
     dark, light = ([picture(out / f"{number}-{n}.png")[:6].mean() for n in (0, 1)] for number in (0, 1))
     assert max(dark) < (DARK + LIGHT) / 2 < min(light)
     assert picture(out / "grid.png").shape[1] == 4 * (16 * 10 + 4)  # image, what is kept, two completions
-    assert "next: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next: " in said
+    assert said.splitlines()[-1].endswith(str(out / "grid.png"))
 
 
 def test_codes_of_the_upper_half_do_not_depend_on_the_lower(chain):

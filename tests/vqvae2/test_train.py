@@ -229,7 +229,7 @@ def test_held_out_part_is_said(data, tmp_path, capsys):
 
 def test_last_lines_name_the_pictures_and_the_next_command(data, tmp_path, capsys):
     run = train(replace(TINY, data=data, data_key="x_train", steps=1, out=tmp_path / "run"))
-    *_, pictures, curves, following, then = capsys.readouterr().out.splitlines()
+    *_, curves, following, then, pictures = capsys.readouterr().out.splitlines()
     assert pictures.endswith(str(run / "reconstructions.png"))
     assert curves.endswith(str(run / "curves.png"))
     assert following == f"next: vqops reconstruct {run} IMAGES... --out FOLDER, or, on the way to samples,"
@@ -351,7 +351,8 @@ def test_reconstruct_writes_each_image_at_its_own_size(run, tmp_path, capsys):
         assert (image.size, image.mode) == ((33, 5), "L")  # the model is grey
     said = capsys.readouterr().out
     assert "a.png  mse 0." in said
-    assert said.splitlines()[-1] == f"next: vqops extract {run} --data PATH --out CODES"
+    assert said.splitlines()[-2] == f"next: vqops extract {run} --data PATH --out CODES"
+    assert said.splitlines()[-1] == f"reconstructions: {tmp_path / 'out'}"
 
 
 def test_reconstruction_is_the_models(run, tmp_path):

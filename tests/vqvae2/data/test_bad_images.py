@@ -87,7 +87,7 @@ def test_left_out_counted_and_named(folder, size, tmp_path, capsys):
     shutil.copy(folder / "03.png", tmp_path / "03.png")
     options = replace(TINY, data=str(folder), skip_bad_images=True)
     run = train(replace(options, out=tmp_path / "run"))
-    first, second, *_, last = capsys.readouterr().out.splitlines()
+    first, second, *_, last, _ = capsys.readouterr().out.splitlines()
     assert last == f"next: vqops extract {run} --data {folder} --skip-bad-images --out CODES"
     assert first == f"{folder}: 11 images (11 RGB), 8 x 8 pixels; left out: 1 that cannot be read"
     assert second.startswith(f"left out: {folder / '03.png'}: not a readable image")

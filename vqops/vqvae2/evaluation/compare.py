@@ -153,13 +153,14 @@ def lay_side_by_side(
     shown = next(iter(batches))[:SHOWN_IMAGES]
     table = markdown(rows, options)
     with writing_in(options.out):
-        save_rows(options.out / "reconstructions.png", rows_of(shown, models))
+        save_rows(options.out / RECONSTRUCTIONS, rows_of(shown, models))
         write_text(options.out / "comparison.md", table)
     say(table)
-    for name in sorted(path.name for path in options.out.glob("*.png")):
+    for name in sorted(path.name for path in options.out.glob("*.png") if path.name != RECONSTRUCTIONS):
         say(str(options.out / name))
     if "vq" in options.bottleneck:
         say(f"next: vqops extract {options.out / 'vq'} {data_flags(options)} --out CODES")
+    say(f"held-out images through each: {options.out / RECONSTRUCTIONS}")
 
 
 def rows_of(images: Tensor, models: dict[str, VQVAE2]) -> dict[str, Tensor]:

@@ -67,16 +67,22 @@ def evaluate(options: EvaluateOptions) -> Path:
         write_text(options.out / "evaluation.json", json.dumps(rows, indent=2) + "\n")
         write_text(options.out / "evaluation.md", markdown(rows))
     seen = Seen(model, batches)
+    main = "mean latent of each image", "latents.png"
     save_latents(options.out / "latents.png", seen, evaluation.labels, evaluation.classes)
     if model.config.bottleneck == "vq":
+        main = "images, reconstructions and codes", "index_maps.png"
         save_codes(options.out / "codes.png", seen)
         save_index_maps(options.out / "index_maps.png", model, next(iter(batches)))
-    if sets is not None:
-        sets.save_pictures(options.out)
+    if sets is not None and sets.drawn:
+        main = "samples, a column a class", "samples.png"
+        sets.save_samples(options.out / "samples.png")
+        sets.save_copies(options.out / "copies.png")
     say(markdown(rows))
     say(f"written, with pictures, to {options.out}")
     following = "sample RUN --prior FOLDER... --out FOLDER" if options.prior else "extract RUN --data PATH --out CODES"
     say(f"next: vqops {following.replace('RUN', str(options.run))}")
+    what, picture = main
+    say(f"{what}: {options.out / picture}")
     return options.out
 
 

@@ -36,6 +36,7 @@ def reconstruct(options: ReconstructOptions) -> None:
             counting.reach(done)
     following = "vqops extract RUN --data PATH --out CODES" if model.config.discrete else "vqops compare --out FOLDER"
     say(f"next: {following.replace('RUN', str(options.run))}")
+    say(f"reconstructions: {options.out}")
 
 
 def output_paths(images: tuple[Path, ...], folder: Path) -> list[Path]:

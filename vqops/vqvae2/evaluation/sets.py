@@ -49,7 +49,7 @@ class ImageSets:
             found[f"frechet_{name}"] = frechet_distance(other, reference)
             precision, recall = precision_and_recall(reference, other)
             found |= {f"precision_{name}": precision, f"recall_{name}": recall}
-        if SAMPLES in self.sets:
+        if self.drawn:
             # Both from the decoder: it blurs, and what is blurred is nearer to everything.
             unseen = nearest_images(self.held_out_reconstructions, self.training).distances
             samples = self.nearest_to_samples.distances
@@ -76,15 +76,21 @@ class ImageSets:
     def nearest_to_samples(self) -> Nearest:
         return nearest_images(self.sets[SAMPLES], self.training)
 
-    def save_pictures(self, folder: Path) -> None:
-        """Samples, a column a class, and those samples that are nearest to a training image over that image."""
-        if SAMPLES not in self.sets:
-            return
-        samples, nearest = self.sets[SAMPLES], self.nearest_to_samples
-        by_class = [torch.nonzero(self.labels == number).flatten() for number in range(len(self.classes))]
-        rows = min(SAMPLE_ROWS, *map(len, by_class))
-        shown = torch.stack([members[:rows] for members in by_class], dim=1).flatten()
-        save_grid(folder / "samples.png", samples[shown], len(self.classes), self.classes)
-        closest = nearest.distances.argsort()[:SHOWN_IMAGES]
-        pairs = {"samples nearest to one": samples[closest], "training image": nearest.images[closest]}
-        save_rows(folder / "copies.png", pairs)
+    def save_samples(self, path: Path) -> None:
+        """The first samples of each class, a column a class; classes without any are left out."""
+        columns = {name: torch.nonzero(self.labels == number).flatten() for number, name in enumerate(self.classes)}
+        columns = {name: members for name, members in columns.items() if len(members)}
+        rows = min(SAMPLE_ROWS, *map(len, columns.values()))
+        shown = torch.stack([members[:rows] for members in columns.values()], dim=1).flatten()
+        save_grid(path, self.sets[SAMPLES][shown], len(columns), list(columns))
+
+    def save_copies(self, path: Path) -> None:
+        """The samples that are nearest to a training image, over that image."""
+        closest = self.nearest_to_samples.distances.argsort()[:SHOWN_IMAGES]
+        nearest = self.nearest_to_samples.images[closest]
+        save_rows(path, {"nearest samples": self.sets[SAMPLES][closest], "training image": nearest})
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there are samples."""
+        return SAMPLES in self.sets

@@ -18,11 +18,13 @@ from vqops.vqvae2.files.lock import locked
 from vqops.vqvae2.files.run_folder import IMAGES, check_output, remove_unfinished, write_names, writing_in
 from vqops.vqvae2.networks.checkpoint import fingerprint, load_model, model_path, reading_of, training_options
 from vqops.vqvae2.networks.vqvae2 import VQVAE2, as_float
+from vqops.vqvae2.pictures.grids import save_rows
 from vqops.vqvae2.prior.code_folder import META, Codes, CodesMeta, difference, read_meta
 from vqops.vqvae2.prior.options import ExtractOptions
 from vqops.vqvae2.progress import Counting, say
 from vqops.vqvae2.training.processes import pick_device
 
+DECODED = "decoded.png"
 NAMED_CLASSES = 10  # on screen
 SAME_CODES = 0.9
 MARK_EVERY = 5.0  # seconds between two notes of the progress
@@ -73,6 +75,7 @@ def extract(options: ExtractOptions) -> Path:
     say(f"{len(checked)} images decoded from the files: mse {mse:.5f} to the originals")
     for name in reversed(meta.levels):
         say(f"next: vqops train-prior {options.out} --level {name} --out FOLDER")
+    say(f"images over what their codes decode to: {options.out / DECODED}")
     return options.out
 
 
@@ -150,7 +153,7 @@ def write_codes(
 
 @torch.no_grad()
 def check(codes: Codes, model: VQVAE2, checked: np.ndarray, pixels: torch.Tensor, device: torch.device) -> float:
-    """Decode these images from the files: their mean squared error, on [0, 1].
+    """Decode these images from the files, and draw some of them: their mean squared error, on [0, 1].
 
     Raises InputError if more than a tenth of their codes are not what the model finds now. A few may differ: a vector
     between two codes can fall to either in a batch of another size.
@@ -165,4 +168,6 @@ def check(codes: Codes, model: VQVAE2, checked: np.ndarray, pixels: torch.Tensor
                 f"what the model finds): the files are damaged, extract them anew"
             )
     decoded = model.decode(read)[..., :height, :width].clamp(0, 1)
+    with writing_in(codes.folder):
+        save_rows(codes.folder / DECODED, {"images": pixels, "decoded": (decoded * 255).round().to(torch.uint8)})
     return (decoded - images).square().mean().item()

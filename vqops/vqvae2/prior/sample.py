@@ -79,9 +79,10 @@ def sample(options: SampleOptions) -> None:
             counting.reach(done)
     heads = [options.classes[column % len(options.classes)] for column in range(columns)] if options.classes else []
     write_grid(options.out, torch.cat(shown), columns, heads)
-    say(f"{done} images and {options.out / GRID}; {generation.speed}")
+    say(f"{done} images in {options.out}; {generation.speed}")
     priors = " ".join(map(str, options.prior))
     say(f"next: vqops complete {options.run} --prior {priors} --images IMAGES... --out FOLDER")
+    say(f"{'a column a class' if options.classes else 'the images'}: {options.out / GRID}")
 
 
 def complete(options: CompleteOptions) -> None:
@@ -119,8 +120,9 @@ def complete(options: CompleteOptions) -> None:
             counting.reach(part[-1] + 1)
     heads = ["image", "kept", *["completion"] * min(options.count, GRID_COLUMNS)]
     write_grid(options.out, torch.stack(shown), len(heads), heads)
-    say(f"{len(names)} completions and {options.out / GRID}; {generation.speed}")
+    say(f"{len(names)} completions in {options.out}; {generation.speed}")
     say(f"next: vqops evaluate {options.run} --data PATH --out FOLDER")
+    say(f"images, what is kept of them, completions: {options.out / GRID}")
 
 
 def class_numbers(prior: Prior, classes: Sequence[str], count: int) -> list[int]:

@@ -90,12 +90,12 @@ def finish(learning: "PriorTraining", entropy: float) -> None:
         save_curves(out / run_folder.CURVES, run_folder.read_rows(out), (panel,), (6, 4))
     bits = bits_per_dim(best, learning.module.config, codes.meta.image_shape)
     progress.say(f"best held-out {best:.4f} nats per code, {bits:.4f} bits per dimension of the image")
-    progress.say(f"curves: {out / run_folder.CURVES}")
     others = [name for name in codes.meta.levels if name != options.level]
     if others:
         progress.say(f"next: vqops train-prior {options.codes} --level {' or '.join(others)} --out FOLDER, then")
     priors = " ".join(["FOLDER"] * len(others) + [str(out)])
     progress.say(f"next: vqops sample RUN --prior {priors} --out FOLDER")
+    progress.say(f"curves: {out / run_folder.CURVES}")
 
 
 def config_of(codes: Codes, options: TrainPriorOptions) -> PriorConfig:

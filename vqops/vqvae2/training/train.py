@@ -290,14 +290,14 @@ def finish(training: VQVAE2Training, held_out: Images, window: tuple[int, int]) 
     with state.average.in_place():
         reconstructions = state.module.eval().reconstruct(shown)
     save_rows(folder / run_folder.RECONSTRUCTIONS, {"held out": shown, "reconstruction": reconstructions})
-    progress.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
     progress.say(f"curves: {folder / run_folder.CURVES}")
     following = f"next: vqops reconstruct {folder} IMAGES... --out FOLDER"
-    if not state.module.config.discrete:
+    if state.module.config.discrete:
+        progress.say(f"{following}, or, on the way to samples,")
+        progress.say(f"next: vqops extract {folder} {data_flags(options)} --out CODES")
+    else:
         progress.say(following)
-        return
-    progress.say(f"{following}, or, on the way to samples,")
-    progress.say(f"next: vqops extract {folder} {data_flags(options)} --out CODES")
+    progress.say(f"held-out images over their reconstructions: {folder / run_folder.RECONSTRUCTIONS}")
 
 
 def network_of(options: TrainOptions, image_channels: int, window: tuple[int, int]) -> VQVAE2Config:

@@ -166,9 +166,9 @@ class Evaluation:
         if learned is None or names != classes:
             found = f": its classes are {', '.join(names) or 'none'}, not {', '.join(classes)}"
             raise InputError(Field("classifier_data"), found)
-        order = np.random.default_rng(options.seed).permutation(len(source))[: options.classifier_images]
+        order, others = (self.some(images, options.classifier_images) for images in (source, self.images))
         targets = torch.from_numpy(learned[order]).to(self.device)
-        real, held_out = self.middles(source, order), self.middles(self.images, range(len(self.images)))
+        real, held_out = self.middles(source, order), self.middles(self.images, others[: len(order)])
         sets = {"real": real, "reconstructions": self.reconstructed(real)}
         if self.priors:
             sets["samples"] = self.drawn(targets)
@@ -177,13 +177,18 @@ class Evaluation:
             targets,
             classes,
             training=validation_batches(source, self.window, TRAINING_IMAGES_AT_ONCE, num_workers=0),
+            tested=self.batches,
+            tested_labels=torch.from_numpy(self.labels).to(self.device),
             held_out=held_out,
             held_out_reconstructions=self.reconstructed(held_out),
-            held_out_labels=torch.from_numpy(self.labels).to(self.device),
             batch_size=options.batch_size,
             steps=options.classifier_steps,
             seed=options.seed,
         )
+
+    def some(self, images: Images, most: int) -> np.ndarray:
+        """Positions of so many at most, drawn from all."""
+        return np.random.default_rng(self.options.seed).permutation(len(images))[:most]
 
     def reconstructed(self, images: Tensor) -> Tensor:  # uint8 [N, C, H, W]; the same
         batches = counted("batches reconstructed", images.split(self.options.batch_size))
@@ -191,6 +196,8 @@ class Evaluation:
 
     def of_sets(self, figures: dict[str, float], sets: ImageSets) -> list[dict[str, object]]:
         """The rows of these figures, each with how it came about."""
+        some = len(sets.held_out)
+        held_out = f"{some} of {self.split}" if some < len(self.images) else self.split
         rows = []
         for name, value in figures.items():
             if math.isnan(value):  # of too few images
@@ -201,11 +208,10 @@ class Evaluation:
                 learned = f"trained on {len(sets.labels)} {what}, {sets.steps} steps"
                 rows.append(row(name, value, f"tested on {self.split}; {learned}"))
             elif kind in ("near", "distance"):
-                what = f"reconstructions of {self.split}" if of == "held_out" else f"{len(sets.labels)} {what}"
+                what = f"reconstructions of {held_out}" if of == "held_out" else f"{len(sets.labels)} {what}"
                 rows.append(row(name, value, what))
             else:
-                held_out = f"{sets.compared} of {self.split}" if sets.compared < len(self.images) else self.split
-                rows.append(row(name, value, f"{sets.compared} {what}, against {held_out}"))
+                rows.append(row(name, value, f"{len(sets.held_out)} {what}, against {held_out}"))
         return rows
 
     def middles(self, images: Images, positions: Sequence[int]) -> Tensor:

@@ -25,27 +25,29 @@ SAMPLE_ROWS = 8
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Sets of as many images each, of the same classes in the same order, and real images that no one learned from."""
+    """Sets of as many images each, of the same classes in the same order, and real images that no one learned from.
+
+    Of the latter all are there to test classifiers on, and at most as many as a set has to be measured against.
+    """
 
     sets: dict[str, Tensor]  # uint8 [N, C, H, W]: real, reconstructions, and samples where there are priors
     labels: Tensor  # [N]
     classes: tuple[str, ...]
     training: Batches  # all images that the set of real ones is from
-    held_out: Tensor  # uint8 [M, C, H, W]
+    tested: Batches  # all held-out images
+    tested_labels: Tensor
+    held_out: Tensor  # uint8 [M, C, H, W], M <= N
     held_out_reconstructions: Tensor  # [M, C, H, W]
-    held_out_labels: Tensor  # [M]
     batch_size: int
     steps: int  # of each classifier, which sees 64 images in one
     seed: int
 
     def figures(self) -> dict[str, float]:
-        """Figures by name. What is measured against the held-out images is of equal numbers of either."""
-        batches = self.held_out.split(self.batch_size)
-        scores = accuracies(self.classifiers, batches, self.held_out_labels)
+        scores = accuracies(self.classifiers, self.tested, self.tested_labels)
         found = {f"accuracy_{name}": value for name, value in scores.items()}
-        reference = self.features_of(self.held_out[: self.compared])
+        reference = self.features_of(self.held_out)
         for name, images in self.sets.items():
-            other = self.features_of(images[: self.compared])
+            other = self.features_of(images[: len(reference)])
             found[f"frechet_{name}"] = frechet_distance(other, reference)
             precision, recall = precision_and_recall(reference, other)
             found |= {f"precision_{name}": precision, f"recall_{name}": recall}
@@ -56,11 +58,6 @@ class ImageSets:
             found["near_samples"] = share_near(samples, unseen)
             found |= {"distance_samples": samples.median().item(), "distance_held_out": unseen.median().item()}
         return found
-
-    @property
-    def compared(self) -> int:
-        """Images of a set that are measured against as many held-out ones."""
-        return min(len(self.labels), len(self.held_out))
 
     @cached_property
     def classifiers(self) -> dict[str, nn.Sequential]:

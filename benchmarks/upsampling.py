@@ -136,9 +136,12 @@ def spectrum(images: Tensor) -> dict[str, list[float]]:  # float64 [N, C, S, S]
     return {"straight": ((power[0] + power[:, 0]) / 2)[half].tolist(), "diagonal": power[half, half].tolist()}
 
 
-def peak(values: list[float]) -> float:
-    """The power at the highest frequency, a checkerboard of single pixels, over that two frequencies below."""
-    return values[-1] / values[-3]
+def excess(error: list[float], images: list[float]) -> float:
+    """Power of the error at the highest frequency, a pattern of single pixels, over that of the images.
+
+    1 where nothing is drawn at this frequency, more where something is that the images have not.
+    """
+    return error[-1] / images[-1]
 
 
 def draw() -> None:
@@ -150,17 +153,17 @@ def draw() -> None:
             frequencies = np.linspace(0, 0.5, len(about["images"][direction]))[1:]
             axes.plot(frequencies, about["images"][direction][1:], ":", color="grey", label="the images themselves")
             for row in rows:
-                label = f"{row['way']}: {peak(row[direction]):.1f}"
+                label = f"{row['way']}: {excess(row[direction], about['images'][direction]):.1f}"
                 axes.plot(frequencies, row[direction][1:], label=label)
             which = "rows and columns" if direction == "straight" else "diagonal"
             axes.set(title=f"{path.stem}, {which}", yscale="log")
             axes.set(xlabel="cycles per pixel", ylabel="power of the held-out error")
             axes.grid(alpha=0.3)
-            axes.legend(title="way: power at 1/2 over that two points below", fontsize=8)
+            axes.legend(title="way: power at 1/2 over that of the images", fontsize=8)
         for row in rows:
-            peaks = ", ".join(f"{direction} {peak(row[direction]):.2f}" for direction in ("straight", "diagonal"))
-            step = f"{row['milliseconds_per_step']:.0f} ms a step, {row['steps']} steps"
-            print(f"{path.stem:>12} {row['way']:>10}: {step}, mse {row['mse']:.5f}, peak at 1/2: {peaks}")
+            cells = [path.stem, row["way"], f"{row['milliseconds_per_step']:.0f}", row["steps"], f"{row['mse']:.5f}"]
+            cells += [f"{excess(row[which], about['images'][which]):.1f}" for which in ("straight", "diagonal")]
+            print("|", " | ".join(map(str, cells)), "|")
     figure.savefig(SPECTRUM, dpi=100)
 
 

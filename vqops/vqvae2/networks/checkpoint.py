@@ -46,8 +46,9 @@ def load_model(run: Path, device: torch.device | str = "cpu") -> VQVAE2:
 
     def network(description: dict[str, Any]) -> VQVAE2:  # a file without strides has those of the default
         config = description.get("model")
-        first = {"version": 1} if isinstance(config, dict) else {}  # of a file that does not say it
-        return VQVAE2(described(VQVAE2Config, first | config if first else config))
+        if isinstance(config, dict):
+            config = {"version": 1} | config  # where a file says none
+        return VQVAE2(described(VQVAE2Config, config))
 
     return read_network(model_path(run), KIND, network, device)[0]
 

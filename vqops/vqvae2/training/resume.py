@@ -21,9 +21,9 @@ from vqops.vqvae2.training.optimization import WeightAverage
 
 # Fields that may differ between a run and its continuation: how long, where and how often, not what.
 HOW_OFTEN = "steps", "eval_every", "checkpoint_every"
-NETWORK = "version of the network"
-EARLIER = {NETWORK: 1}  # what checkpoints had that say nothing of it
 MAY_CHANGE = (*HOW_OFTEN, "num_workers", "skip_bad_images", "device", "out", *PLACES, *TRANSIENT)
+NETWORK = "version of the network"
+UNSAID = {NETWORK: 1}  # of checkpoints that say nothing of it
 
 
 class Stateful(Protocol):
@@ -95,7 +95,7 @@ def read_state(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("about"), dict):
         raise InputError(f"{path}: not a checkpoint of vqops")
     for name, here in about.items():
-        if not same(there := state["about"].get(name, EARLIER.get(name, here)), here):
+        if not same(there := state["about"].get(name, UNSAID.get(name, here)), here):
             raise InputError(f"{path} was written with {differing(name, there, here)}")
     return state
 

@@ -1,6 +1,5 @@
 """`vqops sample` and `vqops complete`: images from the priors of all levels."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,8 +195,8 @@ def write_images(folder: Path, names: list[str], images: Tensor) -> None:  # uin
 
 
 def columns_for(classes: tuple[str, ...]) -> int:
-    """At least 8, and so many that a column is of one class."""
-    return GRID_COLUMNS if not classes else len(classes) * math.ceil(GRID_COLUMNS / len(classes))
+    """8 or fewer, or as many as there are classes: a column is of one class."""
+    return GRID_COLUMNS if not classes else len(classes) * max(GRID_COLUMNS // len(classes), 1)
 
 
 def write_grid(folder: Path, images: Tensor, columns: int, heads: list[str]) -> None:  # uint8 [B, C, H, W]

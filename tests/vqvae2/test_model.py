@@ -176,28 +176,26 @@ def test_file_keeps_weights_and_configuration(tmp_path, codebook):
     assert_close(loaded(images).reconstruction, model.eval()(images).reconstruction)
 
 
-def test_file_without_strides_has_the_default(tmp_path):
-    model, path = small_model(strides=(4, 2)), tmp_path / "model.safetensors"
+@pytest.mark.parametrize(
+    "name, written",
+    [
+        ("strides", {"strides": (4, 2)}),
+        ("version", {"version": 1}),
+        ("version", {"version": 1, "bottleneck": "gumbel", "image_values": 3072}),
+    ],
+    ids=str,
+)
+def test_what_an_earlier_file_does_not_say(tmp_path, name, written):
+    """It has the strides of the default, and is of the first version of the network."""
+    model, path = small_model(**written), tmp_path / "model.safetensors"
     images = torch.rand(2, 3, 32, 32)
     model(images)
     save_model(path, model.eval(), TrainOptions(), step=7)
     description, tensors = read_file(path, KIND)
-    del description["model"]["strides"]
-    write_file(path, tensors, description)
-    assert_close(load_model(path)(images).reconstruction, model(images).reconstruction)
-
-
-@pytest.mark.parametrize("bottleneck", ["vq", "gumbel"])
-def test_file_without_version_is_of_the_first(tmp_path, bottleneck):
-    model, path = small_model(version=1, bottleneck=bottleneck, image_values=3072), tmp_path / "model.safetensors"
-    images = torch.rand(2, 3, 32, 32)
-    model(images)
-    save_model(path, model.eval(), TrainOptions(), step=7)
-    description, tensors = read_file(path, KIND)
-    del description["model"]["version"]
+    del description["model"][name]
     write_file(path, tensors, description)
     loaded = load_model(path)
-    assert loaded.config.version == 1
+    assert loaded.config.version == model.config.version
     assert_close(loaded(images).reconstruction, model(images).reconstruction)
 
 

@@ -31,7 +31,7 @@ from vqops.vqvae2 import (
 )
 from vqops.vqvae2.networks.checkpoint import read_file, write_file
 from vqops.vqvae2.prior.sampling import choose, draw, draw_levels
-from vqops.vqvae2.prior.transformer import Cache, Rotation, nats_per_code
+from vqops.vqvae2.prior.transformer import Rotation, nats_per_code
 
 K, NAMES, SIZES = 11, ("bottom", "middle", "top"), ((4, 6), (2, 3), (1, 2))
 LEVELS = ["bottom", "middle", "top"]
@@ -95,9 +95,9 @@ def test_cached_logits_are_the_uncached_ones(level):
     own, above, labels = inputs_of(prior)
     expected = prior(own, above, labels)
     before, addend = prior.context(above, labels)
-    cache = Cache(prior.config, before)
+    caches = prior.caches(before)
     for position in range(prior.config.length):
-        assert_close(prior.step(before, position, addend, cache), expected[:, position], rtol=1e-4, atol=1e-5)
+        assert_close(prior.step(before, addend, caches), expected[:, position], rtol=1e-4, atol=1e-5)
         before = prior.codes(own.flatten(1)[:, position])[:, None]
 
 
@@ -105,7 +105,7 @@ def test_rotated_products_depend_on_rows_and_columns_apart():
     """Of a query and a key, for all pairs of places in a grid of 5 x 4."""
     rotation = Rotation((5, 4), 16).double()
     query, key = (torch.randn(1, 1, 1, 16, dtype=torch.float64).expand(-1, -1, 20, -1) for _ in range(2))
-    product = (rotation(query, slice(None)) @ rotation(key, slice(None)).transpose(2, 3)).view(5, 4, 5, 4)
+    product = (rotation(query) @ rotation(key).transpose(2, 3)).view(5, 4, 5, 4)
     found = {}
     for row, column, other_row, other_column in itertools.product(range(5), range(4), range(5), range(4)):
         value = product[row, column, other_row, other_column].item()

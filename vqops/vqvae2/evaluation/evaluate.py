@@ -61,7 +61,7 @@ def evaluate(options: EvaluateOptions) -> Path:
         rows += evaluation.likelihoods()
     sets = evaluation.sets() if options.classifier_data is not None else None
     if sets is not None:
-        rows += evaluation.of_sets(sets.figures(), sets)
+        rows += evaluation.set_rows(sets)
     with writing_in(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
         write_text(options.out / "evaluation.json", json.dumps(rows, indent=2) + "\n")
@@ -194,13 +194,14 @@ class Evaluation:
         batches = counted("batches reconstructed", images.split(self.options.batch_size))
         return torch.cat([self.model.reconstruct(batch) for batch in batches])
 
-    def of_sets(self, figures: dict[str, float], sets: ImageSets) -> list[dict[str, object]]:
-        """The rows of these figures, each with how it came about."""
+    def set_rows(self, sets: ImageSets) -> list[dict[str, object]]:
+        """The rows of their figures, each with how it came about; says which are left out."""
         some = len(sets.held_out)
         held_out = f"{some} of {self.split}" if some < len(self.images) else self.split
         rows = []
-        for name, value in figures.items():
-            if math.isnan(value):  # of too few images
+        for name, value in sets.figures().items():
+            if math.isnan(value):
+                say(f"{name}: left out, {some} images are too few")
                 continue
             kind, _, of = name.partition("_")
             what = of + (f" ({self.options.drawing})" if of == "samples" else "")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vqops.vqvae2.errors import Field, InputError
 from vqops.vqvae2.prior.options import DrawingOptions
-from vqops.vqvae2.prior.transformer import Cache, Prior
+from vqops.vqvae2.prior.transformer import Prior
 
 
 @torch.no_grad()
@@ -42,9 +42,9 @@ def draw(
         above = tuple(torch.cat([codes, codes]) for codes in above)
     before, addend = prior.context(above, labels)
     known = before.new_zeros((B, 0), dtype=torch.int64) if known is None else known.flatten(1)
-    cache, codes = Cache(prior.config, before), []
+    caches, codes = prior.caches(before), []
     for position in range(prior.config.length):
-        logits = prior.step(before, position, addend, cache).float()
+        logits = prior.step(before, addend, caches).float()
         if guided:
             with_class, without = logits.chunk(2)
             logits = without + options.guidance * (with_class - without)

@@ -75,18 +75,18 @@ class PriorConfig(TransformerOptions):
 
 
 class Cache:
-    """Keys and values of the positions so far, of each layer, in room for all: [B, heads, T, width / heads]."""
+    """Keys and values of one layer at the positions so far, with room for all: [B, heads, T, width / heads]."""
 
     def __init__(self, config: PriorConfig, like: Tensor):  # the first input [B, 1, C]
         shape = len(like), config.heads, config.length, config.width // config.heads
-        self.keys, self.values = ([like.new_empty(shape) for _ in range(config.layers)] for _ in range(2))
+        self.keys, self.values, self.length = like.new_empty(shape), like.new_empty(shape), 0
 
-    def extend(self, layer: int, position: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in those of one position, [B, heads, 1, width / heads]; all up to it."""
-        both = self.keys[layer], self.values[layer]
-        for room, new in zip(both, (keys, values), strict=True):
-            room[:, :, position] = new[:, :, 0]
-        return tuple(room[:, :, : position + 1] for room in both)
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in those of the next position, [B, heads, 1, width / heads]; all up to it."""
+        self.length += 1
+        here, so_far = slice(self.length - 1, self.length), slice(self.length)
+        self.keys[:, :, here], self.values[:, :, here] = keys, values
+        return self.keys[:, :, so_far], self.values[:, :, so_far]
 
 
 class Rotation(nn.Module):
@@ -105,10 +105,11 @@ class Rotation(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x: Tensor, positions: slice) -> Tensor:  # [B, heads, T, head_dim], of these positions
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:  # [B, heads, T, head_dim], of positions from `first` on
+        positions = slice(first, first + x.shape[2])
         cos, sin = self.cos[positions], self.sin[positions]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -122,14 +123,14 @@ class Layer(nn.Module):
         self.qkv, self.project = nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
 
-    def forward(self, x: Tensor, rotation: Rotation, number: int, cache: Cache | None, position: int) -> Tensor:
-        """x [B, T, C] of all positions; with a cache [B, 1, C] of one."""
+    def forward(self, x: Tensor, rotation: Rotation, cache: Cache | None) -> Tensor:
+        """x [B, T, C] of all positions; with a cache [B, 1, C] of the next one."""
         B, T, C = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        positions = slice(position, position + T)
-        q, k = rotation(q, positions), rotation(k, positions)
+        first = cache.length if cache is not None else 0
+        q, k = rotation(q, first), rotation(k, first)
         if cache is not None:
-            k, v = cache.extend(number, position, k, v)
+            k, v = cache.extend(k, v)
         # With a cache T is 1, and the position sees all before it; without one, position t sees 0 to t.
         # No dropout of the weights: with it the CPU's attention holds all T x T of them.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
@@ -193,13 +194,18 @@ class Prior(nn.Module):
         x = F.dropout(torch.cat([first, before], dim=1) + addend, self.config.dropout, self.training)
         return self.transform(x)
 
-    def step(self, before: Tensor, position: int, addend: Tensor, cache: Cache) -> Tensor:
-        """Logits [B, K] at one position; `before` is the input that leads to it, [B, 1, C]."""
-        return self.transform(before + addend[:, position : position + 1], cache, position)[:, 0]
+    def caches(self, first: Tensor) -> list[Cache]:
+        """Those of the layers before the first position, whose input is [B, 1, C]."""
+        return [Cache(self.config, first) for _ in self.layers]
 
-    def transform(self, x: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
-        for number, layer in enumerate(self.layers):
-            x = layer(x, self.rotation, number, cache, position)
+    def step(self, before: Tensor, addend: Tensor, caches: list[Cache]) -> Tensor:
+        """Logits [B, K] at the next position; `before` is the input that leads to it, [B, 1, C]."""
+        position = caches[0].length
+        return self.transform(before + addend[:, position : position + 1], caches)[:, 0]
+
+    def transform(self, x: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x = layer(x, self.rotation, cache)
         return self.head(self.norm(x))
 
 

@@ -126,6 +126,18 @@ def test_figures(folder, tmp_path, capsys):
     assert said.splitlines()[-1] == f"samples, a column a class: {out / 'samples.png'}"
 
 
+def test_what_too_few_images_cannot_tell_is_said(folder, tmp_path, capsys):
+    data = str(folder / "images.npz")
+    classifier = {"classifier_data": data, "classifier_key": "x", "classifier_label_key": "y", "classifier_steps": 2}
+    out = evaluate(options_of(folder, tmp_path / "out", classifier_images=1, **classifier))
+    names = {row["name"] for row in json.loads((out / "evaluation.json").read_text())}
+    said = capsys.readouterr().out.splitlines()
+    for name in ("frechet", "precision", "recall"):
+        assert f"{name}_reconstructions" not in names
+        assert f"{name}_reconstructions: left out, too few images (1)" in said
+    assert "accuracy_reconstructions" in names
+
+
 def test_ssim_is_one_for_what_comes_back_unchanged():
     class Unchanged(torch.nn.Module):
         def __init__(self, model):

@@ -50,17 +50,18 @@ def test_rows_have_their_names_at_the_left(tmp_path, channels):
     assert (last == images[7].expand(3, -1, -1).permute(1, 2, 0).numpy()).all()
 
 
-def test_columns_have_their_names_above(tmp_path):
-    images = torch.zeros(5, 1, 128, 64, dtype=torch.uint8)
+@pytest.mark.parametrize("width", [1, 20, 64])
+def test_columns_have_their_names_above(tmp_path, width):
+    images = torch.zeros(5, 1, 128, width, dtype=torch.uint8)
     long = "a name that is much longer than the images are wide"
     save_grid(tmp_path / "named.png", images, 3, ["one", "two", long])
     save_grid(tmp_path / "bare.png", images, 3)
     named, bare = pixels_of(tmp_path / "named.png"), pixels_of(tmp_path / "bare.png")
-    assert bare.shape == (2 * 132, 3 * 68, 3)
+    assert bare.shape == (2 * 132, 3 * (width + 4), 3)
     assert (named[-len(bare) :] == bare).all()
     heads = np.split(named[: -len(bare)], 3, axis=1)
     assert all((head < 128).any() for head in heads)
-    assert (bare[132:, 2 * 68 :] == 255).all()  # where a sixth image would be
+    assert (bare[132:, 2 * (width + 4) :] == 255).all()  # where a sixth image would be
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (3, 1)], ids=["one vector", "one dimension"])

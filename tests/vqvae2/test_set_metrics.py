@@ -45,6 +45,7 @@ def test_frechet_distance_of_a_set_to_itself_is_zero():
     x = normal(50, 9, 0)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(x, x + 2) == pytest.approx(9 * 4, rel=1e-9)
+    assert math.isnan(frechet_distance(x, x[:1]))
 
 
 def share_by_hand(x: torch.Tensor, balls: torch.Tensor) -> float:

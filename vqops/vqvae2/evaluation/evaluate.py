@@ -201,7 +201,7 @@ class Evaluation:
         rows = []
         for name, value in sets.figures().items():
             if math.isnan(value):
-                say(f"{name}: left out, {some} images are too few")
+                say(f"{name}: left out, too few images ({some})")
                 continue
             kind, _, of = name.partition("_")
             what = of + (f" ({self.options.drawing})" if of == "samples" else "")

@@ -25,9 +25,11 @@ def features(classifier: nn.Sequential, images: Tensor, batch_size: int) -> Tens
 def frechet_distance(x: Tensor, y: Tensor) -> float:  # [N, F], [M, F] float64
     """The squared Frechet distance of two Gaussians with the means and covariances of two sets of features.
 
-    |m - n|^2 + tr(C + D - 2 (C D)^(1/2)). Sources: Dowson and Landau 1982; Heusel et al. 2017 (arXiv:1706.08500), whose
-    FID is this in the features of Inception v3.
+    |m - n|^2 + tr(C + D - 2 (C D)^(1/2)); NaN for a single feature, which has no covariance. Sources: Dowson and Landau
+    1982; Heusel et al. 2017 (arXiv:1706.08500), whose FID is this in the features of Inception v3.
     """
+    if min(len(x), len(y)) < 2:
+        return torch.nan
     (m, C), (n, D) = ((rows.mean(0), torch.cov(rows.T).view(rows.shape[1], -1)) for rows in (x, y))
     values, vectors = torch.linalg.eigh(C)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T

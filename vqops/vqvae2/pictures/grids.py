@@ -38,7 +38,8 @@ def save_grid(path: Path, images: Tensor, columns: int, names: Sequence[str] = (
     cells = np.concatenate([cells, np.full((-len(cells) % columns, height, width, 3), 255, np.uint8)])
     rows = [np.concatenate(list(cells[start : start + columns]), axis=1) for start in range(0, len(cells), columns)]
     if names:
-        heads = ["\n".join(wrap(name, width // LETTER_WIDTH, max_lines=HEAD_LINES)) for name in names]
+        letters = max(width // LETTER_WIDTH, 1)
+        heads = ["\n".join(wrap(name, letters, max_lines=HEAD_LINES, placeholder="…")) for name in names]
         lines = max(head.count("\n") for head in heads) + 1
         rows.insert(0, np.concatenate([text(head, lines * TEXT_SIZE + 2 * MARGIN, width) for head in heads], axis=1))
     write_png(path, np.concatenate(rows, axis=0))
